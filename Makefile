@@ -1,0 +1,35 @@
+# Two commands: `make demo` runs the race, `make test` runs the checks. Each makes its own virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OUT ?= out/demo
+
+.PHONY: demo test lint clean
+
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) --editable ".[cli,hf,pde]"
+	touch $@
+
+$(VENV)/all.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) --editable ".[all]"
+	touch $@ $(VENV)/demo.stamp
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/comoving race --task fno --optimizers adamw,tensor-galore,tucker-adam,comoving --steps 200 --rank 0.1 --out $(OUT)
+
+lint: $(VENV)/all.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) out

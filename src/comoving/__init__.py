@@ -1,0 +1,1 @@
+"""Optimizers whose state moves with the gradient's subspace."""
