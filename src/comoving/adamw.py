@@ -1,0 +1,48 @@
+"""The default optimizer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from .codecs import Codec, Int8
+from .finders import Finder, Power
+from .frames.modes import Rank
+from .optimizer import LowRankOptimizer
+from .residual import Feedback, Residual
+from .transport import Carry, Transport
+
+
+class AdamW(LowRankOptimizer):
+    """AdamW in a moving subspace: :class:`comoving.LowRankOptimizer` with the defaults that measured best.
+
+    ``comoving.AdamW(model.named_parameters(), lr=...)`` in place of ``torch.optim.AdamW(model.parameters(), lr=...)``.
+
+    Args:
+        params: as for :class:`comoving.LowRankOptimizer`.
+        lr: AdamW's own learning rate carries over.
+        rank: share of the entries kept in the core, or as for :class:`comoving.LowRankOptimizer`.
+        betas, eps, weight_decay: as in torch's AdamW.
+        finder, transport, residual, codec, refresh_every, scale: the measured defaults.
+        **options: any other hyper-parameter of :class:`comoving.LowRankOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        rank: Rank = 0.25,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        finder: Finder = Power(momentum=0.9),  # noqa: B008  (frozen)
+        transport: Transport = Carry(),  # noqa: B008
+        residual: Residual = Feedback(),  # noqa: B008
+        codec: Codec = Int8(),  # noqa: B008
+        refresh_every: int = 4,
+        scale: float | str = "match",
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params, lr, rank, betas=betas, eps=eps, weight_decay=weight_decay, finder=finder, transport=transport,
+            residual=residual, codec=codec, refresh_every=refresh_every, scale=scale, **options,
+        )  # fmt: skip

@@ -1,0 +1,148 @@
+"""The command line; thin: it turns strings into settings and errors into one line."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+BAD_INPUT = 2
+
+
+def application() -> Any:
+    """The typer application. Built in a function so that importing this module needs no extra."""
+    import typer  # noqa: PLC0415
+
+    from comoving.race.command import execute, settings_from  # noqa: PLC0415
+    from comoving.race.tasks import TASKS  # noqa: PLC0415
+
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        help="Low-rank optimizers whose state moves with the gradient's subspace.",
+    )
+
+    def print_version(wanted: bool) -> None:
+        if wanted:
+            from importlib.metadata import version  # noqa: PLC0415
+
+            typer.echo(version("comoving"))
+            raise typer.Exit()
+
+    @app.callback()
+    def options(  # pyright: ignore[reportUnusedFunction]
+        version: Annotated[
+            bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command()
+    def race(  # pyright: ignore[reportUnusedFunction]
+        task: Annotated[str, typer.Option(help=f"One of: {', '.join(TASKS)}.")],
+        optimizers: Annotated[
+            str,
+            typer.Option(help="Names separated by commas, each with overrides if wanted: name:key=value;key=value."),
+        ] = "adamw,galore,ldadam,comoving",
+        steps: Annotated[int | None, typer.Option(help="Training steps of each run. [default: the task's]")] = None,
+        seeds: Annotated[int, typer.Option(help="Runs per contender and rate: seeds 0, 1, ...")] = 1,
+        lr: Annotated[
+            str, typer.Option(help="Peak rates separated by commas. [default: the task's times the recipe's factor]")
+        ] = "",
+        rank: Annotated[
+            str | None, typer.Option(help="Directions (64), share of entries (0.1), or one per mode (8,8,4,None).")
+        ] = None,
+        out: Annotated[Path | None, typer.Option(help="Folder of results. [default: out/race-TASK]")] = None,
+        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+        dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16.")] = "float32",
+        target: Annotated[
+            float | None, typer.Option(help="Report when this validation value is first reached.")
+        ] = None,
+        batch: Annotated[int | None, typer.Option(help="Samples per step. [default: the task's]")] = None,
+        text: Annotated[str, typer.Option(help="Text for lm: a file, a folder, or a Hugging Face data set.")] = "",
+        jobs: Annotated[int, typer.Option(help="Runs at once, one thread each; times are honest only with 1.")] = 1,
+        weight_decay: Annotated[float, typer.Option(help="Decoupled, for every contender.")] = 0.01,
+        warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up. [default: a tenth]")] = None,
+        validations: Annotated[int, typer.Option(help="Looks at the held-out data along a run.")] = 16,
+    ) -> None:
+        """Train one real model with several optimizers side by side and compare what they reached."""
+        settings = settings_from(
+            task=task,
+            optimizers=optimizers,
+            steps=steps,
+            seeds=seeds,
+            lr=lr,
+            rank=rank,
+            out=out,
+            device=device,
+            dtype=dtype,
+            target=target,
+            batch=batch,
+            text=text,
+            jobs=jobs,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            validations=validations,
+        )
+        raise typer.Exit(execute(settings, shlex.join(["comoving", *ARGUMENTS])))
+
+    @app.command()
+    def recipes() -> None:  # pyright: ignore[reportUnusedFunction]
+        """List the recipes: every method as a composition of the engine's parts."""
+        show_recipes()
+
+    return app
+
+
+ARGUMENTS: list[str] = []
+"""What the command line was called with, for the record in ``results.json``."""
+
+
+def show_recipes() -> None:
+    """A table of :func:`comoving.recipes` on standard output."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    import comoving  # noqa: PLC0415
+
+    table = Table(show_lines=True)
+    for heading in ("recipe", "what it is", "paper", "parts"):
+        table.add_column(heading, overflow="fold")
+    for name, recipe in comoving.recipes().items():
+        parts = "\n".join(f"{part}: {choice}" for part, choice in recipe.parts.items())
+        table.add_row(name, recipe.summary, recipe.paper or "–", parts)
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=140).print(table)
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr and exit status 2."""
+    sys.stderr.write(f"comoving: {' '.join(message.split())}\n")
+    raise SystemExit(BAD_INPUT)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command ``comoving``; ends the process with status 0, 1 (no contender finished), 2 (bad input) or 130."""
+    ARGUMENTS[:] = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        import rich  # noqa: F401, PLC0415  # pyright: ignore[reportUnusedImport]
+        import typer.main  # noqa: PLC0415
+    except ImportError:
+        fail('the command line needs typer and rich, which are not installed: pip install "comoving[cli]"')
+    from comoving.race.settings import SettingsError  # noqa: PLC0415
+
+    command = typer.main.get_command(application())
+    try:
+        status = command.main(list(ARGUMENTS), prog_name="comoving", standalone_mode=False)
+    except (SettingsError, ImportError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        # click's usage errors, whichever click typer brings; anything else is a fault of ours and keeps its traceback.
+        if not hasattr(error, "format_message"):
+            raise
+        fail(error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
+    raise SystemExit(status or 0)

@@ -1,0 +1,42 @@
+"""What the engine asks of a codec."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Codec(Protocol):
+    """Stores one tensor as named parts; a frozen dataclass without tensors. No block crosses rows of mode 0.
+
+    Complex tensors are stored as pairs of reals.
+    """
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+        """The stored tensors for a tensor of this shape and dtype; all zero, they decode to zero."""
+        ...
+
+    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor, contiguous. The caller may overwrite it, and then must encode: it can be the storage itself."""
+        ...
+
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Write x into the parts, in place. x may be what :meth:`decode` returned; it may be overwritten."""
+        ...
+
+    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """An upper bound, a real scalar, on the Frobenius norm of what the last encoding lost."""
+        ...
+
+
+def as_real(x: Tensor) -> Tensor:
+    """x itself if real, else the pairs (re, im) along a new last dimension, sharing storage."""
+    return torch.view_as_real(x) if x.is_complex() else x

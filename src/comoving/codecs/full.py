@@ -1,0 +1,54 @@
+"""Plain storage, in the working precision or in bfloat16."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Part, as_real
+
+
+@dataclass(frozen=True)
+class Full:
+    """The tensor itself, in its own dtype: lossless, and decoded without a copy."""
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+        """One tensor, "value"."""
+        return {"value": Part(shape, dtype)}
+
+    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The storage itself."""
+        return parts["value"]
+
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Copy x, unless x is the storage."""
+        if x is not parts["value"]:
+            parts["value"].copy_(x)
+
+    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Zero."""
+        return torch.zeros((), device=parts["value"].device)
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """The tensor rounded to bfloat16: 2 bytes a real number, relative error at most 2^-8 an entry."""
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+        """One tensor, "value"; complex as pairs."""
+        return {"value": Part((*shape, 2) if dtype.is_complex else shape, torch.bfloat16)}
+
+    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Cast up."""
+        out = torch.empty(shape, dtype=dtype, device=parts["value"].device)
+        as_real(out).copy_(parts["value"])
+        return out
+
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Round to nearest."""
+        parts["value"].copy_(as_real(x))
+
+    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """2^-8 of the norm of what is stored."""
+        return torch.linalg.vector_norm(parts["value"], dtype=torch.float32) * 2.0**-8

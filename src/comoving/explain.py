@@ -1,0 +1,95 @@
+"""The choice of parameters as a table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .frames.modes import Rank
+from .groups import param_groups
+from .state import layout, part_bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its name and shape, how it is seen, the shape of its core, the bytes of its state, and why."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    view: str
+    ranks: tuple[int | None, ...]
+    bytes: int
+    why: str
+
+    @property
+    def projected(self) -> bool:
+        """Whether any mode is compressed."""
+        return any(r is not None for r in self.ranks)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Rows of the table; ``str()`` prints it."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state between two steps, all parameters together."""
+        return sum(row.bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "view", "rank", "state bytes", "why")
+        lines = [
+            (r.parameter, "x".join(map(str, r.shape)) or "scalar", r.view, _rank_text(r), f"{r.bytes:,}", r.why)
+            for r in self.rows
+        ]
+        total = ("total", "", "", "", f"{self.state_bytes:,}", f"{sum(r.projected for r in self.rows)} projected")
+        return _table([head, *lines, total])
+
+
+def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
+    """What is projected, at what rank, seen as what, with how many bytes of state, and why.
+
+    Args:
+        model_or_optimizer: an optimizer of this package, or a model, for which the default ``comoving.AdamW`` is explained.
+        rank: for a model: the rank that the default is explained at.
+
+    Raises:
+        TypeError: anything else.
+    """
+    from .adamw import AdamW  # noqa: PLC0415  (the default optimizer explains itself with this module)
+    from .optimizer import LowRankOptimizer  # noqa: PLC0415
+
+    frozen: list[Row] = []
+    if isinstance(model_or_optimizer, nn.Module):
+        model = model_or_optimizer
+        frozen = [
+            Row(name, tuple(p.shape), "", (), 0, "frozen")
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        ]
+        optimizer: LowRankOptimizer = AdamW(param_groups(model, rank=rank))
+    elif isinstance(model_or_optimizer, LowRankOptimizer):
+        optimizer = model_or_optimizer
+    else:
+        raise TypeError(f"explain takes a model or an optimizer of comoving, got {type(model_or_optimizer).__name__}")
+    rows: list[Row] = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            site = optimizer.sites[p]
+            size = sum(map(part_bytes, layout(site, group).values()))
+            view = "torch" if site.plain else site.view.name
+            rows.append(Row(site.name, tuple(p.shape), view, site.ranks, size, site.reason))
+    return Explanation((*rows, *frozen))
+
+
+def _rank_text(row: Row) -> str:
+    return " x ".join("-" if r is None else str(r) for r in row.ranks) if row.projected else "dense"
+
+
+def _table(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    texts = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rule = "-" * max(map(len, texts))
+    return "\n".join([texts[0], rule, *texts[1:-1], rule, texts[-1]])

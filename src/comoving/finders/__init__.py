@@ -1,0 +1,8 @@
+"""Finders: what a frame is made from, and how."""
+
+from .base import Finder
+from .exact import Exact
+from .operand import Operand
+from .power import Power
+
+__all__ = ["Exact", "Finder", "Operand", "Power"]

@@ -1,0 +1,5 @@
+"""Frames: orthonormal sets of directions in gradient space, and how each is laid out on a tensor."""
+
+from .modes import ModeFrame, Modes
+
+__all__ = ["ModeFrame", "Modes"]

@@ -1,0 +1,233 @@
+"""Which parameters are projected, at what rank, seen as what, and why."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .frames.modes import SIDES, Rank, check_rank
+from .sites import Site
+from .slots import Kind
+from .validate import check_choice, check_float, check_int
+from .views import VIEWS, View
+
+Selector = str | type[nn.Module]
+"""A glob pattern for parameter names ("*.attn.*"), or a module type."""
+
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|tok_emb|pos_emb|emb|[^.]*embed[^.]*|cls_token|pos_token)(\.|$)")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|heads?|classifier|score|qa_outputs)(\.|$)|^(fc|output)\.(weight|bias)$")
+_NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln|ln_[^.]*|bn\d*)(\.|$)", re.IGNORECASE)
+
+SCALES = ("match", "0.2-match")
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Raise unless every hyper-parameter of a parameter group lies in its interval.
+
+    Raises:
+        TypeError, ValueError: with the name, the value and the interval.
+    """
+    if isinstance(group["lr"], Tensor):
+        raise TypeError("lr must be a float; a tensor would have to be read from its device at every step")
+    check_float("lr", group["lr"], 0.0)
+    if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
+        raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
+    check_float("betas[0]", group["betas"][0], 0.0, 1.0, open_high=True)
+    check_float("betas[1]", group["betas"][1], 0.0, 1.0, open_high=True)
+    check_float("eps", group["eps"], 0.0)
+    check_float("weight_decay", group["weight_decay"], 0.0)
+    check_rank(group["rank"])
+    check_choice("side", group["side"], SIDES)
+    check_choice("view", group["view"], VIEWS)
+    check_int("refresh_every", group["refresh_every"], 1)
+    if isinstance(group["scale"], str):
+        check_choice("scale", group["scale"], SCALES)
+    else:
+        check_float("scale", group["scale"], 0.0, open_low=True)
+    for key in ("maximize", "amsgrad", "diagnostics"):
+        check_choice(key, group[key], (True, False))
+    for key in ("foreach", "fused"):
+        check_choice(key, group[key], (True, False, None))
+    check_choice("select", group["select"], ("auto", "shape"))
+    roles = {
+        "frame": ("ranks", "load", "start"), "finder": ("find",), "transport": ("move", "age"),
+        "rule": ("absorb", "direction"), "residual": ("add_to", "keep"), "codec": ("encode", "decode"),
+    }  # fmt: skip
+    for role, methods in roles.items():
+        part = group[role]
+        if isinstance(part, type) or not all(hasattr(part, method) for method in methods):
+            raise TypeError(f"{role} must be a {role} part, such as those in comoving's {role} modules, got {part!r}")
+
+
+def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any], first: int) -> list[Site]:
+    """The site of each parameter of a group, still without a phase.
+
+    Args:
+        named: (name, parameter), the name None where the parameters were given without names.
+        group: its hyper-parameters.
+        first: number of parameters in earlier groups.
+
+    Raises:
+        ValueError: a rank, view or option that does not fit a parameter, with its name.
+    """
+    sites = [_decide_one(name, p, group, first + i) for i, (name, p) in enumerate(named)]
+    for site in sites:
+        refused = None
+        if not site.plain and group["amsgrad"]:
+            refused = "amsgrad", "a running maximum has no meaning in a moving subspace"
+        elif not site.projected and not site.plain and group["fused"]:
+            refused = "fused", "torch's kernel would keep two second moments for one complex number"
+        elif site.projected and group["betas"][1] == 0:
+            refused = "betas[1]", "0 leaves no second moment to carry"
+        if refused is not None:
+            kind = "projected" if site.projected else "complex"
+            raise ValueError(
+                f"{refused[0]}={group.get(refused[0], 0)!r} is refused: {site.name} is {kind}, {refused[1]}"
+            )
+    return sites
+
+
+def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: int) -> Site:
+    label = name if name is not None else f"parameter {index}"
+    try:
+        view = View(group["view"] if p.ndim > 1 else "tensor", tuple(p.shape), p.dtype)
+        whole: tuple[int | None, ...] = (None,) * len(view.shape)
+        given = (group["reasons"] or {}).get(name)
+        reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)
+        if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
+            return Site(label, view, whole, reason or "rank 1.0", index=index)
+        if not view.dtype.is_floating_point and not view.dtype.is_complex:
+            raise ValueError(f"an optimizer needs floating-point parameters, got {p.dtype}")
+        if sum(d > 1 for d in view.shape) < 2:
+            return Site(label, view, whole, "fewer than two modes", index=index)
+        ranks = group["frame"].ranks(view.shape, group["rank"], group["side"])
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+    site = Site(label, view, ranks, "projected", index=index)
+    if not site.projected:
+        return Site(label, view, whole, "rank covers every mode, or no mode is long enough", index=index)
+    if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(Site(label, view, whole, ""), group):
+        return Site(label, view, whole, "too small to gain", index=index)
+    return site
+
+
+def _reals(site: Site, group: Mapping[str, Any]) -> int:
+    """Real numbers in moments and frame; the feedback buffer is a choice of its own and does not count here."""
+    field = 2 if site.view.dtype.is_complex else 1
+    moments = sum(field if slot.kind is Kind.LINEAR else 1 for slot in group["rule"].slots)
+    frame = group["frame"].parts(site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
+    return moments * prod(site.core_shape) + field * sum(prod(part.shape) for part in frame.values())
+
+
+def dense_by_name(name: str) -> str | None:
+    """Why a parameter of this name stays dense, or None: embeddings, output heads, norms and biases do."""
+    if _HEAD.search(name):
+        return "output head, by its name"
+    if _EMBEDDING.search(name):
+        return "embedding, by its name"
+    if _NORM.search(name):
+        return "norm, by its name"
+    return "bias" if name == "bias" or name.endswith(".bias") else None
+
+
+def param_groups(
+    model: nn.Module,
+    rank: Rank = 0.25,
+    *,
+    dense: Iterable[Selector] = (),
+    project: Iterable[Selector] = (),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Split a model's trainable parameters into a projected and a dense group.
+
+    Embeddings (by module type, or name), output heads (what ``get_output_embeddings()`` returns, or by name; never merely
+    the last layer), norms, biases and everything else with fewer than two modes stay dense; so do, when the optimizer is
+    built, tensors that projection would not make smaller. A weight that is tied to an embedding or head is one. Frozen
+    parameters are left out.
+
+    Args:
+        model: the model.
+        rank: of the projected group.
+        dense: glob patterns or module types that stay dense in any case.
+        project: glob patterns or module types that are projected in any case; wins over ``dense``.
+        **options: more hyper-parameters for the projected group.
+
+    Returns:
+        Groups for :class:`comoving.LowRankOptimizer`, with parameter names and the reasons for dense ones; at most two,
+        none of them empty.
+
+    Raises:
+        ValueError: a pattern that matches no parameter, or a model without trainable parameters.
+    """
+    split = _split(model, tuple(dense), tuple(project))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(f"{type(model).__name__} has no trainable parameters")
+    projected = {"params": [np for np in named if np[0] not in split], "rank": rank, "select": "shape", **options}
+    kept = {"params": [np for np in named if np[0] in split], "rank": 1.0, "reasons": split}
+    return [group for group in (projected, kept) if group["params"]]
+
+
+def _split(model: nn.Module, dense: tuple[Selector, ...], project: tuple[Selector, ...]) -> dict[str, str]:
+    """Name -> reason of each parameter that stays dense."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for own, p in module.named_parameters(recurse=False):
+            owners.setdefault(id(p), []).append((f"{path}.{own}" if path else own, module))
+    head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
+    heads = {id(p) for p in _parameters_of(head())}
+    reasons: dict[str, str] = {}
+    unused = {selector: None for selector in (*dense, *project)}
+    for name, p in model.named_parameters():
+        places = owners[id(p)]  # every module that holds it: tied weights have several
+        for selector in list(unused):
+            if any(_matches(selector, place) for place in places):
+                del unused[selector]
+        if any(_matches(s, place) for s in project for place in places):
+            continue
+        if any(_matches(s, place) for s in dense for place in places):
+            reasons[name] = "chosen to stay dense"
+        elif id(p) in heads:
+            reasons[name] = "output head"
+        elif any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module in places):
+            reasons[name] = "embedding"
+        elif any("norm" in type(module).__name__.lower() for _, module in places):
+            reasons[name] = "norm"
+        else:
+            by_name = next(filter(None, (dense_by_name(full) for full, _ in places)), None)
+            if by_name is not None:
+                reasons[name] = by_name
+    if unused:
+        raise ValueError(f"no parameter of {type(model).__name__} matches {', '.join(map(repr, unused))}")
+    return reasons
+
+
+def _parameters_of(module: object) -> Iterator[Tensor]:
+    if isinstance(module, nn.Module):
+        yield from module.parameters()
+    elif isinstance(module, Tensor):
+        yield module
+
+
+def _matches(selector: Selector, place: tuple[str, nn.Module]) -> bool:
+    name, module = place
+    return fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(module, selector)
+
+
+def named(params: Iterable[Any]) -> list[tuple[str | None, Tensor]]:
+    """Parameters, or (name, parameter) pairs, as pairs with the name None where none was given.
+
+    Raises:
+        TypeError: something that is neither.
+    """
+    pairs: list[tuple[str | None, Tensor]] = []
+    for entry in [params] if isinstance(params, Tensor) else params:
+        name, p = entry if isinstance(entry, tuple) else (None, entry)
+        if not isinstance(p, torch.Tensor):
+            raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {type(p).__name__}")
+        pairs.append((name, p))
+    return pairs

@@ -1,0 +1,17 @@
+"""Dense linear algebra of the engine: products along tensor modes and orthonormal bases."""
+
+from .multilinear import abs_squared, add_multilinear, correlate, gram, multilinear, unfold
+from .orthogonal import leading_eigenvectors, orthogonality_defect, orthonormalize, reorthonormalize
+
+__all__ = [
+    "abs_squared",
+    "add_multilinear",
+    "correlate",
+    "gram",
+    "leading_eigenvectors",
+    "multilinear",
+    "orthogonality_defect",
+    "orthonormalize",
+    "reorthonormalize",
+    "unfold",
+]

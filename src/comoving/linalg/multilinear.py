@@ -1,0 +1,112 @@
+"""Products of a tensor with one matrix per mode, as few plain matrix products as possible.
+
+Notation: x has shape (*batch, d_1, ..., d_N), a matrix A_n has shape (*batch, k_n, d_n), and ``x x_n A_n`` contracts
+mode n of x with the columns of A_n. ``None`` stands for the identity. Leading batch dimensions are kept throughout.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+def abs_squared(x: Tensor) -> Tensor:
+    """|x|^2 entry by entry, always real: x.real^2 + x.imag^2 for complex x."""
+    if x.is_complex():
+        return torch.view_as_real(x).square().sum(-1)
+    return x.square()
+
+
+def unfold(x: Tensor, mode: int, order: int) -> Tensor:
+    """The unfolding X_(n): (*batch, d_n, product of the other modes, in their order)."""
+    batch = x.shape[: x.ndim - order]
+    return x.movedim(x.ndim - order + mode, len(batch)).reshape(*batch, x.shape[x.ndim - order + mode], -1)
+
+
+def multilinear(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """x x_1 A_1 ... x_N A_N, where N = len(matrices).
+
+    Args:
+        x: (*batch, d_1, ..., d_N), real or complex.
+        matrices: A_n of shape (*batch, k_n, d_n) in x's dtype, or None to leave mode n as it is.
+
+    Returns:
+        (*batch, k_1, ..., k_N), with k_n = d_n where A_n is None.
+    """
+    given = [n for n, a in enumerate(matrices) if a is not None]
+    if not given:
+        return x
+    if len(given) == 1:
+        return _one_mode(x, matrices, given[0])
+    return _rotate_through(x, matrices, len(matrices)).reshape(_shape_after(x, matrices))
+
+
+def add_multilinear(out: Tensor, x: Tensor, matrices: Sequence[Tensor | None], alpha: float) -> Tensor:
+    """out += alpha * (x x_1 A_1 ... x_N A_N), in place; the last product writes into out where layout and dtype allow.
+
+    No batch dimensions: out is one parameter, gradient or error buffer of shape (k_1, ..., k_N).
+    """
+    given = [n for n, a in enumerate(matrices) if a is not None]
+    order = len(matrices)
+    if given and out.dtype == x.dtype and out.is_contiguous():
+        n, last = given[-1], matrices[given[-1]]
+        assert last is not None
+        if len(given) == 1 and n == 0:
+            return out.view(out.shape[0], -1).addmm_(last, x.reshape(x.shape[0], -1), alpha=alpha).view(out.shape)
+        if n == order - 1:
+            # All modes but the last, which is then the leading one of the rotated tensor: (d_N, k_1 ... k_{N-1}).
+            lifted = _rotate_through(x, matrices, order - 1) if len(given) > 1 else None
+            left = x.reshape(-1, x.shape[-1]) if lifted is None else lifted.reshape(x.shape[-1], -1).mT
+            return out.view(-1, out.shape[-1]).addmm_(left, last.mT, alpha=alpha).view(out.shape)
+    return out.add_(multilinear(x, matrices), alpha=alpha)
+
+
+def gram(x: Tensor, mode: int, order: int) -> Tensor:
+    """X_(n) X_(n)^H, of shape (*batch, d_n, d_n): Hermitian, positive semi-definite."""
+    return correlate(x, x, mode, order)
+
+
+def correlate(x: Tensor, z: Tensor, mode: int, order: int) -> Tensor:
+    """X_(n) Z_(n)^H, of shape (*batch, d_n, r_n); x and z agree in every mode but n."""
+    if mode == order - 1:  # the last mode needs no transposed copy
+        batch = x.shape[: x.ndim - order]
+        rows = x.reshape(*batch, -1, x.shape[-1])
+        return rows.mT @ z.reshape(*batch, -1, z.shape[-1]).conj()
+    return unfold(x, mode, order) @ unfold(z, mode, order).mH
+
+
+def _one_mode(x: Tensor, matrices: Sequence[Tensor | None], mode: int) -> Tensor:
+    order, a = len(matrices), matrices[mode]
+    assert a is not None
+    batch = x.shape[: x.ndim - order]
+    shape = _shape_after(x, matrices)
+    d = x.shape[x.ndim - order + mode]
+    after = prod(x.shape[x.ndim - order + mode + 1 :])
+    if after == 1:
+        return (x.reshape(*batch, -1, d) @ a.mT).reshape(shape)
+    if mode == 0:
+        return (a @ x.reshape(*batch, d, after)).reshape(shape)
+    return (a.unsqueeze(-3) @ x.reshape(*batch, -1, d, after)).reshape(shape)
+
+
+def _rotate_through(x: Tensor, matrices: Sequence[Tensor | None], count: int) -> Tensor:
+    """Multiply the first ``count`` modes in turn, each as one matrix product.
+
+    The leading mode is contracted and comes out last, so that the next one leads: (d, rest) -> (rest, k). After N turns
+    the modes stand in their first order again, and nothing was ever permuted.
+    """
+    order = len(matrices)
+    batch = x.shape[: x.ndim - order]
+    sizes = list(x.shape[x.ndim - order :])
+    for a in matrices[:count]:
+        flat = x.reshape(*batch, sizes[0], -1).mT
+        x = flat if a is None else flat @ a.mT
+        sizes = [*sizes[1:], x.shape[-1]]
+    return x.reshape(*batch, *sizes)
+
+
+def _shape_after(x: Tensor, matrices: Sequence[Tensor | None]) -> tuple[int, ...]:
+    lead = x.ndim - len(matrices)
+    modes = [d if a is None else a.shape[-2] for d, a in zip(x.shape[lead:], matrices, strict=True)]
+    return (*x.shape[:lead], *modes)

@@ -1,0 +1,539 @@
+"""The engine: one optimizer, seven steps."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adam import adam as torch_adam
+
+from . import diagnostics as error_control
+from . import state as slots
+from .codecs import Codec, Full
+from .finders import Finder, Operand, Power
+from .frames import ModeFrame, Modes
+from .frames.modes import Rank, Side
+from .groups import check_options, decide, named
+from .residual import Discard, Loss, Residual
+from .rules import Adam, Rule
+from .rules.adam import FIRST, SECOND
+from .schedule import refresh_due, stagger
+from .sites import Site
+from .transport import Carry, Clock, Transport
+from .validate import check_choice, check_int
+from .views import ViewName
+
+# Keys that others put into param groups, and that change nothing here.
+_FOREIGN = {"params", "param_names", "name", "initial_lr"}
+
+
+class LowRankOptimizer(Optimizer):
+    """Adam-like optimization in a frame that follows the gradient, with state that is carried along.
+
+    One step of a projected parameter p with gradient g, frame F (old) and F' (new):
+
+    1. see the gradient as it is best seen;
+    2. g~ = g + e, what the residual part kept;
+    3. when due: F' from rho F m/c1 + (1 - rho) g~, and the moments carried from F to F';
+    4. z = F'^H g~; the residual part keeps what is lost;
+    5. the rule turns z into a direction d in the core;
+    6. lift: F' d, scaled;
+    7. p <- (1 - lr weight_decay) p - lr scale F' d.
+
+    Steps 1-4 are :meth:`absorb`, 5-7 :meth:`apply`. Dense real parameters are stepped by torch's own AdamW, bit for bit;
+    dense complex ones by the same rule in a whole frame, with |g|^2 as second moment.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either; see :func:`comoving.param_groups`. With names,
+            embeddings, output heads, norms and biases stay dense; without, the shape alone decides.
+        lr: learning rate >= 0.
+        rank: an int, a float in (0, 1], or a tuple with an entry per mode; see :meth:`comoving.frames.Modes.ranks`.
+        betas: decay rates in [0, 1).
+        eps: >= 0, added to the root of the second moment after bias correction.
+        weight_decay: >= 0, decoupled.
+        side: "auto", "left", "right" or "both", for matrices.
+        view: "tensor", "matrix" or "pairs"; see :class:`comoving.views.View`.
+        frame, finder, transport, rule, residual, codec: the parts; the codec stores the residual's buffer.
+        scale: "match" multiplies the lifted direction by sqrt(full/core), so that AdamW's learning rate carries over;
+            "0.2-match" by 0.2 times that; a number by itself.
+        refresh_every: steps between refreshes of a frame, >= 1, staggered over the parameters.
+        maximize: ascend instead.
+        amsgrad, foreach, fused: for dense real parameters, as in torch; amsgrad is refused for others, fused for dense
+            complex ones.
+        diagnostics: measure and bound errors at every step; see :meth:`diagnostics`.
+        select: "auto" lets names decide what stays dense, "shape" ignores them.
+        reasons: parameter name -> why it stays dense, for those that shall.
+        on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip" leaves
+            parameters and state as they were, decided on the device, and counts (:attr:`skipped_steps`).
+        seed: of the random directions that a first frame may start from.
+
+    Every argument but the last two is a default for all groups and can be set in each group.
+
+    Raises:
+        ValueError, TypeError: at construction, for anything outside its interval; at a step, for sparse or non-finite gradients.
+    """
+
+    sites: dict[Tensor, Site]
+    """What was decided about each parameter; see :func:`comoving.explain`."""
+
+    refresh_scope: Callable[[], AbstractContextManager[Any]]
+    """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        rank: Rank = 0.25,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        side: Side = "auto",
+        view: ViewName = "tensor",
+        frame: Modes = Modes(),  # noqa: B008  (frozen)
+        finder: Finder = Power(),  # noqa: B008
+        transport: Transport = Carry(),  # noqa: B008
+        rule: Rule = Adam(),  # noqa: B008
+        residual: Residual = Discard(),  # noqa: B008
+        codec: Codec = Full(),  # noqa: B008
+        scale: float | str = "match",
+        refresh_every: int = 1,
+        maximize: bool = False,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        diagnostics: bool = True,
+        select: str = "auto",
+        reasons: dict[str, str] | None = None,
+        on_nonfinite: str = "raise",
+        seed: int = 0,
+    ) -> None:
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        check_int("seed", seed, 0)
+        defaults = dict(
+            lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
+            finder=finder, transport=transport, rule=rule, residual=residual, codec=codec, scale=scale,
+            refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad, foreach=foreach, fused=fused,
+            diagnostics=diagnostics, select=select, reasons=reasons,
+        )  # fmt: skip
+        check_options(defaults)
+        self.on_nonfinite, self.seed = on_nonfinite, seed
+        self._begin()
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        self.sites = {}
+        self._group_index: dict[Tensor, int] = {}
+        self.refresh_scope = nullcontext
+        self._skipped: Tensor | None = None
+        self._norms: dict[Tensor, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------------------ the seven steps
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimization step; gradients are left as they are.
+
+        Args:
+            closure: evaluates the model anew, with gradients, and returns the loss.
+
+        Raises:
+            RuntimeError: a sparse gradient; a non-finite one with ``on_nonfinite="raise"``. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        bad = self._inspect_gradients()
+        for group in self.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            for p in with_gradient:
+                self._open(p, self.state[p], self.sites[p], group)
+                if not self.sites[p].plain:
+                    with self._kept_if(bad, [p]):
+                        self.absorb(p, _usable(p.grad, bad))
+                        self.apply(p)
+            dense = [p for p in with_gradient if self.sites[p].plain]
+            with self._kept_if(bad, dense):
+                self._step_dense(dense, group)
+        return loss
+
+    @torch.no_grad()
+    def absorb(self, p: Tensor, gradient: Tensor) -> None:
+        """Steps 1-4 for one parameter that torch's AdamW does not serve: take a gradient into core and feedback.
+
+        Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only.
+        """
+        site, group, state = self.sites[p], self._group_of(p), self.state[p]
+        self._open(p, state, site, group)
+        residual: Residual = group["residual"] if site.projected else Discard()
+        seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
+        restored = residual.add_to(seen, state, group["codec"])  # 2
+        loss = None
+        if site.projected and "core" not in state and self._refresh_due(state, site, group):
+            with self.refresh_scope():
+                loss = self._refresh(restored, state, site, group)  # 3
+        frame = self._frame(state, site, group)
+        z = frame.project(restored)  # 4
+        before = error_control.norm(restored) if loss is not None and group["diagnostics"] else None
+        kept = residual.keep(restored, z, frame, loss, state, group["codec"])
+        if site.projected and group["diagnostics"]:
+            own = self._norms.get(p)
+            own = error_control.norm(seen) if own is None else own
+            self._measure(own, before, z, kept, loss, state, group)
+        state["core"] = state["core"] + z if "core" in state else z
+
+    @torch.no_grad()
+    def apply(self, p: Tensor) -> None:
+        """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it."""
+        site, group, state = self.sites[p], self._group_of(p), self.state[p]
+        rule: Rule = group["rule"]
+        state["step"] += 1
+        state["tick"] += 1
+        clock = Clock(state["step"], *group["betas"])
+        rule.absorb(state.pop("core"), state, clock)  # 5
+        if site.projected:
+            group["transport"].age(state, rule.slots, clock)
+        d = rule.direction(state, clock, group["eps"])
+        frame = self._frame(state, site, group)  # 6, 7
+        keep, alpha = 1 - group["lr"] * group["weight_decay"], -group["lr"] * _scale(site, group)
+        storage = site.view.see_storage(p)
+        if storage is not None:
+            p.mul_(keep)
+            frame.add_lift(storage, d, alpha)
+        else:  # rounded once, at the end
+            update = site.view.restore(frame.lift(d))
+            p.copy_(p.to(update.dtype).mul_(keep).add_(update, alpha=alpha))
+
+    def _refresh(self, gradient: Tensor, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Loss | None:
+        """Step 3: a new frame, and the moments in it. Returns the momentum that is lost on the way."""
+        spec, finder, rule = group["frame"], group["finder"], group["rule"]
+        clock = Clock(state["step"], *group["betas"])
+        old = self._frame(state, site, group) if rule.momentum in state else None
+        start = spec.start(gradient, site.ranks, old, self.seed + site.index)
+        operand = Operand(gradient)
+        if old is not None and finder.momentum > 0:
+            core = (state[rule.momentum] * (finder.momentum / clock.weight1)).to(gradient.dtype)
+            operand = Operand.mix(gradient, 1 - finder.momentum, old, core)
+        warm = old is not None and any(u is not None for u in old.factors)
+        new: ModeFrame = finder.find(operand, start, warm=warm)
+        if old is None:
+            state.update(new.tensors())
+            state.update(self._zeros(slots.rule_slots(site, group), gradient, state["step"], site))
+            return None
+        overlap = new.overlap(old)
+        before = state[rule.momentum]
+        lost = Loss(rule.reentry(clock), old, before, new, before)
+        moved = group["transport"].move(state, rule.slots, overlap, clock)
+        lost = lost._replace(new_momentum=moved[rule.momentum])
+        for name in old.tensors():
+            del state[name]
+        state.update(new.tensors())
+        state.update(moved)
+        if group["diagnostics"]:
+            state[error_control.SLOT][1] = error_control.overlap_defect(overlap)
+            state[error_control.SLOT][2] = new.defect()
+        return lost
+
+    def _refresh_due(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> bool:
+        # A loaded checkpoint of other ranks does not fit: it is carried over at once.
+        fits = self._frame(state, site, group).ranks == site.ranks
+        return not fits or refresh_due(state["tick"], group["refresh_every"], site.phase)
+
+    def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Torch's AdamW on the dense real parameters of a group."""
+        if not params:
+            return
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        torch_adam(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [s[FIRST] for s in states],
+            [s[SECOND] for s in states],
+            [s[slots.SECOND_MAX] for s in states] if group["amsgrad"] else [],
+            [s["step"] for s in states],
+            foreach=group["foreach"],
+            fused=group["fused"],
+            capturable=states[0]["step"].is_cuda and not group["fused"],
+            amsgrad=group["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            decoupled_weight_decay=True,
+        )
+
+    # ------------------------------------------------------------------------------------------------- state and checks
+
+    def _open(self, p: Tensor, state: dict[str, Any], site: Site, group: dict[str, Any]) -> None:
+        """Create the slots that exist before the first frame."""
+        if "step" in state:
+            return
+        # Scalars live on the host, where torch's AdamW keeps its step count too, unless the device alone decides.
+        host = self.on_nonfinite == "raise" and not (site.plain and group["fused"])
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu" if host else p.device)
+        if site.plain:
+            for name in slots.layout(site, group).keys() - {"step"}:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            return
+        state["tick"] = 0
+        moments = slots.rule_slots(site, group)
+        frame = group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)
+        if site.projected:
+            later = {slot.name for slot in moments} | set(frame)
+            for name, part in slots.layout(site, group).items():
+                if name not in later and name not in state:
+                    state[name] = torch.zeros(part.shape, dtype=part.dtype, device=p.device)
+        else:
+            state.update(self._zeros(moments, p, state["step"], site))
+
+    def _zeros(self, moments: Iterable[slots.Slot], like: Tensor, step: Tensor, site: Site) -> dict[str, Tensor]:
+        zeros: dict[str, Tensor] = {}
+        for slot in moments:
+            shape, dtype = slots.slot_part(slot, site)
+            device = step.device if slot.kind is slots.Kind.SCALAR else like.device
+            zeros[slot.name] = torch.zeros(shape, dtype=dtype, device=device)
+        return zeros
+
+    def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> ModeFrame:
+        return group["frame"].load(state, len(site.view.shape))
+
+    def _group_of(self, p: Tensor) -> dict[str, Any]:
+        return self.param_groups[self._group_index[p]]
+
+    def _inspect_gradients(self) -> Tensor | None:
+        """Refuse bad gradients before anything changes; with "skip", return a flag on the device instead."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in params:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{self.sites[p].name} has a {p.grad.layout} gradient; only dense gradients are supported"
+                )
+        self._norms = {p: error_control.norm(p.grad) for p in params if p.grad is not None}
+        if not params:
+            return None
+        device = params[0].device
+        bad = ~torch.stack([n.to(device, non_blocking=True) for n in self._norms.values()]).sum().isfinite()
+        if self.on_nonfinite == "skip":
+            self._skipped = bad.long() if self._skipped is None else self._skipped + bad
+            return bad
+        # A norm may overflow where every entry is finite: look again before refusing.
+        if bool(bad):
+            culprits = [self.sites[p].name for p in params if p.grad is not None and not bool(p.grad.isfinite().all())]
+            if culprits:
+                raise RuntimeError(
+                    f"non-finite gradient in {', '.join(culprits)}: nothing was changed. Look for a diverging loss, or "
+                    f'pass on_nonfinite="skip" to skip such steps'
+                )
+        return None
+
+    def _kept_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
+        return nullcontext() if bad is None else _Kept(bad, params, self.state)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for a non-finite gradient since construction; reads the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def _measure(
+        self,
+        own: Tensor,
+        before: Tensor | None,
+        z: Tensor,
+        kept: Tensor | None,
+        loss: Loss | None,
+        state: dict[str, Any],
+        group: dict[str, Any],
+    ) -> None:
+        """Write this step's figures; see :mod:`comoving.diagnostics` for the formulas."""
+        figures = state[error_control.SLOT]
+        inside = error_control.norm(z).square()
+        if kept is None:  # nothing kept: g~ is g
+            total = own.square()
+            error = (total - inside).clamp_min(0).sqrt()
+            bound = error
+        else:
+            error = error_control.norm(kept)
+            # Between refreshes |g~|^2 = |z|^2 + |e|^2 without another pass over the gradient.
+            total = inside + error.square() if before is None else before.square()
+            q = (1 - inside / total.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0).sqrt()
+            stored = {n.removeprefix("feedback."): t for n, t in state.items() if n.startswith("feedback.")}
+            codec_error = group["codec"].error(stored)
+            bound = q * (own + figures[4]) + codec_error
+            if loss is not None:
+                lost = error_control.lost_momentum(
+                    loss.old_momentum, loss.new_momentum, loss.new_frame.overlap(loss.old_frame)
+                )
+                bound = bound + loss.factor * lost
+        captured = inside / total.clamp_min(torch.finfo(torch.float32).tiny)
+        figures[0], figures[3], figures[4] = captured, error, bound
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """Name -> {"captured", "overlap", "defect", "error", "bound"} of each projected parameter; reads the device once each.
+
+        The figures are those of :mod:`comoving.diagnostics` after the last step.
+        """
+        return {
+            self.sites[p].name: dict(zip(error_control.FIELDS, state[error_control.SLOT].tolist(), strict=True))
+            for p, state in self.state.items()
+            if error_control.SLOT in state
+        }
+
+    # --------------------------------------------------------------------------------------------- groups and checkpoints
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, or (name, parameter) pairs, with hyper-parameters of their own.
+
+        Raises:
+            ValueError: an empty group, a duplicate parameter, or a hyper-parameter that does not fit.
+            TypeError: an unknown hyper-parameter.
+        """
+        pairs = named(param_group["params"])
+        unknown = sorted(set(param_group) - set(self.defaults) - _FOREIGN)
+        if unknown:
+            raise TypeError(f"unknown hyper-parameters {unknown}; known are {sorted(self.defaults)}")
+        if not pairs:
+            raise ValueError("a parameter group is empty")
+        params = [p for _, p in pairs]
+        repeated = [n or i for i, (n, p) in enumerate(pairs) if p in self.sites or any(p is q for q in params[:i])]
+        if repeated:
+            raise ValueError(f"duplicate parameters: {repeated} are already in this or another group")
+        group = self.defaults | param_group
+        check_options(group)
+        sites = decide(pairs, group, first=len(self.sites))
+        super().add_param_group({**param_group, "params": pairs if pairs[0][0] is not None else params})
+        self._place(params, sites, len(self.param_groups) - 1)
+
+    def _place(self, params: list[Tensor], sites: list[Site], index: int) -> None:
+        """Register the sites, with phases that spread the work of refreshes evenly."""
+        every = self.param_groups[index]["refresh_every"]
+        load: dict[int, float] = {}
+        for p, site in self.sites.items():
+            if site.projected and self._group_of(p)["refresh_every"] == every:
+                load[site.phase] = load.get(site.phase, 0.0) + p.numel()
+        moving = [i for i, site in enumerate(sites) if site.projected]
+        phases = stagger((float(params[i].numel()) for i in moving), every, load)
+        phase_of = dict(zip(moving, phases, strict=True))
+        for i, (p, site) in enumerate(zip(params, sites, strict=True)):
+            self.sites[p] = replace(site, phase=phase_of.get(i, 0))
+            self._group_index[p] = index
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and plain data, with parts described by name and fields: loads with ``weights_only=True``."""
+        packed = super().state_dict()
+        packed["param_groups"] = [slots.describe_group(group) for group in packed["param_groups"]]
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, of this recipe at any rank, or of torch's AdamW. Dtypes stay as saved.
+
+        Learning rate, decay rates and the like are taken from the checkpoint; what makes the recipe must agree. Moments
+        of other ranks, and AdamW's, are carried into this optimizer's frames at the next step.
+
+        Raises:
+            ValueError: a checkpoint of another recipe, other groups or other shapes; nothing has changed then.
+        """
+        saved_groups = state_dict["param_groups"]
+        order = _match_parameters(saved_groups, self.param_groups)
+        for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=False)):
+            slots.check_recipe(saved, group, index)
+        admitted: dict[Tensor, dict[str, Any]] = {}
+        for p, key in order.items():
+            if key in state_dict["state"]:
+                admitted[p] = slots.admit(state_dict["state"][key], self.sites[p], self._group_of(p))
+        same = len(saved_groups) == len(self.param_groups)
+        groups = [
+            group | (slots.schedule_of(saved_groups[i if same else 0])) for i, group in enumerate(self.param_groups)
+        ]
+        for group in groups:
+            check_options(group)
+        packed = super().state_dict()["param_groups"]
+        packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
+        super().load_state_dict({"state": {}, "param_groups": packed})
+        for p, state in admitted.items():
+            self.state[p] = {name: self._owned(name, value, p) for name, value in state.items()}
+
+    def _owned(self, name: str, value: Any, p: Tensor) -> Any:
+        """A copy on the right device, in the dtype it was saved in."""
+        if not isinstance(value, Tensor):
+            return deepcopy(value)
+        on_host = value.ndim == 0 and self.on_nonfinite == "raise" and not self._group_of(p)["fused"]
+        return value.detach().clone().to("cpu" if on_host else p.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a deep copy."""
+        super().__setstate__(state)
+        if "sites" not in self.__dict__:
+            self.on_nonfinite, self.seed = "raise", 0
+            self._begin()
+            for index, group in enumerate(self.param_groups):
+                pairs = list(zip(group.get("param_names", [None] * len(group["params"])), group["params"], strict=True))
+                self._place(group["params"], decide(pairs, group, first=len(self.sites)), index)
+
+
+class _Kept(AbstractContextManager[None]):
+    """Undoes, where the device-side flag says so, what happens to parameters and their state inside."""
+
+    def __init__(self, bad: Tensor, params: list[Tensor], state: dict[Tensor, Any]) -> None:
+        self._bad, self._params, self._state = bad, params, state
+
+    def __enter__(self) -> None:
+        self._before = [
+            (p.clone(), {n: x.clone() for n, x in self._state[p].items() if isinstance(x, Tensor)})
+            for p in self._params
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for p, (value, slots_before) in zip(self._params, self._before, strict=True):
+            p.copy_(torch.where(self._bad, value, p))
+            for name, x in slots_before.items():
+                now = self._state[p].get(name)
+                if now is not None and now.shape == x.shape:
+                    now.copy_(torch.where(self._bad.to(x.device), x, now))
+
+
+def _usable(gradient: Tensor | None, bad: Tensor | None) -> Tensor:
+    """The gradient, zero where the flag is set: a decomposition must not see NaN."""
+    assert gradient is not None
+    return gradient if bad is None else torch.where(bad, torch.zeros_like(gradient), gradient)
+
+
+def _scale(site: Site, group: dict[str, Any]) -> float:
+    if not site.projected:
+        return 1.0
+    scale = group["scale"]
+    return scale if not isinstance(scale, str) else site.gain * (0.2 if scale == "0.2-match" else 1.0)
+
+
+def _match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
+    """Parameter -> key of its saved state: by name where both sides have names, by place otherwise."""
+    keys = [key for group in saved for key in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    if all("param_names" in group for group in (*saved, *groups)):
+        by_name = dict(zip((n for g in saved for n in g["param_names"]), keys, strict=True))
+        names = [n for g in groups for n in g["param_names"]]
+        if set(names) != set(by_name):
+            raise ValueError(
+                f"the checkpoint holds other parameters: missing {sorted(set(names) - set(by_name))}, unexpected "
+                f"{sorted(set(by_name) - set(names))}"
+            )
+        return {p: by_name[name] for name, p in zip(names, params, strict=True)}
+    sizes, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if sizes != here:
+        raise ValueError(
+            f"the checkpoint has groups of {sizes} parameters, this optimizer {here}: without names they can only be "
+            f"matched by place. Save from, and load into, optimizers that were given named_parameters()"
+        )
+    return dict(zip(params, keys, strict=True))

@@ -1,0 +1,161 @@
+"""Every method as a composition of parts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+from .adamw import AdamW
+from .codecs import Full, Int8
+from .finders import Exact, Power
+from .frames.modes import Rank
+from .groups import param_groups
+from .optimizer import LowRankOptimizer
+from .residual import Discard, Feedback
+from .transport import Carry, Keep, Rotate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: what it is, where it is published, and what it is made of.
+
+    Args:
+        name: its name in :func:`build`.
+        summary: one line.
+        paper: the arXiv id, or where else it is described.
+        options: hyper-parameters of :class:`comoving.LowRankOptimizer` that make the method.
+        relative_rate: its usual learning rate as a multiple of AdamW's.
+        full_rank: whether it ignores ``rank``.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    options: Mapping[str, Any] = field(default_factory=lambda: {})
+    relative_rate: float = 1.0
+    full_rank: bool = False
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Role -> part, in words, of what the recipe sets."""
+        return {role: _in_words(value) for role, value in self.options.items()}
+
+
+def _in_words(part: Any) -> str:
+    """A part without the fields that have their default value."""
+    if not hasattr(part, "__dataclass_fields__"):
+        return str(part)
+    set_fields = [f"{f.name}={getattr(part, f.name)!r}" for f in fields(part) if getattr(part, f.name) != f.default]
+    return f"{type(part).__name__}({', '.join(set_fields)})"
+
+
+_RECIPES = (
+    Recipe("adamw", "AdamW on every parameter: torch's own, |g|^2 for complex ones", "1711.05101", full_rank=True),
+    Recipe(
+        "galore",
+        "periodic SVD of the gradient, moments left in old coordinates",
+        "2403.03507",
+        dict(
+            finder=Exact(),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=200,
+            scale=0.25,
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "ldadam",
+        "power iteration at every step, moments rotated along, generalized error feedback",
+        "2410.16103",
+        dict(
+            finder=Power(momentum=0.908, start="exact"),
+            transport=Rotate(),
+            residual=Feedback(),
+            codec=Full(),
+            refresh_every=1,
+            scale=1.0,
+            betas=(0.908, 0.99),
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "tensor-galore",
+        "Tucker factors of the gradient, refreshed periodically, moments left in old coordinates",
+        "2501.02379",
+        dict(
+            finder=Exact(sweeps=1),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=50,
+            scale=1.0,
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "tucker-adam",
+        "update-aware Tensor-GaLore: moments rotated through every change of factors, error feedback",
+        "2501.02379 with 2410.16103, mode by mode",
+        dict(
+            finder=Power(momentum=0.9),
+            transport=Rotate(),
+            residual=Feedback(),
+            codec=Full(),
+            refresh_every=4,
+            scale="match",
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "comoving",
+        "the default: warm power iteration, moments carried with their mass, 8-bit error feedback",
+        "this package",
+        dict(
+            finder=Power(momentum=0.9),
+            transport=Carry(),
+            residual=Feedback(),
+            codec=Int8(),
+            refresh_every=4,
+            scale="match",
+        ),  # fmt: skip
+    ),
+)
+
+_SUFFIXES: dict[str, dict[str, Any]] = {"+ef": {"residual": Feedback()}}
+
+
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name."""
+    return {recipe.name: recipe for recipe in _RECIPES}
+
+
+def build(
+    recipe: str, model: nn.Module, lr: float | None = None, rank: Rank = 0.25, **options: Any
+) -> LowRankOptimizer:
+    """An optimizer for a model, by the name of its method.
+
+    Args:
+        recipe: a name of :func:`recipes`, optionally with the suffix "+ef" for error feedback.
+        model: the model; :func:`comoving.param_groups` chooses what is projected.
+        lr: learning rate; default 1e-3 times the recipe's relative rate.
+        rank: of the projected parameters; ignored by full-rank recipes.
+        **options: more hyper-parameters, over the recipe's own; ``dense`` and ``project`` go to
+            :func:`comoving.param_groups`.
+
+    Raises:
+        ValueError: an unknown recipe or suffix, or a value outside its interval.
+        TypeError: an unknown hyper-parameter.
+    """
+    name, plus, suffix = recipe.partition("+")
+    known = recipes()
+    if name not in known or (plus and plus + suffix not in _SUFFIXES):
+        raise ValueError(
+            f"unknown recipe {recipe!r}; known are {', '.join(known)}, with suffixes {', '.join(_SUFFIXES)}"
+        )
+    method = known[name]
+    choice = {key: options.pop(key) for key in ("dense", "project") if key in options}
+    groups = param_groups(model, rank=1.0 if method.full_rank else rank, **choice)
+    settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **options}
+    rate = 1e-3 * method.relative_rate if lr is None else lr
+    kind = AdamW if name == "comoving" else LowRankOptimizer
+    return kind(groups, rate, **settings)

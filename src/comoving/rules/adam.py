@@ -1,0 +1,41 @@
+"""Adam in the core."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..linalg import abs_squared
+from ..slots import Kind, Slot
+from ..transport import Clock, mass_of
+
+FIRST, SECOND = "moment.first", "moment.second"
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (arXiv 1412.6980) with bias correction, real second moments for complex z.
+
+    m <- b1 m + (1 - b1) z
+    v <- b2 v + (1 - b2) |z|^2
+    d = (m / c1) / (sqrt(v / c2) + eps),     c = 1 - b^t
+
+    Where the transport carries a mass kappa of v, kappa stands in place of c2. m has z's dtype, v is real, both core-sized.
+    """
+
+    slots = (Slot(FIRST, Kind.LINEAR), Slot(SECOND, Kind.VARIANCE, mean=FIRST))
+    momentum = FIRST
+
+    def reentry(self, clock: Clock) -> float:
+        """b1 / (1 - b1): the sum of what a unit of m would still have added to later m."""
+        return clock.beta1 / (1 - clock.beta1)
+
+    def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
+        """The two averages, in place."""
+        state[FIRST].lerp_(z, 1 - clock.beta1)
+        state[SECOND].mul_(clock.beta2).add_(abs_squared(z), alpha=1 - clock.beta2)
+
+    def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
+        """d, a new tensor."""
+        mass = state.get(mass_of(SECOND))
+        scale = (state[SECOND] / (clock.weight2 if mass is None else mass)).sqrt_().add_(eps).mul_(clock.weight1)
+        return state[FIRST] / scale

@@ -1,0 +1,28 @@
+"""When frames are refreshed: every k steps, staggered over the parameters so that no step pays for all."""
+
+from collections.abc import Iterable, Mapping
+
+
+def refresh_due(tick: int, every: int, phase: int) -> bool:
+    """Whether a parameter refreshes at its step number ``tick`` (from 0): at the first, then whenever tick = phase mod every."""
+    return tick == 0 or tick % every == phase
+
+
+def stagger(costs: Iterable[float], every: int, load: Mapping[int, float] | None = None) -> list[int]:
+    """A phase in 0 ... every - 1 for each parameter, dearest first, each where the least work is so far.
+
+    Args:
+        costs: work of one refresh for each parameter, in any unit.
+        every: the refresh period, >= 1.
+        load: work already placed, phase -> cost, for parameters that join later.
+
+    Returns:
+        Phases in the order of ``costs``. A single parameter gets phase 0.
+    """
+    costs = list(costs)
+    total = {phase: 0.0 for phase in range(every)} | dict(load or {})
+    phases = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        phases[i] = min(total, key=lambda phase: (total[phase], phase))
+        total[phases[i]] += costs[i]
+    return phases

@@ -1,0 +1,214 @@
+"""A parameter's state as flat tensors: what slots it has, what it weighs, and what a checkpoint may become."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .codecs import Part
+from .diagnostics import FIELDS, SLOT
+from .rules.adam import FIRST, SECOND
+from .sites import Site
+from .slots import Kind, Slot
+from .transport import Clock
+from .views import View
+
+SECOND_MAX = "moment.second.max"
+_TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
+# What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
+_STRUCTURE = (
+    "view", "side", "frame", "finder", "transport", "rule", "residual", "codec", "scale", "refresh_every", "amsgrad",
+)  # fmt: skip
+_OURS = {*_STRUCTURE, "rank", "select", "reasons", "param_names", "params"}
+
+
+def rule_slots(site: Site, group: Mapping[str, Any]) -> tuple[Slot, ...]:
+    """The slots of the rule, and of the transport where the parameter is projected."""
+    rule = group["rule"].slots
+    return (*rule, *group["transport"].slots(rule)) if site.projected else rule
+
+
+def slot_part(slot: Slot, site: Site) -> Part:
+    """Shape and dtype of one slot of the rule or the transport."""
+    core = site.core_shape
+    real = site.view.dtype.to_real() if site.view.dtype.is_complex else site.view.dtype
+    if slot.kind is Kind.LINEAR:
+        return Part(core, site.view.dtype)
+    if slot.kind is Kind.VARIANCE:
+        return Part(core, real)
+    if slot.kind is Kind.MASS:
+        return Part(tuple(1 if r is None else r for r in site.ranks), real)
+    return Part((), torch.float32)
+
+
+def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
+    """Every tensor of a parameter's state between two steps."""
+    parts = {"step": Part((), torch.float32)}
+    if site.plain:
+        names = (FIRST, SECOND, SECOND_MAX) if group["amsgrad"] else (FIRST, SECOND)
+        return parts | {name: Part(site.view.stored_shape, site.view.stored_dtype) for name in names}
+    parts |= {slot.name: slot_part(slot, site) for slot in rule_slots(site, group)}
+    if site.projected:
+        shape, dtype = site.view.shape, site.view.dtype
+        parts |= group["frame"].parts(shape, site.ranks, dtype)
+        parts |= group["residual"].parts(group["codec"], shape, dtype)
+        if group["diagnostics"]:
+            parts[SLOT] = Part((len(FIELDS),), torch.float32)
+    return parts
+
+
+def part_bytes(part: Part) -> int:
+    """Bytes of one stored tensor."""
+    return prod(part.shape) * part.dtype.itemsize
+
+
+def state_bytes(optimizer: Optimizer, projected: bool = False) -> int:
+    """Exact bytes of an optimizer's state: the storages of its tensors, each counted once.
+
+    Args:
+        optimizer: any torch optimizer whose state holds tensors.
+        projected: count only what belongs to projected parameters: frame, moments, feedback, scales, finder state. 0 for
+            an optimizer that is not ours.
+    """
+    sites: Mapping[Tensor, Site] = getattr(optimizer, "sites", {})
+    storages: dict[int, int] = {}
+    for p, slots in optimizer.state.items():
+        if projected and not (p in sites and sites[p].projected):
+            continue
+        for value in slots.values():
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                storages[id(storage) if storage.data_ptr() == 0 else storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def describe(value: Any) -> Any:
+    """A hyper-parameter as plain data, so that checkpoints load with ``weights_only=True``: a part as name and fields."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"part": type(value).__name__, **asdict(value)}
+    return value
+
+
+def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group with every part described."""
+    return {key: describe(value) for key, value in group.items()}
+
+
+def schedule_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loaded group takes over: the rate, decay rates and schedulers' marks, not what makes the recipe."""
+    return {key: value for key, value in saved.items() if key not in _OURS}
+
+
+def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> None:
+    """Raise unless a saved group was made by the same recipe; a group of torch's AdamW has none of the keys and passes.
+
+    Raises:
+        ValueError: naming each hyper-parameter that differs, with both values.
+    """
+    differing = [
+        f"{key}: saved {saved[key]!r}, here {describe(group[key])!r}"
+        for key in _STRUCTURE
+        if key in saved and saved[key] != describe(group[key])
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint's group {index} comes from another recipe; build the optimizer with the recipe it was saved "
+            f"from, or start with fresh state. " + "; ".join(differing)
+        )
+
+
+def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state, checked and, where ranks differ or it is torch's AdamW's, made fit for this optimizer.
+
+    State of other ranks keeps its old frame: the next step finds that it does not fit and carries the moments over.
+    Dense state counts as a frame that is whole everywhere, so AdamW's moments are carried into the subspace just so.
+
+    Raises:
+        ValueError: what does not fit, with the parameter's name.
+    """
+    state = _renamed(saved, site)
+    expected = layout(site, group)
+    if site.plain:
+        _check_parts(state, expected, site, ignore=("tick",))
+        return {name: state[name] for name in expected}
+    state.setdefault("tick", 0)
+    moved = {n for n in {*state, *expected} if n.startswith("frame.")} | {s.name for s in rule_slots(site, group)}
+    fits = all(name in state and tuple(state[name].shape) == expected[name].shape for name in moved if name in expected)
+    if not fits and site.projected:
+        _check_movable(state, site, group)
+        if FIRST in state:
+            betas = group["betas"]
+            own = group["transport"].slots(group["rule"].slots)
+            if any(slot.name not in state for slot in own):
+                group["transport"].adopt(state, group["rule"].slots, Clock(state["step"], *betas))
+        expected = {name: part for name, part in expected.items() if name not in moved}
+        # Dense state has no feedback and no record of its error: both start at zero.
+        if not any(name.startswith("frame.") for name in state):
+            state = _zeros(expected, state["step"].device, state) | state
+    _check_parts(state, expected, site, ignore=("tick", *moved))
+    return state
+
+
+def _zeros(parts: Mapping[str, Part], device: torch.device, present: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {n: torch.zeros(p.shape, dtype=p.dtype, device=device) for n, p in parts.items() if n not in present}
+
+
+def _renamed(saved: Mapping[str, Any], site: Site) -> dict[str, Any]:
+    """Torch's names in ours; torch keeps a complex second moment as two real ones, of which |g|^2 is the sum."""
+    state = {_TORCH_NAMES.get(name, name): value for name, value in saved.items()}
+    dense = FIRST in state and not any(name.startswith("frame.") for name in state)
+    if not isinstance(state.get("step"), Tensor):
+        state["step"] = torch.tensor(float(state.get("step", 0)))
+    if dense and not site.plain and tuple(state[FIRST].shape) == site.view.stored_shape:
+        if SECOND_MAX in state:
+            raise ValueError(f"{site.name}: state of amsgrad has no meaning in a moving subspace")
+        state[FIRST] = site.view.see(state[FIRST])
+        state[SECOND] = _real_second(state[SECOND], site.view)
+    return state
+
+
+def _real_second(v: Tensor, view: View) -> Tensor:
+    if v.is_complex():
+        v = torch.view_as_real(v).sum(-1)
+    elif view.name == "pairs" and tuple(v.shape) == view.stored_shape:
+        v = v.sum(-1)
+    real = view.dtype.to_real() if view.dtype.is_complex else view.dtype
+    return v.to(real).reshape(view.shape)
+
+
+def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> None:
+    """Raise unless the state is a consistent frame of other ranks whose moments the transport can move here."""
+    if FIRST not in state or SECOND not in state:
+        raise ValueError(
+            f"{site.name}: the checkpoint has no moments that could be taken over (it has {sorted(state)})"
+        )
+    frame = group["frame"].load(state, len(site.view.shape))
+    core = tuple(d if r is None else r for d, r in zip(site.view.shape, frame.ranks, strict=True))
+    rows = tuple(d if u is None else u.shape[0] for d, u in zip(site.view.shape, frame.factors, strict=True))
+    if rows != site.view.shape or tuple(state[FIRST].shape) != core or tuple(state[SECOND].shape) != core:
+        raise ValueError(
+            f"{site.name}: the checkpoint's moments have shape {tuple(state[FIRST].shape)}, which belongs to no frame of "
+            f"a parameter of shape {site.view.shape}"
+        )
+    if not group["transport"].resizes:
+        raise ValueError(
+            f"{site.name}: the checkpoint has ranks {frame.ranks}, this optimizer {site.ranks}, and transport "
+            f"{group['transport']} cannot take moments from one to the other: use Carry(), Rotate() or Reset(), or "
+            f"the saved rank"
+        )
+
+
+def _check_parts(state: Mapping[str, Any], expected: Mapping[str, Part], site: Site, ignore: tuple[str, ...]) -> None:
+    missing = sorted(set(expected) - set(state))
+    surplus = sorted(set(state) - set(expected) - set(ignore))
+    if missing or surplus:
+        raise ValueError(f"{site.name}: the checkpoint's state does not fit: missing {missing}, unexpected {surplus}")
+    for name, part in expected.items():
+        if tuple(state[name].shape) != part.shape:
+            raise ValueError(
+                f"{site.name}: {name} has shape {tuple(state[name].shape)} in the checkpoint, {part.shape} here"
+            )

@@ -1,0 +1,80 @@
+"""How a parameter is seen: as it is, as a matrix, or real pairs as complex numbers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ViewName = Literal["tensor", "matrix", "pairs"]
+VIEWS: tuple[ViewName, ...] = ("tensor", "matrix", "pairs")
+
+_WORKING = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """The shape and field in which the engine sees a parameter.
+
+    tensor   (d_1, ..., d_N) as stored
+    matrix   (d_1, d_2 ... d_N): all modes but the first as one, for convolution kernels
+    pairs    (d_1, ..., d_{N-1}) complex, from a real tensor whose last mode holds real and imaginary part
+
+    Half precision is worked on in float32, complex32 in complex64.
+
+    Args:
+        name: one of the three.
+        shape: the parameter's own shape.
+        dtype: the parameter's own dtype.
+    """
+
+    name: ViewName
+    stored_shape: tuple[int, ...]
+    stored_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.name not in VIEWS:
+            raise ValueError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {self.name!r}")
+        if self.name == "matrix" and len(self.stored_shape) < 2:
+            raise ValueError(f'view "matrix" needs at least two modes, got shape {self.stored_shape}')
+        if self.name == "pairs" and (
+            len(self.stored_shape) < 2 or self.stored_shape[-1] != 2 or self.stored_dtype.is_complex
+        ):
+            raise ValueError(
+                f'view "pairs" needs a real tensor whose last mode has size 2, got {self.stored_dtype} {self.stored_shape}'
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the engine sees."""
+        if self.name == "matrix":
+            first, *rest = self.stored_shape
+            return (first, int(torch.Size(rest).numel()))
+        return self.stored_shape[:-1] if self.name == "pairs" else self.stored_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the engine works in."""
+        working = _WORKING.get(self.stored_dtype, self.stored_dtype)
+        return working.to_complex() if self.name == "pairs" else working
+
+    def see(self, x: Tensor) -> Tensor:
+        """x, of the parameter's shape and dtype, in the engine's shape and working dtype; shares storage where it can."""
+        x = x.to(_WORKING.get(x.dtype, x.dtype))
+        if self.name == "pairs":
+            return torch.view_as_complex(x.contiguous())
+        return x.reshape(self.shape)
+
+    def see_storage(self, x: Tensor) -> Tensor | None:
+        """x in the engine's shape, sharing x's storage so that writing there writes to x; None where that is impossible."""
+        if x.dtype in _WORKING or not x.is_contiguous():
+            return None
+        return self.see(x)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`see`, in working precision: x in the parameter's own shape."""
+        return torch.view_as_real(x) if self.name == "pairs" else x.reshape(self.stored_shape)
