@@ -1,12 +1,12 @@
 """Error control: what projection and change of frame throw away, measured and bounded while training runs.
 
-Per parameter and step, with g~ = g + e_{t-1} the gradient and what feedback kept, z = F'^H g~, and q^2 = 1 - |z|^2/|g~|^2:
+Per parameter and step, with g~ = g + e_{t-1} the gradient and what feedback kept, z = F'^H g~, q^2 = 1 - |z|^2/|g~|^2:
 
     captured   |z|^2 / |g~|^2 = 1 - q^2, the share of g~'s energy inside the frame
-    overlap    max_n || I - R_n^H R_n ||_F over the modes at the last refresh: 0 for the same span, sqrt(r) for none shared
+    overlap    max_n || I - R_n^H R_n ||_F over the modes at the last refresh: 0 for the same span, sqrt(r) at worst
     defect     max |U_n^H U_n - I| of the frame at the last refresh
-    error      the Frobenius norm of what is kept (feedback) or lost in this step (no feedback)
-    bound      error <= q (|g| + bound before) + b1/(1 - b1) |F m - F' m'| + codec error, the running bound on the same
+    error      the Frobenius norm of what is kept (feedback), before it is encoded, or lost in this step (no feedback)
+    bound      q (|g| + bound before) + b1/(1 - b1) |F m - F' m'| + codec error, the running bound on the error
 
 Everything is computed on the parameter's device, without reading it there.
 """
@@ -18,8 +18,35 @@ from .codecs.base import as_real
 from .linalg import multilinear
 from .transport import Overlap
 
+_TINY = torch.finfo(torch.float32).tiny
 FIELDS = ("captured", "overlap", "defect", "error", "bound")
 SLOT = "diagnostics"
+
+
+def measure(  # noqa: PLR0917
+    figures: Tensor, own: Tensor, total: Tensor | None, core: Tensor, kept: Tensor | None, codec: Tensor, lost: Tensor
+) -> None:
+    """Write "captured", "error" and "bound" of one step into the figures, in place.
+
+    Args:
+        figures: (5,) float32, in the order of :data:`FIELDS`.
+        own: |g|.
+        total: |g~| where it was measured; else |g~|^2 = |z|^2 + |e|^2, which holds while the frame stands.
+        core: z.
+        kept: e before it is encoded, or None without feedback.
+        codec: bound on the codec's error.
+        lost: b1/(1 - b1) |F m - F' m'|.
+    """
+    inside = norm(core).square()
+    if kept is None:
+        energy = own.square()
+        error = bound = (energy - inside).clamp_min(0).sqrt()
+    else:
+        error = norm(kept)
+        energy = inside + error.square() if total is None else total.square()
+        q = (1 - inside / energy.clamp_min(_TINY)).clamp_min(0).sqrt()
+        bound = q * (own + figures[4]) + lost + codec
+    figures[0], figures[3], figures[4] = inside / energy.clamp_min(_TINY), error, bound
 
 
 def norm(x: Tensor) -> Tensor:
@@ -38,8 +65,8 @@ def overlap_defect(overlap: Overlap) -> Tensor:
 def lost_momentum(old: Tensor, new: Tensor, overlap: Overlap) -> Tensor:
     """|F m - F' m'| from coordinates alone: sqrt(|m|^2 - 2 Re<R m, m'> + |m'|^2).
 
-    The difference of nearly equal squares is uncertain by a few rounding errors of |m|^2, which are added so that a bound
-    built on it stays one.
+    The difference of nearly equal squares is uncertain by a few rounding errors of |m|^2, which are added so that a
+    bound built on it stays one.
     """
     cross = torch.sum(as_real(multilinear(old, overlap)) * as_real(new)).float()
     squares = norm(old).square() + norm(new).square()

@@ -144,9 +144,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into a projected and a dense group.
 
-    Embeddings (by module type, or name), output heads (what ``get_output_embeddings()`` returns, or by name; never merely
-    the last layer), norms, biases and everything else with fewer than two modes stay dense; so do, when the optimizer is
-    built, tensors that projection would not make smaller. A weight that is tied to an embedding or head is one. Frozen
+    Embeddings (by module type, or name), output heads (what ``get_output_embeddings()`` returns, or by name; never
+    merely the last layer), norms, biases and everything else with fewer than two modes stay dense; so do, when the
+    optimizer is built, tensors that projection would not make smaller. A weight that is tied to an embedding or head is one. Frozen
     parameters are left out.
 
     Args:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.adam import adam as torch_adam
 
 from . import diagnostics as error_control
+from . import gradients
 from . import state as slots
 from .codecs import Codec, Full
 from .finders import Finder, Operand, Power
@@ -44,8 +45,8 @@ class LowRankOptimizer(Optimizer):
     6. lift: F' d, scaled;
     7. p <- (1 - lr weight_decay) p - lr scale F' d.
 
-    Steps 1-4 are :meth:`absorb`, 5-7 :meth:`apply`. Dense real parameters are stepped by torch's own AdamW, bit for bit;
-    dense complex ones by the same rule in a whole frame, with |g|^2 as second moment.
+    Steps 1-4 are :meth:`absorb`, 5-7 :meth:`apply`. Dense real parameters are stepped by torch's own AdamW, bit for
+    bit; dense complex ones by the same rule in a whole frame, with |g|^2 as second moment.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either; see :func:`comoving.param_groups`. With names,
@@ -67,14 +68,15 @@ class LowRankOptimizer(Optimizer):
         diagnostics: measure and bound errors at every step; see :meth:`diagnostics`.
         select: "auto" lets names decide what stays dense, "shape" ignores them.
         reasons: parameter name -> why it stays dense, for those that shall.
-        on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip" leaves
-            parameters and state as they were, decided on the device, and counts (:attr:`skipped_steps`).
+        on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip"
+            leaves parameters and state as they were, decided on the device, and counts (:attr:`skipped_steps`).
         seed: of the random directions that a first frame may start from.
 
     Every argument but the last two is a default for all groups and can be set in each group.
 
     Raises:
-        ValueError, TypeError: at construction, for anything outside its interval; at a step, for sparse or non-finite gradients.
+        ValueError, TypeError: at construction, for anything outside its interval.
+        RuntimeError: at a step, for sparse or non-finite gradients.
     """
 
     sites: dict[Tensor, Site]
@@ -154,15 +156,16 @@ class LowRankOptimizer(Optimizer):
                 loss = closure()
         bad = self._inspect_gradients()
         for group in self.param_groups:
-            with_gradient = [p for p in group["params"] if p.grad is not None]
-            for p in with_gradient:
+            ready = [p for p in group["params"] if p.grad is not None]
+            for p in ready:
                 self._open(p, self.state[p], self.sites[p], group)
+            for p in ready:
                 if not self.sites[p].plain:
-                    with self._kept_if(bad, [p]):
-                        self.absorb(p, _usable(p.grad, bad))
+                    with self._undone_if(bad, [p]):
+                        self.absorb(p, gradients.usable(p.grad, bad))
                         self.apply(p)
-            dense = [p for p in with_gradient if self.sites[p].plain]
-            with self._kept_if(bad, dense):
+            dense = [p for p in ready if self.sites[p].plain]
+            with self._undone_if(bad, dense):
                 self._step_dense(dense, group)
         return loss
 
@@ -183,12 +186,12 @@ class LowRankOptimizer(Optimizer):
                 loss = self._refresh(restored, state, site, group)  # 3
         frame = self._frame(state, site, group)
         z = frame.project(restored)  # 4
-        before = error_control.norm(restored) if loss is not None and group["diagnostics"] else None
+        total = error_control.norm(restored) if loss is not None and group["diagnostics"] else None
         kept = residual.keep(restored, z, frame, loss, state, group["codec"])
         if site.projected and group["diagnostics"]:
-            own = self._norms.get(p)
-            own = error_control.norm(seen) if own is None else own
-            self._measure(own, before, z, kept, loss, state, group)
+            own = self._norms[p] if p in self._norms else error_control.norm(seen)
+            codec, lost = residual.error(state, group["codec"]), _lost_norm(loss, own)
+            error_control.measure(state[error_control.SLOT], own, total, z, kept, codec, lost)
         state["core"] = state["core"] + z if "core" in state else z
 
     @torch.no_grad()
@@ -315,74 +318,30 @@ class LowRankOptimizer(Optimizer):
     def _inspect_gradients(self) -> Tensor | None:
         """Refuse bad gradients before anything changes; with "skip", return a flag on the device instead."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p in params:
-            if p.grad is not None and p.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{self.sites[p].name} has a {p.grad.layout} gradient; only dense gradients are supported"
-                )
-        self._norms = {p: error_control.norm(p.grad) for p in params if p.grad is not None}
+        gradients.check_layout(params, self.sites)
+        self._norms = gradients.norms(params)
         if not params:
             return None
-        device = params[0].device
-        bad = ~torch.stack([n.to(device, non_blocking=True) for n in self._norms.values()]).sum().isfinite()
+        bad = gradients.any_nonfinite(self._norms)
         if self.on_nonfinite == "skip":
             self._skipped = bad.long() if self._skipped is None else self._skipped + bad
             return bad
-        # A norm may overflow where every entry is finite: look again before refusing.
         if bool(bad):
-            culprits = [self.sites[p].name for p in params if p.grad is not None and not bool(p.grad.isfinite().all())]
-            if culprits:
-                raise RuntimeError(
-                    f"non-finite gradient in {', '.join(culprits)}: nothing was changed. Look for a diverging loss, or "
-                    f'pass on_nonfinite="skip" to skip such steps'
-                )
+            gradients.refuse_nonfinite(params, self.sites)
         return None
 
-    def _kept_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
-        return nullcontext() if bad is None else _Kept(bad, params, self.state)
+    def _undone_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
+        return nullcontext() if bad is None else gradients.Undo(bad, params, self.state)
 
     @property
     def skipped_steps(self) -> int:
         """Steps skipped for a non-finite gradient since construction; reads the device."""
         return 0 if self._skipped is None else int(self._skipped)
 
-    def _measure(
-        self,
-        own: Tensor,
-        before: Tensor | None,
-        z: Tensor,
-        kept: Tensor | None,
-        loss: Loss | None,
-        state: dict[str, Any],
-        group: dict[str, Any],
-    ) -> None:
-        """Write this step's figures; see :mod:`comoving.diagnostics` for the formulas."""
-        figures = state[error_control.SLOT]
-        inside = error_control.norm(z).square()
-        if kept is None:  # nothing kept: g~ is g
-            total = own.square()
-            error = (total - inside).clamp_min(0).sqrt()
-            bound = error
-        else:
-            error = error_control.norm(kept)
-            # Between refreshes |g~|^2 = |z|^2 + |e|^2 without another pass over the gradient.
-            total = inside + error.square() if before is None else before.square()
-            q = (1 - inside / total.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0).sqrt()
-            stored = {n.removeprefix("feedback."): t for n, t in state.items() if n.startswith("feedback.")}
-            codec_error = group["codec"].error(stored)
-            bound = q * (own + figures[4]) + codec_error
-            if loss is not None:
-                lost = error_control.lost_momentum(
-                    loss.old_momentum, loss.new_momentum, loss.new_frame.overlap(loss.old_frame)
-                )
-                bound = bound + loss.factor * lost
-        captured = inside / total.clamp_min(torch.finfo(torch.float32).tiny)
-        figures[0], figures[3], figures[4] = captured, error, bound
-
     def diagnostics(self) -> dict[str, dict[str, float]]:
-        """Name -> {"captured", "overlap", "defect", "error", "bound"} of each projected parameter; reads the device once each.
+        """Name -> {"captured", "overlap", "defect", "error", "bound"} of each projected parameter.
 
-        The figures are those of :mod:`comoving.diagnostics` after the last step.
+        The figures are those of :mod:`comoving.diagnostics` after the last step; each parameter's are read at once.
         """
         return {
             self.sites[p].name: dict(zip(error_control.FIELDS, state[error_control.SLOT].tolist(), strict=True))
@@ -390,7 +349,7 @@ class LowRankOptimizer(Optimizer):
             if error_control.SLOT in state
         }
 
-    # --------------------------------------------------------------------------------------------- groups and checkpoints
+    # -------------------------------------------------------------------------------------------- groups, checkpoints
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, or (name, parameter) pairs, with hyper-parameters of their own.
@@ -430,7 +389,7 @@ class LowRankOptimizer(Optimizer):
             self._group_index[p] = index
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and plain data, with parts described by name and fields: loads with ``weights_only=True``."""
+        """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``."""
         packed = super().state_dict()
         packed["param_groups"] = [slots.describe_group(group) for group in packed["param_groups"]]
         return packed
@@ -445,27 +404,22 @@ class LowRankOptimizer(Optimizer):
         Raises:
             ValueError: a checkpoint of another recipe, other groups or other shapes; nothing has changed then.
         """
-        saved_groups = state_dict["param_groups"]
-        order = _match_parameters(saved_groups, self.param_groups)
-        for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=False)):
-            slots.check_recipe(saved, group, index)
-        admitted: dict[Tensor, dict[str, Any]] = {}
-        for p, key in order.items():
-            if key in state_dict["state"]:
-                admitted[p] = slots.admit(state_dict["state"][key], self.sites[p], self._group_of(p))
-        same = len(saved_groups) == len(self.param_groups)
-        groups = [
-            group | (slots.schedule_of(saved_groups[i if same else 0])) for i, group in enumerate(self.param_groups)
-        ]
-        for group in groups:
-            check_options(group)
+        saved = state_dict["param_groups"]
+        keys = slots.match_parameters(saved, self.param_groups)
+        groups = slots.load_groups(saved, self.param_groups)
+        admitted = {
+            p: slots.admit(state_dict["state"][key], self.sites[p], self._group_of(p))
+            for p, key in keys.items()
+            if key in state_dict["state"]
+        }
         packed = super().state_dict()["param_groups"]
         packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
+        # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
         super().load_state_dict({"state": {}, "param_groups": packed})
         for p, state in admitted.items():
-            self.state[p] = {name: self._owned(name, value, p) for name, value in state.items()}
+            self.state[p] = {name: self._owned(value, p) for name, value in state.items()}
 
-    def _owned(self, name: str, value: Any, p: Tensor) -> Any:
+    def _owned(self, value: Any, p: Tensor) -> Any:
         """A copy on the right device, in the dtype it was saved in."""
         if not isinstance(value, Tensor):
             return deepcopy(value)
@@ -483,31 +437,12 @@ class LowRankOptimizer(Optimizer):
                 self._place(group["params"], decide(pairs, group, first=len(self.sites)), index)
 
 
-class _Kept(AbstractContextManager[None]):
-    """Undoes, where the device-side flag says so, what happens to parameters and their state inside."""
-
-    def __init__(self, bad: Tensor, params: list[Tensor], state: dict[Tensor, Any]) -> None:
-        self._bad, self._params, self._state = bad, params, state
-
-    def __enter__(self) -> None:
-        self._before = [
-            (p.clone(), {n: x.clone() for n, x in self._state[p].items() if isinstance(x, Tensor)})
-            for p in self._params
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for p, (value, slots_before) in zip(self._params, self._before, strict=True):
-            p.copy_(torch.where(self._bad, value, p))
-            for name, x in slots_before.items():
-                now = self._state[p].get(name)
-                if now is not None and now.shape == x.shape:
-                    now.copy_(torch.where(self._bad.to(x.device), x, now))
-
-
-def _usable(gradient: Tensor | None, bad: Tensor | None) -> Tensor:
-    """The gradient, zero where the flag is set: a decomposition must not see NaN."""
-    assert gradient is not None
-    return gradient if bad is None else torch.where(bad, torch.zeros_like(gradient), gradient)
+def _lost_norm(loss: Loss | None, like: Tensor) -> Tensor:
+    """b1/(1 - b1) |F m - F' m'|."""
+    if loss is None:
+        return torch.zeros_like(like)
+    overlap = loss.new_frame.overlap(loss.old_frame)
+    return loss.factor * error_control.lost_momentum(loss.old_momentum, loss.new_momentum, overlap)
 
 
 def _scale(site: Site, group: dict[str, Any]) -> float:
@@ -515,25 +450,3 @@ def _scale(site: Site, group: dict[str, Any]) -> float:
         return 1.0
     scale = group["scale"]
     return scale if not isinstance(scale, str) else site.gain * (0.2 if scale == "0.2-match" else 1.0)
-
-
-def _match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
-    """Parameter -> key of its saved state: by name where both sides have names, by place otherwise."""
-    keys = [key for group in saved for key in group["params"]]
-    params = [p for group in groups for p in group["params"]]
-    if all("param_names" in group for group in (*saved, *groups)):
-        by_name = dict(zip((n for g in saved for n in g["param_names"]), keys, strict=True))
-        names = [n for g in groups for n in g["param_names"]]
-        if set(names) != set(by_name):
-            raise ValueError(
-                f"the checkpoint holds other parameters: missing {sorted(set(names) - set(by_name))}, unexpected "
-                f"{sorted(set(by_name) - set(names))}"
-            )
-        return {p: by_name[name] for name, p in zip(names, params, strict=True)}
-    sizes, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes != here:
-        raise ValueError(
-            f"the checkpoint has groups of {sizes} parameters, this optimizer {here}: without names they can only be "
-            f"matched by place. Save from, and load into, optimizers that were given named_parameters()"
-        )
-    return dict(zip(params, keys, strict=True))

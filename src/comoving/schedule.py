@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 
 def refresh_due(tick: int, every: int, phase: int) -> bool:
-    """Whether a parameter refreshes at its step number ``tick`` (from 0): at the first, then whenever tick = phase mod every."""
+    """Whether a parameter refreshes at its step number ``tick``: at 0, then whenever tick = phase modulo every."""
     return tick == 0 or tick % every == phase
 
 

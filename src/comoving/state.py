@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .codecs import Part
 from .diagnostics import FIELDS, SLOT
+from .groups import check_options
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind, Slot
@@ -71,8 +72,8 @@ def state_bytes(optimizer: Optimizer, projected: bool = False) -> int:
 
     Args:
         optimizer: any torch optimizer whose state holds tensors.
-        projected: count only what belongs to projected parameters: frame, moments, feedback, scales, finder state. 0 for
-            an optimizer that is not ours.
+        projected: count only what belongs to projected parameters: frame, moments, feedback, scales, finder state.
+            0 for an optimizer that is not ours.
     """
     sites: Mapping[Tensor, Site] = getattr(optimizer, "sites", {})
     storages: dict[int, int] = {}
@@ -87,7 +88,7 @@ def state_bytes(optimizer: Optimizer, projected: bool = False) -> int:
 
 
 def describe(value: Any) -> Any:
-    """A hyper-parameter as plain data, so that checkpoints load with ``weights_only=True``: a part as name and fields."""
+    """A hyper-parameter as plain data, which loads with ``weights_only=True``: a part as its name and fields."""
     if is_dataclass(value) and not isinstance(value, type):
         return {"part": type(value).__name__, **asdict(value)}
     return value
@@ -116,8 +117,8 @@ def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int)
     ]
     if differing:
         raise ValueError(
-            f"the checkpoint's group {index} comes from another recipe; build the optimizer with the recipe it was saved "
-            f"from, or start with fresh state. " + "; ".join(differing)
+            f"the checkpoint's group {index} comes from another recipe; build the optimizer with the recipe it was "
+            f"saved from, or start with fresh state. " + "; ".join(differing)
         )
 
 
@@ -191,8 +192,8 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     rows = tuple(d if u is None else u.shape[0] for d, u in zip(site.view.shape, frame.factors, strict=True))
     if rows != site.view.shape or tuple(state[FIRST].shape) != core or tuple(state[SECOND].shape) != core:
         raise ValueError(
-            f"{site.name}: the checkpoint's moments have shape {tuple(state[FIRST].shape)}, which belongs to no frame of "
-            f"a parameter of shape {site.view.shape}"
+            f"{site.name}: the checkpoint's moments have shape {tuple(state[FIRST].shape)}, which belongs to no frame "
+            f"of a parameter of shape {site.view.shape}"
         )
     if not group["transport"].resizes:
         raise ValueError(
@@ -212,3 +213,46 @@ def _check_parts(state: Mapping[str, Any], expected: Mapping[str, Part], site: S
             raise ValueError(
                 f"{site.name}: {name} has shape {tuple(state[name].shape)} in the checkpoint, {part.shape} here"
             )
+
+
+def match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
+    """Parameter -> key of its saved state: by name where both sides have names, by place otherwise.
+
+    Raises:
+        ValueError: other names, or other group sizes.
+    """
+    keys = [key for group in saved for key in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    if all("param_names" in group for group in (*saved, *groups)):
+        by_name = dict(zip((n for g in saved for n in g["param_names"]), keys, strict=True))
+        names = [n for g in groups for n in g["param_names"]]
+        if set(names) != set(by_name):
+            raise ValueError(
+                f"the checkpoint holds other parameters: missing {sorted(set(names) - set(by_name))}, unexpected "
+                f"{sorted(set(by_name) - set(names))}"
+            )
+        return {p: by_name[name] for name, p in zip(names, params, strict=True)}
+    sizes, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if sizes != here:
+        raise ValueError(
+            f"the checkpoint has groups of {sizes} parameters, this optimizer {here}: without names they can only be "
+            f"matched by place. Save from, and load into, optimizers that were given named_parameters()"
+        )
+    return dict(zip(params, keys, strict=True))
+
+
+def load_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with what they take over from the saved ones; one saved group serves all.
+
+    Raises:
+        ValueError: another recipe, or a saved value outside its interval.
+    """
+    if len(saved) not in (1, len(groups)):
+        raise ValueError(f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}")
+    sources = saved * len(groups) if len(saved) == 1 else saved
+    loaded: list[dict[str, Any]] = []
+    for index, (source, group) in enumerate(zip(sources, groups, strict=True)):
+        check_recipe(source, group, index)
+        loaded.append(group | schedule_of(source))
+        check_options(loaded[-1])
+    return loaded

@@ -138,10 +138,12 @@ class Carry:
     m'     = m x_n R_n
     s      = v/kappa - |m|^2/c1^2
     kappa' = kappa x_n |R_n|^2
-    v'     = kappa' max( ((kappa s) x_n |R_n|^2) / kappa' + |m'|^2/c1^2 ,  |m'|^2/(K c2) )      (fraction 0 where kappa' = 0)
+    v'     = max( kappa' (((kappa s) x_n |R_n|^2) / kappa' + |m'|^2/c1^2),  |m'|^2/K )    (fraction 0 where kappa' = 0)
 
-    K is Adam's own bound on |m|^2/v, so the floor keeps every direction within the bound that Adam itself obeys. kappa is
-    real, core-sized but of length 1 along whole modes, where it is constant. K is one number.
+    K is Adam's own bound on |m|^2/v (Cauchy-Schwarz over the two averages). The floor puts the moments back within it,
+    and both recursions then keep |m|^2 <= K v; since kappa <= c2, every later direction obeys Adam's bound too. (A floor
+    on v'/kappa' instead of v' would hold at the refresh only: where kappa' is small, v/kappa can fall faster than
+    |m|^2.) kappa is real, core-sized but of length 1 along whole modes, where it is constant. K is one number.
     """
 
     resizes = True
@@ -176,7 +178,7 @@ class Carry:
         """The formula above for each slot by its kind."""
         moved = _move_linear(state, rule, overlap)
         squared = _squared(overlap)
-        c1_squared, c2 = clock.weight1.square(), clock.weight2
+        c1_squared = clock.weight1.square()
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
                 v, mass, bound = state[slot.name], state[mass_of(slot.name)], state[_bound_of(slot.name)]
@@ -185,8 +187,8 @@ class Carry:
                 mass_moved = multilinear(_expand(mass, overlap), squared)
                 present = mass_moved > 0
                 variance = torch.where(present, multilinear(spread, squared) / mass_moved, 0)
-                floor = mean_moved / (bound * c2).clamp_min(_TINY)
-                moved[slot.name] = mass_moved * torch.maximum(variance + mean_moved / c1_squared, floor)
+                estimate = mass_moved * (variance + mean_moved / c1_squared)
+                moved[slot.name] = torch.maximum(estimate, mean_moved / bound.clamp_min(_TINY))
                 moved[mass_of(slot.name)] = mass_moved.contiguous()
                 moved[_bound_of(slot.name)] = bound.clone()
         return moved

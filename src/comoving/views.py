@@ -45,7 +45,7 @@ class View:
             len(self.stored_shape) < 2 or self.stored_shape[-1] != 2 or self.stored_dtype.is_complex
         ):
             raise ValueError(
-                f'view "pairs" needs a real tensor whose last mode has size 2, got {self.stored_dtype} {self.stored_shape}'
+                f'view "pairs" needs a real tensor with a last mode of 2, got {self.stored_dtype} {self.stored_shape}'
             )
 
     @property
@@ -63,14 +63,14 @@ class View:
         return working.to_complex() if self.name == "pairs" else working
 
     def see(self, x: Tensor) -> Tensor:
-        """x, of the parameter's shape and dtype, in the engine's shape and working dtype; shares storage where it can."""
+        """x, of the parameter's shape, in the engine's shape and working dtype; shares storage where it can."""
         x = x.to(_WORKING.get(x.dtype, x.dtype))
         if self.name == "pairs":
             return torch.view_as_complex(x.contiguous())
         return x.reshape(self.shape)
 
     def see_storage(self, x: Tensor) -> Tensor | None:
-        """x in the engine's shape, sharing x's storage so that writing there writes to x; None where that is impossible."""
+        """x in the engine's shape and sharing x's storage, to be written to; None where that is impossible."""
         if x.dtype in _WORKING or not x.is_contiguous():
             return None
         return self.see(x)

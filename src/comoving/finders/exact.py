@@ -16,8 +16,8 @@ from .operand import Operand
 class Exact:
     """U_n = the leading r_n left singular vectors of the unfolding O_(n); for a matrix, the truncated SVD.
 
-    For tensors this is the truncated HOSVD (De Lathauwer et al., 2000), which ``sweeps`` of HOOI then improve: mode by mode,
-    U_n from the unfolding of O projected on all other factors. For a matrix with one whole side the SVD is already best
+    For tensors this is the truncated HOSVD (De Lathauwer et al., 2000), which ``sweeps`` of HOOI then improve: mode by
+    mode, U_n from the unfolding of O projected on all other factors. For a matrix with one whole side the SVD is already best
     and no sweep is made.
 
     Args:

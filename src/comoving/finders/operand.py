@@ -12,8 +12,8 @@ from ..linalg import correlate, gram, multilinear
 class Operand:
     """O = share * x + F w, with x dense, and w the coordinates of a second term in a frame F.
 
-    Finders see it only through contractions, so that F w is not formed for a matrix with one compressed side, and so that
-    ranks that share the work would have one place to sum over.
+    Finders see it only through contractions, so that F w is not formed for a matrix with one compressed side, and so
+    that ranks that share the work would have one place to sum over.
 
     Args:
         dense: x of shape (d_1, ..., d_N).

@@ -23,8 +23,8 @@ class Power:
     Args:
         momentum: rho of the operand, in [0, 1).
         iterations: power iterations per refresh, >= 1.
-        start: the very first frame: "exact" decomposes the first gradient; "random" makes ``cold`` iterations from a seeded
-            orthonormal basis.
+        start: the very first frame: "exact" decomposes the first gradient; "random" makes ``cold`` iterations from a
+            seeded orthonormal basis.
         cold: iterations of the first frame when it starts at random, >= 1.
     """
 

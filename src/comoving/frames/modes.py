@@ -73,8 +73,8 @@ class Modes:
     """Which modes of a tensor are compressed, and to how many directions.
 
     A matrix (a tensor with two modes longer than 1) compresses one side: the shorter, the first on a tie
-    (GaLore, arXiv 2403.03507), or both for ``side="both"``. Any other tensor compresses each mode of at least ``min_size``
-    entries; convolution windows, for instance, stay whole. A tuple of ranks overrides both choices.
+    (GaLore, arXiv 2403.03507), or both for ``side="both"``. Any other tensor compresses each mode of at least
+    ``min_size`` entries; convolution windows, for instance, stay whole. A tuple of ranks overrides both choices.
 
     Args:
         min_size: shortest mode that is compressed in tensors of higher order, >= 2.

@@ -45,3 +45,7 @@ class Residual(Protocol):
             The kept tensor before encoding, or None where nothing is kept; valid until the next call.
         """
         ...
+
+    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+        """An upper bound on the norm of what encoding lost, a real scalar."""
+        ...

@@ -32,3 +32,7 @@ class Discard:
         codec: Codec,
     ) -> None:
         """Nothing."""
+
+    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+        """Zero: nothing is encoded."""
+        return torch.zeros(())

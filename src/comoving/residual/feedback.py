@@ -19,8 +19,8 @@ class Feedback:
     g~  = g + e_{t-1}
     e_t = g~ - F' F'^H g~ + b1/(1 - b1) (F m - F' m')
 
-    The second term, zero while the frame stands, returns the momentum that a change of frame loses. With the raw moments m
-    of every step,  sum F m + (last) b1/(1 - b1) F m + e = sum g:  nothing is ever lost but what the codec rounds away.
+    The second term, zero while the frame stands, returns the momentum that a change of frame loses. With the raw moments
+    m of every step,  sum F m + (last) b1/(1 - b1) F m + e = sum g:  nothing is ever lost but what the codec rounds away.
     The buffer e has the gradient's size and is stored through the codec in slots "feedback.<part>".
     """
 
@@ -49,6 +49,10 @@ class Feedback:
             loss.old_frame.add_lift(error, loss.old_momentum, loss.factor)
         codec.encode(error, _stored(state))
         return error
+
+    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+        """The codec's own bound."""
+        return codec.error(_stored(state))
 
 
 def _stored(state: dict[str, Tensor]) -> dict[str, Tensor]:

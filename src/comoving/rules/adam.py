@@ -19,7 +19,7 @@ class Adam:
     v <- b2 v + (1 - b2) |z|^2
     d = (m / c1) / (sqrt(v / c2) + eps),     c = 1 - b^t
 
-    Where the transport carries a mass kappa of v, kappa stands in place of c2. m has z's dtype, v is real, both core-sized.
+    Where the transport carries a mass kappa of v, kappa stands in place of c2. m has z's dtype, v is real.
     """
 
     slots = (Slot(FIRST, Kind.LINEAR), Slot(SECOND, Kind.VARIANCE, mean=FIRST))

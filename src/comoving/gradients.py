@@ -1,0 +1,76 @@
+"""Bad gradients: refused before anything changes, or undone on the device."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .diagnostics import norm
+from .sites import Site
+
+
+def check_layout(params: Iterable[Tensor], sites: Mapping[Tensor, Site]) -> None:
+    """Raise unless every gradient is dense.
+
+    Raises:
+        RuntimeError: naming the parameter and the layout.
+    """
+    for p in params:
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise RuntimeError(f"{sites[p].name} has a {p.grad.layout} gradient; only dense gradients are supported")
+
+
+def norms(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """The Frobenius norm of each gradient, on its device; not finite where the gradient is not."""
+    return {p: norm(p.grad) for p in params if p.grad is not None}
+
+
+def any_nonfinite(norms_of: Mapping[Tensor, Tensor]) -> Tensor:
+    """One flag for all gradients, on the first one's device."""
+    values = list(norms_of.values())
+    return ~torch.stack([n.to(values[0].device, non_blocking=True) for n in values]).sum().isfinite()
+
+
+def refuse_nonfinite(params: Iterable[Tensor], sites: Mapping[Tensor, Site]) -> None:
+    """Raise if a gradient has a NaN or an infinity; a norm alone may overflow where every entry is finite.
+
+    Raises:
+        RuntimeError: naming the parameters.
+    """
+    culprits = [sites[p].name for p in params if p.grad is not None and not bool(p.grad.isfinite().all())]
+    if culprits:
+        raise RuntimeError(
+            f"non-finite gradient in {', '.join(culprits)}: nothing was changed. Look for a diverging loss, or pass "
+            f'on_nonfinite="skip" to skip such steps'
+        )
+
+
+def usable(gradient: Tensor, bad: Tensor | None) -> Tensor:
+    """The gradient, or zero where the flag is set: no decomposition may see a NaN."""
+    return gradient if bad is None else torch.where(bad.to(gradient.device), torch.zeros_like(gradient), gradient)
+
+
+class Undo(AbstractContextManager[None]):
+    """Undoes what happens inside to parameters and their state, where a flag on the device says so."""
+
+    def __init__(self, flag: Tensor, params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self._flag, self._params, self._state = flag, params, state
+
+    def __enter__(self) -> None:
+        """Remember."""
+        self._before = [(p.clone(), _clones(self._state[p])) for p in self._params]
+
+    def __exit__(self, *_: object) -> None:
+        """Choose, entry by entry, on the device."""
+        for p, (value, slots) in zip(self._params, self._before, strict=True):
+            p.copy_(torch.where(self._flag.to(p.device), value, p))
+            for name, old in slots.items():
+                new = self._state[p].get(name)
+                if new is not None and new.shape == old.shape:
+                    new.copy_(torch.where(self._flag.to(new.device), old, new))
+
+
+def _clones(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
