@@ -14,8 +14,7 @@ Everything is computed on the parameter's device, without reading it there.
 import torch
 from torch import Tensor
 
-from .codecs.base import as_real
-from .linalg import multilinear
+from .linalg import norm
 from .transport import Overlap
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -33,7 +32,7 @@ def measure(  # noqa: PLR0917
         own: |g|.
         total: |g~| where it was measured; else |g~|^2 = |z|^2 + |e|^2, which holds while the frame stands.
         core: z.
-        kept: e before it is encoded, or None without feedback.
+        kept: |e| before it is encoded, or None without feedback.
         codec: bound on the codec's error.
         lost: b1/(1 - b1) |F m - F' m'|.
     """
@@ -42,16 +41,11 @@ def measure(  # noqa: PLR0917
         energy = own.square()
         error = bound = (energy - inside).clamp_min(0).sqrt()
     else:
-        error = norm(kept)
+        error = kept
         energy = inside + error.square() if total is None else total.square()
         q = (1 - inside / energy.clamp_min(_TINY)).clamp_min(0).sqrt()
         bound = q * (own + figures[4]) + lost + codec
     figures[0], figures[3], figures[4] = inside / energy.clamp_min(_TINY), error, bound
-
-
-def norm(x: Tensor) -> Tensor:
-    """The Frobenius norm, a real float32 scalar."""
-    return torch.linalg.vector_norm(as_real(x)).float()
 
 
 def overlap_defect(overlap: Overlap) -> Tensor:
@@ -62,12 +56,13 @@ def overlap_defect(overlap: Overlap) -> Tensor:
     return torch.stack(defects).amax() if defects else torch.zeros(())
 
 
-def lost_momentum(old: Tensor, new: Tensor, overlap: Overlap) -> Tensor:
-    """|F m - F' m'| from coordinates alone: sqrt(|m|^2 - 2 Re<R m, m'> + |m'|^2).
+def lost_momentum(old: Tensor, new: Tensor, projected: bool) -> Tensor:
+    """|F m - F' m'|, or a bound on it, from the coordinates alone.
 
-    The difference of nearly equal squares is uncertain by a few rounding errors of |m|^2, which are added so that a
-    bound built on it stays one.
+    Where m' is F'^H F m, or 0, it is sqrt(|m|^2 - |m'|^2), to which a few rounding errors of |m|^2 are added so that a
+    bound built on it stays one; else at most |m| + |m'|.
     """
-    cross = torch.sum(as_real(multilinear(old, overlap)) * as_real(new)).float()
-    squares = norm(old).square() + norm(new).square()
-    return (squares - 2 * cross).clamp_min(0).add(squares, alpha=8 * torch.finfo(torch.float32).eps).sqrt()
+    a, b = norm(old), norm(new)
+    if not projected:
+        return a + b
+    return (a.square() - b.square()).clamp_min(0).add(a.square(), alpha=8 * torch.finfo(torch.float32).eps).sqrt()

@@ -52,7 +52,7 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
     """What is projected, at what rank, seen as what, with how many bytes of state, and why.
 
     Args:
-        model_or_optimizer: an optimizer of this package, or a model, which the default ``comoving.AdamW`` is explained for.
+        model_or_optimizer: an optimizer of this package, or a model for the default ``comoving.AdamW``.
         rank: for a model: the rank that the default is explained at.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .diagnostics import norm
+from .linalg import norm
 from .sites import Site
 
 

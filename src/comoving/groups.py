@@ -146,8 +146,8 @@ def param_groups(
 
     Embeddings (by module type, or name), output heads (what ``get_output_embeddings()`` returns, or by name; never
     merely the last layer), norms, biases and everything else with fewer than two modes stay dense; so do, when the
-    optimizer is built, tensors that projection would not make smaller. A weight that is tied to an embedding or head is one. Frozen
-    parameters are left out.
+    optimizer is built, tensors that projection would not make smaller. A weight that is tied to an embedding or head is
+    one. Frozen parameters are left out.
 
     Args:
         model: the model.
@@ -180,30 +180,30 @@ def _split(model: nn.Module, dense: tuple[Selector, ...], project: tuple[Selecto
             owners.setdefault(id(p), []).append((f"{path}.{own}" if path else own, module))
     head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
     heads = {id(p) for p in _parameters_of(head())}
+    unused = {*dense, *project}
     reasons: dict[str, str] = {}
-    unused = {selector: None for selector in (*dense, *project)}
     for name, p in model.named_parameters():
         places = owners[id(p)]  # every module that holds it: tied weights have several
-        for selector in list(unused):
-            if any(_matches(selector, place) for place in places):
-                del unused[selector]
-        if any(_matches(s, place) for s in project for place in places):
+        matching = {s for s in (*dense, *project) if any(_matches(s, place) for place in places)}
+        unused -= matching
+        if matching.intersection(project):
             continue
-        if any(_matches(s, place) for s in dense for place in places):
-            reasons[name] = "chosen to stay dense"
-        elif id(p) in heads:
-            reasons[name] = "output head"
-        elif any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module in places):
-            reasons[name] = "embedding"
-        elif any("norm" in type(module).__name__.lower() for _, module in places):
-            reasons[name] = "norm"
-        else:
-            by_name = next(filter(None, (dense_by_name(full) for full, _ in places)), None)
-            if by_name is not None:
-                reasons[name] = by_name
+        why = "chosen to stay dense" if matching else _why_dense(places, is_head=id(p) in heads)
+        if why is not None:
+            reasons[name] = why
     if unused:
-        raise ValueError(f"no parameter of {type(model).__name__} matches {', '.join(map(repr, unused))}")
+        raise ValueError(f"no parameter of {type(model).__name__} matches {', '.join(sorted(map(repr, unused)))}")
     return reasons
+
+
+def _why_dense(places: Sequence[tuple[str, nn.Module]], is_head: bool) -> str | None:
+    if is_head:
+        return "output head"
+    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module in places):
+        return "embedding"
+    if any("norm" in type(module).__name__.lower() for _, module in places):
+        return "norm"
+    return next(filter(None, (dense_by_name(name) for name, _ in places)), None)
 
 
 def _parameters_of(module: object) -> Iterator[Tensor]:

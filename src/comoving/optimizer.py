@@ -19,6 +19,7 @@ from .finders import Finder, Operand, Power
 from .frames import ModeFrame, Modes
 from .frames.modes import Rank, Side
 from .groups import check_options, decide, named
+from .linalg import norm
 from .residual import Discard, Loss, Residual
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
@@ -186,11 +187,15 @@ class LowRankOptimizer(Optimizer):
                 loss = self._refresh(restored, state, site, group)  # 3
         frame = self._frame(state, site, group)
         z = frame.project(restored)  # 4
-        total = error_control.norm(restored) if loss is not None and group["diagnostics"] else None
+        total = norm(restored) if loss is not None and group["diagnostics"] else None
         kept = residual.keep(restored, z, frame, loss, state, group["codec"])
         if site.projected and group["diagnostics"]:
-            own = self._norms[p] if p in self._norms else error_control.norm(seen)
-            codec, lost = residual.error(state, group["codec"]), _lost_norm(loss, own)
+            own = self._norms[p] if p in self._norms else norm(seen)
+            lost = torch.zeros_like(own)
+            if loss is not None:
+                m, moved, projects = loss.old_momentum, loss.new_momentum, group["transport"].resizes
+                lost = loss.factor * error_control.lost_momentum(m, moved, projects)
+            codec = residual.error(state, group["codec"])
             error_control.measure(state[error_control.SLOT], own, total, z, kept, codec, lost)
         state["core"] = state["core"] + z if "core" in state else z
 
@@ -210,8 +215,7 @@ class LowRankOptimizer(Optimizer):
         keep, alpha = 1 - group["lr"] * group["weight_decay"], -group["lr"] * _scale(site, group)
         storage = site.view.see_storage(p)
         if storage is not None:
-            p.mul_(keep)
-            frame.add_lift(storage, d, alpha)
+            frame.add_lift(storage, d, alpha, beta=keep)
         else:  # rounded once, at the end
             update = site.view.restore(frame.lift(d))
             p.copy_(p.to(update.dtype).mul_(keep).add_(update, alpha=alpha))
@@ -435,14 +439,6 @@ class LowRankOptimizer(Optimizer):
             for index, group in enumerate(self.param_groups):
                 pairs = list(zip(group.get("param_names", [None] * len(group["params"])), group["params"], strict=True))
                 self._place(group["params"], decide(pairs, group, first=len(self.sites)), index)
-
-
-def _lost_norm(loss: Loss | None, like: Tensor) -> Tensor:
-    """b1/(1 - b1) |F m - F' m'|."""
-    if loss is None:
-        return torch.zeros_like(like)
-    overlap = loss.new_frame.overlap(loss.old_frame)
-    return loss.factor * error_control.lost_momentum(loss.old_momentum, loss.new_momentum, overlap)
 
 
 def _scale(site: Site, group: dict[str, Any]) -> float:

@@ -12,6 +12,7 @@ from .finders import Exact, Power
 from .frames.modes import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
+from .parts import part
 from .residual import Discard, Feedback
 from .transport import Carry, Keep, Rotate
 
@@ -140,7 +141,7 @@ def build(
         lr: learning rate; default 1e-3 times the recipe's relative rate.
         rank: of the projected parameters; ignored by full-rank recipes.
         **options: more hyper-parameters, over the recipe's own; ``dense`` and ``project`` go to
-            :func:`comoving.param_groups`.
+            :func:`comoving.param_groups`. Parts may be given by name, such as ``transport="rotate"``.
 
     Raises:
         ValueError: an unknown recipe or suffix, or a value outside its interval.
@@ -155,7 +156,8 @@ def build(
     method = known[name]
     choice = {key: options.pop(key) for key in ("dense", "project") if key in options}
     groups = param_groups(model, rank=1.0 if method.full_rank else rank, **choice)
-    settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **options}
+    given = {role: part(role, value) for role, value in options.items()}
+    settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}
     rate = 1e-3 * method.relative_rate if lr is None else lr
     kind = AdamW if name == "comoving" else LowRankOptimizer
     return kind(groups, rate, **settings)

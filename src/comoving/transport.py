@@ -45,7 +45,7 @@ class Transport(Protocol):
 
     @property
     def resizes(self) -> bool:
-        """Whether the transport is defined between frames of different ranks."""
+        """Whether moments are projected, m' = R m, or zeroed: defined between frames of different ranks."""
         ...
 
     def slots(self, rule: Sequence[Slot]) -> tuple[Slot, ...]:
@@ -141,8 +141,8 @@ class Carry:
     v'     = max( kappa' (((kappa s) x_n |R_n|^2) / kappa' + |m'|^2/c1^2),  |m'|^2/K )    (fraction 0 where kappa' = 0)
 
     K is Adam's own bound on |m|^2/v (Cauchy-Schwarz over the two averages). The floor puts the moments back within it,
-    and both recursions then keep |m|^2 <= K v; since kappa <= c2, every later direction obeys Adam's bound too. (A floor
-    on v'/kappa' instead of v' would hold at the refresh only: where kappa' is small, v/kappa can fall faster than
+    and both recursions then keep |m|^2 <= K v; since kappa <= c2, every later direction obeys Adam's bound too. (A
+    floor on v'/kappa' instead of v' would hold at the refresh only: where kappa' is small, v/kappa can fall faster than
     |m|^2.) kappa is real, core-sized but of length 1 along whole modes, where it is constant. K is one number.
     """
 

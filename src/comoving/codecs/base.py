@@ -29,7 +29,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Write x into the parts, in place. x may be what :meth:`decode` returned; it may be overwritten."""
+        """Write x into the parts, in place. x may be what :meth:`decode` returned, and may be overwritten."""
         ...
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:

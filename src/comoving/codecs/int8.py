@@ -37,11 +37,12 @@ class Int8:
         """step * codes, a new tensor."""
         rows, _, _, length = self._grid(shape, dtype)
         real = dtype.to_real() if dtype.is_complex else dtype
-        values = torch.mul(parts["codes"], parts["step"]).to(real).view(rows, -1)[:, :length].contiguous()
+        # Cast first: a product of mixed dtypes takes a path that is many times slower on the CPU.
+        values = parts["codes"].to(real).mul_(parts["step"]).view(rows, -1)[:, :length].contiguous()
         return torch.view_as_complex(values.view(*shape, 2)) if dtype.is_complex else values.view(shape)
 
     def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Round to the nearest code."""
+        """Round to the nearest code; overwrites x."""
         codes, step = parts["codes"], parts["step"]
         rows, blocks, width = codes.shape
         values = as_real(x).reshape(rows, -1)
@@ -50,7 +51,7 @@ class Int8:
         # Two reductions without a full-sized |x|; the floor keeps the division finite for blocks of zeros or denormals.
         largest = torch.maximum(grid.amax(-1, keepdim=True), grid.amin(-1, keepdim=True).neg_())
         step.copy_(largest / 127)
-        codes.copy_((grid / step.clamp_min(torch.finfo(torch.float32).tiny)).round_())
+        codes.copy_(grid.div_(step.clamp_min(torch.finfo(torch.float32).tiny)).round_())
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """sqrt(sum over blocks of width * (step / 2)^2)."""

@@ -16,9 +16,9 @@ from .operand import Operand
 class Exact:
     """U_n = the leading r_n left singular vectors of the unfolding O_(n); for a matrix, the truncated SVD.
 
-    For tensors this is the truncated HOSVD (De Lathauwer et al., 2000), which ``sweeps`` of HOOI then improve: mode by
-    mode, U_n from the unfolding of O projected on all other factors. For a matrix with one whole side the SVD is already best
-    and no sweep is made.
+    For tensors this is the truncated HOSVD (De Lathauwer et al., 2000), which ``sweeps`` of HOOI then
+    improve: mode by mode, U_n from the unfolding of O projected on all other factors. For a matrix with one whole
+    side the SVD is already best and no sweep is made.
 
     Args:
         momentum: rho of the operand, in [0, 1); 0 looks at the gradient alone, as GaLore does (arXiv 2403.03507).

@@ -58,7 +58,10 @@ class Operand:
             return result if self.share == 1.0 else result.mul_(self.share)
         lifts = list(self.frame.factors)
         own = lifts[mode]
-        lifts[mode] = factor.mH if own is None else factor.mH @ own
+        if own is factor:  # a warm start: F^H F = I
+            lifts[mode] = None
+        else:
+            lifts[mode] = factor.mH if own is None else factor.mH @ own
         return result.mul_(self.share).add_(multilinear(self.core, lifts))
 
     def correlate(self, mode: int, z: Tensor) -> Tensor:

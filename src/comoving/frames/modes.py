@@ -42,9 +42,9 @@ class ModeFrame:
         """The tensor F z."""
         return multilinear(z, self.factors)
 
-    def add_lift(self, out: Tensor, z: Tensor, alpha: float) -> Tensor:
-        """out += alpha * F z, in place and without a temporary of out's size where out's layout allows it."""
-        return add_multilinear(out, z, self.factors, alpha)
+    def add_lift(self, out: Tensor, z: Tensor, alpha: float, beta: float = 1.0) -> Tensor:
+        """out <- beta out + alpha F z, in place and without a temporary of out's size where its layout allows it."""
+        return add_multilinear(out, z, self.factors, alpha, beta)
 
     def overlap(self, older: "ModeFrame") -> tuple[Tensor | None, ...]:
         """R_n = U'_n^H U_n per mode, (r'_n, r_n), U' this frame and U the older one; None where both are whole.

@@ -18,6 +18,11 @@ def abs_squared(x: Tensor) -> Tensor:
     return x.square()
 
 
+def norm(x: Tensor) -> Tensor:
+    """The Frobenius norm, a real float32 scalar on x's device."""
+    return torch.linalg.vector_norm(torch.view_as_real(x) if x.is_complex() else x).float()
+
+
 def unfold(x: Tensor, mode: int, order: int) -> Tensor:
     """The unfolding X_(n): (*batch, d_n, product of the other modes, in their order)."""
     batch = x.shape[: x.ndim - order]
@@ -42,8 +47,10 @@ def multilinear(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     return _rotate_through(x, matrices, len(matrices)).reshape(_shape_after(x, matrices))
 
 
-def add_multilinear(out: Tensor, x: Tensor, matrices: Sequence[Tensor | None], alpha: float) -> Tensor:
-    """out += alpha * (x x_1 A_1 ... x_N A_N), in place; the last product writes into out where layout and dtype allow.
+def add_multilinear(
+    out: Tensor, x: Tensor, matrices: Sequence[Tensor | None], alpha: float, beta: float = 1.0
+) -> Tensor:
+    """out <- beta out + alpha (x x_1 A_1 ... x_N A_N), in place; the last product writes to out where layouts allow.
 
     No batch dimensions: out is one parameter, gradient or error buffer of shape (k_1, ..., k_N).
     """
@@ -53,12 +60,18 @@ def add_multilinear(out: Tensor, x: Tensor, matrices: Sequence[Tensor | None], a
         n, last = given[-1], matrices[given[-1]]
         assert last is not None
         if len(given) == 1 and n == 0:
-            return out.view(out.shape[0], -1).addmm_(last, x.reshape(x.shape[0], -1), alpha=alpha).view(out.shape)
+            return (
+                out.view(out.shape[0], -1)
+                .addmm_(last, x.reshape(x.shape[0], -1), alpha=alpha, beta=beta)
+                .view(out.shape)
+            )
         if n == order - 1:
             # All modes but the last, which is then the leading one of the rotated tensor: (d_N, k_1 ... k_{N-1}).
             lifted = _rotate_through(x, matrices, order - 1) if len(given) > 1 else None
             left = x.reshape(-1, x.shape[-1]) if lifted is None else lifted.reshape(x.shape[-1], -1).mT
-            return out.view(-1, out.shape[-1]).addmm_(left, last.mT, alpha=alpha).view(out.shape)
+            return out.view(-1, out.shape[-1]).addmm_(left, last.mT, alpha=alpha, beta=beta).view(out.shape)
+    if beta != 1.0:
+        out.mul_(beta)
     return out.add_(multilinear(x, matrices), alpha=alpha)
 
 

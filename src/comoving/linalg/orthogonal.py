@@ -20,9 +20,9 @@ def orthonormalize(a: Tensor, tolerance: float | None = None) -> Tensor:
     """An orthonormal basis Q of the columns of A, the Q of A = QR with a positive diagonal in R.
 
     CholeskyQR: R^H R = A^H A, Q = A R^-1, in double the precision, so that one pass serves condition numbers up to
-    about 1e6 and a second one up to 1e12. The defect max |Q^H Q - I| is measured; what passes the tolerance after two passes
-    (A rank-deficient, say) goes to Householder's QR, which completes any A to an orthonormal basis. The measurement is
-    read on the host: call this at a refresh, not at every step.
+    about 1e6 and a second one up to 1e12. The defect max |Q^H Q - I| is measured; what passes the tolerance after two
+    passes (A rank-deficient, say) goes to Householder's QR, which completes any A to an orthonormal basis. The
+    measurement is read on the host: call this at a refresh, not at every step.
 
     Args:
         a: (*batch, d, r) with r <= d, in float32, float64, complex64 or complex128 (half precision is cast up by the

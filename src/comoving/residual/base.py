@@ -42,7 +42,7 @@ class Residual(Protocol):
         """Keep what g~ - F z and the lost momentum leave, with z = ``core``; g~ may be overwritten.
 
         Returns:
-            The kept tensor before encoding, or None where nothing is kept; valid until the next call.
+            The Frobenius norm of what is kept, before encoding; None where nothing is.
         """
         ...
 

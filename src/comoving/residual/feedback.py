@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..frames import ModeFrame
+from ..linalg import norm
 from .base import Loss
 
 _PREFIX = "feedback."
@@ -19,8 +20,8 @@ class Feedback:
     g~  = g + e_{t-1}
     e_t = g~ - F' F'^H g~ + b1/(1 - b1) (F m - F' m')
 
-    The second term, zero while the frame stands, returns the momentum that a change of frame loses. With the raw moments
-    m of every step,  sum F m + (last) b1/(1 - b1) F m + e = sum g:  nothing is ever lost but what the codec rounds away.
+    The second term, zero while the frame stands, returns the momentum that a change of frame loses. With the raw
+    moments m of every step,  sum F m + (last) b1/(1 - b1) F m + e = sum g:  nothing is lost but what the codec rounds.
     The buffer e has the gradient's size and is stored through the codec in slots "feedback.<part>".
     """
 
@@ -41,14 +42,15 @@ class Feedback:
         state: dict[str, Tensor],
         codec: Codec,
     ) -> Tensor:
-        """e_t, formed in place in g~."""
+        """Form e_t in place in g~, measure and encode it."""
         if loss is None:
             error = frame.add_lift(gradient, core, -1.0)
         else:
             error = frame.add_lift(gradient, core.add(loss.new_momentum, alpha=loss.factor), -1.0)
             loss.old_frame.add_lift(error, loss.old_momentum, loss.factor)
+        size = norm(error)
         codec.encode(error, _stored(state))
-        return error
+        return size
 
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """The codec's own bound."""

@@ -1,0 +1,226 @@
+"""Optimizer step times as ratios, all contenders in one run, interleaved step by step.
+
+CPU:   python benchmarks/step_time.py --out benchmarks/results/step_time_cpu.json
+CUDA:  python benchmarks/step_time.py --device cuda --out benchmarks/results/step_time_cuda.json
+
+CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDAdam written plainly (plain_ldadam.py), and a
+complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10 steps.
+CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
+
+Every contender steps once, then the next one, and so on, so that a drift of the machine's speed meets all alike. The first
+step, which makes the first frame, is left out of every figure. "mean" is what training pays, refreshes included.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from plain_ldadam import PlainLDAdam
+from torch import Tensor, nn
+
+import comoving
+
+Stepper = Callable[[int], None]
+
+
+class Weights(nn.Module):
+    """Parameters with gradients that share a fixed low-rank part, so that frames have something to follow."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=dtype).to(device)
+
+        self.weights = nn.ParameterList([nn.Parameter(draw(*shape)) for shape in shapes])
+        self.signals = [draw(s[0], 16) @ draw(16, p.numel() // s[0]) for s, p in zip(shapes, self.weights, strict=True)]
+
+    def new_gradients(self, step: int) -> None:
+        """Set every gradient to the shared part plus fresh noise."""
+        for i, (p, signal) in enumerate(zip(self.weights, self.signals, strict=True)):
+            generator = torch.Generator(p.device).manual_seed(1000 * step + i)
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+            p.grad = noise.add_(signal.view_as(p), alpha=0.2)
+
+
+def ours(recipe: str, model: Weights, rank: object, **options: object) -> Stepper:
+    """A step of one of our recipes."""
+    optimizer = comoving.build(recipe, model, 1e-3, rank=rank, **options)
+    return lambda step: optimizer.step()
+
+
+def neuralop_tensor_galore(model: Weights, rank: float, every: int) -> Stepper:
+    """A step of neuraloperator's Tensor-GaLore; as published it never refreshes, so its factors are dropped when due."""
+    from neuralop.training import AdamW  # noqa: PLC0415
+
+    optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=1e-3, galore_params=list(model.weights), galore_rank=rank,
+                      galore_update_proj_gap=every, warm_restart=False)  # fmt: skip
+
+    def step(index: int) -> None:
+        if index % every == 0:
+            for p in model.weights:
+                if "projector" in optimizer.state[p]:
+                    optimizer.state[p]["projector"].proj_tensor = None
+        optimizer.step()
+
+    return step
+
+
+def peer(module: str, model: Weights, rank: int, **options: object) -> Stepper:
+    """A step of galore-torch's or apollo-torch's AdamW."""
+    import importlib  # noqa: PLC0415
+
+    kind = {"galore_torch": "GaLoreAdamW", "apollo_torch": "APOLLOAdamW"}[module]
+    group = {"params": list(model.weights), "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    optimizer = getattr(importlib.import_module(module), kind)([group | options], lr=1e-3)
+    return lambda step: optimizer.step()
+
+
+def race(contenders: dict[str, tuple[Weights, Stepper]], steps: int, device: str) -> dict[str, dict[str, float]]:
+    """Seconds per step of each contender, the first step aside."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(steps + 1):
+        for name, (model, step) in contenders.items():
+            model.new_gradients(index)
+            _wait(device)
+            start = time.perf_counter()
+            step(index)
+            _wait(device)
+            times[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "mean": mean(t[1:]),
+            "median": median(t[1:]),
+            "worst": max(t[1:]),
+            "worst/median": max(t[1:]) / median(t[1:]),
+        }
+        for name, t in times.items()
+    }
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def cpu_matrices(steps: int) -> dict[str, object]:
+    """Matrices at rank 128."""
+    shapes: list[tuple[int, ...]] = [(1024, 1024)] * 8 + [(2816, 1024)] * 4
+
+    def new() -> Weights:
+        return Weights(shapes, torch.float32, "cpu")
+
+    contenders: dict[str, tuple[Weights, Stepper]] = {}
+    plain = new()
+    baseline = PlainLDAdam(plain.parameters(), lr=1e-3, rank=128)
+    contenders["plain ldadam"] = (plain, lambda step: baseline.step())
+    for recipe, options in {"ldadam": {}, "comoving": {}, "tucker-adam": {}, "galore": {"refresh_every": 10}}.items():
+        model = new()
+        contenders[recipe] = (model, ours(recipe, model, 128, **options))
+    dense = new()
+    torch_adamw = torch.optim.AdamW(dense.parameters(), lr=1e-3)
+    contenders["torch adamw"] = (dense, lambda step: torch_adamw.step())
+    figures = race(contenders, steps, "cpu")
+    base = figures["plain ldadam"]["mean"]
+    return {"shapes": shapes, "rank": 128, "figures": figures, "mean / plain ldadam": _ratios(figures, base)}
+
+
+def cpu_tensor(steps: int) -> dict[str, object]:
+    """One spectral weight at 25%, both refreshing every 10 steps."""
+    shape = (64, 64, 16, 9)
+
+    def new() -> Weights:
+        return Weights([shape], torch.complex64, "cpu")
+
+    ours_model, theirs = new(), new()
+    contenders = {
+        "neuralop tensor-galore": (theirs, neuralop_tensor_galore(theirs, 0.25, 10)),
+        "tensor-galore": (ours_model, ours("tensor-galore", ours_model, 0.25, refresh_every=10)),
+    }
+    model = new()
+    contenders["comoving"] = (model, ours("comoving", model, 0.25))
+    figures = race(contenders, steps, "cpu")
+    base = figures["neuralop tensor-galore"]["mean"]
+    return {"shapes": [shape], "rank": 0.25, "figures": figures, "mean / neuralop": _ratios(figures, base)}
+
+
+def cuda_llama(steps: int, device: str) -> dict[str, object]:
+    """The matrices of LLaMA-1B (hidden 2048, MLP 5461, 24 layers) at rank 256."""
+    shapes: list[tuple[int, ...]] = ([(2048, 2048)] * 4 + [(5461, 2048)] * 2 + [(2048, 5461)]) * 24
+    figures: dict[str, dict[str, float]] = {}
+
+    def fused(model: Weights) -> Stepper:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        return lambda step: optimizer.step()
+
+    makers: dict[str, Callable[[Weights], Stepper]] = {
+        "torch fused adamw": fused,
+        "comoving": lambda m: ours("comoving", m, 256, on_nonfinite="skip"),
+        "ldadam": lambda m: ours("ldadam", m, 256),
+        "galore": lambda m: ours("galore", m, 256),
+        "galore-torch": lambda m: peer("galore_torch", m, 256),
+        "apollo-torch": lambda m: peer(
+            "apollo_torch", m, 256, proj="random", scale_type="channel", scale=1.0, update_proj_gap=200
+        ),
+    }
+    for name, make in makers.items():  # one model at a time: memory
+        try:
+            model = Weights(shapes, torch.bfloat16 if name == "none" else torch.float32, device)
+            figures |= race({name: (model, make(model))}, steps, device)
+        except ImportError as error:
+            figures[name] = {"missing": 1.0}
+            print(f"{name}: {error}", file=sys.stderr)
+        torch.cuda.empty_cache()
+    base = figures["torch fused adamw"]["mean"]
+    return {"shapes": shapes[:7], "layers": 24, "rank": 256, "figures": figures,
+            "mean / fused adamw": _ratios(figures, base)}  # fmt: skip
+
+
+def _ratios(figures: dict[str, dict[str, float]], base: float) -> dict[str, float]:
+    return {name: f["mean"] / base for name, f in figures.items() if "mean" in f}
+
+
+def machine(device: str) -> dict[str, object]:
+    """What this ran on."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "python": platform.python_version(),
+            "torch": torch.__version__, "comoving": comoving.__version__}  # fmt: skip
+
+
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.device == "cpu":
+        results = {"matrices": cpu_matrices(options.steps), "tensor": cpu_tensor(options.steps)}
+    else:
+        results = {"llama-1b": cuda_llama(options.steps, options.device)}
+    report = {"command": " ".join(["python", *sys.argv]), "machine": machine(options.device), **results}
+    for name, result in results.items():
+        print(name)
+        for contender, f in result["figures"].items():
+            if "mean" in f:
+                ratio = next(v for k, v in result.items() if k.startswith("mean / "))[contender]
+                print(
+                    f"  {contender:24s} mean {1e3 * f['mean']:8.2f} ms  ratio {ratio:5.2f}  worst/median {f['worst/median']:.2f}"
+                )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Parts by name, for command lines and configuration files: ``"rotate"``, ``"power(momentum=0.5)"``."""
+
+import ast
+from typing import Any
+
+from .codecs import BFloat16, Full, Int8
+from .finders import Exact, Power
+from .frames import Modes
+from .residual import Discard, Feedback
+from .rules import Adam
+from .transport import Carry, Keep, Reset, Rotate
+
+PARTS: dict[str, dict[str, type]] = {
+    "frame": {"modes": Modes},
+    "finder": {"exact": Exact, "power": Power},
+    "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
+    "rule": {"adam": Adam},
+    "residual": {"discard": Discard, "feedback": Feedback},
+    "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},
+}
+
+
+def part(role: str, value: Any) -> Any:
+    """A part from its text, ``name`` or ``name(field=literal, ...)``; anything but text is returned as it is.
+
+    Raises:
+        ValueError: text of another form, or an unknown name.
+        TypeError: an unknown field.
+    """
+    if role not in PARTS or not isinstance(value, str):
+        return value
+    known = PARTS[role]
+    try:
+        tree = ast.parse(value, mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        name = call.func.id if isinstance(call.func, ast.Name) else ""
+        fields = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+    except (SyntaxError, ValueError):
+        name, fields, call = "", {}, ast.Call(ast.Name(""), [], [])
+    if name.lower() not in known or call.args:
+        raise ValueError(f"{role} must be one of {', '.join(known)}, as name or name(field=value), got {value!r}")
+    return known[name.lower()](**fields)

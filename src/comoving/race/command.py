@@ -1,0 +1,170 @@
+"""``comoving race`` as a function: settings from strings, a race with progress bars, the table, the report."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from comoving.race import report, sweep
+from comoving.race.extras import require
+from comoving.race.settings import RaceSettings, RunSettings, SettingsError, parse_names, parse_rank, parse_rates
+from comoving.race.table import DASH, columns, remarks
+from comoving.race.tasks import TASKS
+
+INTERRUPTED = 130
+LOG = logging.getLogger(__name__)
+
+
+def settings_from(
+    task: str, optimizers: str | None, steps: int | None, lr: str, rank: str | None, out: Path | None, **others: Any
+) -> RaceSettings:
+    """Settings from what was typed; what was not typed is the task's default.
+
+    Raises:
+        SettingsError: for anything that cannot be run.
+    """
+    if task not in TASKS:
+        raise SettingsError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    info = TASKS[task]
+    return RaceSettings(
+        task=task,
+        optimizers=parse_names(info.optimizers if optimizers is None else optimizers),
+        steps=info.steps if steps is None else steps,
+        rates=parse_rates(lr),
+        rank=info.rank if rank is None else parse_rank(rank),
+        out=Path("out") / f"race-{task}" if out is None else out,
+        **others,
+    )
+
+
+def label(run: RunSettings) -> str:
+    """A run in a few words."""
+    return f"{run.contender} lr {run.rate:g} seed {run.seed}"
+
+
+class Bars:
+    """Progress on stderr: bars on a terminal, one line per finished run elsewhere."""
+
+    def __init__(self, console: Any, steps: int) -> None:
+        progress = require("rich.progress", "cli")
+        self.console, self.steps = console, steps
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            progress.TextColumn("{task.fields[loss]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.whole = self.bars.add_task("all runs", total=0, loss="")
+        self.tasks: dict[str, Any] = {}
+        self.runs = self.done = 0
+
+    def total(self, runs: int, reused: int) -> None:
+        """Adjust the bar of the whole race."""
+        self.runs = runs
+        self.done = max(self.done, reused)
+        self.bars.update(self.whole, total=runs, completed=self.done)
+        if reused:
+            self.say(f"{reused} of {runs} runs were finished earlier and are used again")
+
+    def started(self, run: RunSettings) -> None:
+        """A bar of its own for the run."""
+        self.tasks[run.key] = self.bars.add_task(label(run), total=self.steps, loss="")
+
+    def progress(self, run: RunSettings, step: int, loss: float) -> None:
+        """Move the run's bar."""
+        self.bars.update(self.tasks[run.key], completed=step, loss=f"loss {loss:.4g}")
+
+    def ended(self, run: RunSettings, record: sweep.Record) -> None:
+        """Drop the run's bar and say what came out."""
+        if run.key in self.tasks:
+            self.bars.remove_task(self.tasks.pop(run.key))
+        self.done += 1
+        self.bars.update(self.whole, completed=self.done)
+        result = (
+            f"{record['final']:.4g}" if record["status"] == "finished" else f"{record['status']}: {record['error']}"
+        )
+        seconds = f"  ({record['seconds']:.0f} s)" if "seconds" in record else ""
+        self.say(f"[{self.done}/{self.runs}] {label(run)}: {result}{seconds}")
+
+    def say(self, line: str) -> None:
+        """One line above the bars."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def blocks(widths: list[int], room: int) -> list[list[int]]:
+    """Column numbers of as many tables as it takes to fit into ``room``; each begins with column 0."""
+    found: list[list[int]] = [[0]]
+    used = widths[0]
+    for i, width in enumerate(widths[1:], start=1):
+        if used + width > room and len(found[-1]) > 1:
+            found.append([0])
+            used = widths[0]
+        found[-1].append(i)
+        used += width
+    return found
+
+
+def show(found: sweep.Record, console: Any) -> None:
+    """Print the table, in several parts where the terminal is narrow, and the remarks."""
+    rich_table, text = require("rich.table", "cli"), require("rich.text", "cli").Text
+    chosen = columns(found)
+    lines = [
+        [c.show(line) for c in chosen]
+        if line["status"] == "finished"
+        else [line["contender"], line["status"], *[DASH] * (len(chosen) - 2)]
+        for line in found["summary"]
+    ]
+    # A heading may break between words, a cell may not.
+    needed = [
+        max(*(len(word) for word in c.heading.split()), *(len(line[i]) for line in lines)) for i, c in enumerate(chosen)
+    ]
+    frame = 3
+    console.print(found["task"]["title"], highlight=False)
+    for block in blocks([width + frame for width in needed], console.width - 1):
+        drawn = rich_table.Table()
+        for i in block:
+            drawn.add_column(text(chosen[i].heading), justify="left" if i == 0 else "right", width=needed[i])
+        for line in lines:
+            drawn.add_row(*(text(line[i]) for i in block))
+        console.print(drawn)
+    for remark in remarks(found):
+        console.print(f"• {remark}", markup=False, highlight=False, soft_wrap=True)
+
+
+def execute(settings: RaceSettings, command: str) -> int:
+    """Run the race and write table, ``results.json`` and report.
+
+    Returns:
+        Exit status: 0, 1 if no contender finished, 130 if interrupted.
+
+    Raises:
+        SettingsError: before anything has run.
+    """
+    # Missed here rather than after an hour of training.
+    for module in ("rich.console", "matplotlib.figure"):
+        require(module, "cli")
+    rich_console = require("rich.console", "cli")
+    console = rich_console.Console(stderr=True)
+    race = sweep.Race(settings)
+    bars = Bars(console, settings.steps)
+    race.watcher = bars
+    started = time.monotonic()
+    try:
+        with bars.bars:
+            race.run()
+    except KeyboardInterrupt:
+        console.print("interrupted; finished runs are kept, the same command goes on from there")
+        return INTERRUPTED
+    LOG.info("race took %.0f s", time.monotonic() - started)
+    found = sweep.results(race, command)
+    sweep.save(found, settings.out)
+    written = report.save(found, settings.out)
+    # Piped output gets as many columns as the table needs, a terminal what it has.
+    show(found, rich_console.Console(width=None if sys.stdout.isatty() else 230))
+    console.print(f"report: {written}", highlight=False)
+    return 0 if any(line["status"] == "finished" for line in found["summary"]) else 1

@@ -1,0 +1,238 @@
+"""One run: one contender at one rate and one seed, trained from start to end and measured."""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import comoving
+from comoving.race import contenders
+from comoving.race.contenders import Contender, Refused
+from comoving.race.settings import DTYPES, Rank, RunSettings
+from comoving.race.tasks import TASKS, Task
+
+SPIKE_WINDOW = 20
+SPIKE_EXCESS = 0.25
+SPIKE_DEVIATIONS = 5.0
+
+Progress = Callable[[int, float], None]
+
+
+def rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Learning rate of step 0, 1, ... as a fraction of its peak: linear warm-up, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a group's learning rate, in place where an optimizer keeps it in a tensor (torchao's does)."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def spikes(losses: list[float]) -> list[int]:
+    """Steps whose training loss stands out of the 20 before it.
+
+    Step t >= 20 is a spike if its loss exceeds the median of losses t-20 .. t-1 by more than 25% of it **and** by more
+    than five times their median absolute deviation from it (the second keeps the noise of small batches out).
+    """
+    found: list[int] = []
+    for t in range(SPIKE_WINDOW, len(losses)):
+        window = losses[t - SPIKE_WINDOW : t]
+        middle = statistics.median(window)
+        spread = statistics.median(abs(x - middle) for x in window)
+        if losses[t] - middle > max(SPIKE_EXCESS * abs(middle), SPIKE_DEVIATIONS * spread):
+            found.append(t)
+    return found
+
+
+def validation_steps(steps: int, count: int) -> list[int]:
+    """At most ``count`` numbers of finished steps, evenly spread, the last one ``steps``."""
+    return sorted({max(1, round(steps * (i + 1) / count)) for i in range(count)})
+
+
+class Stopwatch:
+    """Seconds spent inside it, the device waited for at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        """The clock, after all work given to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def timed(self):
+        """Add the time of the ``with`` block."""
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.seconds += self.now() - start
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start the measurement of peak memory here, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the allocator's peak on CUDA, of the process's largest resident size elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        # Not ru_maxrss: Linux hands the parent's peak on to a process started from it.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # noqa: PLC0415  (not there on Windows)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def initialize(task: Task, run: RunSettings) -> nn.Module:
+    """The model of this seed, the same for every contender; the global RNG is seeded by the caller's fork."""
+    torch.manual_seed(run.seed)
+    model = task.model()
+    if run.dtype == "bfloat16":
+        model.bfloat16()
+    elif run.dtype == "float64":
+        model.double()  # leaves complex weights alone
+        for p in model.parameters():
+            if p.is_complex():
+                p.data = p.data.to(torch.complex128)
+    return model.to(run.device)
+
+
+def projected_weights(model: nn.Module, rank: Rank) -> list[Tensor]:
+    """The parameters that ``comoving.AdamW`` projects at ``rank``; the hidden weights where it projects none.
+
+    One set for all contenders: only so can their state on it be compared, AdamW's too, which projects nothing.
+    """
+    named = dict(model.named_parameters())
+    try:
+        chosen: list[Tensor] = [named[row.parameter] for row in comoving.explain(model, rank).rows if row.projected]
+    except ValueError:  # a rank that is meant for a foreign contender
+        chosen = []
+    return chosen or list(contenders.hidden_weights(model).values())
+
+
+def bytes_of_state(contender: Contender, optimizer: Any, model: nn.Module, rank: Rank) -> dict[str, int]:
+    """State in total and on projected parameters, and the bytes of the parameters each belongs to."""
+    projected = projected_weights(model, rank)
+    return {
+        "state": comoving.state_bytes(optimizer) if contender.foreign is None else contenders.state_bytes(optimizer),
+        "state_projected": contenders.state_bytes(optimizer, projected),
+        "parameters": contenders.storage_bytes(model.parameters()),
+        "parameters_projected": contenders.storage_bytes(projected),
+    }
+
+
+def move(x: Tensor, run: RunSettings) -> Tensor:
+    """To the run's device; floating-point data to its dtype too."""
+    return x.to(run.device, DTYPES[run.dtype]) if x.is_floating_point() else x.to(run.device)
+
+
+def train(run: RunSettings, task: Task | None = None, progress: Progress = lambda step, loss: None) -> dict[str, Any]:
+    """Train and measure. The global RNG is left as it was found.
+
+    Args:
+        run: the settings.
+        task: already loaded, else it is loaded here.
+        progress: called after every step with the number of finished steps and the training loss.
+
+    Returns:
+        A record for JSON with ``status`` "finished", "diverged" (with ``error``) or "refused" (with ``error``).
+        Finished and diverged runs hold the curves and all figures; times in seconds, memory in bytes.
+    """
+    if task is None:
+        task = TASKS[run.task].load(text=run.text)
+    devices = [torch.device(run.device)] if torch.device(run.device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        return race(run, task, contenders.parse(run.contender), progress)
+
+
+def race(run: RunSettings, task: Task, contender: Contender, progress: Progress) -> dict[str, Any]:
+    """:func:`train` inside its fork of the global RNG."""
+    device = torch.device(run.device)
+    model = initialize(task, run)
+    try:
+        optimizer = contender.build(model, run.rate, run.rank, run.weight_decay)
+    except Refused as reason:
+        return {"status": "refused", "error": str(reason)}
+    refresh, whole, stepping = Stopwatch(device), Stopwatch(device), Stopwatch(device)
+    measured = hasattr(optimizer, "refresh_scope")
+    if measured:
+        scope: Callable[[], AbstractContextManager[None]] = refresh.timed
+        optimizer.refresh_scope = scope
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    due = set(validation_steps(run.steps, run.validations))
+    batches = torch.Generator().manual_seed(run.seed)
+    losses: list[float] = []
+    step_seconds: list[float] = []
+    optimizer_seconds: list[float] = []
+    curve: list[dict[str, float]] = []
+    error = None
+    forget_peak(device)
+    for step in range(run.steps):
+        before, before_step = whole.seconds, stepping.seconds
+        with whole.timed():
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                set_rate(group, peak * rate_factor(step, run.steps, run.warmup))
+            batch = task.batch(run.batch, batches)
+            loss = task.loss(model, (move(batch[0], run), move(batch[1], run)))
+            optimizer.zero_grad()
+            loss.backward()
+            with stepping.timed():
+                optimizer.step()
+        step_seconds.append(whole.seconds - before)
+        optimizer_seconds.append(stepping.seconds - before_step)
+        losses.append(loss.item())
+        progress(step + 1, losses[-1])
+        if not math.isfinite(losses[-1]):
+            error = f"training loss became {losses[-1]} at step {step + 1}"
+            break
+        if step + 1 in due:
+            model.eval()
+            with torch.no_grad():
+                point = task.validate(model)
+            model.train()
+            curve.append({"step": step + 1, "seconds": whole.seconds, **point})
+            if not math.isfinite(point["value"]):
+                error = f"validation became {point['value']} at step {step + 1}"
+                break
+    # The first step creates the state and warms caches up; it says nothing about the ones after it.
+    settled = optimizer_seconds[1:] or optimizer_seconds
+    return {
+        "status": "finished" if error is None else "diverged",
+        **({} if error is None else {"error": error}),
+        "validation": curve,
+        "losses": losses,
+        "final": curve[-1]["value"] if error is None else None,
+        "final_loss": curve[-1]["loss"] if error is None else None,
+        "spikes": spikes(losses),
+        "seconds": whole.seconds,
+        "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
+        "optimizer_seconds": statistics.median(settled),
+        "worst_step_ratio": max(settled) / statistics.median(settled),
+        "refresh_share": refresh.seconds / stepping.seconds if measured else None,
+        "peak_memory": peak_memory(device),
+        **bytes_of_state(contender, optimizer, model, run.rank),
+    }

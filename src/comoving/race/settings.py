@@ -1,0 +1,213 @@
+"""What the user asked for: one frozen, checked record for the race and one for each run of it."""
+
+import ast
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comoving.race.tasks import TASKS, TaskInfo
+
+Rank = int | float | tuple[int | None, ...]
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class SettingsError(ValueError):
+    """A request that cannot be met; the message is one line and says what is allowed."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One training: everything that decides its outcome, and nothing else.
+
+    Two runs with equal settings give equal curves on one machine: :attr:`key` names the file a finished run is in.
+
+    Args:
+        task, contender: names; ``contender`` with its overrides.
+        rate: peak learning rate.
+        seed: of the initialization and of the batches.
+        steps, warmup: training steps in all, and those of the linear warm-up.
+        rank: handed to the contender.
+        batch: samples per step.
+        weight_decay: decoupled, the same for all contenders.
+        dtype, device: of the parameters.
+        text: corpus of the ``lm`` task ("" = CPython's standard library).
+        validations: how many times the held-out set is looked at, the last time at the end.
+        fingerprint: of the task's data and of the code that trains.
+    """
+
+    task: str
+    contender: str
+    rate: float
+    seed: int
+    steps: int
+    warmup: int
+    rank: Rank
+    batch: int
+    weight_decay: float
+    dtype: str
+    device: str
+    text: str
+    validations: int
+    fingerprint: str
+
+    @property
+    def key(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class RaceSettings:
+    """A whole race. Empty or None means: the task's or the contender's own default.
+
+    Raises:
+        SettingsError: for a value outside its interval; nothing has run by then.
+    """
+
+    task: str
+    optimizers: tuple[str, ...]
+    steps: int
+    seeds: int
+    rates: tuple[float, ...]
+    rank: Rank
+    out: Path
+    device: str = "cpu"
+    dtype: str = "float32"
+    target: float | None = None
+    batch: int | None = None
+    text: str = ""
+    jobs: int = 1
+    weight_decay: float = 0.01
+    warmup: int | None = None
+    validations: int = 16
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise SettingsError(f"unknown task {self.task!r}; known: {', '.join(TASKS)}")
+        if not self.optimizers:
+            raise SettingsError("the list of optimizers is empty")
+        for name in self.optimizers:
+            if self.optimizers.count(name) > 1:
+                raise SettingsError(f"optimizer {name!r} is listed twice")
+        for name in ("steps", "seeds", "jobs", "validations", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is {value}; it must be at least 1")
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            raise SettingsError(f"warmup is {self.warmup}; it must lie in [0, {self.steps}], the number of steps")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise SettingsError(f"weight decay is {self.weight_decay}; it must be at least 0 and finite")
+        check_rates(self.rates)
+        check_rank(self.rank)
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.dtype not in self.info.dtypes:
+            raise SettingsError(f"task {self.task} cannot run in {self.dtype}; it takes {', '.join(self.info.dtypes)}")
+        if self.text and self.task != "lm":
+            raise SettingsError(f"--text belongs to the lm task, not to {self.task}")
+        check_device(self.device)
+
+    @property
+    def info(self) -> TaskInfo:
+        """The task's facts and defaults."""
+        return TASKS[self.task]
+
+    def run(self, contender: str, rate: float, seed: int, fingerprint: str) -> RunSettings:
+        """The settings of one run, with every default filled in."""
+        return RunSettings(
+            task=self.task,
+            contender=contender,
+            rate=rate,
+            seed=seed,
+            steps=self.steps,
+            warmup=self.steps // 10 if self.warmup is None else self.warmup,
+            rank=self.rank,
+            batch=self.info.batch if self.batch is None else self.batch,
+            weight_decay=self.weight_decay,
+            dtype=self.dtype,
+            device=self.device,
+            text=self.text,
+            validations=self.validations,
+            fingerprint=fingerprint,
+        )
+
+
+def check_rates(rates: tuple[float, ...]) -> None:
+    """Raise SettingsError unless all ``rates`` are positive, finite and different."""
+    for rate in rates:
+        if not 0 < rate < float("inf"):
+            raise SettingsError(f"learning rate is {rate}; it must be positive and finite")
+    if len(set(rates)) < len(rates):
+        raise SettingsError("a learning rate is listed twice")
+
+
+def check_rank(rank: Rank) -> None:
+    """Raise SettingsError unless ``rank`` is a positive int, in (0, 1], or a tuple of positive ints and None."""
+    entries = rank if isinstance(rank, tuple) else (rank,)
+    for entry in entries:
+        if isinstance(entry, float) and not isinstance(rank, tuple):
+            if not 0 < entry <= 1:
+                raise SettingsError(f"rank is {entry}; as a fraction it must lie in (0, 1]")
+        elif entry is None and isinstance(rank, tuple):
+            continue
+        elif isinstance(entry, bool) or not isinstance(entry, int) or entry < 1:
+            raise SettingsError(f"rank has {entry!r}; directions are counted by ints of at least 1")
+    if not entries:
+        raise SettingsError("rank is an empty tuple")
+
+
+def check_device(name: str) -> None:
+    """Raise SettingsError unless torch can use the device ``name``."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def literal(text: str) -> Any:
+    """A Python literal if ``text`` is one, else the text itself."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()
+
+
+def parse_rank(text: str) -> Rank:
+    """Read a rank: ``64``, ``0.1``, or ``8,8,4,None`` for one entry per mode."""
+    value = literal(text)
+    rank = tuple(value) if isinstance(value, list) else value
+    if not isinstance(rank, int | float | tuple) or isinstance(rank, bool):
+        raise SettingsError(f"rank is {text!r}; give an int, a fraction in (0, 1], or one int per mode: 8,8,4,None")
+    return rank
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Split a list at its commas, except those inside brackets or quotes of an override."""
+    names: list[str] = []
+    depth, quote, start = 0, "", 0
+    for i, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            names.append(text[start:i])
+            start = i + 1
+    names.append(text[start:])
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Read numbers separated by commas, sorted; none if there are none."""
+    try:
+        return tuple(sorted(float(rate) for rate in text.split(",") if rate.strip()))
+    except ValueError as error:
+        raise SettingsError(f"learning rates are {text!r}; give numbers separated by commas") from error

@@ -1,0 +1,415 @@
+"""The race: which runs are due, running them in processes of their own, keeping what is done."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from comoving.race import contenders
+from comoving.race.contenders import Contender
+from comoving.race.files import write_json
+from comoving.race.settings import RaceSettings, RunSettings, SettingsError
+
+Record = dict[str, Any]
+Runner = Callable[[RunSettings, Path, Callable[[int, float], None]], Record]
+
+REUSED = ("finished", "diverged", "refused")
+CODE = ("contenders.py", "runner.py", "darcy.py", "tasks/__init__.py", "tasks/lm.py", "tasks/fno.py", "tasks/vit.py")
+
+
+class Watcher(Protocol):
+    """Who is told how the race goes; calls come from several threads."""
+
+    def total(self, runs: int, reused: int) -> None:
+        """``runs`` runs are known of by now, ``reused`` of them were found finished."""
+
+    def started(self, run: RunSettings) -> None:
+        """A run begins."""
+
+    def progress(self, run: RunSettings, step: int, loss: float) -> None:
+        """A run has finished ``step`` steps."""
+
+    def ended(self, run: RunSettings, record: Record) -> None:
+        """A run is over."""
+
+    def say(self, line: str) -> None:
+        """Something worth one line."""
+
+
+class Silence:
+    """A watcher that watches nothing."""
+
+    def total(self, runs: int, reused: int) -> None:
+        """Ignore it."""
+
+    def started(self, run: RunSettings) -> None:
+        """Ignore it."""
+
+    def progress(self, run: RunSettings, step: int, loss: float) -> None:
+        """Ignore it."""
+
+    def ended(self, run: RunSettings, record: Record) -> None:
+        """Ignore it."""
+
+    def say(self, line: str) -> None:
+        """Ignore it."""
+
+
+@dataclass
+class Entry:
+    """A contender's part of the race: its rates, and its records by (rate, seed)."""
+
+    contender: Contender
+    rates: list[float]
+    records: dict[tuple[float, int], Record] = field(default_factory=dict[tuple[float, int], Record])
+    extended: float | None = None
+    still_at_edge: bool = False
+
+    def refusal(self) -> str | None:
+        """Why the contender cannot take part, if it cannot."""
+        return next((r["error"] for r in self.records.values() if r["status"] == "refused"), None)
+
+    def finals(self, rate: float) -> list[float]:
+        """Final validation of every finished seed at ``rate``; empty unless all of them finished."""
+        records = [record for (at, _), record in self.records.items() if at == rate]
+        finished = [r["final"] for r in records if r["status"] == "finished"]
+        return finished if len(finished) == len(records) else []
+
+    def best(self) -> float | None:
+        """The rate with the lowest mean final validation among those at which every seed finished."""
+        means = {rate: statistics.fmean(values) for rate in self.rates if (values := self.finals(rate))}
+        return min(means, key=lambda rate: means[rate]) if means else None
+
+
+def beyond(rates: list[float], best: float) -> float | None:
+    """One more rate outside the list if ``best`` is at its edge, by the geometric step found there; else None."""
+    ordered = sorted(rates)
+    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
+        return None
+    inner = ordered[1] if best == ordered[0] else ordered[-2]
+    return float(f"{best * best / inner:.6g}")
+
+
+def file_of(run: RunSettings, out: Path) -> Path:
+    """Where the record of a run is kept: readable, and unique by the key of its settings."""
+    name = "".join(c if c.isalnum() or c in "-+." else "_" for c in run.contender)[:60]
+    return out / "runs" / f"{name}-{run.rate:g}-seed{run.seed}-{run.key}.json"
+
+
+class Processes:
+    """Runs each run in a fresh process with one thread, and ends those still going when the race is interrupted."""
+
+    def __init__(self) -> None:
+        self.alive: set[subprocess.Popen[str]] = set()
+        self.lock = threading.Lock()
+        self.stopped = False
+
+    def __call__(self, run: RunSettings, file: Path, progress: Callable[[int, float], None]) -> Record:
+        """Run it to its end; what went wrong in there comes back as a record with status "failed"."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        log = file.with_suffix(".log")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", "comoving.race.worker", str(file)]
+        with log.open("w", encoding="utf-8") as errors, self.lock:
+            if self.stopped:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
+            self.alive.add(process)
+        assert process.stdin is not None and process.stdout is not None
+        with process:
+            try:
+                process.stdin.write(json.dumps(asdict(run)))
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # it died before it read; its log says why
+            for line in process.stdout:
+                try:
+                    point = json.loads(line)
+                    progress(int(point["step"]), float(point["loss"]))
+                except (ValueError, KeyError, TypeError):
+                    continue  # a library's own chatter
+        with self.lock:
+            self.alive.discard(process)
+            if self.stopped:
+                raise KeyboardInterrupt
+        if process.returncode != 0 or not file.exists():
+            return {"status": "failed", "error": last_words(log, process.returncode)}
+        log.unlink(missing_ok=True)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def stop(self) -> None:
+        """End all processes started here."""
+        with self.lock:
+            self.stopped = True
+            for process in self.alive:
+                process.terminate()
+
+
+def last_words(log: Path, code: int) -> str:
+    """The last line of a log that says something: of a traceback, the exception."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if code < 0:
+        return f"process ended by signal {-code}; see {log.name}"
+    return lines[-1][:500] if lines else f"process ended with code {code}"
+
+
+def code_fingerprint(contender: Contender) -> str:
+    """Digest of everything of ours that a run's outcome depends on."""
+    here = Path(__file__).parent
+    return contenders.digest(here / name for name in CODE) + contender.code()
+
+
+class Race:
+    """All runs of a race.
+
+    Args:
+        settings: what is asked for.
+        watcher: is told how it goes.
+        runner: trains one run and returns its record; a process for each by default.
+        data: digest of the task's data; found by loading them (and so making them, once, before anybody trains).
+
+    Raises:
+        SettingsError: for a contender nobody knows, or data that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        settings: RaceSettings,
+        watcher: Watcher | None = None,
+        runner: Runner | None = None,
+        data: str | None = None,
+    ) -> None:
+        self.settings = settings
+        self.watcher = watcher or Silence()
+        self.processes = Processes()
+        self.runner = runner or self.processes
+        self.entries = [self.entry(contenders.parse(label)) for label in settings.optimizers]
+        if data is None:
+            try:
+                data = settings.info.load(text=settings.text).fingerprint()
+            except (ImportError, ValueError, OSError) as error:
+                raise SettingsError(str(error)) from error
+        self.fingerprints = {
+            entry.contender.label: f"{data[:16]}-{code_fingerprint(entry.contender)}" for entry in self.entries
+        }
+        self.known = self.reused = 0
+
+    def entry(self, contender: Contender) -> Entry:
+        """The rates as given, else the task's rate times the contender's own factor."""
+        default = float(f"{self.settings.info.rate * contender.relative_rate:.6g}")
+        return Entry(contender, list(self.settings.rates) or [default])
+
+    def due(self, rates: Callable[[Entry], Iterable[float]]) -> list[tuple[Entry, RunSettings]]:
+        """Runs of all entries at some rates; seeds outermost, so that an interrupted race has compared everybody."""
+        return [
+            (entry, self.settings.run(entry.contender.label, rate, seed, self.fingerprints[entry.contender.label]))
+            for seed in range(self.settings.seeds)
+            for entry in self.entries
+            for rate in rates(entry)
+        ]
+
+    def run(self) -> list[Entry]:
+        """Run what is not done yet, extend sweeps whose best rate is at the edge, and return everybody's records.
+
+        KeyboardInterrupt ends the processes and goes on to the caller; finished runs are on disk by then.
+        """
+        self.run_all(self.due(lambda entry: entry.rates))
+        for entry in self.entries:
+            best = entry.best()
+            entry.extended = None if best is None else beyond(entry.rates, best)
+            if entry.extended is not None:
+                self.watcher.say(
+                    f"{entry.contender.label}: best rate {best:g} is at the edge; {entry.extended:g} is added"
+                )
+                entry.rates = sorted([*entry.rates, entry.extended])
+        self.run_all(self.due(lambda entry: [] if entry.extended is None else [entry.extended]))
+        for entry in self.entries:
+            best = entry.best()
+            entry.still_at_edge = best is not None and beyond(entry.rates, best) is not None
+        return self.entries
+
+    def run_all(self, runs: list[tuple[Entry, RunSettings]]) -> None:
+        """Run or reuse every one of ``runs``, at most ``jobs`` at a time."""
+        missing: list[tuple[Entry, RunSettings]] = []
+        for entry, run in runs:
+            record = self.finished(run)
+            if record is None:
+                missing.append((entry, run))
+            else:
+                entry.records[run.rate, run.seed] = record
+        self.known += len(runs)
+        self.reused += len(runs) - len(missing)
+        self.watcher.total(self.known, self.reused)
+        pool = ThreadPoolExecutor(self.settings.jobs)
+        try:
+            for future in as_completed([pool.submit(self.one, entry, run) for entry, run in missing]):
+                future.result()
+        except BaseException:
+            self.processes.stop()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def finished(self, run: RunSettings) -> Record | None:
+        """The record of this very run from an earlier start; what failed (out of memory, killed) is tried again."""
+        file = file_of(run, self.settings.out)
+        try:
+            record: Record = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if record.get("status") in REUSED else None
+
+    def one(self, entry: Entry, run: RunSettings) -> None:
+        """Run one; a contender that has refused the model is not asked again."""
+        reason = entry.refusal()
+        if reason is not None:
+            record: Record = {"status": "refused", "error": reason}
+        else:
+            self.watcher.started(run)
+            record = self.runner(
+                run, file_of(run, self.settings.out), lambda step, loss: self.watcher.progress(run, step, loss)
+            )
+        entry.records[run.rate, run.seed] = record
+        self.watcher.ended(run, record)
+
+
+def reach(record: Record, target: float, counted_per_step: int) -> dict[str, float] | None:
+    """Steps, tokens or samples, and seconds of training up to the first validation at or below ``target``."""
+    for point in record.get("validation", ()):
+        if point["value"] is not None and point["value"] <= target:
+            return {"steps": point["step"], "counted": point["step"] * counted_per_step, "seconds": point["seconds"]}
+    return None
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there."""
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if there else None
+
+
+def summarize(entry: Entry, settings: RaceSettings, counted_per_step: int) -> Record:
+    """A contender's line of the table, at its best rate; JSON-ready.
+
+    Times are medians over steps and means over seeds, the worst step is the worst of all seeds, spikes are per run.
+    """
+    best = entry.best()
+    problems = sorted(
+        {f"{r['status']} at {rate:g}: {r['error']}" for (rate, _), r in entry.records.items() if "error" in r}
+    )
+    line: Record = {
+        "contender": entry.contender.label,
+        "note": entry.contender.note,
+        "rates": entry.rates,
+        "extended": entry.extended,
+        "still_at_edge": entry.still_at_edge,
+        "problems": problems,
+    }
+    refusal = entry.refusal()
+    if refusal is not None:
+        return {**line, "status": "refused", "problems": [refusal]}
+    if best is None:
+        return {**line, "status": "failed"}
+    records = [entry.records[best, seed] for seed in range(settings.seeds)]
+    finals = entry.finals(best)
+    reached = [None if settings.target is None else reach(r, settings.target, counted_per_step) for r in records]
+    everybody = all(r is not None for r in reached)
+    return {
+        **line,
+        "status": "finished",
+        "rate": best,
+        "mean": statistics.fmean(finals),
+        "deviation": statistics.stdev(finals) if len(finals) > 1 else None,
+        "mean_loss": mean(r["final_loss"] for r in records),
+        **{k: records[0][k] for k in ("state", "state_projected", "parameters", "parameters_projected")},
+        "peak_memory": max(r["peak_memory"] for r in records),
+        "optimizer_seconds": mean(r["optimizer_seconds"] for r in records),
+        "step_seconds": mean(r["step_seconds"] for r in records),
+        "worst_step_ratio": max(r["worst_step_ratio"] for r in records),
+        "refresh_share": mean(r["refresh_share"] for r in records),
+        "spikes": statistics.fmean(len(r["spikes"]) for r in records),
+        "target": {k: mean(r[k] for r in reached if r) for k in ("steps", "counted", "seconds")} if everybody else None,
+        "reached": sum(r is not None for r in reached),
+    }
+
+
+def against_adamw(lines: list[Record]) -> None:
+    """Add state relative to AdamW's: measured if one raced, else two moments in the parameters' dtype."""
+    finished = {line["contender"]: line for line in lines if line["status"] == "finished"}
+    reference = finished.get("adamw") or finished.get("torch-adamw")
+    for line in finished.values():
+        for part in ("", "_projected"):
+            theirs = reference["state" + part] if reference else 2 * line["parameters" + part]
+            line[f"state{part}_over_adamw"] = line["state" + part] / theirs if theirs else None
+            own = line["parameters" + part]
+            line[f"state{part}_over_parameters"] = line["state" + part] / own if own else None
+
+
+def machine(settings: RaceSettings) -> dict[str, Any]:
+    """What the race ran on."""
+    import platform  # noqa: PLC0415
+
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    gpu = torch.cuda.get_device_name(torch.device(settings.device)) if settings.device.startswith("cuda") else None
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads_per_run": 1,
+        "runs_at_once": settings.jobs,
+        "gpu": gpu,
+        "system": platform.platform(),
+    }
+
+
+def versions(entries: list[Entry]) -> dict[str, str]:
+    """Versions of everything that takes part."""
+    packages = {"torch", "numpy", "transformers", "neuraloperator", "scipy", "scikit-learn"}
+    packages |= {p for e in entries if e.contender.foreign for p in e.contender.foreign.packages}
+    found = {p: contenders.version(p) for p in sorted(packages)}
+    return {"python": sys.version.split()[0], "comoving": contenders.version("comoving"), **found}
+
+
+def results(race: Race, command: str) -> Record:
+    """Everything about a race that has ended: what ``results.json`` holds."""
+    settings, info = race.settings, race.settings.info
+    batch = settings.batch or info.batch
+    lines = [summarize(entry, settings, info.per_sample * batch) for entry in race.entries]
+    against_adamw(lines)
+    lines.sort(key=lambda line: line.get("mean", math.inf))
+    return {
+        "command": command,
+        "versions": versions(race.entries),
+        "machine": machine(settings),
+        "task": asdict(info),
+        "settings": {**asdict(settings), "out": str(settings.out), "batch": batch},
+        "summary": lines,
+        "runs": [
+            {"contender": entry.contender.label, "rate": rate, "seed": seed, **record}
+            for entry in race.entries
+            for (rate, seed), record in sorted(entry.records.items())
+        ],
+    }
+
+
+def save(found: Record, out: Path) -> Path:
+    """Write ``results.json``."""
+    write_json(out / "results.json", found)
+    return out / "results.json"

@@ -1,0 +1,80 @@
+"""The three tasks a race can be run on: what each of them is, and how it is loaded."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Task(Protocol):
+    """Real data and a model for it. The data are loaded by the constructor; nothing here draws from the global RNG."""
+
+    def fingerprint(self) -> str:
+        """Digest of the data, so that runs on other data are never taken for these."""
+        ...
+
+    def model(self) -> nn.Module:
+        """A fresh model, in float32 on the CPU, initialized from the global RNG as it stands."""
+        ...
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """``size`` training samples drawn with ``generator``, in the dtype of the data."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The training loss, a real scalar."""
+        ...
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """``{"value": the metric, "loss": the mean loss}`` on the held-out data, without gradients."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """Facts about a task that are known without loading it.
+
+    Args:
+        title, metric: as shown in tables and pictures; lower is better for every metric.
+        counted: what is counted on the way to a target, "tokens" or "samples".
+        per_sample: how many of them are in one sample of a batch.
+        rate: AdamW's own rate, the one a recipe's ``relative_rate`` multiplies.
+        steps, batch, rank: defaults.
+        dtypes: that the model can train in.
+        optimizers: who races by default.
+    """
+
+    name: str
+    title: str
+    metric: str
+    counted: str
+    per_sample: int
+    rate: float
+    steps: int
+    batch: int
+    rank: int | float
+    dtypes: tuple[str, ...]
+    optimizers: str
+
+    def load(self, **options: Any) -> Task:
+        """Load the data; ``options`` are the task's own (``text``)."""
+        return importlib.import_module(f"comoving.race.tasks.{self.name}").load(**options)
+
+
+MATRICES = "adamw,galore,ldadam,comoving"
+TENSORS = "adamw,tensor-galore,tucker-adam,comoving"
+REAL = ("float32", "float64", "bfloat16")
+TASKS = {
+    info.name: info
+    for info in (
+        TaskInfo("lm", "LLaMA on bytes", "validation bits per byte", "tokens", 128, 2e-3, 600, 8, 0.25, REAL, MATRICES),
+        TaskInfo(
+            "fno", "FNO on Darcy flow", "validation relative L2", "samples", 1, 1e-2, 400, 8, 0.1, REAL[:2], TENSORS
+        ),
+        TaskInfo("vit", "ViT on images", "validation error in %", "samples", 1, 1e-3, 400, 64, 0.25, REAL, MATRICES),
+    )
+}

@@ -1,0 +1,109 @@
+"""What is typed: read, checked, refused in one line."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from comoving.race import contenders
+from comoving.race.command import settings_from
+from comoving.race.settings import RaceSettings, SettingsError, parse_names, parse_rank, parse_rates
+
+
+def settings(**changes):
+    base = {
+        "task": "vit",
+        "optimizers": ("torch-adamw",),
+        "steps": 4,
+        "seeds": 1,
+        "rates": (1e-3,),
+        "rank": 0.25,
+        "out": Path("out"),
+    }
+    return RaceSettings(**{**base, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"task": "chess"}, "unknown task 'chess'; known: lm, fno, vit"),
+        ({"optimizers": ()}, "empty"),
+        ({"optimizers": ("a", "a")}, "twice"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": -5}, "steps is -5"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"jobs": 0}, "jobs is 0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"validations": 0}, "validations is 0"),
+        ({"rates": (0.0,)}, "learning rate is 0.0"),
+        ({"rates": (-1e-3,)}, "learning rate"),
+        ({"rates": (float("inf"),)}, "learning rate"),
+        ({"rates": (1e-3, 1e-3)}, "twice"),
+        ({"rank": 0}, "rank"),
+        ({"rank": 1.5}, r"\(0, 1\]"),
+        ({"rank": (4, 0)}, "rank"),
+        ({"rank": ()}, "rank"),
+        ({"rank": True}, "rank"),
+        ({"dtype": "float8"}, "unknown dtype"),
+        ({"task": "fno", "dtype": "bfloat16"}, "cannot run in bfloat16"),
+        ({"device": "abacus"}, "abacus"),
+        ({"text": "x"}, "--text"),
+        ({"weight_decay": -1.0}, "weight decay"),
+        ({"warmup": 5}, r"\[0, 4\]"),
+    ],
+)
+def test_bad_settings(changes, word):
+    with pytest.raises(SettingsError, match=word) as caught:
+        settings(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_come_from_the_task():
+    made = settings_from("fno", "torch-adamw", None, "", None, None, seeds=1)
+    assert (made.steps, made.rank, made.rates, made.out) == (400, 0.1, (), Path("out/race-fno"))
+    run = made.run("torch-adamw", 1e-2, 0, "")
+    assert (run.batch, run.warmup) == (8, 40)
+
+
+def test_every_field_of_a_run_is_in_its_key():
+    run = settings().run("torch-adamw", 1e-3, 0, "data")
+    changed = {"rank": 7, "text": "other", "task": "lm", "contender": "x", "dtype": "float64", "device": "cuda"}
+    for name, value in asdict(run).items():
+        other = changed.get(name, value + 1 if isinstance(value, int | float) else value + "x")
+        assert replace(run, **{name: other}).key != run.key, name
+    assert replace(run).key == run.key
+
+
+def test_reading_lists():
+    assert parse_names("adamw, b:x=(1,2);y='a,b' ,c") == ("adamw", "b:x=(1,2);y='a,b'", "c")
+    assert parse_rates("1e-2,1e-3") == (1e-3, 1e-2)
+    assert [parse_rank(t) for t in ("64", "0.1", "8,8,None", "(4,4)")] == [64, 0.1, (8, 8, None), (4, 4)]
+    for bad in ("many", "True", "{1}"):
+        with pytest.raises(SettingsError, match="rank"):
+            parse_rank(bad)
+    with pytest.raises(SettingsError, match="learning rates"):
+        parse_rates("fast")
+    with pytest.raises(SettingsError, match="empty"):
+        settings_from("vit", " , ", None, "", None, None, seeds=1)
+
+
+def test_overrides():
+    made = contenders.parse("torch-adamw:betas=(0.8,0.9);mode=plain")
+    assert made.overrides == {"betas": (0.8, 0.9), "mode": "plain"}
+    assert (made.name, made.label) == ("torch-adamw", "torch-adamw:betas=(0.8,0.9);mode=plain")
+    with pytest.raises(SettingsError, match="key=value"):
+        contenders.parse("torch-adamw:betas")
+
+
+def test_unknown_contender_lists_the_known():
+    with pytest.raises(SettingsError, match="unknown optimizer 'sgd'.*comoving.*torch-muon"):
+        contenders.parse("sgd")
+
+
+def test_our_contenders_take_their_rate_and_overrides_from_the_library():
+    import comoving  # noqa: PLC0415
+
+    made = contenders.parse("comoving:betas=(0.8,0.99)")
+    assert made.foreign is None
+    assert made.relative_rate == comoving.recipes()["comoving"].relative_rate
+    assert len(made.code()) > 16

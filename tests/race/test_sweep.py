@@ -1,0 +1,248 @@
+"""The race as a whole: sweep, extension, resuming, failures, summary, report."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+
+from comoving.race import report, sweep
+from comoving.race.command import blocks
+from comoving.race.files import write_json
+from comoving.race.runner import train
+from comoving.race.sweep import Race, beyond, reach, results, save
+from comoving.race.table import remarks, size
+from race.small import Small, settings
+
+
+class InProcess:
+    """Trains :class:`Small` here, and counts."""
+
+    def __init__(self, interrupt_at=None, final=None):
+        self.runs = []
+        self.interrupt_at = interrupt_at
+        self.final = final
+
+    def __call__(self, run, file, progress):
+        if len(self.runs) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.runs.append(run)
+        record = train(run, Small(), progress)
+        if self.final is not None:
+            record["final"] = self.final(run)
+        write_json(file, {"settings": asdict(run), **record})
+        return record
+
+
+def race_of(made, runner):
+    return Race(made, runner=runner, data="small")
+
+
+def test_interrupted_race_resumes(tmp_path):
+    made = settings(tmp_path, optimizers=("torch-adamw", "torch-muon"), seeds=2)
+    first = InProcess(interrupt_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        race_of(made, first).run()
+    assert len(first.runs) == 3
+    second = InProcess()
+    race_of(made, second).run()
+    assert len(second.runs) == 1 and {r.key for r in first.runs}.isdisjoint(r.key for r in second.runs)
+    third = InProcess()
+    entries = race_of(made, third).run()
+    assert third.runs == [] and all(len(e.records) == 2 for e in entries)
+    fourth = InProcess()
+    race_of(settings(tmp_path, optimizers=("torch-adamw",), steps=13), fourth).run()
+    assert len(fourth.runs) == 1
+
+
+def test_half_written_or_failed_runs_are_run_again(tmp_path):
+    made = settings(tmp_path)
+    runner = InProcess()
+    race = race_of(made, runner)
+    race.run()
+    file = sweep.file_of(runner.runs[0], tmp_path)
+    file.write_text(file.read_text()[:50])
+    race_of(made, runner).run()
+    file.write_text(json.dumps({"status": "failed", "error": "killed"}))
+    race_of(made, runner).run()
+    assert len(runner.runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("optimum", "added", "edge"), [(1e-2, 3e-2, True), (1e-3, 1e-3 / 3, False), (3e-3, None, False)]
+)
+def test_sweep_is_extended_once_at_its_edge(tmp_path, optimum, added, edge):
+    def final(run):
+        return abs(run.rate - (1.0 if edge else optimum))
+
+    runner = InProcess(final=final)
+    made = settings(tmp_path, rates=(1e-3, 3e-3, 9e-3) if edge else (1e-3, 3e-3, 1e-2), steps=2)
+    race = race_of(made, runner)
+    (entry,) = race.run()
+    expected = 2.7e-2 if edge else added
+    assert entry.extended == (None if expected is None else pytest.approx(expected, rel=1e-4))
+    assert entry.still_at_edge == edge
+    assert len(runner.runs) == (3 if added is None else 4)
+    text = " ".join(remarks(results(race, "")))
+    assert ("extended" in text) == (added is not None) and ("edge again" in text) == edge
+
+
+def test_beyond():
+    assert beyond([1e-3, 1e-2], 1e-2) == pytest.approx(0.1)
+    assert beyond([1e-3, 1e-2], 1e-3) == pytest.approx(1e-4)
+    assert beyond([1e-3, 1e-2, 1e-1], 1e-2) is None
+    assert beyond([1e-3], 1e-3) is None
+
+
+def test_best_rate_is_chosen_by_the_mean_over_seeds_all_of_which_finished(tmp_path):
+    finals = {(1e-3, 0): 1.0, (1e-3, 1): 1.2, (2e-3, 0): 0.9, (2e-3, 1): 1.5, (4e-3, 0): 2.0, (4e-3, 1): 2.0}
+    made = settings(tmp_path, rates=(1e-3, 2e-3, 4e-3), seeds=2, steps=2)
+    race = race_of(made, InProcess(final=lambda run: finals.get((run.rate, run.seed), 9.0)))
+    (entry,) = race.run()
+    assert entry.best() == 1e-3
+    (line,) = results(race, "")["summary"]
+    assert line["mean"] == pytest.approx(1.1) and line["deviation"] == pytest.approx(0.1414, rel=1e-3)
+    entry.records[1e-3, 1]["status"] = "diverged"
+    assert entry.best() == 2e-3
+
+
+def test_refused_and_failed_contenders_stay_in_the_table(tmp_path):
+    def runner(run, file, progress):
+        if run.contender == "torch-muon":
+            return {"status": "refused", "error": "no tensors, please"}
+        if run.contender == "galore-torch":
+            return {"status": "failed", "error": "RuntimeError: oops"}
+        return train(run, Small(), progress)
+
+    made = settings(tmp_path, optimizers=("torch-muon", "torch-adamw", "galore-torch"))
+    race = race_of(made, runner)
+    race.run()
+    found = results(race, "comoving race ...")
+    assert {line["contender"]: line["status"] for line in found["summary"]} == {
+        "torch-adamw": "finished",
+        "torch-muon": "refused",
+        "galore-torch": "failed",
+    }
+    text = " ".join(remarks(found))
+    assert "no tensors, please" in text and "oops" in text
+    page = report.save(found, tmp_path).read_text()
+    assert "torch-muon" in page and "oops" in page
+
+
+def test_results_and_report_are_complete_and_self_contained(tmp_path):
+    made = settings(tmp_path, optimizers=("torch-adamw", "torch-muon"), seeds=2, target=1e9)
+    race = race_of(made, InProcess())
+    race.run()
+    found = results(race, "comoving race --task vit")
+    stored = json.loads(save(found, tmp_path).read_text())
+    assert stored["command"] == "comoving race --task vit"
+    assert stored["versions"]["torch"] and stored["machine"]["cpu"] and stored["machine"]["cores"]
+    assert len(stored["runs"]) == 4 and all(len(run["losses"]) == 12 for run in stored["runs"])
+    muon, adamw = sorted(stored["summary"], key=lambda line: line["state"])
+    assert adamw["state_over_adamw"] == 1 and muon["state_over_adamw"] < 1
+    assert adamw["target"]["steps"] == 4 and adamw["target"]["counted"] == 32
+    page = report.save(found, tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and "@import" not in page
+    assert "comoving race --task vit" in page and "spikes" in page
+    for name in ("curves.png", "frontier.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_race_that_nobody_finished_still_has_a_report(tmp_path):
+    race = race_of(settings(tmp_path), lambda run, file, progress: {"status": "failed", "error": "no"})
+    race.run()
+    assert report.save(results(race, ""), tmp_path).exists()
+
+
+def test_reaching_a_target():
+    record = {"validation": [{"step": 5, "value": 2.0, "seconds": 1.0}, {"step": 10, "value": 1.0, "seconds": 2.0}]}
+    assert reach(record, 1.5, 8) == {"steps": 10, "counted": 80, "seconds": 2.0}
+    assert reach(record, 0.5, 8) is None
+
+
+def test_sizes():
+    assert [size(n) for n in (12, 2048, 3 * 2**20, 5 * 2**30)] == ["12 B", "2 KiB", "3 MiB", "5 GiB"]
+
+
+def test_a_wide_table_is_cut_into_blocks():
+    assert blocks([10, 5, 5, 5], 25) == [[0, 1, 2, 3]]
+    assert blocks([10, 5, 5, 5], 20) == [[0, 1, 2], [0, 3]]
+    assert blocks([10, 50, 5], 20) == [[0, 1], [0, 2]]
+
+
+def test_numbers_that_json_cannot_hold_become_null(tmp_path):
+    write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("inf"), 1.0]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.0]}
+
+
+COMMAND = [sys.executable, "-m", "comoving.race", "--task", "vit", "--optimizers", "torch-adamw"]
+
+
+def test_command_line_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMOVING_DIGITS", "1")
+    command = [*COMMAND, "--steps", "2", "--out", str(tmp_path), "--batch", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch-adamw" in done.stdout and "worst/median" in done.stdout
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["command"].startswith("comoving race --task vit")
+    assert stored["summary"][0]["peak_memory"] > 2**26
+
+
+def test_interrupt_ends_the_processes_and_keeps_the_command_resumable(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMOVING_DIGITS", "1")
+    command = [*COMMAND, "--steps", "5000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    runs = tmp_path / "runs"
+    deadline = time.monotonic() + 40
+    while not (runs.exists() and any(runs.glob("*.log"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130, errors
+    assert "goes on from there" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--task", "chess"], "unknown task"),
+        (["--task", "vit", "--optimizers", "nobody"], "unknown optimizer"),
+        (["--task", "vit", "--steps", "many"], "steps"),
+        (["--task", "vit", "--lr", "0"], "learning rate"),
+        (["--task", "lm", "--optimizers", "torch-adamw", "--text", "EMPTY"], "no text found"),
+        ([], "task"),
+    ],
+)
+def test_bad_command_line_is_one_line_and_status_two(options, word, tmp_path, capsys):
+    from comoving.cli import main  # noqa: PLC0415
+
+    with pytest.raises(SystemExit) as ended:
+        main(["race", *(str(tmp_path) if option == "EMPTY" else option for option in options)])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert len(errors.strip().splitlines()) == 1 and word in errors
+
+
+def test_version_and_recipes(capsys):
+    from comoving.cli import main  # noqa: PLC0415
+
+    for arguments, word in ((["--version"], "0."), (["recipes"], "ldadam")):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        assert word in capsys.readouterr().out
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    from comoving.cli import main  # noqa: PLC0415
+
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["race"])
+    assert ended.value.code == 2 and "comoving[cli]" in capsys.readouterr().err

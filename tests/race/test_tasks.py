@@ -1,0 +1,137 @@
+"""The tasks: real data, deterministic batches, held-out parts that stay out."""
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+
+from comoving.race.tasks import TASKS, lm, vit
+
+
+def test_standard_library_is_text_in_order():
+    documents = list(lm.standard_library())
+    names = [name for name, _ in documents]
+    assert "argparse.py" in names and not any("site-packages" in name or "/test/" in name for name in names)
+    assert sum(len(content) for _, content in documents) > 2**20
+    held = [name for name in names if lm.held_out(name)]
+    assert 0.02 < len(held) / len(names) < 0.1
+
+
+def test_held_out_text_is_not_trained_on():
+    documents = [(str(i), bytes([32 + i % 90]) * 200) for i in range(200)]
+    task = lm.ByteTask(documents)
+    held = {32 + i % 90 for i in range(200) if lm.held_out(str(i))}
+    assert set(task.held.tolist()) - {0} == held
+    assert len(task.training) + len(task.held) == 200 * 201
+
+
+def test_byte_batches_are_shifted_and_repeatable():
+    task = lm.ByteTask([(str(i), bytes(np.random.default_rng(i).integers(1, 255, 300, np.uint8))) for i in range(60)])
+    inputs, following = task.batch(3, torch.Generator().manual_seed(1))
+    assert inputs.shape == (3, 128) and inputs.dtype == torch.int64
+    assert (inputs[:, 1:] == following[:, :-1]).all()
+    again, _ = task.batch(3, torch.Generator().manual_seed(1))
+    assert (inputs == again).all()
+
+
+def test_uniform_prediction_costs_eight_bits():
+    task = lm.ByteTask([(str(i), bytes(300)) for i in range(60)])
+
+    class Uniform(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids):
+            out = type("Output", (), {})()
+            out.logits = self.weight.expand(*input_ids.shape, 256)
+            return out
+
+    assert task.validate(Uniform())["value"] == pytest.approx(8.0, abs=1e-5)
+
+
+def test_text_of_any_kind(tmp_path):
+    text = "the quick brown fox jumps over the lazy dog. " * 3000
+    (tmp_path / "one.txt").write_text(text)
+    from_file = lm.load(str(tmp_path / "one.txt"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(80):
+        (folder / f"{i}.md").write_text(text[:500])
+    (folder / "picture.bin").write_bytes(bytes(100))
+    from_folder = lm.load(str(folder))
+    assert len(from_file.training) > 100_000 and len(from_folder.training) + len(from_folder.held) == 80 * 501
+    assert from_file.fingerprint() != from_folder.fingerprint()
+
+
+def test_hugging_face_data_set(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_dict(
+        {"label": list(range(80)), "text": ["some words of a text, many of them " * 10] * 80}
+    )
+    made.save_to_disk(str(tmp_path / "set"), num_proc=None)
+    task = lm.load(str(tmp_path / "set"))
+    assert bytes(task.training[:10]) == b"some words"
+    datasets.Dataset.from_dict({"label": [1, 2]}).save_to_disk(str(tmp_path / "numbers"))
+    with pytest.raises(ValueError, match="no column of text"):
+        lm.load(str(tmp_path / "numbers"))
+
+
+def test_no_text_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no text found"):
+        lm.load(str(tmp_path))
+
+
+def test_idx_reader(tmp_path):
+    data = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    raw = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in data.shape) + data.tobytes()
+    (tmp_path / "x.gz").write_bytes(gzip.compress(raw))
+    assert (vit.read_idx(tmp_path / "x.gz") == data).all()
+    (tmp_path / "short").write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match="promises"):
+        vit.read_idx(tmp_path / "short")
+    (tmp_path / "other").write_bytes(b"\x00\x00\x0d" + raw[3:])
+    with pytest.raises(ValueError, match="not an idx file"):
+        vit.read_idx(tmp_path / "other")
+
+
+def test_fashion_mnist_from_idx_files(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("t10k", 10)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+            body = rng.integers(0, 10, shape, np.uint8).tobytes()
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + body))
+    task = vit.fashion(tmp_path)
+    pictures, labels = task.batch(5, torch.Generator().manual_seed(0))
+    assert pictures.shape == (5, 1, 28, 28) and labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_trains(name, tmp_path, monkeypatch):
+    if name == "fno":
+        from comoving.race.tasks import fno  # noqa: PLC0415
+
+        monkeypatch.setenv("COMOVING_CACHE", str(tmp_path))
+        monkeypatch.setattr(fno, "TRAINING", 16)
+        monkeypatch.setattr(fno, "TEST", 8)
+    if name == "vit":
+        monkeypatch.setenv("COMOVING_DIGITS", "1")
+    task = TASKS[name].load()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batch = task.batch(4, torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(4):
+        loss = task.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        assert np.isfinite(task.validate(model)["value"])
+    assert task.fingerprint() == task.fingerprint()

@@ -1,0 +1,1 @@
+"""float64 oracles written from the papers' algorithms: explicit, slow, and independent of the library."""
