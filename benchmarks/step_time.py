@@ -3,12 +3,12 @@
 CPU:   python benchmarks/step_time.py --out benchmarks/results/step_time_cpu.json
 CUDA:  python benchmarks/step_time.py --device cuda --out benchmarks/results/step_time_cuda.json
 
-CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDAdam written plainly (plain_ldadam.py), and a
-complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10 steps.
-CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
+CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDAdam written plainly (plain_ldadam.py),
+and a complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10
+steps. CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
 
-Every contender steps once, then the next one, and so on, so that a drift of the machine's speed meets all alike. The first
-step, which makes the first frame, is left out of every figure. "mean" is what training pays, refreshes included.
+Every contender steps once, then the next one, and so on, so that a drift of the machine's speed meets all alike. The
+first step, which makes the first frame, is left out of every figure. "mean" is what training pays, refreshes included.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from plain_ldadam import PlainLDAdam
 from torch import Tensor, nn
 
 import comoving
+from plain_ldadam import PlainLDAdam
 
 Stepper = Callable[[int], None]
 
@@ -57,7 +57,7 @@ def ours(recipe: str, model: Weights, rank: object, **options: object) -> Steppe
 
 
 def neuralop_tensor_galore(model: Weights, rank: float, every: int) -> Stepper:
-    """A step of neuraloperator's Tensor-GaLore; as published it never refreshes, so its factors are dropped when due."""
+    """A step of neuraloperator's Tensor-GaLore; it never refreshes by itself, so its factors are dropped when due."""
     from neuralop.training import AdamW  # noqa: PLC0415
 
     optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=1e-3, galore_params=list(model.weights), galore_rank=rank,
@@ -172,7 +172,7 @@ def cuda_llama(steps: int, device: str) -> dict[str, object]:
     }
     for name, make in makers.items():  # one model at a time: memory
         try:
-            model = Weights(shapes, torch.bfloat16 if name == "none" else torch.float32, device)
+            model = Weights(shapes, torch.float32, device)
             figures |= race({name: (model, make(model))}, steps, device)
         except ImportError as error:
             figures[name] = {"missing": 1.0}
@@ -214,9 +214,8 @@ def main() -> None:
         for contender, f in result["figures"].items():
             if "mean" in f:
                 ratio = next(v for k, v in result.items() if k.startswith("mean / "))[contender]
-                print(
-                    f"  {contender:24s} mean {1e3 * f['mean']:8.2f} ms  ratio {ratio:5.2f}  worst/median {f['worst/median']:.2f}"
-                )
+                times = f"mean {1e3 * f['mean']:8.2f} ms  ratio {ratio:5.2f}  worst/median {f['worst/median']:.2f}"
+                print(f"  {contender:24s} {times}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -23,7 +23,14 @@ SLOT = "diagnostics"
 
 
 def measure(  # noqa: PLR0917
-    figures: Tensor, own: Tensor, total: Tensor | None, core: Tensor, kept: Tensor | None, codec: Tensor, lost: Tensor
+    figures: Tensor,
+    own: Tensor,
+    total: Tensor | None,
+    core: Tensor,
+    kept: Tensor | None,
+    codec: Tensor,
+    lost: Tensor,
+    whole: bool,
 ) -> None:
     """Write "captured", "error" and "bound" of one step into the figures, in place.
 
@@ -35,6 +42,7 @@ def measure(  # noqa: PLR0917
         kept: |e| before it is encoded, or None without feedback.
         codec: bound on the codec's error.
         lost: b1/(1 - b1) |F m - F' m'|.
+        whole: whether z is all of g~ inside the frame; later gradients of an accumulation window leave e aside, q is 1.
     """
     inside = norm(core).square()
     if kept is None:
@@ -44,7 +52,7 @@ def measure(  # noqa: PLR0917
         error = kept
         energy = inside + error.square() if total is None else total.square()
         q = (1 - inside / energy.clamp_min(_TINY)).clamp_min(0).sqrt()
-        bound = q * (own + figures[4]) + lost + codec
+        bound = (q if whole else 1) * (own + figures[4]) + lost + codec
     figures[0], figures[3], figures[4] = inside / energy.clamp_min(_TINY), error, bound
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codecs.base import as_real
 from .linalg import norm
 from .sites import Site
 
@@ -27,10 +28,16 @@ def norms(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     return {p: norm(p.grad) for p in params if p.grad is not None}
 
 
-def any_nonfinite(norms_of: Mapping[Tensor, Tensor]) -> Tensor:
-    """One flag for all gradients, on the first one's device."""
-    values = list(norms_of.values())
-    return ~torch.stack([n.to(values[0].device, non_blocking=True) for n in values]).sum().isfinite()
+def any_nonfinite(figures: Iterable[Tensor]) -> Tensor:
+    """One flag for all gradients, on the first one's device, from one scalar figure of each."""
+    finite = [x.isfinite() for x in figures]
+    return ~torch.stack([x.to(finite[0].device, non_blocking=True) for x in finite]).all()
+
+
+def sums(params: Iterable[Tensor]) -> list[Tensor]:
+    """The sum of each gradient's entries: not finite if one of them is not, and safe where a norm overflows."""
+    real = [as_real(p.grad.resolve_conj()) for p in params if p.grad is not None]
+    return [g.sum(dtype=g.dtype if g.dtype == torch.float64 else torch.float32) for g in real]
 
 
 def refuse_nonfinite(params: Iterable[Tensor], sites: Mapping[Tensor, Site]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -21,6 +22,9 @@ Selector = str | type[nn.Module]
 _EMBEDDING = re.compile(r"(^|\.)(wte|wpe|tok_emb|pos_emb|emb|[^.]*embed[^.]*|cls_token|pos_token)(\.|$)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|heads?|classifier|score|qa_outputs)(\.|$)|^(fc|output)\.(weight|bias)$")
 _NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln|ln_[^.]*|bn\d*)(\.|$)", re.IGNORECASE)
+
+# Below this share of the largest projected tensor's size, a tensor has next to no state to save, and much to lose.
+_SMALLEST_SHARE = 1 / 128
 
 SCALES = ("match", "0.2-match")
 
@@ -54,7 +58,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         check_choice(key, group[key], (True, False, None))
     check_choice("select", group["select"], ("auto", "shape"))
     roles = {
-        "frame": ("ranks", "load", "start"), "finder": ("find",), "transport": ("move", "age"),
+        "frame": ("ranks", "load", "start"), "finder": ("find", "momentum"), "transport": ("move", "age"),
         "rule": ("absorb", "direction"), "residual": ("add_to", "keep"), "codec": ("encode", "decode"),
     }  # fmt: skip
     for role, methods in roles.items():
@@ -75,6 +79,8 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
         ValueError: a rank, view or option that does not fit a parameter, with its name.
     """
     sites = [_decide_one(name, p, group, first + i) for i, (name, p) in enumerate(named)]
+    if not isinstance(group["rank"], tuple):
+        sites = _without_the_small(sites)
     for site in sites:
         refused = None
         if not site.plain and group["amsgrad"]:
@@ -93,6 +99,8 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
 
 def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: int) -> Site:
     label = name if name is not None else f"parameter {index}"
+    if not (p.is_floating_point() or p.is_complex()):
+        raise ValueError(f"{label}: an optimizer needs floating-point or complex parameters, got {p.dtype}")
     try:
         view = View(group["view"] if p.ndim > 1 else "tensor", tuple(p.shape), p.dtype)
         whole: tuple[int | None, ...] = (None,) * len(view.shape)
@@ -100,8 +108,6 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)
         if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
             return Site(label, view, whole, reason or "rank 1.0", index=index)
-        if not view.dtype.is_floating_point and not view.dtype.is_complex:
-            raise ValueError(f"an optimizer needs floating-point parameters, got {p.dtype}")
         if sum(d > 1 for d in view.shape) < 2:
             return Site(label, view, whole, "fewer than two modes", index=index)
         ranks = group["frame"].ranks(view.shape, group["rank"], group["side"])
@@ -113,6 +119,15 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
     if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(Site(label, view, whole, ""), group):
         return Site(label, view, whole, "too small to gain", index=index)
     return site
+
+
+def _without_the_small(sites: list[Site]) -> list[Site]:
+    sizes = [prod(site.view.stored_shape) * site.view.dtype.itemsize if site.projected else 0 for site in sites]
+    least = max(sizes, default=0) * _SMALLEST_SHARE
+    return [
+        replace(site, ranks=(None,) * len(site.ranks), reason="too small to gain") if 0 < size < least else site
+        for site, size in zip(sites, sizes, strict=True)
+    ]
 
 
 def _reals(site: Site, group: Mapping[str, Any]) -> int:
@@ -146,7 +161,8 @@ def param_groups(
 
     Embeddings (by module type, or name), output heads (what ``get_output_embeddings()`` returns, or by name; never
     merely the last layer), norms, biases and everything else with fewer than two modes stay dense; so do, when the
-    optimizer is built, tensors that projection would not make smaller. A weight that is tied to an embedding or head is
+    optimizer is built, tensors that projection would not make smaller, or that have less than 1/128 of the largest
+    one's entries. A weight that is tied to an embedding or head is
     one. Frozen parameters are left out.
 
     Args:

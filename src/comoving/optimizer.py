@@ -156,6 +156,9 @@ class LowRankOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         bad = self._inspect_gradients()
+        ready = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if bad is not None and any("step" not in self.state[p] for p in ready) and bool(bad):
+            return loss  # before there is a state, nothing could be put back
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             for p in ready:
@@ -181,12 +184,12 @@ class LowRankOptimizer(Optimizer):
         residual: Residual = group["residual"] if site.projected else Discard()
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
         restored = residual.add_to(seen, state, group["codec"])  # 2
-        loss = None
-        if site.projected and "core" not in state and self._refresh_due(state, site, group):
+        opening, loss = "core" not in state, None
+        if site.projected and opening and self._refresh_due(state, site, group):
             with self.refresh_scope():
                 loss = self._refresh(restored, state, site, group)  # 3
         frame = self._frame(state, site, group)
-        z = frame.project(restored)  # 4
+        z = frame.project(restored if opening else seen)  # 4
         total = norm(restored) if loss is not None and group["diagnostics"] else None
         kept = residual.keep(restored, z, frame, loss, state, group["codec"])
         if site.projected and group["diagnostics"]:
@@ -196,8 +199,8 @@ class LowRankOptimizer(Optimizer):
                 m, moved, projects = loss.old_momentum, loss.new_momentum, group["transport"].resizes
                 lost = loss.factor * error_control.lost_momentum(m, moved, projects)
             codec = residual.error(state, group["codec"])
-            error_control.measure(state[error_control.SLOT], own, total, z, kept, codec, lost)
-        state["core"] = state["core"] + z if "core" in state else z
+            error_control.measure(state[error_control.SLOT], own, total, z, kept, codec, lost, whole=opening)
+        state["core"] = z if opening else state["core"] + z
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
@@ -230,9 +233,11 @@ class LowRankOptimizer(Optimizer):
         if old is not None and finder.momentum > 0:
             core = (state[rule.momentum] * (finder.momentum / clock.weight1)).to(gradient.dtype)
             operand = Operand.mix(gradient, 1 - finder.momentum, old, core)
-        warm = old is not None and any(u is not None for u in old.factors)
+        warm = state["tick"] > 0 and old is not None and any(u is not None for u in old.factors)
         new: ModeFrame = finder.find(operand, start, warm=warm)
         if old is None:
+            if not bool(gradient.any()):
+                state["tick"] = -1  # nothing was to be seen: look again at the next step
             state.update(new.tensors())
             state.update(self._zeros(slots.rule_slots(site, group), gradient, state["step"], site))
             return None
@@ -326,8 +331,9 @@ class LowRankOptimizer(Optimizer):
         self._norms = gradients.norms(params)
         if not params:
             return None
-        bad = gradients.any_nonfinite(self._norms)
+        bad = gradients.any_nonfinite(self._norms.values())
         if self.on_nonfinite == "skip":
+            bad = bad & gradients.any_nonfinite(gradients.sums(params))
             self._skipped = bad.long() if self._skipped is None else self._skipped + bad
             return bad
         if bool(bad):
@@ -412,7 +418,7 @@ class LowRankOptimizer(Optimizer):
         keys = slots.match_parameters(saved, self.param_groups)
         groups = slots.load_groups(saved, self.param_groups)
         admitted = {
-            p: slots.admit(state_dict["state"][key], self.sites[p], self._group_of(p))
+            p: slots.admit(state_dict["state"][key], self.sites[p], groups[self._group_index[p]])
             for p, key in keys.items()
             if key in state_dict["state"]
         }
@@ -430,12 +436,18 @@ class LowRankOptimizer(Optimizer):
         on_host = value.ndim == 0 and self.on_nonfinite == "raise" and not self._group_of(p)["fused"]
         return value.detach().clone().to("cpu" if on_host else p.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a deep copy takes along."""
+        own = {"on_nonfinite": self.on_nonfinite, "seed": self.seed, "_skipped": self._skipped}
+        return super().__getstate__() | own
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from a pickle or a deep copy."""
-        super().__setstate__(state)
-        if "sites" not in self.__dict__:
-            self.on_nonfinite, self.seed = "raise", 0
+        """Restore from a pickle or a deep copy; the sites are decided again, and alike."""
+        restored = "sites" not in self.__dict__
+        if restored:
             self._begin()
+        super().__setstate__(state)
+        if restored:
             for index, group in enumerate(self.param_groups):
                 pairs = list(zip(group.get("param_names", [None] * len(group["params"])), group["params"], strict=True))
                 self._place(group["params"], decide(pairs, group, first=len(self.sites)), index)

@@ -64,7 +64,7 @@ class View:
 
     def see(self, x: Tensor) -> Tensor:
         """x, of the parameter's shape, in the engine's shape and working dtype; shares storage where it can."""
-        x = x.to(_WORKING.get(x.dtype, x.dtype))
+        x = x.to(_WORKING.get(x.dtype, x.dtype)).resolve_conj()  # autograd hands out lazily conjugated gradients
         if self.name == "pairs":
             return torch.view_as_complex(x.contiguous())
         return x.reshape(self.shape)

@@ -163,7 +163,7 @@ def test_ldadam_by_hand(columns_first):
 
 
 def test_carry_by_hand():
-    """The case above with the mass of v: kappa 1/2 -> 1/4 -> 5/8, v 2 -> 1/2 -> 5/4, K 1/2 -> 3/4, v^ = 2 still."""
+    """The case above with the mass of v: kappa 1/2 -> 1/4 -> 5/8, K 1/2 -> 3/4, v 2 -> max(1/2, |m'|^2/K = 1) -> 3/2."""
     zero = torch.zeros(2, 2, dtype=REAL)
     g0, g1 = zero.clone(), zero.clone()
     g0[0, 0], g1[1, 0] = 2.0, 2.0
@@ -172,9 +172,9 @@ def test_carry_by_hand():
     close(reference.kappa, torch.full((1, 2), 0.5, dtype=REAL))
     run(reference, [g1])
     close(reference.kappa, torch.full((1, 2), 0.625, dtype=REAL))
-    close(reference.v, torch.tensor([[1.25, 0.0]], dtype=REAL))
+    close(reference.v, torch.tensor([[1.5, 0.0]], dtype=REAL))
     assert reference.K == pytest.approx(0.75)
-    h = 1 / math.sqrt(2)
+    h = math.sqrt(1 / 2 * 5 / 6)  # d = sqrt(2 / (12/5)), lifted by 1/sqrt(2)
     close(reference.p, -torch.tensor([[1 + h, 0.0], [h, 0.0]], dtype=REAL))
 
 

@@ -48,10 +48,10 @@ class Int8:
         values = as_real(x).reshape(rows, -1)
         missing = blocks * width - values.shape[1]
         grid = (pad(values, (0, missing)) if missing else values).view(codes.shape)
-        # Two reductions without a full-sized |x|; the floor keeps the division finite for blocks of zeros or denormals.
+        # Two reductions without a full-sized |x|.
         largest = torch.maximum(grid.amax(-1, keepdim=True), grid.amin(-1, keepdim=True).neg_())
         step.copy_(largest / 127)
-        codes.copy_(grid.div_(step.clamp_min(torch.finfo(torch.float32).tiny)).round_())
+        codes.copy_(grid.div_(torch.where(step > 0, step, 1)).round_().clamp_(-127, 127))
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """sqrt(sum over blocks of width * (step / 2)^2)."""

@@ -39,6 +39,8 @@ class Exact:
     def find(self, operand: Operand, start: ModeFrame, warm: bool) -> ModeFrame:
         """Decompose each compressed mode anew; ``start`` only serves where the operand is zero."""
         x = operand.full()
+        # Squares of large or small entries would leave the range of float32.
+        x = x / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)
         factors = [None if u is None else self._leading(x, n, u) for n, u in enumerate(start.factors)]
         compressed = [n for n, u in enumerate(factors) if u is not None]
         for _ in range(self.sweeps if len(compressed) > 1 else 0):

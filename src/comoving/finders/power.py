@@ -51,8 +51,12 @@ class Power:
 
 def _iterate(operand: Operand, mode: int, u: Tensor, count: int) -> Tensor:
     for _ in range(count):
-        p = operand.correlate(mode, operand.contract(mode, u))
-        # Scaled, so that squares neither overflow nor vanish; the trace of u holds the directions that O leaves open.
-        scale = torch.linalg.vector_norm(p).clamp_min(torch.finfo(p.dtype).tiny)
-        u = orthonormalize(p.div_(scale).add_(u, alpha=4 * torch.finfo(p.dtype).eps))
+        p = _scaled(operand.correlate(mode, _scaled(operand.contract(mode, u))))
+        # The trace of u holds the directions that O leaves open.
+        u = orthonormalize(p.add_(u, alpha=4 * torch.finfo(p.dtype).eps))
     return u
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """x, in place, with a largest entry of 1: products of gradients would leave the range of float32."""
+    return x.div_(x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny))

@@ -54,7 +54,9 @@ class ModeFrame:
         """
         pairs = zip(self.factors, older.factors, strict=True)
         return tuple(
-            (None if old is None else old) if new is None else (new.mH.contiguous() if old is None else new.mH @ old)
+            (None if old is None else old)
+            if new is None
+            else (new.mH.resolve_conj().contiguous() if old is None else new.mH @ old)
             for new, old in pairs
         )
 

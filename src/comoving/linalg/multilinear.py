@@ -14,13 +14,15 @@ from torch import Tensor
 def abs_squared(x: Tensor) -> Tensor:
     """|x|^2 entry by entry, always real: x.real^2 + x.imag^2 for complex x."""
     if x.is_complex():
-        return torch.view_as_real(x).square().sum(-1)
+        return torch.view_as_real(x.resolve_conj()).square().sum(-1)
     return x.square()
 
 
 def norm(x: Tensor) -> Tensor:
-    """The Frobenius norm, a real float32 scalar on x's device."""
-    return torch.linalg.vector_norm(torch.view_as_real(x) if x.is_complex() else x).float()
+    """The Frobenius norm, a real scalar on x's device, float32 (float64 for double precision)."""
+    real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    wide = torch.float64 if real.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(real, dtype=None if real.dtype == wide else wide)
 
 
 def unfold(x: Tensor, mode: int, order: int) -> Tensor:

@@ -37,10 +37,15 @@ def orthonormalize(a: Tensor, tolerance: float | None = None) -> Tensor:
     for _ in range(2):
         factor, info = torch.linalg.cholesky_ex(q.mH @ q)
         q = torch.linalg.solve_triangular(factor.mH, q, upper=True, left=False)
-        ok = (info == 0).all() & (orthogonality_defect(q) <= limit).all()
-        if bool(ok):
-            return q.to(a.dtype)
-    return torch.linalg.qr(a).Q.contiguous()
+        failed = (info != 0).any()
+        done = ~failed & (orthogonality_defect(q) <= limit).all()
+        if bool(done):
+            return q.to(a.dtype).contiguous()
+        if bool(failed):
+            break
+    q, r = torch.linalg.qr(a)
+    sign = r.diagonal(dim1=-2, dim2=-1).sgn()
+    return (q * torch.where(sign == 0, torch.ones_like(sign), sign).unsqueeze(-2)).contiguous()
 
 
 def reorthonormalize(u: Tensor, tolerance: float | None = None) -> Tensor:

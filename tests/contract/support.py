@@ -1,0 +1,103 @@
+"""What the tests share: seeded tensors and frames, a model of bare parameters, and instances of every part."""
+
+from math import prod
+
+import torch
+from torch import nn
+
+from comoving import LowRankOptimizer
+from comoving.codecs import BFloat16, Full, Int8
+from comoving.finders import Exact, Power
+from comoving.frames import ModeFrame
+from comoving.residual import Discard, Feedback
+from comoving.transport import Carry, Keep, Reset, Rotate
+from references.algebra import basis
+
+REAL, COMPLEX = torch.float64, torch.complex128
+
+FINDERS = [
+    Exact(),
+    Exact(method="svd"),
+    Exact(sweeps=2),
+    Exact(momentum=0.5, sweeps=1, method="svd"),
+    Power(),
+    Power(momentum=0.0, iterations=3),
+    Power(start="exact"),
+]
+TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
+CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
+RESIDUALS = [Discard(), Feedback()]
+
+
+def randn(shape, dtype=REAL, seed=0):
+    """Standard normal, without the global generator."""
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def random_frame(shape, ranks, dtype=REAL, seed=0):
+    """Orthonormal factors of these ranks, None where whole."""
+    pairs = enumerate(zip(shape, ranks, strict=True))
+    return ModeFrame(
+        tuple(None if r is None else torch.linalg.qr(randn((d, r), dtype, 97 * seed + n)).Q for n, (d, r) in pairs)
+    )
+
+
+def known_rank(shape, ranks, dtype=REAL, seed=0):
+    """A tensor whose n-th unfolding has rank r_n (all of it, where r_n is None)."""
+    frame = random_frame(shape, ranks, dtype, seed)
+    core = tuple(d if r is None else r for d, r in zip(shape, ranks, strict=True))
+    return frame.lift(randn(core, dtype, seed + 1000))
+
+
+def explicit(frame, shape, dtype):
+    """The frame as one matrix on flattened tensors."""
+    return basis(frame.factors, shape, dtype)
+
+
+def frame_of(optimizer, p, order=None):
+    """The frame that is in the state; the factors are copies."""
+    state = optimizer.state[p]
+    factors = (state.get(f"frame.{n}") for n in range(p.ndim if order is None else order))
+    return ModeFrame(tuple(None if u is None else u.clone() for u in factors))
+
+
+def feedback_of(optimizer, p, codec, shape=None, dtype=None):
+    """The stored feedback, decoded into a tensor of its own."""
+    shape, dtype = tuple(p.shape) if shape is None else shape, p.dtype if dtype is None else dtype
+    return codec.decode(feedback_parts(optimizer, p), shape, dtype).clone()
+
+
+def feedback_parts(optimizer, p):
+    return {n.removeprefix("feedback."): x for n, x in optimizer.state[p].items() if n.startswith("feedback.")}
+
+
+class Holder(nn.Module):
+    """A model that is nothing but its parameters w0, w1, ..."""
+
+    def __init__(self, *starts):
+        super().__init__()
+        for i, start in enumerate(starts):
+            self.register_parameter(f"w{i}", nn.Parameter(start.clone()))
+
+
+def step(optimizer, p, gradient):
+    p.grad = gradient.clone()
+    optimizer.step()
+
+
+def lone(start, **options):
+    """A parameter and an optimizer of it alone."""
+    p = nn.Parameter(start.clone())
+    return p, LowRankOptimizer([p], **options)
+
+
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def core_of(shape, ranks):
+    return tuple(d if r is None else r for d, r in zip(shape, ranks, strict=True))
+
+
+def numel(shape):
+    return prod(shape)

@@ -1,0 +1,106 @@
+"""Every exported part is in the lists that the contract runs over, and every field that can be wrong is checked."""
+
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+
+import pytest
+
+from comoving import codecs, finders, frames, residual, rules, transport
+from comoving.codecs import Int8
+from comoving.finders import Exact, Power
+from comoving.frames import Modes
+from comoving.rules import Adam
+from contract.support import CODECS, FINDERS, RESIDUALS, TRANSPORTS
+
+RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2)]
+ROLES = {
+    "finder": (finders, FINDERS, {"Operand"}),
+    "transport": (transport, TRANSPORTS, {"Clock", "Slot"}),
+    "codec": (codecs, CODECS, set()),
+    "residual": (residual, RESIDUALS, set()),
+    "rule": (rules, RULES, set()),
+    "frame": (frames, FRAMES, {"ModeFrame"}),
+}
+PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_exported_part_is_in_the_list(role):
+    module, parts, helpers = ROLES[role]
+    names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+    exported = {n for n in names if is_dataclass(getattr(module, n)) and isinstance(getattr(module, n), type)}
+    assert exported - helpers == {type(part).__name__ for part in parts}
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_parts_are_frozen_values(part):
+    twin = type(part)(**{f.name: getattr(part, f.name) for f in fields(part)})
+    assert twin == part
+    assert hash(twin) == hash(part)
+    for f in fields(part):
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, f.name, getattr(part, f.name))
+    with pytest.raises((FrozenInstanceError, AttributeError, TypeError)):
+        part.surplus = 1
+    with pytest.raises(TypeError, match="surplus"):
+        type(part)(surplus=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "interval"),
+    [
+        (Exact, "momentum", 1.0, r"\[0, 1\)"),
+        (Exact, "momentum", -0.1, r"\[0, 1\)"),
+        (Exact, "momentum", float("nan"), r"\[0, 1\)"),
+        (Exact, "sweeps", -1, ">= 0"),
+        (Exact, "method", "qr", "'gram', 'svd'"),
+        (Power, "momentum", 1.5, r"\[0, 1\)"),
+        (Power, "iterations", 0, ">= 1"),
+        (Power, "cold", 0, ">= 1"),
+        (Power, "start", "warm", "'random', 'exact'"),
+        (Int8, "block", 7, ">= 8"),
+        (Modes, "min_size", 1, ">= 2"),
+    ],
+)
+def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, interval):
+    with pytest.raises(ValueError, match=f"{field} must .*{interval}.*{str(value).replace('.', '[.]')}"):
+        kind(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [(Exact, "sweeps", 1.0), (Exact, "sweeps", True), (Exact, "momentum", "0.5"), (Power, "iterations", None),
+     (Power, "momentum", True), (Int8, "block", 64.0), (Modes, "min_size", "8")],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused(kind, field, value):
+    with pytest.raises(TypeError, match=f"{field} must be .*{value}"):
+        kind(**{field: value})
+
+
+def test_every_field_is_covered():
+    """A new field of a part needs a row above."""
+    marks = test_a_value_outside_its_interval_is_named_with_it.pytestmark[0].args[1]
+    assert {(type(part), f.name) for part in PARTS for f in fields(part)} == {
+        (kind, field) for kind, field, *_ in marks
+    }
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "says"),
+    [
+        (0, ValueError, ">= 1, got 0"),
+        (-3, ValueError, ">= 1, got -3"),
+        (0.0, ValueError, r"\(0, 1\], got 0.0"),
+        (1.5, ValueError, r"\(0, 1\], got 1.5"),
+        (float("nan"), ValueError, r"\(0, 1\], got nan"),
+        ("4", TypeError, "'4'"),
+        (True, TypeError, "True"),
+        ((2,), ValueError, r"\(2,\) has 1 entries.*\(6, 8\) needs 2"),
+        ((2, 9), ValueError, "9 directions in mode 1, which has only 8"),
+        ((0, None), ValueError, r">= 1 or None, got 0"),
+        ((2.0, None), TypeError, "2.0"),
+    ],
+    ids=str,
+)
+def test_ranks_that_do_not_fit_are_refused(rank, error, says):
+    with pytest.raises(error, match=says):
+        Modes().ranks((6, 8), rank)

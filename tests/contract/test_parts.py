@@ -1,0 +1,270 @@
+"""What every frame, transport, codec, residual and rule promises."""
+
+import pytest
+import torch
+
+from comoving.codecs import Full
+from comoving.frames import ModeFrame, Modes
+from comoving.residual import Feedback, Loss
+from comoving.rules import Adam
+from comoving.transport import Clock, Keep
+from contract.support import (
+    CODECS,
+    COMPLEX,
+    REAL,
+    RESIDUALS,
+    TRANSPORTS,
+    close,
+    core_of,
+    explicit,
+    randn,
+    random_frame,
+)
+
+RULE = Adam()
+FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX])
+SHAPES = pytest.mark.parametrize(
+    ("shape", "ranks"), [((6, 8), (2, None)), ((8, 6), (None, 2)), ((6, 8), (3, 2)), ((4, 3, 5), (2, None, 3))], ids=str
+)
+SIZES = pytest.mark.parametrize("size", [0.0, 1e-15, 1.0, 1e15])
+
+
+@pytest.fixture(autouse=True)
+def no_global_randomness():
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------------- frames
+
+
+@FIELDS
+@SHAPES
+def test_a_frame_is_its_explicit_basis(shape, ranks, dtype):
+    frame, x = random_frame(shape, ranks, dtype, 1), randn(shape, dtype, 2)
+    basis, z = explicit(frame, shape, dtype), randn(core_of(shape, ranks), dtype, 3)
+    close(frame.project(x).flatten(), basis.mH @ x.flatten())
+    close(frame.lift(z).flatten(), basis @ z.flatten())
+    close(frame.project(frame.lift(z)), z)
+    out = x.clone()
+    assert frame.add_lift(out, z, -0.7).data_ptr() == out.data_ptr()
+    close(out, x - 0.7 * frame.lift(z))
+    close(frame.add_lift(x.clone(), z, -0.7, 0.4), 0.4 * x - 0.7 * frame.lift(z))
+    assert frame.ranks == ranks
+    assert frame.defect() < 1e-14
+
+
+@FIELDS
+@SHAPES
+@pytest.mark.parametrize("older", ["same ranks", "fewer", "whole"])
+def test_overlap_is_that_of_the_explicit_bases(older, shape, ranks, dtype):
+    old_ranks = {"same ranks": ranks, "fewer": tuple(r and 1 for r in ranks), "whole": (None,) * len(shape)}[older]
+    new, old = random_frame(shape, ranks, dtype, 1), random_frame(shape, old_ranks, dtype, 2)
+    for a, b in ((new, old), (old, new)):
+        small = ModeFrame(tuple(a.overlap(b)))
+        size = core_of(shape, b.ranks)
+        expected = explicit(a, shape, dtype).mH @ explicit(b, shape, dtype)
+        factors = [torch.eye(d, dtype=dtype) if r is None else r for r, d in zip(small.factors, size, strict=True)]
+        product = factors[0]
+        for factor in factors[1:]:
+            product = torch.kron(product.resolve_conj().contiguous(), factor.resolve_conj().contiguous())
+        close(product, expected)
+
+
+@FIELDS
+@SHAPES
+def test_a_start_keeps_the_leading_directions_and_is_seeded(shape, ranks, dtype):
+    like, old = torch.zeros(shape, dtype=dtype), random_frame(shape, tuple(r and 2 for r in ranks), dtype, 1)
+    more, fewer = tuple(r and 3 for r in ranks), tuple(r and 1 for r in ranks)
+    grown, cut = Modes().start(like, more, old, 5), Modes().start(like, fewer, old, 5)
+    for u, up, down in zip(old.factors, grown.factors, cut.factors, strict=True):
+        if u is not None:
+            close(up[:, :2], u)
+            close(up.mH @ up, torch.eye(3, dtype=dtype), 1e-13)
+            close(down, u[:, :1], 1e-13)
+    assert Modes().start(like, old.ranks, old, 5).factors[0] is old.factors[0]
+    again, other = Modes().start(like, more, None, 5), Modes().start(like, more, None, 6)
+    first = Modes().start(like, more, None, 5)
+    for u, v, w in zip(first.factors, again.factors, other.factors, strict=True):
+        if u is not None:
+            assert torch.equal(u, v)
+            assert not torch.allclose(u, w)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (32, 24, 16), (16, 16, 3, 3), (64, 64, 16, 9)], ids=str)
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 0.5])
+def test_a_share_is_that_share_of_the_entries(shape, share):
+    ranks = Modes().ranks(shape, share)
+    core, full = torch.Size(core_of(shape, ranks)).numel(), torch.Size(shape).numel()
+    assert core / full == pytest.approx(share, rel=0.26)
+
+
+def test_a_frame_survives_its_tensors():
+    frame = random_frame((6, 4, 5), (2, None, 3))
+    again = Modes().load(frame.tensors(), 3)
+    assert set(frame.tensors()) == {"frame.0", "frame.2"}
+    assert all(u is v for u, v in zip(frame.factors, again.factors, strict=True))
+    parts = Modes().parts((6, 4, 5), (2, None, 3), REAL)
+    assert {n: (tuple(x.shape), x.dtype) for n, x in frame.tensors().items()} == {n: tuple(p) for n, p in parts.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ transports
+
+
+def moments(transport, ranks, core, dtype, size):
+    """The slots of Adam and of the transport after five steps with gradients of this size."""
+    clock, state = Clock(torch.zeros(()), 0.8, 0.95), {}
+    real = torch.zeros((), dtype=dtype).real.dtype if dtype.is_complex else dtype
+    shapes = {"LINEAR": (core, dtype), "VARIANCE": (core, real), "SCALAR": ((), torch.float32)}
+    shapes["MASS"] = (tuple(1 if r is None else r for r in ranks), real)
+    for slot in (*RULE.slots, *transport.slots(RULE.slots)):
+        shape, kind = shapes[slot.kind.name]
+        state[slot.name] = torch.zeros(shape, dtype=kind)
+    for t in range(5):
+        clock.t.add_(1)
+        RULE.absorb(randn(core, dtype, t) * size, state, clock)
+        transport.age(state, RULE.slots, clock)
+    return clock, state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL, COMPLEX], ids=str)
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=str)
+@SHAPES
+@SIZES
+def test_transports(transport, shape, ranks, size, dtype):
+    """Finite, real and nonnegative v, of the new shape, repeatable; the old slots stay as they are."""
+    new_ranks = ranks if isinstance(transport, Keep) else tuple(r and r + 1 for r in ranks)
+    clock, state = moments(transport, ranks, core_of(shape, ranks), dtype, size)
+    old, new = random_frame(shape, ranks, dtype, 1), random_frame(shape, new_ranks, dtype, 2)
+    before, t = {n: x.clone() for n, x in state.items()}, clock.t.clone()
+    moved = transport.move(state, RULE.slots, new.overlap(old), clock)
+    assert all(torch.equal(state[name], x) for name, x in before.items())
+    assert set(moved) == set(state)
+    clock = Clock(t, 0.8, 0.95)
+    again = transport.move(state, RULE.slots, new.overlap(old), clock)
+    for name, x in moved.items():
+        assert x.isfinite().all()
+        assert torch.equal(x, again[name])
+        assert x.dtype is state[name].dtype
+    assert moved["moment.first"].shape == moved["moment.second"].shape == core_of(shape, new_ranks)
+    assert (moved["moment.second"] >= 0).all()
+    if size == 0.0:
+        assert not moved["moment.first"].any()
+        assert not moved["moment.second"].any()
+    clock.t.add_(1)
+    RULE.absorb(torch.zeros_like(moved["moment.first"]), moved, clock)
+    transport.age(moved, RULE.slots, clock)
+    direction = RULE.direction(moved, clock, 1e-8)
+    assert direction.isfinite().all()
+    assert direction.abs().max() < 50
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=str)
+@FIELDS
+def test_slots_adopted_from_plain_adam_are_those_of_a_run_with_them(transport, dtype):
+    """AdamW's checkpoint, in a whole frame: the transport's own slots are reconstructed."""
+    core = (4, 6)
+    clock, state = moments(transport, (None, None), core, dtype, 1.0)
+    plain = {slot.name: state[slot.name].clone() for slot in RULE.slots}
+    transport.adopt(plain, RULE.slots, clock)
+    assert set(plain) == set(state)
+    for name, x in state.items():
+        close(plain[name].to(x.dtype).expand(x.shape), x, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- codecs and residuals
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL, COMPLEX], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 1), (5, 33), (2, 3, 4, 5)], ids=str)
+@SIZES
+def test_codecs(codec, shape, dtype, size):
+    """Zeros decode to zero; encoding is finite, repeatable, stable, and loses at most what it says."""
+    x = randn(shape, dtype) * size
+    parts = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.parts(shape, dtype).items()}
+    empty = codec.decode(parts, shape, dtype)
+    assert empty.shape == x.shape
+    assert empty.dtype is dtype
+    assert not empty.any()
+    for _ in range(2):
+        codec.encode(x.clone(), parts)
+        decoded = codec.decode(parts, shape, dtype).clone()
+        assert decoded.is_contiguous()
+        assert decoded.isfinite().all()
+        error = codec.error(parts)
+        assert error.shape == ()
+        assert (decoded - x).norm() <= error * (1 + 1e-5) + 1e-6 * x.norm() * (codec != Full())
+        assert (decoded - x).norm() <= 0.02 * x.norm()
+    codec.encode(decoded.clone(), parts)
+    close(
+        codec.decode(parts, shape, dtype) / (size or 1.0), decoded / (size or 1.0), 1e-6
+    )  # a second time loses nothing
+
+
+@pytest.mark.parametrize("residual", RESIDUALS, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@FIELDS
+@SHAPES
+@SIZES
+@pytest.mark.parametrize("turned", [False, True])
+def test_residuals(residual, codec, shape, ranks, size, turned, dtype):
+    """The gradient stays as it is; what is kept, with what the frame holds, is the whole of it."""
+    frame, old = random_frame(shape, ranks, dtype, 1), random_frame(shape, ranks, dtype, 2)
+    g = randn(shape, dtype, 3) * size
+    before = g.clone()
+    parts = residual.parts(codec, shape, dtype)
+    state = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in parts.items()}
+    seen = residual.add_to(g, state, codec)
+    assert torch.equal(seen, g)
+    core = frame.project(seen)
+    m = old.project(randn(shape, dtype, 4)) * size
+    moved = frame.project(old.lift(m))
+    loss = Loss(4.0, old, m, frame, moved) if turned else None
+    size_kept = residual.keep(seen.clone() if seen is g else seen, core, frame, loss, state, codec)
+    assert torch.equal(g, before)
+    expected = g - frame.lift(core) + (4.0 * (old.lift(m) - frame.lift(moved)) if turned else 0)
+    again = residual.add_to(torch.zeros_like(g), state, codec)
+    if residual == Feedback():
+        close(size_kept.double() / (size or 1), expected.norm() / (size or 1), 1e-5)
+        assert (again - expected).norm() <= residual.error(state, codec) * (1 + 1e-5) + 1e-6 * expected.norm()
+    else:
+        assert size_kept is None
+        assert not state
+        assert not again.any()
+
+
+# ----------------------------------------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL, COMPLEX], ids=str)
+@SIZES
+def test_adam_in_the_core(dtype, size):
+    """Against the formulas; unit size for a steady gradient; finite for zeros; real v."""
+    clock = Clock(torch.zeros(()), 0.8, 0.95)
+    state = {
+        "moment.first": torch.zeros(3, 4, dtype=dtype),
+        "moment.second": torch.zeros(3, 4, dtype=dtype).real.clone(),
+    }
+    m, v = torch.zeros(3, 4, dtype=COMPLEX), torch.zeros(3, 4, dtype=REAL)
+    for t in range(6):
+        z = randn((3, 4), dtype, t) * size
+        clock.t.add_(1)
+        RULE.absorb(z, state, clock)
+        m, v = 0.8 * m + 0.2 * z, 0.95 * v + 0.05 * z.abs().to(REAL) ** 2
+        expected = (m / (1 - 0.8 ** (t + 1))) / ((v / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
+        direction = RULE.direction(state, clock, 1e-8)
+        assert direction.dtype is dtype
+        close(direction.to(COMPLEX), expected.to(COMPLEX), 1e-4 if dtype in (torch.float32, torch.complex64) else 1e-9)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+def test_reentry_is_what_a_unit_of_momentum_would_still_have_added(beta1):
+    clock = Clock(torch.ones(()), beta1, 0.99)
+    state = {"moment.first": torch.ones(1, dtype=REAL), "moment.second": torch.ones(1, dtype=REAL)}
+    total = 0.0
+    for _ in range(400):
+        RULE.absorb(torch.zeros(1, dtype=REAL), state, clock)
+        total += float(state["moment.first"])
+    assert RULE.reentry(clock) == pytest.approx(total)

@@ -1,0 +1,221 @@
+"""Error feedback: nothing is lost but what the codec rounds away, and the codec says how much that is at most."""
+
+from math import ceil, prod
+
+import pytest
+import torch
+
+from comoving.codecs import BFloat16, Full, Int8
+from comoving.finders import Exact, Power
+from comoving.residual import Feedback, Loss
+from contract.support import (
+    CODECS,
+    COMPLEX,
+    REAL,
+    TRANSPORTS,
+    close,
+    feedback_of,
+    feedback_parts,
+    frame_of,
+    lone,
+    randn,
+    random_frame,
+    step,
+)
+
+FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX])
+FLOOR = 1e-19  # float32 norms vanish below this, since they square
+LOSSY = [codec for codec in CODECS if codec != Full()]
+SHAPES = pytest.mark.parametrize(
+    ("shape", "ranks"), [((6, 9), (2, None)), ((9, 6), (3, 2)), ((5, 4, 6), (2, None, 3))], ids=["side", "both", "3-D"]
+)
+
+
+class Sums:
+    """Both sides of  sum F m + b1/(1-b1) F m + e = sum g,  read from the optimizer's state after each step."""
+
+    def __init__(self, start, **options):
+        self.b1, self.codec = options["betas"][0], options["codec"]
+        self.p, self.optimizer = lone(start, residual=Feedback(), eps=1e-3, **options)
+        self.gradients = self.lifted = torch.zeros_like(start)
+        self.frames, self.codec_error = [], 0.0
+
+    def step(self, g):
+        step(self.optimizer, self.p, g)
+        frame = frame_of(self.optimizer, self.p)
+        self.frames.append(frame)
+        self.last = frame.lift(self.optimizer.state[self.p]["moment.first"])
+        self.gradients, self.lifted = self.gradients + g, self.lifted + self.last
+        self.feedback = feedback_of(self.optimizer, self.p, self.codec)
+        self.codec_error += float(self.codec.error(feedback_parts(self.optimizer, self.p)))
+
+    def gap(self):
+        return self.lifted + self.b1 / (1 - self.b1) * self.last + self.feedback - self.gradients
+
+
+@FIELDS
+@SHAPES
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("period", [1, 3])
+@pytest.mark.parametrize("finder", [Power(momentum=0.5), Exact()], ids=["power", "exact"])
+def test_telescopes(shape, ranks, transport, period, finder, dtype):
+    sums = Sums(
+        randn(shape, dtype),
+        rank=ranks,
+        transport=transport,
+        finder=finder,
+        refresh_every=period,
+        betas=(0.8, 0.95),
+        codec=Full(),
+    )
+    for t in range(11):
+        sums.step(randn(shape, dtype, 30 + t))
+        assert sums.gap().norm() <= 1e-10
+    assert sums.feedback.norm() > 0.1 * sums.gradients.norm() / 11
+    turned = [not torch.equal(a.factors[0], b.factors[0]) for a, b in zip(sums.frames, sums.frames[1:], strict=False)]
+    assert turned == [(t + 1) % period == 0 for t in range(10)]
+
+
+@FIELDS
+@SHAPES
+@pytest.mark.parametrize("codec", LOSSY, ids=str)
+def test_a_codec_loses_no_more_than_it_says(shape, ranks, codec, dtype):
+    """What is missing after every step is at most the sum of the codec's own bounds, and is not nothing."""
+    sums = Sums(randn(shape, dtype), rank=ranks, refresh_every=2, betas=(0.8, 0.95), codec=codec)
+    for t in range(12):
+        sums.step(randn(shape, dtype, 30 + t))
+        assert 0 < sums.gap().norm() <= sums.codec_error * (1 + 1e-5)
+    assert sums.codec_error < 0.5 * sums.gradients.norm()
+
+
+@FIELDS
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_the_lost_momentum_enters_raw(codec, dtype):
+    """e = g~ - F' z + b1/(1-b1) (F m - F' m'), for any momentum handed over: no bias correction of m."""
+    shape = (6, 9)
+    old, new = random_frame(shape, (2, None), dtype, 1), random_frame(shape, (3, None), dtype, 2)
+    g, m, m_new = randn(shape, dtype, 3), randn((2, 9), dtype, 4), randn((3, 9), dtype, 5)
+    parts = Feedback().parts(codec, shape, dtype)
+    state = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
+    seen = Feedback().add_to(g, state, codec).clone()
+    close(seen, g)
+    loss = Loss(4.0, old, m, new, m_new)
+    expected = g - new.lift(new.project(g)) + 4.0 * (old.lift(m) - new.lift(m_new))
+    size = Feedback().keep(seen, new.project(g), new, loss, state, codec)
+    close(size.double(), expected.norm(), 1e-6)
+    stored = {name.removeprefix("feedback."): x for name, x in state.items()}
+    again = Feedback().add_to(g, state, codec)
+    assert (again - g - expected).norm() <= codec.error(stored) * (1 + 1e-5) + 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------- codecs
+
+
+def encoded(codec, x):
+    parts = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.parts(tuple(x.shape), x.dtype).items()}
+    codec.encode(x.clone(), parts)
+    return parts
+
+
+def roundtrip(codec, x):
+    return codec.decode(encoded(codec, x), tuple(x.shape), x.dtype).clone()
+
+
+def blocks_of(x, block):
+    """Row by row of mode 0, complex as pairs: the blocks as lists of flat indices into the reals."""
+    length = prod(x.shape[1:]) * (2 if x.is_complex() else 1)
+    count = max(1, ceil(length / block))
+    width = ceil(length / count)
+    for row in range(x.shape[0]):
+        for first in range(0, length, width):
+            yield range(row * length + first, row * length + min(first + width, length))
+
+
+def reals(x):
+    return (torch.view_as_real(x) if x.is_complex() else x).flatten()
+
+
+SAMPLES = {
+    "normal": randn,
+    "same sign": lambda shape, dtype: (randn(shape, REAL).abs() + 5).to(dtype),
+    "zero": lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+    "zero blocks": lambda shape, dtype: (
+        randn(shape, dtype) * (torch.arange(shape[0]) % 2).reshape(-1, *[1] * (len(shape) - 1))
+    ),
+    "outlier": lambda shape, dtype: randn(shape, dtype).index_fill(0, torch.tensor([1]), 1e4),
+    "small": lambda shape, dtype: randn(shape, dtype) * 1e-12,
+    "denormal": lambda shape, dtype: randn(shape, dtype) * 3e-39,
+    "large": lambda shape, dtype: randn(shape, dtype) * 1e15,
+}
+CODED = pytest.mark.parametrize("shape", [(3, 300), (4, 8), (5,), (3, 7, 5), (2, 1), (3, 513)], ids=str)
+
+
+@CODED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL])
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("block", [8, 256])
+def test_int8_takes_the_nearest_of_its_codes(sample, block, shape, dtype):
+    """Against every code c in -127 ... 127 times max|x| / 127 of the block, and within the norm that it reports."""
+    codec, x = Int8(block=block), SAMPLES[sample](shape, dtype).to(dtype)
+    decoded = roundtrip(codec, x)
+    values, found = reals(x).double(), reals(decoded).double()
+    grid = torch.arange(-127, 128, dtype=REAL)
+    for block_of in blocks_of(x, block):
+        own = values[list(block_of)]
+        largest = own.abs().max()
+        best = (own[:, None] - grid * (largest / 127)).abs().amin(1)
+        assert ((own - found[list(block_of)]).abs() <= best + 2e-6 * largest + 2e-44 * 127).all()
+    assert (found - values).norm() <= codec.error(encoded(codec, x)) * (1 + 1e-5) + 1e-6 * values.norm() + FLOOR
+    assert decoded.shape == x.shape
+    assert decoded.dtype == x.dtype
+
+
+@CODED
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_no_block_crosses_rows_of_mode_0(codec, shape, dtype):
+    """A huge entry in one row changes no other row's code, so that sharding cuts no block."""
+    x = randn(shape, dtype)
+    spiked = x.clone()
+    spiked[1] = 1e6
+    before, after = roundtrip(codec, x), roundtrip(codec, spiked)
+    others = [i for i in range(shape[0]) if i != 1]
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[1], after[1])
+    assert all(part.shape[0] == shape[0] for part in encoded(codec, x).values())
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_complex_is_stored_as_pairs(codec):
+    x = randn((5, 37), torch.complex64)
+    assert torch.equal(torch.view_as_real(roundtrip(codec, x)), roundtrip(codec, torch.view_as_real(x)))
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL])
+def test_bfloat16_rounds_to_nearest(sample, dtype):
+    x = SAMPLES[sample]((5, 37), dtype).to(dtype)
+    decoded = roundtrip(BFloat16(), x)
+    assert torch.equal(reals(decoded), reals(x).bfloat16().to(reals(x).dtype))
+    assert (decoded - x).norm() <= BFloat16().error(encoded(BFloat16(), x)) * (1 + 1e-5) + FLOOR
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=str)
+def test_the_reported_error_is_not_far_above_the_true_one(codec):
+    x = randn((32, 600), torch.float32)
+    true, said = (roundtrip(codec, x) - x).norm(), codec.error(encoded(codec, x))
+    assert true <= said <= 4 * true
+
+
+def test_full_is_the_storage_itself():
+    x = randn((4, 5))
+    parts = encoded(Full(), x)
+    assert Full().decode(parts, (4, 5), REAL) is parts["value"]
+    assert torch.equal(parts["value"], x)
+    assert Full().error(parts) == 0
+
+
+@pytest.mark.parametrize(("codec", "limit"), [(Full(), 4.0), (BFloat16(), 2.0), (Int8(), 1.02), (Int8(block=8), 1.5)])
+def test_bytes_a_number(codec, limit):
+    parts = codec.parts((64, 512), torch.float32)
+    assert sum(prod(p.shape) * p.dtype.itemsize for p in parts.values()) / (64 * 512) <= limit

@@ -1,0 +1,446 @@
+"""The step: what it does, and what it leaves alone."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from comoving import LowRankOptimizer, build, param_groups, recipes
+from comoving.codecs import BFloat16, Full, Int8
+from comoving.finders import Exact, Power
+from comoving.residual import Discard, Feedback
+from comoving.transport import Carry, Keep, Reset, Rotate
+
+RECIPES = [*recipes(), "galore+ef", "tensor-galore+ef"]
+
+
+class Mixed(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        real = {"generator": generator, "dtype": dtype}
+        self.wide = nn.Parameter(torch.randn(12, 20, **real))
+        self.tall = nn.Parameter(torch.randn(24, 10, **real))
+        self.tensor = nn.Parameter(torch.randn(8, 9, 10, **real))
+        self.spectral = nn.Parameter(torch.randn(12, 16, generator=generator, dtype=dtype.to_complex()))
+        self.modes = nn.Parameter(torch.randn(5, generator=generator, dtype=dtype.to_complex()))
+        self.bias = nn.Parameter(torch.randn(6, **real))
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def train(model, optimizer, steps, sign=1):
+    for t in range(steps):
+        gradients(model, t)
+        for p in model.parameters():
+            p.grad.mul_(sign)
+        optimizer.step()
+
+
+def assert_equal_parameters(a, b):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def finite(p):
+    return bool((torch.view_as_real(p.detach()) if p.is_complex() else p).isfinite().all())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_closure_is_called_once_with_gradients_and_its_loss_returned(recipe):
+    model, twin = nn.Linear(20, 12), nn.Linear(20, 12)
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(7, 20)
+    with_closure, without = build(recipe, model, 1e-2), build(recipe, twin, 1e-2)
+    for _ in range(3):
+        losses = []
+
+        def closure(losses=losses):
+            assert torch.is_grad_enabled()
+            model.zero_grad()
+            losses.append(model(x).square().mean())
+            losses[-1].backward()
+            return losses[-1]
+
+        assert with_closure.step(closure) is losses[0] and len(losses) == 1
+        twin.zero_grad()
+        twin(x).square().mean().backward()
+        assert without.step() is None
+    assert_equal_parameters(model, twin)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_maximize_is_the_step_of_the_negated_gradient(recipe):
+    model = Mixed()
+    twin = copy.deepcopy(model)
+    start = copy.deepcopy(model)
+    train(model, build(recipe, model, 1e-2, maximize=True), 5)
+    train(twin, build(recipe, twin, 1e-2), 5, sign=-1)
+    if recipe == "adamw":  # every parameter: the dense group too
+        assert_equal_parameters(model, twin)
+    for name in ("wide", "tall", "tensor", "spectral"):
+        assert torch.equal(getattr(model, name), getattr(twin, name)), name
+        assert not torch.equal(getattr(model, name), getattr(start, name))
+
+
+def test_maximize_reaches_dense_parameters():
+    model = Mixed()
+    twin = copy.deepcopy(model)
+    train(model, build("comoving", model, 1e-2, maximize=True), 3)
+    train(twin, build("comoving", twin, 1e-2), 3, sign=-1)
+    assert_equal_parameters(model, twin)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_are_never_changed(recipe, on_nonfinite):
+    model = Mixed()
+    optimizer = build(recipe, model, 1e-2, on_nonfinite=on_nonfinite, maximize=True)
+    for t in range(6):
+        gradients(model, t)
+        before = [(p.grad, p.grad.clone(), p.grad._version) for p in model.parameters()]
+        optimizer.step()
+        for p, (same, value, version) in zip(model.parameters(), before, strict=True):
+            assert p.grad is same and torch.equal(same, value) and same._version == version
+        held = {x.data_ptr() for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)}
+        assert not held & {p.grad.data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("transport", [Keep(), Reset(), Rotate(), Carry()])
+@pytest.mark.parametrize("residual", [Discard(), Feedback()])
+@pytest.mark.parametrize("every", [1, 2])
+def test_feedback_and_refresh_enter_an_accumulation_window_once(every, residual, transport):
+    """An empty second part changes nothing: neither the buffer nor a refresh may come in again with it."""
+    p, q = (nn.Parameter(torch.ones(12, 20, dtype=torch.float64)) for _ in range(2))
+    options = {"transport": transport, "residual": residual, "refresh_every": every}
+    twice, once = (LowRankOptimizer([x], 1e-2, 4, **options) for x in (p, q))
+    for t in range(5):
+        g = torch.randn(12, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        for part in (g, torch.zeros_like(g)):
+            twice.absorb(p, part)
+        twice.apply(p)
+        once.absorb(q, g)
+        once.apply(q)
+        assert "core" not in twice.state[p]
+        assert int(twice.state[p]["step"]) == int(once.state[q]["step"])
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("residual", [Discard(), Feedback()])
+@pytest.mark.parametrize("shape", [(12, 20), (8, 9, 10)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_accumulation_between_refreshes_is_exact(residual, shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    p, q = (nn.Parameter(torch.ones(shape, dtype=dtype)) for _ in range(2))
+    twice, once = (LowRankOptimizer([x], 1e-2, residual=residual, refresh_every=100) for x in (p, q))
+    first = draw()
+    for optimizer, x in ((twice, p), (once, q)):
+        optimizer.absorb(x, first)
+        optimizer.apply(x)
+    frame = twice.state[p]["frame.0"].clone()
+    for _ in range(4):
+        a, b, c = draw(), draw(), draw()
+        for part in (a, b, c):
+            twice.absorb(p, part)
+        once.absorb(q, a + b + c)
+        twice.apply(p)
+        once.apply(q)
+    torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+    for name, x in twice.state[p].items():
+        if name.startswith(("moment", "frame", "feedback")):
+            torch.testing.assert_close(x, once.state[q][name], rtol=1e-9, atol=1e-12)
+    assert torch.equal(frame, twice.state[p]["frame.0"])
+
+
+def test_only_the_first_absorb_of_a_window_refreshes():
+    p = nn.Parameter(torch.randn(12, 20))
+    optimizer = LowRankOptimizer([p], 1e-2, 4, refresh_every=1, residual=Feedback())
+    for _ in range(3):
+        optimizer.absorb(p, torch.randn(12, 20))
+        frame = optimizer.state[p]["frame.0"].clone()
+        optimizer.absorb(p, torch.randn(12, 20))
+        assert torch.equal(optimizer.state[p]["frame.0"], frame)
+        optimizer.apply(p)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_schedulers_that_change_betas(recipe):
+    model = Mixed()
+    optimizer = build(recipe, model, 1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=2e-2, total_steps=30, cycle_momentum=True, base_momentum=0.5, max_momentum=0.97
+    )
+    seen = set()
+    start = copy.deepcopy(model)
+    for t in range(29):
+        gradients(model, t)
+        optimizer.step()
+        schedule.step()
+        seen.add(round(optimizer.param_groups[0]["betas"][0], 3))
+    assert min(seen) < 0.6 and max(seen) > 0.95
+    for p, q in zip(model.parameters(), start.parameters(), strict=True):
+        assert finite(p) and not torch.equal(p, q)
+        # Adam's steps are of the learning rate's size; lr summed up over the cycle is 0.29, times scale "match".
+        assert (p - q).detach().abs().max() < 10
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_global_generator_is_not_consumed(recipe, on_nonfinite):
+    model = Mixed()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    optimizer = build(recipe, model, 1e-2, on_nonfinite=on_nonfinite)
+    train(model, optimizer, 6)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nor_does_it_matter(recipe):
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = Mixed()
+        train(model, build(recipe, model, 1e-2), 6)
+        runs.append(model)
+    assert_equal_parameters(*runs)
+
+
+def test_the_seed_matters_to_random_starts_and_to_nothing_else():
+    def run(seed, finder):
+        model = Mixed()
+        train(model, LowRankOptimizer(param_groups(model), 1e-2, finder=finder, seed=seed), 2)
+        return model.wide
+
+    assert not torch.equal(run(0, Power()), run(1, Power()))
+    assert torch.equal(run(0, Exact()), run(1, Exact()))
+
+
+LAYOUTS = {
+    "transposed": lambda g: g.mT.contiguous().mT,
+    "strided": lambda g: torch.stack([g, -g], -1)[..., 0],
+    "expanded": lambda g: g[..., :1].expand(g.shape),
+    "conjugated": lambda g: g.conj().resolve_conj().conj() if g.is_complex() else g.neg()._neg_view(),
+}
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_of_another_memory_layout(recipe, layout, on_nonfinite):
+    """Same values, other strides or lazy conjugation: same step, up to the rounding of another summation order.
+
+    Autograd itself leaves lazily conjugated gradients, for p.conj() * x for instance.
+    """
+    model, twin = Mixed(torch.float64), Mixed(torch.float64)
+    ours, plain = (build(recipe, m, 1e-2, on_nonfinite=on_nonfinite) for m in (model, twin))
+    for t in range(4):
+        gradients(model, t)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            g = LAYOUTS[layout](p.grad) if p.ndim > 1 else p.grad
+            q.grad = g.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+            p.grad = g
+        ours.step()
+        plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", ["comoving", "galore", "ldadam", "tensor-galore", "adamw"])
+def test_parameters_of_another_memory_layout(recipe):
+    model, twin = Mixed(torch.float64), Mixed(torch.float64)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data = p.data.mT.contiguous().mT
+    assert not model.wide.is_contiguous()
+    train(model, build(recipe, model, 1e-2), 5)
+    train(twin, build(recipe, twin, 1e-2), 5)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("codec", [Full(), BFloat16(), Int8()])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_zero_gradients_at_zero_rate_create_all_slots_and_change_nothing(recipe, codec):
+    """As torch's distributed checkpoints do before they load."""
+    model, trained = Mixed(), Mixed()
+    options = {} if recipe == "adamw" else {"codec": codec}
+    optimizer, other = build(recipe, model, 0.0, **options), build(recipe, trained, 1e-2, **options)
+    before = copy.deepcopy(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_equal_parameters(model, before)
+    train(trained, other, 7)
+    for p, q in zip(model.parameters(), trained.parameters(), strict=True):
+        created, in_use = optimizer.state[p], other.state[q]
+        assert created.keys() == in_use.keys()
+        for name, x in created.items():
+            assert isinstance(x, int) or (x.shape, x.dtype) == (in_use[name].shape, in_use[name].dtype), name
+
+
+# ------------------------------------------------------------------------------------------------------ convergence
+
+# Reached from 1 after 300 steps, with the rate falling linearly to 0; two to three times what this seed measured.
+# With "keep", feedback returns in coordinates that the moments do not know, and is slower here than without.
+REACHED = {
+    "adamw": 3e-5, "galore": 3e-4, "ldadam": 2e-3, "tensor-galore": 2e-2, "tucker-adam": 5e-4, "comoving": 1e-3,
+    "galore+ef": 6e-3, "tensor-galore+ef": 0.15,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("complex_field", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_least_squares(recipe, complex_field):
+    """|A X - Y|^2 over a matrix X of full rank, at rank 1/2, as a share of its value at the start."""
+    dtype = torch.complex64 if complex_field else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(64, 16, generator=generator, dtype=dtype) / 8
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(16, 24, dtype=dtype))
+    y = a @ torch.randn(16, 24, generator=generator, dtype=dtype)
+    options = {"refresh_every": 10} if recipe.startswith(("galore", "tensor-galore")) else {}
+    optimizer = build(
+        recipe, model, 5e-2 * recipes()[recipe.split("+")[0]].relative_rate, rank=0.5, weight_decay=0.0, **options
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 300)
+    start = y.abs().square().sum().item()
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = (a @ model.weight - y).abs().square().sum()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert loss.item() / start < REACHED[recipe], loss.item() / start
+
+
+# --------------------------------------------------------------------------------------------- host synchronization
+
+
+class NoReads(TorchDispatchMode):
+    """Fails when a tensor on ``device`` is read from the host outside an allowed context."""
+
+    def __init__(self):
+        super().__init__()
+        self.allowed = False
+        self.reads = 0
+
+    @contextlib.contextmanager
+    def refresh(self):
+        self.allowed = True
+        yield
+        self.allowed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        ):
+            self.reads += 1
+            if not self.allowed:
+                raise AssertionError(f"{func} outside a refresh")
+        return func(*args, **(kwargs or {}))
+
+
+class Projectable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        full = Mixed()
+        self.wide, self.tensor, self.spectral, self.modes = full.wide, full.tensor, full.spectral, full.modes
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "adamw"])
+def test_skip_never_reads_the_device_outside_a_refresh(recipe, monkeypatch):
+    model = Projectable()
+    optimizer = build(recipe, model, 1e-2, refresh_every=4, on_nonfinite="skip")
+    mode = NoReads()
+    optimizer.refresh_scope = mode.refresh
+
+    def tolist(self):
+        raise AssertionError("tolist() in the step")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    for t in range(9):
+        gradients(model, t)
+        if t == 6:
+            model.wide.grad[0, 0] = torch.nan
+        mode.allowed = t == 0  # a first step is read once: there is no state yet that could be put back
+        with mode:
+            optimizer.step()
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "adamw"])
+def test_raise_reads_one_flag_a_step(recipe):
+    model = Projectable()
+    optimizer = build(recipe, model, 1e-2, refresh_every=4, on_nonfinite="raise")
+    mode = NoReads()
+    refreshes = []
+
+    @contextlib.contextmanager
+    def counted():
+        before = mode.reads
+        refreshes.append(True)
+        yield
+        mode.reads = before
+
+    optimizer.refresh_scope = counted
+    mode.allowed = True
+    for t in range(6):
+        gradients(model, t)
+        mode.reads = 0
+        with mode:
+            optimizer.step()
+        assert mode.reads == 1
+    assert refreshes
+
+
+def test_raise_looks_at_each_gradient_only_after_a_bad_flag():
+    model = Projectable()
+    optimizer = build("comoving", model, 1e-2)
+    mode = NoReads()
+    mode.allowed = True
+    gradients(model, 0)
+    optimizer.step()
+    model.wide.grad[0, 0] = torch.nan
+    with mode, pytest.raises(RuntimeError, match="wide"):
+        optimizer.step()
+    assert 1 < mode.reads <= 1 + 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_cuda_itself_sees_no_synchronization(recipe, on_nonfinite):
+    model = Mixed().cuda()
+    options = {} if recipe == "adamw" else {"refresh_every": 4}
+    optimizer = build(recipe, model, 1e-2, on_nonfinite=on_nonfinite, **options)
+
+    @contextlib.contextmanager
+    def refresh():
+        torch.cuda.set_sync_debug_mode("default")
+        yield
+        torch.cuda.set_sync_debug_mode("error" if on_nonfinite == "skip" else "default")
+
+    optimizer.refresh_scope = refresh
+    try:
+        for t in range(8):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            torch.cuda.set_sync_debug_mode("error" if on_nonfinite == "skip" and t > 0 else "default")
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(finite(p) for p in model.parameters())
