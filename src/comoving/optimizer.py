@@ -162,7 +162,7 @@ class LowRankOptimizer(Optimizer):
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             for p in ready:
-                self._open(p, self.state[p], self.sites[p], group)
+                self._open(p)
             for p in ready:
                 if not self.sites[p].plain:
                     with self._undone_if(bad, [p]):
@@ -179,33 +179,29 @@ class LowRankOptimizer(Optimizer):
 
         Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only.
         """
-        site, group, state = self.sites[p], self._group_of(p), self.state[p]
-        self._open(p, state, site, group)
+        site, group, state = self._open(p)
         residual: Residual = group["residual"] if site.projected else Discard()
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
         restored = residual.add_to(seen, state, group["codec"])  # 2
-        opening, loss = "core" not in state, None
-        if site.projected and opening and self._refresh_due(state, site, group):
+        opening, lost = "core" not in state, None
+        if opening and self._refresh_due(state, site, group):
             with self.refresh_scope():
-                loss = self._refresh(restored, state, site, group)  # 3
+                lost = self._refresh(restored, state, site, group)  # 3
         frame = self._frame(state, site, group)
         z = frame.project(restored if opening else seen)  # 4
-        total = norm(restored) if loss is not None and group["diagnostics"] else None
-        kept = residual.keep(restored, z, frame, loss, state, group["codec"])
-        if site.projected and group["diagnostics"]:
-            own = self._norms[p] if p in self._norms else norm(seen)
-            lost = torch.zeros_like(own)
-            if loss is not None:
-                m, moved, projects = loss.old_momentum, loss.new_momentum, group["transport"].resizes
-                lost = loss.factor * error_control.lost_momentum(m, moved, projects)
-            codec = residual.error(state, group["codec"])
-            error_control.measure(state[error_control.SLOT], own, total, z, kept, codec, lost, whole=opening)
+        measured = site.projected and group["diagnostics"]
+        total = norm(restored) if measured and lost is not None else None
+        kept = residual.keep(restored, z, frame, lost, state, group["codec"])
+        if measured:
+            self._measure(
+                self._norms[p] if p in self._norms else norm(seen), total, z, kept, lost, opening, group, state
+            )
         state["core"] = z if opening else state["core"] + z
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
         """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it."""
-        site, group, state = self.sites[p], self._group_of(p), self.state[p]
+        site, group, state = self._open(p)
         rule: Rule = group["rule"]
         state["step"] += 1
         state["tick"] += 1
@@ -239,13 +235,11 @@ class LowRankOptimizer(Optimizer):
             if not bool(gradient.any()):
                 state["tick"] = -1  # nothing was to be seen: look again at the next step
             state.update(new.tensors())
-            state.update(self._zeros(slots.rule_slots(site, group), gradient, state["step"], site))
+            state.update(slots.zeros(slots.moments(site, group), gradient.device, state["step"].device))
             return None
         overlap = new.overlap(old)
-        before = state[rule.momentum]
-        lost = Loss(rule.reentry(clock), old, before, new, before)
         moved = group["transport"].move(state, rule.slots, overlap, clock)
-        lost = lost._replace(new_momentum=moved[rule.momentum])
+        lost = Loss(rule.reentry(clock), old, state[rule.momentum], new, moved[rule.momentum])
         for name in old.tensors():
             del state[name]
         state.update(new.tensors())
@@ -256,6 +250,8 @@ class LowRankOptimizer(Optimizer):
         return lost
 
     def _refresh_due(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> bool:
+        if not site.projected:
+            return False
         # A loaded checkpoint of other ranks does not fit: it is carried over at once.
         fits = self._frame(state, site, group).ranks == site.ranks
         return not fits or refresh_due(state["tick"], group["refresh_every"], site.phase)
@@ -288,41 +284,35 @@ class LowRankOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------------------------- state and checks
 
-    def _open(self, p: Tensor, state: dict[str, Any], site: Site, group: dict[str, Any]) -> None:
-        """Create the slots that exist before the first frame."""
-        if "step" in state:
-            return
-        # Scalars live on the host, where torch's AdamW keeps its step count too, unless the device alone decides.
-        host = self.on_nonfinite == "raise" and not (site.plain and group["fused"])
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu" if host else p.device)
-        if site.plain:
-            for name in slots.layout(site, group).keys() - {"step"}:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            return
-        state["tick"] = 0
-        moments = slots.rule_slots(site, group)
-        frame = group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)
-        if site.projected:
-            later = {slot.name for slot in moments} | set(frame)
-            for name, part in slots.layout(site, group).items():
-                if name not in later and name not in state:
-                    state[name] = torch.zeros(part.shape, dtype=part.dtype, device=p.device)
-        else:
-            state.update(self._zeros(moments, p, state["step"], site))
-
-    def _zeros(self, moments: Iterable[slots.Slot], like: Tensor, step: Tensor, site: Site) -> dict[str, Tensor]:
-        zeros: dict[str, Tensor] = {}
-        for slot in moments:
-            shape, dtype = slots.slot_part(slot, site)
-            device = step.device if slot.kind is slots.Kind.SCALAR else like.device
-            zeros[slot.name] = torch.zeros(shape, dtype=dtype, device=device)
-        return zeros
+    def _open(self, p: Tensor) -> tuple[Site, dict[str, Any], dict[str, Any]]:
+        """A parameter's site, group and state, with the slots that exist before the first frame."""
+        site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
+        if "step" not in state:
+            # Scalars live on the host, where torch's AdamW keeps its step count too, unless the device alone decides.
+            on_host = self.on_nonfinite == "raise" and not (site.plain and group["fused"])
+            state.update(slots.opened(site, group, p, torch.device("cpu") if on_host else p.device))
+        return site, group, state
 
     def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> ModeFrame:
         return group["frame"].load(state, len(site.view.shape))
 
-    def _group_of(self, p: Tensor) -> dict[str, Any]:
-        return self.param_groups[self._group_index[p]]
+    def _measure(  # noqa: PLR0917
+        self,
+        own: Tensor,
+        total: Tensor | None,
+        z: Tensor,
+        kept: Tensor | None,
+        lost: Loss | None,
+        whole: bool,
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        momentum = torch.zeros_like(own)
+        if lost is not None:
+            projected = group["transport"].resizes
+            momentum = lost.factor * error_control.lost_momentum(lost.old_momentum, lost.new_momentum, projected)
+        codec = group["residual"].error(state, group["codec"])
+        error_control.measure(state[error_control.SLOT], own, total, z, kept, codec, momentum, whole)
 
     def _inspect_gradients(self) -> Tensor | None:
         """Refuse bad gradients before anything changes; with "skip", return a flag on the device instead."""
@@ -389,7 +379,7 @@ class LowRankOptimizer(Optimizer):
         every = self.param_groups[index]["refresh_every"]
         load: dict[int, float] = {}
         for p, site in self.sites.items():
-            if site.projected and self._group_of(p)["refresh_every"] == every:
+            if site.projected and self.param_groups[self._group_index[p]]["refresh_every"] == every:
                 load[site.phase] = load.get(site.phase, 0.0) + p.numel()
         moving = [i for i, site in enumerate(sites) if site.projected]
         phases = stagger((float(params[i].numel()) for i in moving), every, load)
@@ -433,7 +423,9 @@ class LowRankOptimizer(Optimizer):
         """A copy on the right device, in the dtype it was saved in."""
         if not isinstance(value, Tensor):
             return deepcopy(value)
-        on_host = value.ndim == 0 and self.on_nonfinite == "raise" and not self._group_of(p)["fused"]
+        on_host = (
+            value.ndim == 0 and self.on_nonfinite == "raise" and not self.param_groups[self._group_index[p]]["fused"]
+        )
         return value.detach().clone().to("cpu" if on_host else p.device)
 
     def __getstate__(self) -> dict[str, Any]:

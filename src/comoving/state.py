@@ -46,13 +46,38 @@ def slot_part(slot: Slot, site: Site) -> Part:
     return Part((), torch.float32)
 
 
+def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
+    """The slots of rule and transport as stored tensors."""
+    return {slot.name: slot_part(slot, site) for slot in rule_slots(site, group)}
+
+
+def zeros(parts: Mapping[str, Part], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
+    """Zero tensors for these parts, single numbers on a device of their own."""
+    return {
+        name: torch.zeros(part.shape, dtype=part.dtype, device=device if part.shape else scalars)
+        for name, part in parts.items()
+    }
+
+
+def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device) -> dict[str, Any]:
+    """The state of a parameter before its first step; frame and moments of a projected one follow later."""
+    parts = layout(site, group)
+    if site.plain:
+        step = zeros({"step": parts.pop("step")}, p.device, scalars)
+        return step | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in parts}
+    if site.projected:
+        later = {*moments(site, group), *group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)}
+        parts = {name: part for name, part in parts.items() if name not in later}
+    return {"tick": 0, **zeros(parts, p.device, scalars)}
+
+
 def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     """Every tensor of a parameter's state between two steps."""
     parts = {"step": Part((), torch.float32)}
     if site.plain:
         names = (FIRST, SECOND, SECOND_MAX) if group["amsgrad"] else (FIRST, SECOND)
         return parts | {name: Part(site.view.stored_shape, site.view.stored_dtype) for name in names}
-    parts |= {slot.name: slot_part(slot, site) for slot in rule_slots(site, group)}
+    parts |= moments(site, group)
     if site.projected:
         shape, dtype = site.view.shape, site.view.dtype
         parts |= group["frame"].parts(shape, site.ranks, dtype)
@@ -149,13 +174,10 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
         expected = {name: part for name, part in expected.items() if name not in moved}
         # Dense state has no feedback and no record of its error: both start at zero.
         if not any(name.startswith("frame.") for name in state):
-            state = _zeros(expected, state["step"].device, state) | state
+            missing = {name: part for name, part in expected.items() if name not in state}
+            state |= zeros(missing, state[FIRST].device, state["step"].device)
     _check_parts(state, expected, site, ignore=("tick", *moved))
     return state
-
-
-def _zeros(parts: Mapping[str, Part], device: torch.device, present: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {n: torch.zeros(p.shape, dtype=p.dtype, device=device) for n, p in parts.items() if n not in present}
 
 
 def _renamed(saved: Mapping[str, Any], site: Site) -> dict[str, Any]:
