@@ -269,7 +269,12 @@ def test_checkpoint_of_another_rank_converts(transport, old, new, feedback):
     def optimizer_of(model, rank):
         residual = {"residual": Feedback()} if feedback else {}
         return LowRankOptimizer(
-            comoving.param_groups(model, rank=rank), 2e-2, transport=TRANSPORTS[transport], refresh_every=4, **residual
+            comoving.param_groups(model, rank=rank),
+            2e-2,
+            transport=TRANSPORTS[transport],
+            refresh_every=4,
+            scale="match",
+            **residual,
         )
 
     resumed, alike = Mixed(), Mixed()

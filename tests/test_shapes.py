@@ -82,7 +82,7 @@ CASES = {
 def test_every_kind_of_parameter(case):
     shape, dtype, options, ranks = CASES[case]
     p = nn.Parameter(torch.zeros(shape, dtype=dtype))
-    optimizer = comoving.AdamW([p], weight_decay=0.0, **options)
+    optimizer = comoving.AdamW([p], weight_decay=0.0, scale="match", **options)
     site = optimizer.sites[p]
     if ranks is not None:
         assert site.ranks == ranks

@@ -11,6 +11,7 @@ import comoving
 from comoving import LowRankOptimizer, build, explain, recipes, state_bytes
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.residual import Feedback
+from comoving.transport import Carry
 
 F32 = 4
 DIAGNOSTICS = 5 * F32  # captured, overlap, defect, error, bound
@@ -141,9 +142,9 @@ def test_numbers_of_galore_and_ldadam(recipe, shape, diagnostics):
 @pytest.mark.parametrize(
     ("codec", "buffer"), [(Full(), 4 * 960), (BFloat16(), 2 * 960), (Int8(block=20), 960 + 48 * 4)]
 )
-def test_numbers_of_the_default_with_each_codec(codec, buffer):
+def test_numbers_of_carry_with_each_codec(codec, buffer):
     model = model_of(weight=((24, 40), torch.float32))
-    optimizer = comoving.AdamW(model.parameters(), rank=8, codec=codec)
+    optimizer = comoving.AdamW(model.parameters(), rank=8, codec=codec, transport=Carry())
     step(model, optimizer, 4)
     frame, moments, mass = 24 * 8, 2 * 8 * 40, 8
     assert state_bytes(optimizer) == F32 * (frame + moments + mass) + CARRY + buffer + STEP + DIAGNOSTICS

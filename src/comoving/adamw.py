@@ -8,7 +8,7 @@ from .finders import Finder, Power
 from .frames.modes import Rank
 from .optimizer import LowRankOptimizer
 from .residual import Feedback, Residual
-from .transport import Carry, Transport
+from .transport import Rotate, Transport
 
 
 class AdamW(LowRankOptimizer):
@@ -18,7 +18,7 @@ class AdamW(LowRankOptimizer):
 
     Args:
         params: as for :class:`comoving.LowRankOptimizer`.
-        lr: AdamW's own learning rate carries over.
+        lr: start at twice AdamW's learning rate; with ``scale="match"`` at the same.
         rank: share of the entries kept in the core, or as for :class:`comoving.LowRankOptimizer`.
         betas, eps, weight_decay: as in torch's AdamW.
         finder, transport, residual, codec, refresh_every, scale: the measured defaults.
@@ -35,11 +35,11 @@ class AdamW(LowRankOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         finder: Finder = Power(momentum=0.9),  # noqa: B008  (frozen)
-        transport: Transport = Carry(),  # noqa: B008
+        transport: Transport = Rotate(),  # noqa: B008
         residual: Residual = Feedback(),  # noqa: B008
         codec: Codec = Int8(),  # noqa: B008
         refresh_every: int = 4,
-        scale: float | str = "match",
+        scale: float | str = "auto",
         **options: Any,
     ) -> None:
         super().__init__(

@@ -26,7 +26,8 @@ _NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln|ln_[^.]*|bn\d*)(\.|$)", re.IGNOREC
 # Below this share of the largest projected tensor's size, a tensor has next to no state to save, and much to lose.
 _SMALLEST_SHARE = 1 / 128
 
-SCALES = ("match", "0.2-match")
+# "auto": the measured default; see docs/choosing.md.
+_AUTO_MATRIX, _AUTO_TENSOR = 0.4, 1.0
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -48,10 +49,7 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_choice("side", group["side"], SIDES)
     check_choice("view", group["view"], VIEWS)
     check_int("refresh_every", group["refresh_every"], 1)
-    if isinstance(group["scale"], str):
-        check_choice("scale", group["scale"], SCALES)
-    else:
-        check_float("scale", group["scale"], 0.0, open_low=True)
+    _match_factor(group["scale"], matrix=True)
     for key in ("maximize", "amsgrad", "diagnostics"):
         check_choice(key, group[key], (True, False))
     for key in ("foreach", "fused"):
@@ -65,6 +63,33 @@ def check_options(group: Mapping[str, Any]) -> None:
         part = group[role]
         if isinstance(part, type) or not all(hasattr(part, method) for method in methods):
             raise TypeError(f"{role} must be a {role} part, such as those in comoving's {role} modules, got {part!r}")
+
+
+def update_scale(site: Site, scale: float | str) -> float:
+    """The factor of a lifted direction: a number as it is, "<c>-match" c sqrt(full/core), 1 for a whole frame."""
+    if not site.projected:
+        return 1.0
+    factor = _match_factor(scale, matrix=sum(d > 1 for d in site.view.shape) == 2)
+    return scale if not isinstance(scale, str) else factor * site.gain
+
+
+def _match_factor(scale: float | str, matrix: bool) -> float:
+    """c of "<c>-match", 1 for "match"; the measured one of the kind of tensor for "auto".
+
+    Raises:
+        TypeError, ValueError: a scale of another form, or not positive.
+    """
+    if scale == "auto":
+        return _AUTO_MATRIX if matrix else _AUTO_TENSOR
+    if isinstance(scale, str):
+        try:
+            factor = 1.0 if scale == "match" else float(scale.removesuffix("-match") if "-match" in scale else "")
+        except ValueError:
+            raise ValueError(f"scale must be 'auto', 'match', '<number>-match' or a number, got {scale!r}") from None
+        check_float(f"the number in scale {scale!r}", factor, 0.0, open_low=True)
+        return factor
+    check_float("scale", scale, 0.0, open_low=True)
+    return 1.0
 
 
 def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any], first: int) -> list[Site]:

@@ -18,14 +18,14 @@ from .codecs import Codec, Full
 from .finders import Finder, Operand, Power
 from .frames import ModeFrame, Modes
 from .frames.modes import Rank, Side
-from .groups import check_options, decide, named
+from .groups import check_options, decide, named, update_scale
 from .linalg import norm
 from .residual import Discard, Loss, Residual
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .schedule import refresh_due, stagger
 from .sites import Site
-from .transport import Carry, Clock, Transport
+from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_int
 from .views import ViewName
 
@@ -60,8 +60,9 @@ class LowRankOptimizer(Optimizer):
         side: "auto", "left", "right" or "both", for matrices.
         view: "tensor", "matrix" or "pairs"; see :class:`comoving.views.View`.
         frame, finder, transport, rule, residual, codec: the parts; the codec stores the residual's buffer.
-        scale: "match" multiplies the lifted direction by sqrt(full/core), so that AdamW's learning rate carries over;
-            "0.2-match" by 0.2 times that; a number by itself.
+        scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
+            unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
+            plain number by itself; "auto" is 0.4-match for matrices and match for tensors, which measured best.
         refresh_every: steps between refreshes of a frame, >= 1, staggered over the parameters.
         maximize: ascend instead.
         amsgrad, foreach, fused: for dense real parameters, as in torch; amsgrad is refused for others, fused for dense
@@ -99,11 +100,11 @@ class LowRankOptimizer(Optimizer):
         view: ViewName = "tensor",
         frame: Modes = Modes(),  # noqa: B008  (frozen)
         finder: Finder = Power(),  # noqa: B008
-        transport: Transport = Carry(),  # noqa: B008
+        transport: Transport = Rotate(),  # noqa: B008
         rule: Rule = Adam(),  # noqa: B008
         residual: Residual = Discard(),  # noqa: B008
         codec: Codec = Full(),  # noqa: B008
-        scale: float | str = "match",
+        scale: float | str = "auto",
         refresh_every: int = 1,
         maximize: bool = False,
         amsgrad: bool = False,
@@ -211,7 +212,7 @@ class LowRankOptimizer(Optimizer):
             group["transport"].age(state, rule.slots, clock)
         d = rule.direction(state, clock, group["eps"])
         frame = self._frame(state, site, group)  # 6, 7
-        keep, alpha = 1 - group["lr"] * group["weight_decay"], -group["lr"] * _scale(site, group)
+        keep, alpha = 1 - group["lr"] * group["weight_decay"], -group["lr"] * update_scale(site, group["scale"])
         storage = site.view.see_storage(p)
         if storage is not None:
             frame.add_lift(storage, d, alpha, beta=keep)
@@ -443,10 +444,3 @@ class LowRankOptimizer(Optimizer):
             for index, group in enumerate(self.param_groups):
                 pairs = list(zip(group.get("param_names", [None] * len(group["params"])), group["params"], strict=True))
                 self._place(group["params"], decide(pairs, group, first=len(self.sites)), index)
-
-
-def _scale(site: Site, group: dict[str, Any]) -> float:
-    if not site.projected:
-        return 1.0
-    scale = group["scale"]
-    return scale if not isinstance(scale, str) else site.gain * (0.2 if scale == "0.2-match" else 1.0)

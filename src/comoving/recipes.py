@@ -14,7 +14,7 @@ from .groups import param_groups
 from .optimizer import LowRankOptimizer
 from .parts import part
 from .residual import Discard, Feedback
-from .transport import Carry, Keep, Rotate
+from .transport import Keep, Rotate
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,17 @@ _RECIPES = (
     ),
     Recipe(
         "comoving",
-        "the default: warm power iteration, moments carried with their mass, 8-bit error feedback",
+        "the default: warm power iteration every 4 steps, moments rotated along, 8-bit error feedback",
         "this package",
         dict(
             finder=Power(momentum=0.9),
-            transport=Carry(),
+            transport=Rotate(),
             residual=Feedback(),
             codec=Int8(),
             refresh_every=4,
-            scale="match",
+            scale="auto",
         ),  # fmt: skip
+        relative_rate=2.0,
     ),
 )
 

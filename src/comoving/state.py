@@ -205,10 +205,9 @@ def _real_second(v: Tensor, view: View) -> Tensor:
 
 def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> None:
     """Raise unless the state is a consistent frame of other ranks whose moments the transport can move here."""
-    if FIRST not in state or SECOND not in state:
-        raise ValueError(
-            f"{site.name}: the checkpoint has no moments that could be taken over (it has {sorted(state)})"
-        )
+    missing = [name for name in (FIRST, SECOND) if name not in state]
+    if missing:
+        raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
     frame = group["frame"].load(state, len(site.view.shape))
     core = tuple(d if r is None else r for d, r in zip(site.view.shape, frame.ranks, strict=True))
     rows = tuple(d if u is None else u.shape[0] for d, u in zip(site.view.shape, frame.factors, strict=True))

@@ -163,7 +163,7 @@ def test_ldadam_by_hand(columns_first):
 
 
 def test_carry_by_hand():
-    """The case above with the mass of v: kappa 1/2 -> 1/4 -> 5/8, K 1/2 -> 3/4, v 2 -> max(1/2, |m'|^2/K = 1) -> 3/2."""
+    """The case above with the mass of v: kappa 1/2 -> 1/4 -> 5/8, K 1/2 -> 3/4, v 2 -> max(1/2, |m'|^2/K) -> 3/2."""
     zero = torch.zeros(2, 2, dtype=REAL)
     g0, g1 = zero.clone(), zero.clone()
     g0[0, 0], g1[1, 0] = 2.0, 2.0

@@ -207,8 +207,9 @@ class Race:
         self.known = self.reused = 0
 
     def entry(self, contender: Contender) -> Entry:
-        """The rates as given, else the task's rate times the contender's own factor."""
-        default = float(f"{self.settings.info.rate * contender.relative_rate:.6g}")
+        """The rates as given, else the contender's own: measured on this task, or the task's times its factor."""
+        info = self.settings.info
+        default = float(f"{info.rates.get(contender.label, info.rate * contender.relative_rate):.6g}")
         return Entry(contender, list(self.settings.rates) or [default])
 
     def due(self, rates: Callable[[Entry], Iterable[float]]) -> list[tuple[Entry, RunSettings]]:

@@ -1,7 +1,8 @@
 """The three tasks a race can be run on: what each of them is, and how it is loaded."""
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +45,8 @@ class TaskInfo:
         per_sample: how many of them are in one sample of a batch.
         rate: AdamW's own rate, the one a recipe's ``relative_rate`` multiplies.
         steps, batch, rank: defaults.
+        rates: best rates of contenders in our own sweeps at these defaults, where one was made; others fall back on
+            ``rate`` times their factor.
         dtypes: that the model can train in.
         optimizers: who races by default.
     """
@@ -59,6 +62,7 @@ class TaskInfo:
     rank: int | float
     dtypes: tuple[str, ...]
     optimizers: str
+    rates: Mapping[str, float] = field(default_factory=lambda: {})
 
     def load(self, **options: Any) -> Task:
         """Load the data; ``options`` are the task's own (``text``)."""
@@ -71,10 +75,34 @@ REAL = ("float32", "float64", "bfloat16")
 TASKS = {
     info.name: info
     for info in (
-        TaskInfo("lm", "LLaMA on bytes", "validation bits per byte", "tokens", 128, 2e-3, 600, 8, 0.25, REAL, MATRICES),
         TaskInfo(
-            "fno", "FNO on Darcy flow", "validation relative L2", "samples", 1, 1e-2, 400, 8, 0.1, REAL[:2], TENSORS
-        ),
+            "lm",
+            "LLaMA on bytes",
+            "validation bits per byte",
+            "tokens",
+            128,
+            2e-3,
+            600,
+            8,
+            0.25,
+            REAL,
+            MATRICES,
+            {"galore": 1e-2, "ldadam": 5e-3, "comoving": 6e-3},
+        ),  # fmt: skip
+        TaskInfo(
+            "fno",
+            "FNO on Darcy flow",
+            "validation relative L2",
+            "samples",
+            1,
+            1e-2,
+            400,
+            8,
+            0.1,
+            REAL[:2],
+            TENSORS,
+            {"tensor-galore": 2e-2, "tucker-adam": 2e-2, "comoving": 2e-2},
+        ),  # fmt: skip
         TaskInfo("vit", "ViT on images", "validation error in %", "samples", 1, 1e-3, 400, 64, 0.25, REAL, MATRICES),
     )
 }
