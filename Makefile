@@ -21,7 +21,7 @@ $(VENV)/all.stamp: $(VENV)/torch.stamp pyproject.toml
 	touch $@ $(VENV)/demo.stamp
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/comoving race --task fno --optimizers adamw,tensor-galore,tucker-adam,comoving --steps 200 --rank 0.1 --out $(OUT)
+	$(BIN)/comoving race --task fno --optimizers adamw,tensor-galore,tucker-adam,comoving --steps 400 --rank 0.1 --out $(OUT)
 
 lint: $(VENV)/all.stamp
 	$(BIN)/ruff check .

@@ -289,9 +289,7 @@ class LowRankOptimizer(Optimizer):
         """A parameter's site, group and state, with the slots that exist before the first frame."""
         site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
         if "step" not in state:
-            # Scalars live on the host, where torch's AdamW keeps its step count too, unless the device alone decides.
-            on_host = self.on_nonfinite == "raise" and not (site.plain and group["fused"])
-            state.update(slots.opened(site, group, p, torch.device("cpu") if on_host else p.device))
+            state.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
         return site, group, state
 
     def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> ModeFrame:
@@ -418,16 +416,20 @@ class LowRankOptimizer(Optimizer):
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
         super().load_state_dict({"state": {}, "param_groups": packed})
         for p, state in admitted.items():
-            self.state[p] = {name: self._owned(value, p) for name, value in state.items()}
+            self.state[p] = {name: self._owned(name, value, p) for name, value in state.items()}
 
-    def _owned(self, value: Any, p: Tensor) -> Any:
+    def _owned(self, name: str, value: Any, p: Tensor) -> Any:
         """A copy on the right device, in the dtype it was saved in."""
         if not isinstance(value, Tensor):
             return deepcopy(value)
-        on_host = (
-            value.ndim == 0 and self.on_nonfinite == "raise" and not self.param_groups[self._group_index[p]]["fused"]
-        )
-        return value.detach().clone().to("cpu" if on_host else p.device)
+        site, group = self.sites[p], self.param_groups[self._group_index[p]]
+        scalar = name == "step" or (value.ndim == 0 and not site.plain)
+        return value.detach().clone().to(self._scalar_device(p, site, group) if scalar else p.device)
+
+    def _scalar_device(self, p: Tensor, site: Site, group: dict[str, Any]) -> torch.device:
+        """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""
+        on_host = self.on_nonfinite == "raise" and not (site.plain and group["fused"])
+        return torch.device("cpu") if on_host else p.device
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along."""

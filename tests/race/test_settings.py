@@ -8,6 +8,7 @@ import pytest
 from comoving.race import contenders
 from comoving.race.command import settings_from
 from comoving.race.settings import RaceSettings, SettingsError, parse_names, parse_rank, parse_rates
+from comoving.race.tasks import TASKS
 
 
 def settings(**changes):
@@ -107,3 +108,10 @@ def test_our_contenders_take_their_rate_and_overrides_from_the_library():
     assert made.foreign is None
     assert made.relative_rate == comoving.recipes()["comoving"].relative_rate
     assert len(made.code()) > 16
+
+
+def test_every_measured_rate_belongs_to_a_known_contender():
+    for info in TASKS.values():
+        for name, rate in info.rates.items():
+            assert contenders.parse(name).label == name
+            assert rate > 0
