@@ -163,7 +163,8 @@ def test_int8_takes_the_nearest_of_its_codes(sample, block, shape, dtype):
     for block_of in blocks_of(x, block):
         own = values[list(block_of)]
         largest = own.abs().max()
-        best = (own[:, None] - grid * (largest / 127)).abs().amin(1)
+        step = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        best = (own[:, None] - grid * step).abs().amin(1)
         assert ((own - found[list(block_of)]).abs() <= best + 2e-6 * largest + 2e-44 * 127).all()
     assert (found - values).norm() <= codec.error(encoded(codec, x)) * (1 + 1e-5) + 1e-6 * values.norm() + FLOOR
     assert decoded.shape == x.shape

@@ -52,7 +52,8 @@ def measure(  # noqa: PLR0917
         error = kept
         energy = inside + error.square() if total is None else total.square()
         q = (1 - inside / energy.clamp_min(_TINY)).clamp_min(0).sqrt()
-        bound = (q if whole else 1) * (own + figures[4]) + lost + codec
+        before = torch.where(figures[4].isfinite(), figures[4], error)  # a norm may overflow once, not for ever
+        bound = (q if whole else 1) * (own + before) + lost + codec
     figures[0], figures[3], figures[4] = inside / energy.clamp_min(_TINY), error, bound
 
 

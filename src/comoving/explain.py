@@ -78,9 +78,11 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
     for group in optimizer.param_groups:
         for p in group["params"]:
             site = optimizer.sites[p]
-            size = sum(map(part_bytes, layout(site, group).values()))
+            size = sum(map(part_bytes, layout(site, group).values())) if p.requires_grad else 0
             view = "torch" if site.plain else site.view.name
-            rows.append(Row(site.name, tuple(p.shape), view, site.ranks, size, site.reason))
+            rows.append(
+                Row(site.name, tuple(p.shape), view, site.ranks, size, site.reason if p.requires_grad else "frozen")
+            )
     return Explanation((*rows, *frozen))
 
 

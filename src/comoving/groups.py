@@ -20,7 +20,9 @@ Selector = str | type[nn.Module]
 """A glob pattern for parameter names ("*.attn.*"), or a module type."""
 
 _EMBEDDING = re.compile(r"(^|\.)(wte|wpe|tok_emb|pos_emb|emb|[^.]*embed[^.]*|cls_token|pos_token)(\.|$)")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|heads?|classifier|score|qa_outputs)(\.|$)|^(fc|output)\.(weight|bias)$")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|qa_outputs)(\.|$)|(^|\.)(heads?|classifier|score)\.(weight|bias)$|^(fc|output)\.(weight|bias)$"
+)
 _NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln|ln_[^.]*|bn\d*)(\.|$)", re.IGNORECASE)
 
 # Below this share of the largest projected tensor's size, a tensor has next to no state to save, and much to lose.
@@ -180,9 +182,10 @@ def param_groups(
     *,
     dense: Iterable[Selector] = (),
     project: Iterable[Selector] = (),
+    pairs: Iterable[Selector] = (),
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Split a model's trainable parameters into a projected and a dense group.
+    """Split a model's trainable parameters into projected and dense groups.
 
     Embeddings (by module type, or name), output heads (what ``get_output_embeddings()`` returns, or by name; never
     merely the last layer), norms, biases and everything else with fewer than two modes stay dense; so do, when the
@@ -195,45 +198,71 @@ def param_groups(
         rank: of the projected group.
         dense: glob patterns or module types that stay dense in any case.
         project: glob patterns or module types that are projected in any case; wins over ``dense``.
-        **options: more hyper-parameters for the projected group.
+        pairs: glob patterns or module types of projected parameters that store complex numbers as real pairs in a last
+            mode of 2; they get a group of their own with ``view="pairs"``.
+        **options: more hyper-parameters for the projected groups.
 
     Returns:
-        Groups for :class:`comoving.LowRankOptimizer`, with parameter names and the reasons for dense ones; at most two,
-        none of them empty.
+        Groups for :class:`comoving.LowRankOptimizer`, with parameter names and the reasons for dense ones; none of them
+        empty.
 
     Raises:
         ValueError: a pattern that matches no parameter, or a model without trainable parameters.
     """
-    split = _split(model, tuple(dense), tuple(project))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(f"{type(model).__name__} has no trainable parameters")
-    projected = {"params": [np for np in named if np[0] not in split], "rank": rank, "select": "shape", **options}
-    kept = {"params": [np for np in named if np[0] in split], "rank": 1.0, "reasons": split}
-    return [group for group in (projected, kept) if group["params"]]
+    places = _places(model)
+    paired = _chosen(model, places, tuple(pairs))
+    reasons = _split(model, places, tuple(dense), (*project, *paired))
+    plain = [pair for pair in named if pair[0] not in reasons and pair[0] not in paired]
+    projecting = {"rank": rank, "select": "shape", **options}
+    groups: list[dict[str, Any]] = [
+        {"params": plain, **projecting},
+        {"params": [pair for pair in named if pair[0] in paired], **projecting, "view": "pairs"},
+        {"params": [pair for pair in named if pair[0] in reasons], "rank": 1.0, "reasons": reasons},
+    ]
+    return [group for group in groups if group["params"]]
 
 
-def _split(model: nn.Module, dense: tuple[Selector, ...], project: tuple[Selector, ...]) -> dict[str, str]:
-    """Name -> reason of each parameter that stays dense."""
+Places = dict[str, list[tuple[str, nn.Module]]]
+
+
+def _places(model: nn.Module) -> Places:
+    """Parameter name -> every full name and module that holds it; tied weights have several."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for own, p in module.named_parameters(recurse=False):
             owners.setdefault(id(p), []).append((f"{path}.{own}" if path else own, module))
+    return {name: owners[id(p)] for name, p in model.named_parameters()}
+
+
+def _chosen(model: nn.Module, places: Places, selectors: tuple[Selector, ...]) -> list[str]:
+    """Names of the parameters that any selector matches.
+
+    Raises:
+        ValueError: a selector that matches none.
+    """
+    unused = [s for s in selectors if not any(_matches(s, place) for held in places.values() for place in held)]
+    if unused:
+        raise ValueError(f"no parameter of {type(model).__name__} matches {', '.join(map(repr, unused))}")
+    return [name for name, held in places.items() if any(_matches(s, place) for s in selectors for place in held)]
+
+
+def _split(
+    model: nn.Module, places: Places, dense: tuple[Selector, ...], project: tuple[Selector, ...]
+) -> dict[str, str]:
+    """Name -> reason of each parameter that stays dense."""
+    kept, projected = _chosen(model, places, dense), _chosen(model, places, project)
     head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
     heads = {id(p) for p in _parameters_of(head())}
-    unused = {*dense, *project}
     reasons: dict[str, str] = {}
     for name, p in model.named_parameters():
-        places = owners[id(p)]  # every module that holds it: tied weights have several
-        matching = {s for s in (*dense, *project) if any(_matches(s, place) for place in places)}
-        unused -= matching
-        if matching.intersection(project):
+        if name in projected:
             continue
-        why = "chosen to stay dense" if matching else _why_dense(places, is_head=id(p) in heads)
+        why = "chosen to stay dense" if name in kept else _why_dense(places[name], is_head=id(p) in heads)
         if why is not None:
             reasons[name] = why
-    if unused:
-        raise ValueError(f"no parameter of {type(model).__name__} matches {', '.join(sorted(map(repr, unused)))}")
     return reasons
 
 

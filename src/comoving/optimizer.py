@@ -135,6 +135,7 @@ class LowRankOptimizer(Optimizer):
         self.refresh_scope = nullcontext
         self._skipped: Tensor | None = None
         self._norms: dict[Tensor, Tensor] = {}
+        self._fixed: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------------------------------------ the seven steps
 
@@ -156,10 +157,10 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_structure()
         bad = self._inspect_gradients()
-        ready = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if bad is not None and any("step" not in self.state[p] for p in ready) and bool(bad):
-            return loss  # before there is a state, nothing could be put back
+        if bad is not None and any(self._changes_shape(p) for p in self._norms) and bool(bad):
+            return loss  # what has no state of its shape yet could not be put back
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             for p in ready:
@@ -170,8 +171,11 @@ class LowRankOptimizer(Optimizer):
                         self.absorb(p, gradients.usable(p.grad, bad))
                         self.apply(p)
             dense = [p for p in ready if self.sites[p].plain]
-            with self._undone_if(bad, dense):
-                self._step_dense(dense, group)
+            for device in {p.device for p in dense}:
+                here = [p for p in dense if p.device == device]
+                with self._undone_if(bad, here):
+                    self._step_dense(here, group)
+        self._norms = {}
         return loss
 
     @torch.no_grad()
@@ -180,6 +184,8 @@ class LowRankOptimizer(Optimizer):
 
         Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only.
         """
+        if self.sites[p].plain:
+            raise RuntimeError(f"{self.sites[p].name} is stepped by torch's AdamW: only step() serves it")
         site, group, state = self._open(p)
         residual: Residual = group["residual"] if site.projected else Discard()
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
@@ -190,6 +196,7 @@ class LowRankOptimizer(Optimizer):
                 lost = self._refresh(restored, state, site, group)  # 3
         frame = self._frame(state, site, group)
         z = frame.project(restored if opening else seen)  # 4
+        z = z if site.projected else z.clone()  # the whole frame would hand on the caller's gradient
         measured = site.projected and group["diagnostics"]
         total = norm(restored) if measured and lost is not None else None
         kept = residual.keep(restored, z, frame, lost, state, group["codec"])
@@ -257,10 +264,15 @@ class LowRankOptimizer(Optimizer):
         fits = self._frame(state, site, group).ranks == site.ranks
         return not fits or refresh_due(state["tick"], group["refresh_every"], site.phase)
 
+    def _changes_shape(self, p: Tensor) -> bool:
+        """Whether the next step gives slots of this parameter their first or another shape."""
+        site, state = self.sites[p], self.state[p]
+        if "step" not in state or not site.projected:
+            return "step" not in state
+        return self._frame(state, site, self.param_groups[self._group_index[p]]).ranks != site.ranks
+
     def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Torch's AdamW on the dense real parameters of a group."""
-        if not params:
-            return
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         torch_adam(
@@ -329,6 +341,16 @@ class LowRankOptimizer(Optimizer):
             gradients.refuse_nonfinite(params, self.sites)
         return None
 
+    def _check_structure(self) -> None:
+        """Refuse edits of what was decided at construction; rates, decay rates, the finder and the like may change."""
+        for group, fixed in zip(self.param_groups, self._fixed, strict=True):
+            edited = [key for key, value in fixed.items() if group[key] != value]
+            if edited:
+                raise ValueError(
+                    f"{', '.join(edited)} cannot be edited in a parameter group: what is projected, and what its state "
+                    f"holds, is decided at construction. Build a new optimizer and load this one's state_dict()"
+                )
+
     def _undone_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
         return nullcontext() if bad is None else gradients.Undo(bad, params, self.state)
 
@@ -376,6 +398,7 @@ class LowRankOptimizer(Optimizer):
     def _place(self, params: list[Tensor], sites: list[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
         every = self.param_groups[index]["refresh_every"]
+        self._fixed.append({key: self.param_groups[index][key] for key in slots.FIXED})
         load: dict[int, float] = {}
         for p, site in self.sites.items():
             if site.projected and self.param_groups[self._group_index[p]]["refresh_every"] == every:
@@ -405,7 +428,7 @@ class LowRankOptimizer(Optimizer):
         """
         saved = state_dict["param_groups"]
         keys = slots.match_parameters(saved, self.param_groups)
-        groups = slots.load_groups(saved, self.param_groups)
+        groups = slots.load_groups(saved, self.param_groups, keys)
         admitted = {
             p: slots.admit(state_dict["state"][key], self.sites[p], groups[self._group_index[p]])
             for p, key in keys.items()
@@ -423,7 +446,8 @@ class LowRankOptimizer(Optimizer):
         if not isinstance(value, Tensor):
             return deepcopy(value)
         site, group = self.sites[p], self.param_groups[self._group_index[p]]
-        scalar = name == "step" or (value.ndim == 0 and not site.plain)
+        part = slots.layout(site, group).get(name)
+        scalar = part is not None and part.scalar
         return value.detach().clone().to(self._scalar_device(p, site, group) if scalar else p.device)
 
     def _scalar_device(self, p: Tensor, site: Site, group: dict[str, Any]) -> torch.device:
@@ -433,16 +457,11 @@ class LowRankOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along."""
-        own = {"on_nonfinite": self.on_nonfinite, "seed": self.seed, "_skipped": self._skipped}
-        return super().__getstate__() | own
+        own = ("on_nonfinite", "seed", "sites", "_group_index", "_fixed", "_skipped")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore from a pickle or a deep copy; the sites are decided again, and alike."""
-        restored = "sites" not in self.__dict__
-        if restored:
+        """Restore from a pickle or a deep copy, or take over loaded groups."""
+        if "sites" in state:
             self._begin()
         super().__setstate__(state)
-        if restored:
-            for index, group in enumerate(self.param_groups):
-                pairs = list(zip(group.get("param_names", [None] * len(group["params"])), group["params"], strict=True))
-                self._place(group["params"], decide(pairs, group, first=len(self.sites)), index)

@@ -131,18 +131,16 @@ def recipes() -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in _RECIPES}
 
 
-def build(
-    recipe: str, model: nn.Module, lr: float | None = None, rank: Rank = 0.25, **options: Any
-) -> LowRankOptimizer:
+def build(recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank = 0.25, **options: Any) -> LowRankOptimizer:
     """An optimizer for a model, by the name of its method.
 
     Args:
         recipe: a name of :func:`recipes`, optionally with the suffix "+ef" for error feedback.
         model: the model; :func:`comoving.param_groups` chooses what is projected.
-        lr: learning rate; default 1e-3 times the recipe's relative rate.
+        lr: learning rate.
         rank: of the projected parameters; ignored by full-rank recipes.
-        **options: more hyper-parameters, over the recipe's own; ``dense`` and ``project`` go to
-            :func:`comoving.param_groups`. Parts may be given by name, such as ``transport="rotate"``.
+        **options: more hyper-parameters, over the recipe's own; ``dense``, ``project`` and ``pairs`` go
+            to :func:`comoving.param_groups`. Parts may be given by name, such as ``transport="rotate"``.
 
     Raises:
         ValueError: an unknown recipe or suffix, or a value outside its interval.
@@ -155,10 +153,9 @@ def build(
             f"unknown recipe {recipe!r}; known are {', '.join(known)}, with suffixes {', '.join(_SUFFIXES)}"
         )
     method = known[name]
-    choice = {key: options.pop(key) for key in ("dense", "project") if key in options}
+    choice = {key: options.pop(key) for key in ("dense", "project", "pairs") if key in options}
     groups = param_groups(model, rank=1.0 if method.full_rank else rank, **choice)
     given = {role: part(role, value) for role, value in options.items()}
     settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}
-    rate = 1e-3 * method.relative_rate if lr is None else lr
     kind = AdamW if name == "comoving" else LowRankOptimizer
-    return kind(groups, rate, **settings)
+    return kind(groups, lr, **settings)

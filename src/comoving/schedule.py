@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 def refresh_due(tick: int, every: int, phase: int) -> bool:
     """Whether a parameter refreshes at its step number ``tick``: at 0, then whenever tick = phase modulo every."""
-    return tick == 0 or tick % every == phase
+    return tick == 0 or tick % every == phase % every
 
 
 def stagger(costs: Iterable[float], every: int, load: Mapping[int, float] | None = None) -> list[int]:

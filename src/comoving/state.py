@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .codecs import Part
 from .diagnostics import FIELDS, SLOT
 from .groups import check_options
+from .linalg import reorthonormalize
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind, Slot
@@ -24,7 +25,14 @@ _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND
 _STRUCTURE = (
     "view", "side", "frame", "finder", "transport", "rule", "residual", "codec", "scale", "refresh_every", "amsgrad",
 )  # fmt: skip
-_OURS = {*_STRUCTURE, "rank", "select", "reasons", "param_names", "params"}
+# Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
+_FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
+# Hyper-parameters on which the sites and the shape of the state depend.
+FIXED = (
+    "rank", "view", "side", "frame", "transport", "rule", "residual", "codec", "amsgrad", "diagnostics", "select",
+    "reasons",
+)  # fmt: skip
+_OURS = {*_STRUCTURE, "rank", "select", "reasons", "diagnostics", "param_names", "params"}
 
 
 def rule_slots(site: Site, group: Mapping[str, Any]) -> tuple[Slot, ...]:
@@ -43,7 +51,7 @@ def slot_part(slot: Slot, site: Site) -> Part:
         return Part(core, real)
     if slot.kind is Kind.MASS:
         return Part(tuple(1 if r is None else r for r in site.ranks), real)
-    return Part((), torch.float32)
+    return Part((), torch.float32, scalar=True)
 
 
 def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
@@ -54,7 +62,7 @@ def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
 def zeros(parts: Mapping[str, Part], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
     """Zero tensors for these parts, single numbers on a device of their own."""
     return {
-        name: torch.zeros(part.shape, dtype=part.dtype, device=device if part.shape else scalars)
+        name: torch.zeros(part.shape, dtype=part.dtype, device=scalars if part.scalar else device)
         for name, part in parts.items()
     }
 
@@ -73,7 +81,7 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
 
 def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     """Every tensor of a parameter's state between two steps."""
-    parts = {"step": Part((), torch.float32)}
+    parts = {"step": Part((), torch.float32, scalar=True)}
     if site.plain:
         names = (FIRST, SECOND, SECOND_MAX) if group["amsgrad"] else (FIRST, SECOND)
         return parts | {name: Part(site.view.stored_shape, site.view.stored_dtype) for name in names}
@@ -126,7 +134,7 @@ def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def schedule_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a loaded group takes over: the rate, decay rates and schedulers' marks, not what makes the recipe."""
-    return {key: value for key, value in saved.items() if key not in _OURS}
+    return {key: value for key, value in saved.items() if key not in _OURS | _FOREIGN}
 
 
 def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> None:
@@ -159,7 +167,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     state = _renamed(saved, site)
     expected = layout(site, group)
     if site.plain:
-        _check_parts(state, expected, site, ignore=("tick",))
+        state = _checked(state, expected, site, ignore=("tick",))
         return {name: state[name] for name in expected}
     state.setdefault("tick", 0)
     moved = {n for n in {*state, *expected} if n.startswith("frame.")} | {s.name for s in rule_slots(site, group)}
@@ -176,8 +184,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
         if not any(name.startswith("frame.") for name in state):
             missing = {name: part for name, part in expected.items() if name not in state}
             state |= zeros(missing, state[FIRST].device, state["step"].device)
-    _check_parts(state, expected, site, ignore=("tick", *moved))
-    return state
+    return _checked(state, expected, site, ignore=("tick", "core", *moved))
 
 
 def _renamed(saved: Mapping[str, Any], site: Site) -> dict[str, Any]:
@@ -224,16 +231,28 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
         )
 
 
-def _check_parts(state: Mapping[str, Any], expected: Mapping[str, Part], site: Site, ignore: tuple[str, ...]) -> None:
+def _checked(
+    state: Mapping[str, Any], expected: Mapping[str, Part], site: Site, ignore: tuple[str, ...]
+) -> dict[str, Any]:
+    """The state with floating-point tensors in the dtype that they are worked on in; raises for what does not fit."""
     missing = sorted(set(expected) - set(state))
     surplus = sorted(set(state) - set(expected) - set(ignore))
     if missing or surplus:
         raise ValueError(f"{site.name}: the checkpoint's state does not fit: missing {missing}, unexpected {surplus}")
+    fitting = dict(state)
     for name, part in expected.items():
-        if tuple(state[name].shape) != part.shape:
-            raise ValueError(
-                f"{site.name}: {name} has shape {tuple(state[name].shape)} in the checkpoint, {part.shape} here"
-            )
+        value = state[name]
+        if tuple(value.shape) != part.shape:
+            raise ValueError(f"{site.name}: {name} has shape {tuple(value.shape)} in the checkpoint, {part.shape} here")
+        if value.dtype != part.dtype:
+            alike = value.dtype.is_complex == part.dtype.is_complex
+            if not (alike and value.dtype.is_floating_point == part.dtype.is_floating_point):
+                raise ValueError(f"{site.name}: {name} is {value.dtype} in the checkpoint, {part.dtype} here")
+            fitting[name] = value.to(part.dtype)
+    for name, value in fitting.items():
+        if name.startswith("frame."):  # as orthonormal as it was, or mended
+            fitting[name] = reorthonormalize(value.to(site.view.dtype))
+    return fitting
 
 
 def match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
@@ -262,18 +281,29 @@ def match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) 
     return dict(zip(params, keys, strict=True))
 
 
-def load_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups with what they take over from the saved ones; one saved group serves all.
+def load_groups(
+    saved: list[dict[str, Any]], groups: list[dict[str, Any]], keys: Mapping[Tensor, Any]
+) -> list[dict[str, Any]]:
+    """The groups with what they take over from the saved groups that hold their parameters.
+
+    Where these disagree on a value (weight decay, say, if parameters were grouped otherwise), a group keeps its own.
+
+    Args:
+        saved: groups of the checkpoint.
+        groups: groups of this optimizer.
+        keys: parameter -> key of its saved state.
 
     Raises:
         ValueError: another recipe, or a saved value outside its interval.
     """
-    if len(saved) not in (1, len(groups)):
-        raise ValueError(f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}")
-    sources = saved * len(groups) if len(saved) == 1 else saved
+    holder = {key: group for group in saved for key in group["params"]}
     loaded: list[dict[str, Any]] = []
-    for index, (source, group) in enumerate(zip(sources, groups, strict=True)):
-        check_recipe(source, group, index)
-        loaded.append(group | schedule_of(source))
+    for index, group in enumerate(groups):
+        sources = list({id(g): g for g in (holder[keys[p]] for p in group["params"])}.values())
+        for source in sources:
+            check_recipe(source, group, index)
+        schedules = [schedule_of(source) for source in sources]
+        agreed = {k: v for k, v in schedules[0].items() if all(k in s and s[k] == v for s in schedules)}
+        loaded.append(group | agreed)
         check_options(loaded[-1])
     return loaded

@@ -7,6 +7,7 @@ the old frame in mode n (None where both are whole), |R|^2 is taken entry by ent
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -23,18 +24,21 @@ _TINY = 1e-15  # its square is still a normal float32
 
 @dataclass(frozen=True)
 class Clock:
-    """Where Adam's averages stand: the decay rates and the number t of finished steps, a 0-dimensional tensor."""
+    """Where Adam's averages stand: the decay rates and the number t of finished steps, a 0-dimensional tensor.
+
+    A reading, not a running clock: make a new one when t has moved.
+    """
 
     t: Tensor
     beta1: float
     beta2: float
 
-    @property
+    @cached_property
     def weight1(self) -> Tensor:
         """c1 = 1 - b1^t, float64: 1 - 0.999 in float32 is off by 5e-5. Positive also before the first step."""
         return (1 - self.beta1 ** self.t.double()).clamp_min(_TINY)
 
-    @property
+    @cached_property
     def weight2(self) -> Tensor:
         """c2 = 1 - b2^t, float64. Positive also before the first step."""
         return (1 - self.beta2 ** self.t.double()).clamp_min(_TINY)
@@ -122,9 +126,10 @@ class Rotate(_Slotless):
         c1_squared, c2 = clock.weight1.square(), clock.weight2
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
-                mean, mean_moved = abs_squared(state[slot.mean]), abs_squared(moved[slot.mean])
-                spread = state[slot.name] / c2 - mean / c1_squared
-                moved[slot.name] = multilinear(spread, squared).add_(mean_moved / c1_squared).abs_().mul_(c2)
+                # All of it times c2, which saves a pass over the core and changes nothing.
+                ratio = c2 / c1_squared
+                spread = state[slot.name] - abs_squared(state[slot.mean]).mul_(ratio)
+                moved[slot.name] = multilinear(spread, squared).add_(abs_squared(moved[slot.mean]).mul_(ratio)).abs_()
         return moved
 
 

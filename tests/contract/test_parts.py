@@ -106,7 +106,9 @@ def test_a_frame_survives_its_tensors():
     assert set(frame.tensors()) == {"frame.0", "frame.2"}
     assert all(u is v for u, v in zip(frame.factors, again.factors, strict=True))
     parts = Modes().parts((6, 4, 5), (2, None, 3), REAL)
-    assert {n: (tuple(x.shape), x.dtype) for n, x in frame.tensors().items()} == {n: tuple(p) for n, p in parts.items()}
+    assert {n: (tuple(x.shape), x.dtype) for n, x in frame.tensors().items()} == {
+        n: (p.shape, p.dtype) for n, p in parts.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ transports
@@ -242,7 +244,6 @@ def test_residuals(residual, codec, shape, ranks, size, turned, dtype):
 @SIZES
 def test_adam_in_the_core(dtype, size):
     """Against the formulas; unit size for a steady gradient; finite for zeros; real v."""
-    clock = Clock(torch.zeros(()), 0.8, 0.95)
     state = {
         "moment.first": torch.zeros(3, 4, dtype=dtype),
         "moment.second": torch.zeros(3, 4, dtype=dtype).real.clone(),
@@ -250,7 +251,7 @@ def test_adam_in_the_core(dtype, size):
     m, v = torch.zeros(3, 4, dtype=COMPLEX), torch.zeros(3, 4, dtype=REAL)
     for t in range(6):
         z = randn((3, 4), dtype, t) * size
-        clock.t.add_(1)
+        clock = Clock(torch.tensor(t + 1.0), 0.8, 0.95)
         RULE.absorb(z, state, clock)
         m, v = 0.8 * m + 0.2 * z, 0.95 * v + 0.05 * z.abs().to(REAL) ** 2
         expected = (m / (1 - 0.8 ** (t + 1))) / ((v / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)

@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """Shape and dtype of one stored tensor."""
+    """Shape and dtype of one stored tensor; ``scalar`` for numbers that stay where the step count is."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scalar: bool = False
 
 
 class Codec(Protocol):
@@ -28,8 +29,15 @@ class Codec(Protocol):
         """The tensor, contiguous. The caller may overwrite it, and then must encode: it can be the storage itself."""
         ...
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Write x into the parts, in place. x may be what :meth:`decode` returned, and may be overwritten."""
+    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """x plus the stored tensor, contiguous; may be the storage, as in :meth:`decode`. x stays as it is."""
+        ...
+
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Write x into the parts, in place, and return its Frobenius norm.
+
+        x may be what :meth:`decode` returned, and may be overwritten.
+        """
         ...
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:

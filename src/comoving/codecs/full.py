@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import norm
 from .base import Part, as_real
 
 
@@ -21,10 +22,15 @@ class Full:
         """The storage itself."""
         return parts["value"]
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
+    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """x added to the storage, in place."""
+        return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Copy x, unless x is the storage."""
         if x is not parts["value"]:
             parts["value"].copy_(x)
+        return norm(x)
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Zero."""
@@ -45,9 +51,14 @@ class BFloat16:
         as_real(out).copy_(parts["value"])
         return out
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
+    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """x plus the tensor cast up."""
+        return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Round to nearest."""
         parts["value"].copy_(as_real(x))
+        return norm(x)
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """2^-8 of the norm of what is stored."""

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..linalg import norm
 from ..validate import check_int
 from .base import Part, as_real
+
+_CACHED = 2**18  # real numbers: a megabyte in float32
 
 
 @dataclass(frozen=True)
 class Int8:
-    """x ~ step * code: one signed byte a real number and one float32 step = max|x| / 127 a block.
+    """x ~ step * code: one signed byte a real number and one float32 step = max|x| / 127 a block (at least 1.2e-38).
 
     Each row of mode 0 is cut into ceil(n / block) blocks of nearly equal width; a last short block is filled up with
     zeros. Rounding is to nearest, so an entry is off by at most step / 2.
@@ -41,17 +44,34 @@ class Int8:
         values = parts["codes"].to(real).mul_(parts["step"]).view(rows, -1)[:, :length].contiguous()
         return torch.view_as_complex(values.view(*shape, 2)) if dtype.is_complex else values.view(shape)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> None:
+    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """x + step * codes, in one pass where rows are not padded."""
+        codes, step = parts["codes"], parts["step"]
+        real = as_real(x)
+        if not real.is_contiguous() or codes.numel() != real.numel():
+            return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+        grid, out = real.view(codes.shape), torch.empty(codes.shape, dtype=real.dtype, device=x.device)
+        for rows in _row_slices(codes):
+            values = out[rows].copy_(codes[rows])
+            torch.addcmul(grid[rows], values, step[rows].to(real.dtype), out=values)
+        return torch.view_as_complex(out.view(real.shape)) if x.is_complex() else out.view(x.shape)
+
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Round to the nearest code; overwrites x."""
         codes, step = parts["codes"], parts["step"]
-        rows, blocks, width = codes.shape
-        values = as_real(x).reshape(rows, -1)
-        missing = blocks * width - values.shape[1]
+        values = as_real(x).reshape(codes.shape[0], -1)
+        missing = codes.shape[1] * codes.shape[2] - values.shape[1]
         grid = (pad(values, (0, missing)) if missing else values).view(codes.shape)
-        # Two reductions without a full-sized |x|.
-        largest = torch.maximum(grid.amax(-1, keepdim=True), grid.amin(-1, keepdim=True).neg_())
-        step.copy_(largest / 127)
-        codes.copy_(grid.div_(torch.where(step > 0, step, 1)).round_().clamp_(-127, 127))
+        norms: list[Tensor] = []
+        for rows in _row_slices(codes):
+            block, own = grid[rows], step[rows]
+            norms.append(norm(block))
+            # Two reductions without a full-sized |x|. The floor keeps zero blocks and denormals out of the division; it
+            # is stored, so that decoding agrees.
+            largest = torch.maximum(block.amax(-1, keepdim=True), block.amin(-1, keepdim=True).neg_())
+            own.copy_(largest.div_(127).clamp_min_(torch.finfo(torch.float32).tiny))
+            codes[rows].copy_(block.div_(own).round_())
+        return norm(torch.stack(norms))
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """sqrt(sum over blocks of width * (step / 2)^2)."""
@@ -63,3 +83,10 @@ class Int8:
         length = prod(shape[1:]) * (2 if dtype.is_complex else 1)
         blocks = max(1, -(-length // self.block))
         return rows, blocks, max(1, -(-length // blocks)), length
+
+
+def _row_slices(codes: Tensor) -> list[slice]:
+    """All rows at once, or as many at a time as stay in a CPU's cache while several passes go over them."""
+    rows = codes.shape[0]
+    step = max(1, _CACHED * rows // max(1, codes.numel())) if codes.device.type == "cpu" else max(1, rows)
+    return [slice(start, start + step) for start in range(0, rows, step)]

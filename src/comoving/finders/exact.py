@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import gram, leading_eigenvectors, multilinear, unfold
+from ..linalg import gram, leading_eigenvectors, multilinear, orthonormalize, unfold
 from ..validate import check_choice, check_float, check_int
 from .operand import Operand
 
@@ -23,8 +23,8 @@ class Exact:
     Args:
         momentum: rho of the operand, in [0, 1); 0 looks at the gradient alone, as GaLore does (arXiv 2403.03507).
         sweeps: HOOI sweeps, >= 0 (Tensor-GaLore, arXiv 2501.02379, takes Tucker factors, so > 0).
-        method: "gram" takes eigenvectors of O_(n) O_(n)^H, (d_n, d_n), accurate for singular values above about
-            sqrt(machine epsilon) of the largest; "svd" is accurate for all and slower.
+        method: "gram" takes eigenvectors of O_(n) O_(n)^H or O_(n)^H O_(n), whichever is smaller, accurate for singular
+            values above about sqrt(machine epsilon) of the largest; "svd" is accurate for all and slower.
     """
 
     momentum: float = 0.0
@@ -53,8 +53,11 @@ class Exact:
         assert start is not None
         rank = start.shape[-1]
         columns = x.numel() // x.shape[mode]
-        if self.method == "gram" or rank > columns:  # the Gram matrix completes what too few columns leave open
-            basis = leading_eigenvectors(gram(x, mode, x.ndim), rank)
-        else:
+        if self.method == "svd" and rank <= columns:
             basis = torch.linalg.svd(unfold(x, mode, x.ndim), full_matrices=False).U[:, :rank].contiguous()
+        elif rank <= columns < x.shape[mode]:  # the other side is the small one
+            wide = unfold(x, mode, x.ndim)
+            basis = orthonormalize(wide @ leading_eigenvectors(wide.mH @ wide, rank))
+        else:  # completes what too few columns leave open
+            basis = leading_eigenvectors(gram(x, mode, x.ndim), rank)
         return torch.where(x.abs().amax() > 0, basis, start)

@@ -37,10 +37,11 @@ def orthonormalize(a: Tensor, tolerance: float | None = None) -> Tensor:
     for _ in range(2):
         factor, info = torch.linalg.cholesky_ex(q.mH @ q)
         q = torch.linalg.solve_triangular(factor.mH, q, upper=True, left=False)
+        narrow = q.to(a.dtype).contiguous()
         failed = (info != 0).any()
-        done = ~failed & (orthogonality_defect(q) <= limit).all()
+        done = ~failed & (orthogonality_defect(narrow) <= limit).all()
         if bool(done):
-            return q.to(a.dtype).contiguous()
+            return narrow
         if bool(failed):
             break
     q, r = torch.linalg.qr(a)

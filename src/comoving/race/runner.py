@@ -198,13 +198,14 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
                 set_rate(group, peak * rate_factor(step, run.steps, run.warmup))
             batch = task.batch(run.batch, batches)
             loss = task.loss(model, (move(batch[0], run), move(batch[1], run)))
-            optimizer.zero_grad()
-            loss.backward()
-            with stepping.timed():
-                optimizer.step()
+            losses.append(loss.item())
+            if math.isfinite(losses[-1]):
+                optimizer.zero_grad()
+                loss.backward()
+                with stepping.timed():
+                    optimizer.step()
         step_seconds.append(whole.seconds - before)
         optimizer_seconds.append(stepping.seconds - before_step)
-        losses.append(loss.item())
         progress(step + 1, losses[-1])
         if not math.isfinite(losses[-1]):
             error = f"training loss became {losses[-1]} at step {step + 1}"

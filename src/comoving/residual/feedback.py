@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..frames import ModeFrame
-from ..linalg import norm
 from .base import Loss
 
 _PREFIX = "feedback."
@@ -31,7 +30,7 @@ class Feedback:
 
     def add_to(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """g + e, in the buffer itself where the codec stores it plainly."""
-        return codec.decode(_stored(state), tuple(gradient.shape), gradient.dtype).add_(gradient)
+        return codec.decode_onto(gradient, _stored(state))
 
     def keep(
         self,
@@ -48,9 +47,7 @@ class Feedback:
         else:
             error = frame.add_lift(gradient, core.add(loss.new_momentum, alpha=loss.factor), -1.0)
             loss.old_frame.add_lift(error, loss.old_momentum, loss.factor)
-        size = norm(error)
-        codec.encode(error, _stored(state))
-        return size
+        return codec.encode(error, _stored(state))
 
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """The codec's own bound."""

@@ -32,7 +32,11 @@ class Adam:
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The two averages, in place."""
         state[FIRST].lerp_(z, 1 - clock.beta1)
-        state[SECOND].mul_(clock.beta2).add_(abs_squared(z), alpha=1 - clock.beta2)
+        v = state[SECOND].mul_(clock.beta2)
+        if z.is_complex():
+            v.add_(abs_squared(z), alpha=1 - clock.beta2)
+        else:
+            v.addcmul_(z, z, value=1 - clock.beta2)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""
