@@ -29,7 +29,7 @@ _NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln|ln_[^.]*|bn\d*)(\.|$)", re.IGNOREC
 _SMALLEST_SHARE = 1 / 128
 
 # "auto": the measured default; see docs/choosing.md.
-_AUTO_MATRIX, _AUTO_TENSOR = 0.4, 1.0
+_AUTO_MATRIX, _AUTO_TENSOR = 0.3, 1.0
 
 
 def check_options(group: Mapping[str, Any]) -> None:

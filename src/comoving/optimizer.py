@@ -62,7 +62,7 @@ class LowRankOptimizer(Optimizer):
         frame, finder, transport, rule, residual, codec: the parts; the codec stores the residual's buffer.
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
             unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
-            plain number by itself; "auto" is 0.4-match for matrices and match for tensors, which measured best.
+            plain number by itself; "auto" is 0.3-match for matrices and match for tensors, which measured best.
         refresh_every: steps between refreshes of a frame, >= 1, staggered over the parameters.
         maximize: ascend instead.
         amsgrad, foreach, fused: for dense real parameters, as in torch; amsgrad is refused for others, fused for dense

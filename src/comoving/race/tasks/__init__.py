@@ -87,7 +87,7 @@ TASKS = {
             0.25,
             REAL,
             MATRICES,
-            {"galore": 1e-2, "ldadam": 5e-3, "comoving": 6e-3},
+            {"galore": 1e-2, "ldadam": 5e-3, "comoving": 8e-3},
         ),  # fmt: skip
         TaskInfo(
             "fno",
@@ -103,6 +103,19 @@ TASKS = {
             TENSORS,
             {"tensor-galore": 2e-2, "tucker-adam": 2e-2, "comoving": 2e-2},
         ),  # fmt: skip
-        TaskInfo("vit", "ViT on images", "validation error in %", "samples", 1, 1e-3, 400, 64, 0.25, REAL, MATRICES),
+        TaskInfo(
+            "vit",
+            "ViT on images",
+            "validation error in %",
+            "samples",
+            1,
+            1e-3,
+            400,
+            64,
+            0.25,
+            REAL,
+            MATRICES,
+            {"comoving": 2e-3},
+        ),  # fmt: skip
     )
 }
