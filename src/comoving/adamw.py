@@ -18,7 +18,7 @@ class AdamW(LowRankOptimizer):
 
     Args:
         params: as for :class:`comoving.LowRankOptimizer`.
-        lr: start at twice AdamW's learning rate; with ``scale="match"`` at the same.
+        lr: start at two to four times AdamW's learning rate; with ``scale="match"`` at the same.
         rank: share of the entries kept in the core, or as for :class:`comoving.LowRankOptimizer`.
         betas, eps, weight_decay: as in torch's AdamW.
         finder, transport, residual, codec, refresh_every, scale: the measured defaults.
