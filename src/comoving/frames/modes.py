@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
-from ..linalg import add_multilinear, multilinear, orthogonality_defect, orthonormalize, reorthonormalize
+from ..linalg import add_multilinear, multilinear, orthogonality_defect, orthonormalize
 from ..validate import check_choice, check_int
 
 Rank = int | float | tuple[int | None, ...]
@@ -159,7 +159,7 @@ class Modes:
 def _fill(u: Tensor | None, d: int, r: int, like: Tensor, generator: torch.Generator) -> Tensor:
     """r orthonormal directions of d: u's first ones, then random ones."""
     if u is not None and u.shape[-1] == r:
-        return reorthonormalize(u)
+        return u  # measured when it was found, mended when it was loaded
     kept = like.new_empty((d, 0)) if u is None else u[:, :r]
     fresh = torch.randn((d, r - kept.shape[-1]), generator=generator, dtype=torch.float64)
     return orthonormalize(torch.cat([kept, fresh.to(like)], dim=-1))
