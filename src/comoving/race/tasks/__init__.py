@@ -45,8 +45,8 @@ class TaskInfo:
         per_sample: how many of them are in one sample of a batch.
         rate: AdamW's own rate, the one a recipe's ``relative_rate`` multiplies.
         steps, batch, rank: defaults.
-        rates: best rates of contenders in our own sweeps at these defaults, where one was made; others fall back on
-            ``rate`` times their factor.
+        rates: rates of contenders that did best of the few we tried at these defaults, to start from: sweep before any
+            claim. Others fall back on ``rate`` times their factor.
         dtypes: that the model can train in.
         optimizers: who races by default.
     """
