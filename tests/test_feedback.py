@@ -7,15 +7,15 @@ import torch
 
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import Exact, Power
-from comoving.residual import Feedback, Loss
+from comoving.residual import Feedback, Passage
 from contract.support import (
     CODECS,
     COMPLEX,
     REAL,
     TRANSPORTS,
     close,
+    feedback_error,
     feedback_of,
-    feedback_parts,
     frame_of,
     lone,
     randn,
@@ -35,8 +35,8 @@ class Sums:
     """Both sides of  sum F m + b1/(1-b1) F m + e = sum g,  read from the optimizer's state after each step."""
 
     def __init__(self, start, **options):
-        self.b1, self.codec = options["betas"][0], options["codec"]
-        self.p, self.optimizer = lone(start, residual=Feedback(), eps=1e-3, **options)
+        self.b1 = options["betas"][0]
+        self.p, self.optimizer = lone(start, eps=1e-3, **({"residual": Feedback()} | options))
         self.gradients = self.lifted = torch.zeros_like(start)
         self.frames, self.codec_error = [], 0.0
 
@@ -46,8 +46,8 @@ class Sums:
         self.frames.append(frame)
         self.last = frame.lift(self.optimizer.state[self.p]["moment.first"])
         self.gradients, self.lifted = self.gradients + g, self.lifted + self.last
-        self.feedback = feedback_of(self.optimizer, self.p, self.codec)
-        self.codec_error += float(self.codec.error(feedback_parts(self.optimizer, self.p)))
+        self.feedback = feedback_of(self.optimizer, self.p)
+        self.codec_error += feedback_error(self.optimizer, self.p)
 
     def gap(self):
         return self.lifted + self.b1 / (1 - self.b1) * self.last + self.feedback - self.gradients
@@ -58,7 +58,8 @@ class Sums:
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("period", [1, 3])
 @pytest.mark.parametrize("finder", [Power(momentum=0.5), Exact()], ids=["power", "exact"])
-def test_telescopes(shape, ranks, transport, period, finder, dtype):
+@pytest.mark.parametrize("window", [True, False])
+def test_telescopes(shape, ranks, transport, period, finder, window, dtype):
     sums = Sums(
         randn(shape, dtype),
         rank=ranks,
@@ -67,6 +68,7 @@ def test_telescopes(shape, ranks, transport, period, finder, dtype):
         refresh_every=period,
         betas=(0.8, 0.95),
         codec=Full(),
+        residual=Feedback(window),
     )
     for t in range(11):
         sums.step(randn(shape, dtype, 30 + t))
@@ -89,23 +91,47 @@ def test_a_codec_loses_no_more_than_it_says(shape, ranks, codec, dtype):
 
 
 @FIELDS
+@SHAPES
+@pytest.mark.parametrize("window", [True, False])
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+def test_a_changing_decay_rate_loses_nothing(shape, ranks, window, beta1, dtype):
+    """OneCycleLR turns b1 at every step; e then telescopes with the recursion m <- b1 m + (1 - b1) z as it was."""
+    p, optimizer = lone(randn(shape, dtype), rank=ranks, residual=Feedback(window), refresh_every=3, eps=1e-3)
+    before = torch.zeros(shape, dtype=dtype)
+    for t in range(9):
+        b1 = beta1 if t % 2 else 0.7
+        optimizer.param_groups[0]["betas"] = (b1, 0.95)
+        old, m = (frame_of(optimizer, p), optimizer.state[p]["moment.first"].clone()) if t else (None, None)
+        g = randn(shape, dtype, 30 + t)
+        step(optimizer, p, g)
+        frame = frame_of(optimizer, p)
+        expected = g + before - frame.lift(frame.project(g + before))
+        if old is not None:
+            expected += b1 / (1 - b1) * (old.lift(m) - frame.lift(frame.project(old.lift(m))))
+        before = feedback_of(optimizer, p)
+        close(before, expected, 1e-8)
+
+
+@FIELDS
+@pytest.mark.parametrize("window", [True, False])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_the_lost_momentum_enters_raw(codec, dtype):
-    """e = g~ - F' z + b1/(1-b1) (F m - F' m'), for any momentum handed over: no bias correction of m."""
-    shape = (6, 9)
+def test_the_lost_momentum_enters_raw(codec, window, dtype):
+    """e = g~ - F' z + a/b (F m - F' m'), for any momentum handed over: no bias correction of m."""
+    shape, residual = (6, 9), Feedback(window)
     old, new = random_frame(shape, (2, None), dtype, 1), random_frame(shape, (3, None), dtype, 2)
     g, m, m_new = randn(shape, dtype, 3), randn((2, 9), dtype, 4), randn((3, 9), dtype, 5)
-    parts = Feedback().parts(codec, shape, dtype)
+    parts = residual.parts(codec, shape, (2, 9), dtype)
     state = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
-    seen = Feedback().add_to(g, state, codec).clone()
-    close(seen, g)
-    loss = Loss(4.0, old, m, new, m_new)
-    expected = g - new.lift(new.project(g)) + 4.0 * (old.lift(m) - new.lift(m_new))
-    size = Feedback().keep(seen, new.project(g), new, loss, state, codec)
+    seen = residual.restore(g, old, m, state, codec)
+    close(seen.full(), g)
+    z, overlap = new.project(g), new.overlap(old)
+    passage = Passage(new, m_new, 0.8, 0.2, old, m, overlap, new.project(old.lift(m)))
+    close(passage.lost(), (old.lift(m) - new.lift(m_new)).norm(), 1e-5)
+    expected = g - new.lift(z) + 4.0 * (old.lift(m) - new.lift(m_new))
+    size = residual.keep(seen.dense.clone(), z, passage, True, state, codec)
     close(size.double(), expected.norm(), 1e-6)
-    stored = {name.removeprefix("feedback."): x for name, x in state.items()}
-    again = Feedback().add_to(g, state, codec)
-    assert (again - g - expected).norm() <= codec.error(stored) * (1 + 1e-5) + 1e-12
+    again = residual.restore(g, new, 0.8 * m_new + 0.2 * z, state, codec)
+    assert (again.full() - g - expected).norm() <= residual.error(state, codec) * (1 + 1e-5) + 1e-12
 
 
 # ---------------------------------------------------------------------------------------------------------- codecs

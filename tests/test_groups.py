@@ -390,8 +390,8 @@ def test_an_override_changes_its_own_group_and_no_other(key):
         assert torch.equal(mixed[2], uniform[2])
     assert torch.equal(mixed[1], uniform[1]) is (key == "diagnostics")
     assert optimizer.sites[mixed[0]].ranks == optimizer.sites[mixed[2]].ranks == (4, None)
-    assert ("feedback.value" in optimizer.state[mixed[1]]) is (key == "residual")
-    assert "feedback.value" not in optimizer.state[mixed[2]]
+    assert ("feedback.gradients.value" in optimizer.state[mixed[1]]) is (key == "residual")
+    assert "feedback.gradients.value" not in optimizer.state[mixed[2]]
 
 
 def test_param_groups_carry_options_for_the_projected_group_only():

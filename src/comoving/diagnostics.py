@@ -63,15 +63,3 @@ def overlap_defect(overlap: Overlap) -> Tensor:
         norm(torch.eye(r.shape[-1], dtype=r.dtype, device=r.device) - r.mH @ r) for r in overlap if r is not None
     ]
     return torch.stack(defects).amax() if defects else torch.zeros(())
-
-
-def lost_momentum(old: Tensor, new: Tensor, projected: bool) -> Tensor:
-    """|F m - F' m'|, or a bound on it, from the coordinates alone.
-
-    Where m' is F'^H F m, or 0, it is sqrt(|m|^2 - |m'|^2), to which a few rounding errors of |m|^2 are added so that a
-    bound built on it stays one; else at most |m| + |m'|.
-    """
-    a, b = norm(old), norm(new)
-    if not projected:
-        return a + b
-    return (a.square() - b.square()).clamp_min(0).add(a.square(), alpha=8 * torch.finfo(torch.float32).eps).sqrt()

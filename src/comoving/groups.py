@@ -59,7 +59,7 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_choice("select", group["select"], ("auto", "shape"))
     roles = {
         "frame": ("ranks", "load", "start"), "finder": ("find", "momentum"), "transport": ("move", "age"),
-        "rule": ("absorb", "direction"), "residual": ("add_to", "keep"), "codec": ("encode", "decode"),
+        "rule": ("absorb", "direction"), "residual": ("restore", "keep"), "codec": ("encode", "decode"),
     }  # fmt: skip
     for role, methods in roles.items():
         part = group[role]

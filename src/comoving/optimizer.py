@@ -19,8 +19,8 @@ from .finders import Finder, Operand, Power
 from .frames import ModeFrame, Modes
 from .frames.modes import Rank, Side
 from .groups import check_options, decide, named, update_scale
-from .linalg import norm
-from .residual import Discard, Loss, Residual
+from .linalg import multilinear, norm
+from .residual import Discard, Passage, Residual
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .schedule import refresh_due, stagger
@@ -187,24 +187,25 @@ class LowRankOptimizer(Optimizer):
         if self.sites[p].plain:
             raise RuntimeError(f"{self.sites[p].name} is stepped by torch's AdamW: only step() serves it")
         site, group, state = self._open(p)
-        residual: Residual = group["residual"] if site.projected else Discard()
+        residual, codec = group["residual"] if site.projected else Discard(), group["codec"]
+        opening = "core" not in state
+        passage = self._standing(state, site, group)
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
-        restored = residual.add_to(seen, state, group["codec"])  # 2
-        opening, lost = "core" not in state, None
-        if opening and self._refresh_due(state, site, group):
+        restored = residual.restore(seen, passage.frame, passage.old_momentum, state, codec)  # 2
+        refreshing = opening and self._refresh_due(state, site, group)
+        if refreshing:
             with self.refresh_scope():
-                lost = self._refresh(restored, state, site, group)  # 3
-        frame = self._frame(state, site, group)
-        z = frame.project(restored if opening else seen)  # 4
+                restored = restored.measured() if group["diagnostics"] else restored
+                passage = self._refresh(restored, state, site, group)  # 3
+        z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         z = z if site.projected else z.clone()  # the whole frame would hand on the caller's gradient
-        measured = site.projected and group["diagnostics"]
-        total = norm(restored) if measured and lost is not None else None
-        kept = residual.keep(restored, z, frame, lost, state, group["codec"])
-        if measured:
-            self._measure(
-                self._norms[p] if p in self._norms else norm(seen), total, z, kept, lost, opening, group, state
-            )
         state["core"] = z if opening else state["core"] + z
+        total = restored.norm() if refreshing and group["diagnostics"] else None
+        kept = residual.keep(restored.dense, state["core"], passage, opening, state, codec)
+        if site.projected and group["diagnostics"]:
+            own = self._norms[p] if p in self._norms else norm(seen)
+            lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
+            error_control.measure(state[error_control.SLOT], own, total, z, kept, rounded, lost, opening)
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
@@ -227,27 +228,26 @@ class LowRankOptimizer(Optimizer):
             update = site.view.restore(frame.lift(d))
             p.copy_(p.to(update.dtype).mul_(keep).add_(update, alpha=alpha))
 
-    def _refresh(self, gradient: Tensor, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Loss | None:
-        """Step 3: a new frame, and the moments in it. Returns the momentum that is lost on the way."""
-        spec, finder, rule = group["frame"], group["finder"], group["rule"]
+    def _refresh(self, seen: Operand, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Passage:
+        """Step 3: a new frame, and the moments in it."""
+        spec, finder, rule, transport = group["frame"], group["finder"], group["rule"], group["transport"]
         clock = Clock(state["step"], *group["betas"])
         old = self._frame(state, site, group) if rule.momentum in state else None
-        start = spec.start(gradient, site.ranks, old, self.seed + site.index)
-        operand = Operand(gradient)
+        start = spec.start(seen.dense, site.ranks, old, self.seed + site.index)
+        looked_at = seen
         if old is not None and finder.momentum > 0:
-            core = (state[rule.momentum] * (finder.momentum / clock.weight1)).to(gradient.dtype)
-            operand = Operand.mix(gradient, 1 - finder.momentum, old, core)
+            core = (state[rule.momentum] * (finder.momentum / clock.weight1)).to(seen.dense.dtype)
+            looked_at = seen.mix(1 - finder.momentum, old, core)
         warm = state["tick"] > 0 and old is not None and any(u is not None for u in old.factors)
-        new: ModeFrame = finder.find(operand, start, warm=warm)
+        new: ModeFrame = finder.find(looked_at, start, warm=warm)
         if old is None:
-            if not bool(gradient.any()):
+            if not bool(seen.dense.any()):
                 state["tick"] = -1  # nothing was to be seen: look again at the next step
             state.update(new.tensors())
-            state.update(slots.zeros(slots.moments(site, group), gradient.device, state["step"].device))
-            return None
-        overlap = new.overlap(old)
-        moved = group["transport"].move(state, rule.slots, overlap, clock)
-        lost = Loss(rule.reentry(clock), old, state[rule.momentum], new, moved[rule.momentum])
+            state.update(slots.zeros(slots.moments(site, group), seen.dense.device, state["step"].device))
+            return self._standing(state, site, group)
+        overlap, momentum = new.overlap(old), state[rule.momentum]
+        moved = transport.move(state, rule.slots, overlap, clock)
         for name in old.tensors():
             del state[name]
         state.update(new.tensors())
@@ -255,7 +255,16 @@ class LowRankOptimizer(Optimizer):
         if group["diagnostics"]:
             state[error_control.SLOT][1] = error_control.overlap_defect(overlap)
             state[error_control.SLOT][2] = new.defect()
-        return lost
+        image = moved[rule.momentum] if transport.projects else multilinear(momentum, overlap)
+        decay, intake = rule.recursion(clock)
+        return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image)
+
+    def _standing(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Passage:
+        """The passage of a momentum whose frame stays as it is."""
+        frame, rule = self._frame(state, site, group), group["rule"]
+        decay, intake = rule.recursion(Clock(state["step"], *group["betas"]))
+        momentum: Any = state.get(rule.momentum)
+        return Passage(frame, momentum, decay, intake, None if momentum is None else frame, momentum)
 
     def _refresh_due(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> bool:
         if not site.projected:
@@ -306,24 +315,6 @@ class LowRankOptimizer(Optimizer):
 
     def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> ModeFrame:
         return group["frame"].load(state, len(site.view.shape))
-
-    def _measure(  # noqa: PLR0917
-        self,
-        own: Tensor,
-        total: Tensor | None,
-        z: Tensor,
-        kept: Tensor | None,
-        lost: Loss | None,
-        whole: bool,
-        group: dict[str, Any],
-        state: dict[str, Any],
-    ) -> None:
-        momentum = torch.zeros_like(own)
-        if lost is not None:
-            projected = group["transport"].resizes
-            momentum = lost.factor * error_control.lost_momentum(lost.old_momentum, lost.new_momentum, projected)
-        codec = group["residual"].error(state, group["codec"])
-        error_control.measure(state[error_control.SLOT], own, total, z, kept, codec, momentum, whole)
 
     def _inspect_gradients(self) -> Tensor | None:
         """Refuse bad gradients before anything changes; with "skip", return a flag on the device instead."""

@@ -74,7 +74,7 @@ _RECIPES = (
         dict(
             finder=Power(momentum=0.908, start="exact"),
             transport=Rotate(),
-            residual=Feedback(),
+            residual=Feedback(window=False),
             codec=Full(),
             refresh_every=1,
             scale=1.0,

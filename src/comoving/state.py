@@ -89,7 +89,7 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     if site.projected:
         shape, dtype = site.view.shape, site.view.dtype
         parts |= group["frame"].parts(shape, site.ranks, dtype)
-        parts |= group["residual"].parts(group["codec"], shape, dtype)
+        parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:
             parts[SLOT] = Part((len(FIELDS),), torch.float32)
     return parts
@@ -174,12 +174,11 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     fits = all(name in state and tuple(state[name].shape) == expected[name].shape for name in moved if name in expected)
     if not fits and site.projected:
         _check_movable(state, site, group)
-        if FIRST in state:
-            betas = group["betas"]
-            own = group["transport"].slots(group["rule"].slots)
-            if any(slot.name not in state for slot in own):
-                group["transport"].adopt(state, group["rule"].slots, Clock(state["step"], *betas))
-        expected = {name: part for name, part in expected.items() if name not in moved}
+        own = group["transport"].slots(group["rule"].slots)
+        if any(slot.name not in state for slot in own):
+            group["transport"].adopt(state, group["rule"].slots, Clock(state["step"], *group["betas"]))
+        residual = group["residual"].parts(group["codec"], site.view.shape, tuple(state[FIRST].shape), site.view.dtype)
+        expected = {name: part for name, part in (expected | residual).items() if name not in moved}
         # Dense state has no feedback and no record of its error: both start at zero.
         if not any(name.startswith("frame.") for name in state):
             missing = {name: part for name, part in expected.items() if name not in state}

@@ -49,7 +49,12 @@ class Transport(Protocol):
 
     @property
     def resizes(self) -> bool:
-        """Whether moments are projected, m' = R m, or zeroed: defined between frames of different ranks."""
+        """Whether moments can go between frames of different ranks."""
+        ...
+
+    @property
+    def projects(self) -> bool:
+        """Whether a LINEAR slot becomes m' = R m."""
         ...
 
     def slots(self, rule: Sequence[Slot]) -> tuple[Slot, ...]:
@@ -87,7 +92,7 @@ class _Slotless:
 class Keep(_Slotless):
     """The numbers stay where they are, in coordinates that have changed (GaLore, arXiv 2403.03507)."""
 
-    resizes = False
+    resizes = projects = False
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The same tensors."""
@@ -98,7 +103,7 @@ class Keep(_Slotless):
 class Reset(_Slotless):
     """All moments start again at zero, and so does the step count of the bias correction."""
 
-    resizes = True
+    resizes, projects = True, False
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """Zeros in the new shape, and t = 0 in place."""
@@ -117,7 +122,7 @@ class Rotate(_Slotless):
     Since |R_1 (x) R_2|^2 = |R_1|^2 (x) |R_2|^2, the modes separate for the variance too.
     """
 
-    resizes = True
+    resizes = projects = True
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The formula above for each slot by its kind."""
@@ -151,7 +156,7 @@ class Carry:
     |m|^2.) kappa is real, core-sized but of length 1 along whole modes, where it is constant. K is one number.
     """
 
-    resizes = True
+    resizes = projects = True
 
     def slots(self, rule: Sequence[Slot]) -> tuple[Slot, ...]:
         """kappa as "<v>.mass" and K as "<v>.bound" for every variance v."""

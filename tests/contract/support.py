@@ -26,7 +26,7 @@ FINDERS = [
 ]
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
-RESIDUALS = [Discard(), Feedback()]
+RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
 
 
 def randn(shape, dtype=REAL, seed=0):
@@ -61,14 +61,25 @@ def frame_of(optimizer, p, order=None):
     return ModeFrame(tuple(None if u is None else u.clone() for u in factors))
 
 
-def feedback_of(optimizer, p, codec, shape=None, dtype=None):
-    """The stored feedback, decoded into a tensor of its own."""
-    shape, dtype = tuple(p.shape) if shape is None else shape, p.dtype if dtype is None else dtype
-    return codec.decode(feedback_parts(optimizer, p), shape, dtype).clone()
+def feedback_of(optimizer, p):
+    """e = A - F (m/b + Y) from the slots that the feedback keeps, a tensor of its own."""
+    group, state = optimizer.param_groups[0], optimizer.state[p]
+    shape, m = tuple(p.shape), state["moment.first"]
+    used = m * state["feedback.weight"]
+    if group["residual"].window:
+        used = used + group["codec"].decode(stored(state, "feedback.momenta."), tuple(m.shape), m.dtype)
+    gradients = group["codec"].decode(stored(state, "feedback.gradients."), shape, m.dtype)
+    return gradients - frame_of(optimizer, p).lift(used)
 
 
-def feedback_parts(optimizer, p):
-    return {n.removeprefix("feedback."): x for n, x in optimizer.state[p].items() if n.startswith("feedback.")}
+def feedback_error(optimizer, p):
+    """The bound on what the codec has lost in the last step."""
+    group = optimizer.param_groups[0]
+    return float(group["residual"].error(optimizer.state[p], group["codec"]))
+
+
+def stored(state, prefix):
+    return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
 
 
 class Holder(nn.Module):

@@ -8,6 +8,7 @@ from comoving import codecs, finders, frames, residual, rules, transport
 from comoving.codecs import Int8
 from comoving.finders import Exact, Power
 from comoving.frames import Modes
+from comoving.residual import Feedback
 from comoving.rules import Adam
 from contract.support import CODECS, FINDERS, RESIDUALS, TRANSPORTS
 
@@ -16,7 +17,7 @@ ROLES = {
     "finder": (finders, FINDERS, {"Operand"}),
     "transport": (transport, TRANSPORTS, {"Clock", "Slot"}),
     "codec": (codecs, CODECS, set()),
-    "residual": (residual, RESIDUALS, set()),
+    "residual": (residual, RESIDUALS, {"Passage"}),
     "rule": (rules, RULES, set()),
     "frame": (frames, FRAMES, {"ModeFrame"}),
 }
@@ -59,6 +60,7 @@ def test_parts_are_frozen_values(part):
         (Power, "start", "warm", "'random', 'exact'"),
         (Int8, "block", 7, ">= 8"),
         (Modes, "min_size", 1, ">= 2"),
+        (Feedback, "window", 2, "True, False"),
     ],
 )
 def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, interval):

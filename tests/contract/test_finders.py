@@ -128,8 +128,10 @@ def test_an_operand_in_two_terms_is_the_sum(finder, side, dtype):
     x, frame = randn(shape, dtype, 1), random_frame(shape, ranks, dtype, 2)
     w = frame.project(randn(shape, dtype, 3)) * 3
     whole = 0.3 * x + frame.lift(w)
+    twice = Operand(x, 1.0, frame, 2 * w).measured().mix(0.3, frame, 0.4 * w)
+    operands = (Operand(x, 0.3, frame, w), Operand(x).mix(0.3, frame, w), twice)
     for start in (frame, random_frame(shape, ranks, dtype, 8)):  # the warm start is the very frame of the second term
-        for operand in (Operand(x, 0.3, frame, w), Operand.mix(x, 0.3, frame, w)):
+        for operand in operands:
             found = finder.find(operand, start, warm=True)
             expected = finder.find(Operand(whole), start, warm=True)
             for u, v in zip(found.factors, expected.factors, strict=True):
@@ -149,3 +151,9 @@ def test_an_operand_in_two_terms_is_the_sum(finder, side, dtype):
                     whole.movedim(n, 0).flatten(1) @ whole.movedim(n, 0).flatten(1).mH,
                 )
     close(Operand(x, 0.3, frame, w).full(), whole)
+    for operand in operands:
+        close(operand.norm(), whole.norm())
+        for other in (frame, random_frame(shape, ranks, dtype, 8)):
+            overlap = None if other is frame else other.overlap(frame)
+            if operand.frame is not None or overlap is not None:
+                close(operand.project(other, overlap), other.project(whole))

@@ -1,11 +1,13 @@
 """What finders look at: a dense tensor plus a term that already has low rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import correlate, gram, multilinear
+from ..linalg import correlate, gram, inner, multilinear, norm
+from ..transport import Overlap
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,53 @@ class Operand:
         share: the factor of x.
         frame: F, or None where there is no second term.
         core: w in F's coordinates, or None.
+        inside: F^H x where it is known already, or None.
     """
 
     dense: Tensor
     share: float = 1.0
     frame: ModeFrame | None = None
     core: Tensor | None = None
+    inside: Tensor | None = None
 
-    @classmethod
-    def mix(cls, dense: Tensor, share: float, frame: ModeFrame, core: Tensor) -> "Operand":
-        """share * dense + lift(core), formed at once where several modes are compressed and each would lift it anew."""
-        if sum(u is not None for u in frame.factors) == 1:
-            return cls(dense, share, frame, core)
-        return cls(frame.add_lift(dense * share, core, 1.0))
+    def mix(self, share: float, frame: ModeFrame, core: Tensor) -> "Operand":
+        """share * O + F core; the frame must be O's own where O has one.
+
+        Formed at once where several modes are compressed and each would lift the second term anew.
+        """
+        if self.core is not None:
+            core = core.add(self.core, alpha=share)
+        mixed = replace(self, share=self.share * share, frame=frame, core=core)
+        if mixed._compresses_one:
+            return mixed
+        return Operand(mixed.full())
+
+    def measured(self) -> "Operand":
+        """The same operand, with F^H x computed for all who ask for it later."""
+        if self.frame is None or self.inside is not None:
+            return self
+        return replace(self, inside=self.frame.project(self.dense))
+
+    def norm(self) -> Tensor:
+        """|O|, a real scalar, from |share x + F w|^2 = share^2 |x|^2 + 2 share Re<F^H x, w> + |w|^2."""
+        if self.frame is None or self.core is None:
+            return norm(self.dense) * self.share
+        inside = self.frame.project(self.dense) if self.inside is None else self.inside
+        first, second = norm(self.dense) * self.share, norm(self.core)
+        unit = torch.maximum(first, second).clamp_min(torch.finfo(first.dtype).tiny)  # squares leave float32's range
+        cross = inner(inside * (self.share / unit), self.core / unit)
+        return unit * ((first / unit).square() + (second / unit).square() + 2 * cross).clamp_min(0).sqrt()
+
+    def project(self, frame: ModeFrame, overlap: Overlap | None) -> Tensor:
+        """Coordinates F'^H O in a frame F', whose overlap with O's own is given, or None where it is the same frame."""
+        z = frame.project(self.dense)
+        if self.core is None:
+            return z if self.share == 1.0 else z * self.share
+        return z.mul_(self.share).add_(self.core if overlap is None else multilinear(self.core, overlap))
+
+    @property
+    def _compresses_one(self) -> bool:
+        return self.frame is not None and sum(u is not None for u in self.frame.factors) == 1
 
     @property
     def order(self) -> int:
@@ -53,16 +89,20 @@ class Operand:
         """O x_n factor^H, factor of shape (d_n, r): mode n becomes r long."""
         matrices: list[Tensor | None] = [None] * self.order
         matrices[mode] = factor.mH
-        result = multilinear(self.dense, matrices)
+        own = None if self.frame is None else self.frame.factors[mode]
+        if self.inside is not None and own is factor and self._compresses_one:
+            result = self.inside * self.share
+        else:
+            result = multilinear(self.dense, matrices)
+            result = result if self.share == 1.0 else result.mul_(self.share)
         if self.frame is None or self.core is None:
-            return result if self.share == 1.0 else result.mul_(self.share)
+            return result
         lifts = list(self.frame.factors)
-        own = lifts[mode]
         if own is factor:  # a warm start: F^H F = I
             lifts[mode] = None
         else:
             lifts[mode] = factor.mH if own is None else factor.mH @ own
-        return result.mul_(self.share).add_(multilinear(self.core, lifts))
+        return result.add_(multilinear(self.core, lifts))
 
     def correlate(self, mode: int, z: Tensor) -> Tensor:
         """O_(n) Z_(n)^H, (d_n, r), for z of O's shape but r long in mode n."""

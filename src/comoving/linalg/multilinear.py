@@ -25,6 +25,13 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(real, dtype=None if real.dtype == wide else wide)
 
 
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Re <a, b>, the real part of the sum over conj(a) b: a real scalar."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
 def unfold(x: Tensor, mode: int, order: int) -> Tensor:
     """The unfolding X_(n): (*batch, d_n, product of the other modes, in their order)."""
     batch = x.shape[: x.ndim - order]

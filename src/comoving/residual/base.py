@@ -1,45 +1,93 @@
 """What the engine asks of a residual."""
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec, Part
+from ..finders import Operand
 from ..frames import ModeFrame
+from ..linalg import inner, norm
+from ..transport import Overlap
 
 
-class Loss(NamedTuple):
-    """Momentum that a change of frame loses: factor * (F m - F' m'), old frame and moment, new frame and moment."""
+@dataclass(frozen=True)
+class Passage:
+    """The momentum's way through a step: m in the frame F, m' in the frame F', and at the end  decay m' + intake z.
 
-    factor: float
-    old_frame: ModeFrame
-    old_momentum: Tensor
-    new_frame: ModeFrame
-    new_momentum: Tensor
+    Args:
+        frame: F', that of this step.
+        momentum: m'.
+        decay, intake: of the rule's recursion.
+        old_frame: F; None where the parameter had no frame before.
+        old_momentum: m, or None.
+        overlap: of F' and F; None while the frame stands, F' = F.
+        image: F'^H F m, what m' would be if nothing of m inside F' were dropped; None while the frame stands.
+    """
+
+    frame: ModeFrame
+    momentum: Tensor
+    decay: float
+    intake: float
+    old_frame: ModeFrame | None = None
+    old_momentum: Tensor | None = None
+    overlap: Overlap | None = None
+    image: Tensor | None = None
+
+    @property
+    def reentry(self) -> float:
+        """decay / intake: the gradient that must come again for a unit of m that is lost."""
+        return self.decay / self.intake
+
+    def lost(self) -> Tensor:
+        """|F m - F' m'|, a real scalar: the root of |m|^2 + |m'|^2 - 2 Re <F'^H F m, m'>.
+
+        A few rounding errors of |m|^2 are added, so that a bound that is built on it stays one.
+        """
+        if self.old_momentum is None or self.image is None:
+            return torch.zeros((), device=self.momentum.device)
+        before, after = norm(self.old_momentum).square(), norm(self.momentum).square()
+        gap = before + after - 2 * inner(self.image, self.momentum)
+        return gap.clamp_min(0).add(before, alpha=8 * torch.finfo(torch.float32).eps).sqrt()
 
 
 class Residual(Protocol):
     """Keeps, or does not keep, what the frame cannot hold; a frozen dataclass without tensors."""
 
-    def parts(self, codec: Codec, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
-        """The slots of the residual for a tensor of this shape, stored by the codec."""
+    def parts(
+        self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> dict[str, Part]:
+        """The slots of the residual for a tensor and a core of these shapes, stored by the codec."""
         ...
 
-    def add_to(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor:
-        """g~ = the gradient and what was kept. The gradient is not changed; without anything kept it is returned."""
+    def restore(
+        self, gradient: Tensor, frame: ModeFrame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+    ) -> Operand:
+        """g~, the gradient and what was kept. The gradient is not changed; without anything kept it is the operand.
+
+        Args:
+            gradient: of the view's shape and dtype.
+            frame: F, in which the last step was made.
+            momentum: m in it; None where the parameter had no frame before.
+            state: of the parameter, with the slots of :meth:`parts`.
+            codec: that stores them.
+        """
         ...
 
     def keep(
-        self,
-        gradient: Tensor,
-        core: Tensor,
-        frame: ModeFrame,
-        loss: Loss | None,
-        state: dict[str, Tensor],
-        codec: Codec,
+        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Tensor | None:
-        """Keep what g~ - F z and the lost momentum leave, with z = ``core``; g~ may be overwritten.
+        """Keep what of g~, and of the momentum that the change of frame loses, is outside the new frame.
+
+        Args:
+            dense: the dense part of what :meth:`restore` returned; it may be overwritten.
+            core: z of all gradients since the last step.
+            passage: what becomes of the momentum.
+            opening: whether this is the first gradient since then.
+            state: as in :meth:`restore`.
+            codec: likewise.
 
         Returns:
             The Frobenius norm of what is kept, before encoding; None where nothing is.

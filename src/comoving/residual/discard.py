@@ -6,30 +6,29 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, Part
+from ..finders import Operand
 from ..frames import ModeFrame
-from .base import Loss
+from .base import Passage
 
 
 @dataclass(frozen=True)
 class Discard:
     """What lies outside the frame is lost (GaLore, arXiv 2403.03507). No state."""
 
-    def parts(self, codec: Codec, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def parts(
+        self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> dict[str, Part]:
         """None."""
         return {}
 
-    def add_to(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor:
+    def restore(
+        self, gradient: Tensor, frame: ModeFrame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+    ) -> Operand:
         """The gradient itself."""
-        return gradient
+        return Operand(gradient)
 
     def keep(
-        self,
-        gradient: Tensor,
-        core: Tensor,
-        frame: ModeFrame,
-        loss: Loss | None,
-        state: dict[str, Tensor],
-        codec: Codec,
+        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> None:
         """Nothing."""
 

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, Part
+from ..finders import Operand
 from ..frames import ModeFrame
-from .base import Loss
+from ..linalg import inner, norm
+from ..validate import check_choice
+from .base import Passage
 
-_PREFIX = "feedback."
+_GRADIENTS, _MOMENTA, _WEIGHT = "feedback.gradients.", "feedback.momenta.", "feedback.weight"
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -17,42 +21,99 @@ class Feedback:
     """Generalized error feedback (LDAdam, arXiv 2410.16103), for any frame and refresh period.
 
     g~  = g + e_{t-1}
-    e_t = g~ - F' F'^H g~ + b1/(1 - b1) (F m - F' m')
+    e_t = g~ - F' F'^H g~ + a/b (F m - F' m')
 
-    The second term, zero while the frame stands, returns the momentum that a change of frame loses. With the raw
-    moments m of every step,  sum F m + (last) b1/(1 - b1) F m + e = sum g:  nothing is lost but what the codec rounds.
-    The buffer e has the gradient's size and is stored through the codec in slots "feedback.<part>".
+    The second term, zero while the frame stands, returns the momentum that a change of frame loses; the rule makes
+    a m' + b z of it (Adam: a = b1, b = 1 - b1). With the raw moments m of every step,
+
+    sum F m + (last) a/b F m + e = sum g
+
+    (for Adam; nothing is lost but what the codec rounds). Therefore e need not be formed. It is kept as
+
+    e = A - F C,   C = m/b + Y,
+
+    where A takes up whole gradients, and C is what the frame has used of them: all of it stands in the momentum but
+    Y = sum of the earlier momenta since the last refresh. A step then costs no product with F while the frame
+    stands, and one when it changes: A <- A + g - F (C - a/b m), Y <- 0.
+
+    Args:
+        window: whether Y is stored. Without, m + Y is taken out of A at every step, which costs that product but
+            saves as many numbers as the core has.
+
+    A and Y are stored through the codec, in the slots "feedback.gradients.<part>" and "feedback.momenta.<part>", and
+    1/b in "feedback.weight".
     """
 
-    def parts(self, codec: Codec, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
-        """The codec's parts of a tensor of the gradient's size."""
-        return {_PREFIX + name: part for name, part in codec.parts(shape, dtype).items()}
+    window: bool = True
 
-    def add_to(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor:
-        """g + e, in the buffer itself where the codec stores it plainly."""
-        return codec.decode_onto(gradient, _stored(state))
+    def __post_init__(self) -> None:
+        check_choice("window", self.window, (True, False))
+
+    def parts(
+        self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> dict[str, Part]:
+        """The codec's parts of a tensor of the gradient's size, with ``window`` of one of the core's; and 1/b."""
+        parts = {_GRADIENTS + name: part for name, part in codec.parts(shape, dtype).items()}
+        if self.window:
+            parts |= {_MOMENTA + name: part for name, part in codec.parts(core_shape, dtype).items()}
+        return parts | {_WEIGHT: Part((), dtype.to_real(), scalar=True)}
+
+    def restore(
+        self, gradient: Tensor, frame: ModeFrame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+    ) -> Operand:
+        """(g + A) - F C, in A's own storage where the codec stores it plainly."""
+        dense = codec.decode_onto(gradient, _stored(state, _GRADIENTS))
+        if momentum is None:
+            return Operand(dense)
+        return Operand(dense, 1.0, frame, self._used(momentum, state, codec).neg_())
 
     def keep(
-        self,
-        gradient: Tensor,
-        core: Tensor,
-        frame: ModeFrame,
-        loss: Loss | None,
-        state: dict[str, Tensor],
-        codec: Codec,
+        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Tensor:
-        """Form e_t in place in g~, measure and encode it."""
-        if loss is None:
-            error = frame.add_lift(gradient, core, -1.0)
-        else:
-            error = frame.add_lift(gradient, core.add(loss.new_momentum, alpha=loss.factor), -1.0)
-            loss.old_frame.add_lift(error, loss.old_momentum, loss.factor)
-        return codec.encode(error, _stored(state))
+        """Bring A, Y and the weight up to date; returns |e|."""
+        used = core.add(passage.momentum, alpha=passage.reentry)
+        if not opening:
+            used += self._earlier(used, state, codec)
+        elif passage.old_frame is not None and passage.old_momentum is not None:
+            surplus = self._used(passage.old_momentum, state, codec).sub_(passage.old_momentum, alpha=passage.reentry)
+            if self.window and passage.overlap is None:
+                used += surplus
+                codec.encode(surplus, _stored(state, _MOMENTA))
+            else:
+                passage.old_frame.add_lift(dense, surplus, -1.0)
+                self._forget(core, state, codec)
+        state[_WEIGHT].fill_(1 / passage.intake)
+        size = codec.encode(dense, _stored(state, _GRADIENTS))
+        whole = size.clamp_min(_TINY)
+        # |e|^2 = |A|^2 - |C|^2 - 2 Re <F'^H e, C>, and only a transport that drops momentum leaves any of e inside F'.
+        share = (norm(used) / whole).square()
+        if passage.image is not None and passage.image is not passage.momentum:
+            inside = (passage.image - passage.momentum).div_(whole)
+            share = share + 2 * passage.reentry * inner(inside, used / whole)
+        return size * (1 - share).clamp_min(0).sqrt()
 
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
-        """The codec's own bound."""
-        return codec.error(_stored(state))
+        """The codec's own bounds, of A and of Y."""
+        bound = codec.error(_stored(state, _GRADIENTS))
+        return bound + codec.error(_stored(state, _MOMENTA)) if self.window else bound
+
+    def _used(self, momentum: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor:
+        """C, a new tensor."""
+        used = momentum * state[_WEIGHT]
+        return used.add_(self._earlier(momentum, state, codec))
+
+    def _earlier(self, like: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor | float:
+        """Y, in the core's shape and dtype."""
+        return codec.decode(_stored(state, _MOMENTA), tuple(like.shape), like.dtype) if self.window else 0.0
+
+    def _forget(self, core: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
+        """Y = 0, in the core's shape."""
+        if not self.window:
+            return
+        for name, part in codec.parts(tuple(core.shape), core.dtype).items():
+            y = state[_MOMENTA + name]
+            state[_MOMENTA + name] = y.zero_() if tuple(y.shape) == part.shape else y.new_zeros(part.shape)
 
 
-def _stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(_PREFIX): part for name, part in state.items() if name.startswith(_PREFIX)}
+def _stored(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): part for name, part in state.items() if name.startswith(prefix)}

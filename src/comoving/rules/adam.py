@@ -25,9 +25,9 @@ class Adam:
     slots = (Slot(FIRST, Kind.LINEAR), Slot(SECOND, Kind.VARIANCE, mean=FIRST))
     momentum = FIRST
 
-    def reentry(self, clock: Clock) -> float:
-        """b1 / (1 - b1): the sum of what a unit of m would still have added to later m."""
-        return clock.beta1 / (1 - clock.beta1)
+    def recursion(self, clock: Clock) -> tuple[float, float]:
+        """(b1, 1 - b1)."""
+        return clock.beta1, 1 - clock.beta1
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The two averages, in place."""

@@ -21,8 +21,8 @@ class Rule(Protocol):
         """The LINEAR slot that finders and error feedback look at."""
         ...
 
-    def reentry(self, clock: Clock) -> float:
-        """The factor with which momentum that a new frame loses must re-enter as gradient."""
+    def recursion(self, clock: Clock) -> tuple[float, float]:
+        """(a, b) of the momentum's recursion m <- a m + b z; both are what error feedback needs to know of the rule."""
         ...
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
