@@ -134,7 +134,7 @@ def test_a_tensor_of_known_rank_is_recovered(finder, shape, ranks, spare, dtype)
     """F F^H g = g after one search, cold, when the frame has the multilinear rank of g or more."""
     g = known_rank(shape, ranks, dtype)
     wanted = tuple(None if r is None else r + spare for r in ranks)
-    frame = finder.find(Operand(g), Modes().start(g, wanted, None, 0), warm=False)
+    frame = finder.find(Operand(g), Modes().start(g, wanted, None, 0), False, {})
     gap = (frame.lift(frame.project(g)) - g).norm() / g.norm()
     gram_limit = getattr(finder, "method", "svd") == "gram" or getattr(finder, "start", "") == "exact"
     assert frame.ranks == wanted

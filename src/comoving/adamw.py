@@ -5,7 +5,7 @@ from typing import Any
 
 from .codecs import Codec, Int8
 from .finders import Finder, Power
-from .frames.modes import Rank
+from .frames.base import Rank
 from .optimizer import LowRankOptimizer
 from .residual import Feedback, Residual
 from .transport import Rotate, Transport

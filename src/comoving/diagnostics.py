@@ -14,8 +14,8 @@ Everything is computed on the parameter's device, without reading it there.
 import torch
 from torch import Tensor
 
+from .frames.base import Overlap
 from .linalg import norm
-from .transport import Overlap
 
 _TINY = torch.finfo(torch.float32).tiny
 FIELDS = ("captured", "overlap", "defect", "error", "bound")

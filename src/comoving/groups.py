@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .frames.modes import SIDES, Rank, check_rank
+from .frames.base import SIDES, Rank
+from .frames.modes import check_rank
 from .sites import Site
 from .slots import Kind
 from .validate import check_choice, check_float, check_int
@@ -58,8 +59,9 @@ def check_options(group: Mapping[str, Any]) -> None:
         check_choice(key, group[key], (True, False, None))
     check_choice("select", group["select"], ("auto", "shape"))
     roles = {
-        "frame": ("ranks", "load", "start"), "finder": ("find", "momentum"), "transport": ("move", "age"),
-        "rule": ("absorb", "direction"), "residual": ("restore", "keep"), "codec": ("encode", "decode"),
+        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("observe", "find", "momentum"),
+        "transport": ("move", "age"), "rule": ("absorb", "direction"), "residual": ("restore", "keep"),
+        "codec": ("encode", "decode"),
     }  # fmt: skip
     for role, methods in roles.items():
         part = group[role]
@@ -130,21 +132,21 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         raise ValueError(f"{label}: an optimizer needs floating-point or complex parameters, got {p.dtype}")
     try:
         view = View(group["view"] if p.ndim > 1 else "tensor", tuple(p.shape), p.dtype)
-        whole: tuple[int | None, ...] = (None,) * len(view.shape)
+        dense = Site(label, view, (None,) * len(view.shape), view.shape, "", index=index)
         given = (group["reasons"] or {}).get(name)
         reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)
         if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
-            return Site(label, view, whole, reason or "rank 1.0", index=index)
+            return replace(dense, reason=reason or "rank 1.0")
         if sum(d > 1 for d in view.shape) < 2:
-            return Site(label, view, whole, "fewer than two modes", index=index)
+            return replace(dense, reason="fewer than two modes")
         ranks = group["frame"].ranks(view.shape, group["rank"], group["side"])
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
-    site = Site(label, view, ranks, "projected", index=index)
+    site = Site(label, view, ranks, group["frame"].core_shape(view.shape, ranks), "projected", index=index)
     if not site.projected:
-        return Site(label, view, whole, "rank covers every mode, or no mode is long enough", index=index)
-    if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(Site(label, view, whole, ""), group):
-        return Site(label, view, whole, "too small to gain", index=index)
+        return replace(dense, reason="rank covers every mode, or no mode is long enough")
+    if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(dense, group):
+        return replace(dense, reason="too small to gain")
     return site
 
 
@@ -152,9 +154,12 @@ def _without_the_small(sites: list[Site]) -> list[Site]:
     sizes = [prod(site.view.stored_shape) * site.view.dtype.itemsize if site.projected else 0 for site in sites]
     least = max(sizes, default=0) * _SMALLEST_SHARE
     return [
-        replace(site, ranks=(None,) * len(site.ranks), reason="too small to gain") if 0 < size < least else site
-        for site, size in zip(sites, sizes, strict=True)
+        _dense(site, "too small to gain") if 0 < size < least else site for site, size in zip(sites, sizes, strict=True)
     ]
+
+
+def _dense(site: Site, reason: str) -> Site:
+    return replace(site, ranks=(None,) * len(site.view.shape), core_shape=site.view.shape, reason=reason)
 
 
 def _reals(site: Site, group: Mapping[str, Any]) -> int:

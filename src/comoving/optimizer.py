@@ -15,9 +15,9 @@ from . import diagnostics as error_control
 from . import gradients
 from . import state as slots
 from .codecs import Codec, Full
-from .finders import Finder, Operand, Power
-from .frames import ModeFrame, Modes
-from .frames.modes import Rank, Side
+from .finders import Finder, Memory, Operand, Power
+from .frames import Frame, Layout, Modes
+from .frames.base import Rank, Side
 from .groups import check_options, decide, named, update_scale
 from .linalg import multilinear, norm
 from .residual import Discard, Passage, Residual
@@ -98,7 +98,7 @@ class LowRankOptimizer(Optimizer):
         weight_decay: float = 0.01,
         side: Side = "auto",
         view: ViewName = "tensor",
-        frame: Modes = Modes(),  # noqa: B008  (frozen)
+        frame: Layout = Modes(),  # noqa: B008  (frozen)
         finder: Finder = Power(),  # noqa: B008
         transport: Transport = Rotate(),  # noqa: B008
         rule: Rule = Adam(),  # noqa: B008
@@ -191,12 +191,16 @@ class LowRankOptimizer(Optimizer):
         opening = "core" not in state
         passage = self._standing(state, site, group)
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
+        memory = slots.memory_of(state)
+        if site.projected:
+            group["finder"].observe(seen, memory)
         restored = residual.restore(seen, passage.frame, passage.old_momentum, state, codec)  # 2
         refreshing = opening and self._refresh_due(state, site, group)
         if refreshing:
             with self.refresh_scope():
                 restored = restored.measured() if group["diagnostics"] else restored
-                passage = self._refresh(restored, state, site, group)  # 3
+                passage = self._refresh(restored, memory, state, site, group)  # 3
+        state.update(slots.remembered(memory))
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         z = z if site.projected else z.clone()  # the whole frame would hand on the caller's gradient
         state["core"] = z if opening else state["core"] + z
@@ -228,7 +232,9 @@ class LowRankOptimizer(Optimizer):
             update = site.view.restore(frame.lift(d))
             p.copy_(p.to(update.dtype).mul_(keep).add_(update, alpha=alpha))
 
-    def _refresh(self, seen: Operand, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Passage:
+    def _refresh(
+        self, seen: Operand, memory: Memory, state: dict[str, Any], site: Site, group: dict[str, Any]
+    ) -> Passage:
         """Step 3: a new frame, and the moments in it."""
         spec, finder, rule, transport = group["frame"], group["finder"], group["rule"], group["transport"]
         clock = Clock(state["step"], *group["betas"])
@@ -238,8 +244,8 @@ class LowRankOptimizer(Optimizer):
         if old is not None and finder.momentum > 0:
             core = (state[rule.momentum] * (finder.momentum / clock.weight1)).to(seen.dense.dtype)
             looked_at = seen.mix(1 - finder.momentum, old, core)
-        warm = state["tick"] > 0 and old is not None and any(u is not None for u in old.factors)
-        new: ModeFrame = finder.find(looked_at, start, warm=warm)
+        warm = state["tick"] > 0 and old is not None and any(r is not None for r in old.ranks)
+        new: Frame = finder.find(looked_at, start, warm, memory)
         if old is None:
             if not bool(seen.dense.any()):
                 state["tick"] = -1  # nothing was to be seen: look again at the next step
@@ -313,8 +319,8 @@ class LowRankOptimizer(Optimizer):
             state.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
         return site, group, state
 
-    def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> ModeFrame:
-        return group["frame"].load(state, len(site.view.shape))
+    def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Frame:
+        return group["frame"].load(state, site.view.shape)
 
     def _inspect_gradients(self) -> Tensor | None:
         """Refuse bad gradients before anything changes; with "skip", return a flag on the device instead."""
@@ -333,7 +339,7 @@ class LowRankOptimizer(Optimizer):
         return None
 
     def _check_structure(self) -> None:
-        """Refuse edits of what was decided at construction; rates, decay rates, the finder and the like may change."""
+        """Refuse edits of what was decided at construction; rates, decay rates and the refresh period may change."""
         for group, fixed in zip(self.param_groups, self._fixed, strict=True):
             edited = [key for key, value in fixed.items() if group[key] != value]
             if edited:

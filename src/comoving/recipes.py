@@ -9,7 +9,7 @@ from torch import nn
 from .adamw import AdamW
 from .codecs import Full, Int8
 from .finders import Exact, Power
-from .frames.modes import Rank
+from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
 from .parts import part

@@ -1,8 +1,8 @@
 """A site: what was decided, once, about one parameter."""
 
 from dataclasses import dataclass
+from math import prod, sqrt
 
-from .frames.modes import rms_gain
 from .views import View
 
 
@@ -13,7 +13,8 @@ class Site:
     Args:
         name: the parameter's name, or its place in its group where it has none.
         view: how it is seen.
-        ranks: r_n per mode of the view, None where the mode is whole; all None for a dense parameter.
+        ranks: those of its frame; all None for a dense parameter.
+        core_shape: the shape of its coordinates; the view's for a dense parameter.
         reason: why it is projected or dense, in words.
         phase: at which steps, modulo the refresh period, its frame is refreshed.
         index: its place among all parameters, from which its random directions are seeded.
@@ -22,6 +23,7 @@ class Site:
     name: str
     view: View
     ranks: tuple[int | None, ...]
+    core_shape: tuple[int, ...]
     reason: str
     phase: int = 0
     index: int = 0
@@ -37,11 +39,6 @@ class Site:
         return not self.projected and not self.view.dtype.is_complex
 
     @property
-    def core_shape(self) -> tuple[int, ...]:
-        """The shape of the core."""
-        return tuple(d if r is None else r for d, r in zip(self.view.shape, self.ranks, strict=True))
-
-    @property
     def gain(self) -> float:
         """sqrt(full / core), the factor that gives a lifted unit-RMS core a unit RMS."""
-        return rms_gain(self.view.shape, self.ranks)
+        return sqrt(prod(self.view.shape) / prod(self.core_shape))

@@ -20,6 +20,7 @@ from .transport import Clock
 from .views import View
 
 SECOND_MAX = "moment.second.max"
+_MEMORY = "finder."
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
 _STRUCTURE = (
@@ -29,8 +30,8 @@ _STRUCTURE = (
 _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
 # Hyper-parameters on which the sites and the shape of the state depend.
 FIXED = (
-    "rank", "view", "side", "frame", "transport", "rule", "residual", "codec", "amsgrad", "diagnostics", "select",
-    "reasons",
+    "rank", "view", "side", "frame", "finder", "transport", "rule", "residual", "codec", "amsgrad", "diagnostics",
+    "select", "reasons",
 )  # fmt: skip
 _OURS = {*_STRUCTURE, "rank", "select", "reasons", "diagnostics", "param_names", "params"}
 
@@ -41,7 +42,7 @@ def rule_slots(site: Site, group: Mapping[str, Any]) -> tuple[Slot, ...]:
     return (*rule, *group["transport"].slots(rule)) if site.projected else rule
 
 
-def slot_part(slot: Slot, site: Site) -> Part:
+def slot_part(slot: Slot, site: Site, group: Mapping[str, Any]) -> Part:
     """Shape and dtype of one slot of the rule or the transport."""
     core = site.core_shape
     real = site.view.dtype.to_real() if site.view.dtype.is_complex else site.view.dtype
@@ -50,13 +51,13 @@ def slot_part(slot: Slot, site: Site) -> Part:
     if slot.kind is Kind.VARIANCE:
         return Part(core, real)
     if slot.kind is Kind.MASS:
-        return Part(tuple(1 if r is None else r for r in site.ranks), real)
+        return Part(group["frame"].mass_shape(site.view.shape, site.ranks), real)
     return Part((), torch.float32, scalar=True)
 
 
 def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     """The slots of rule and transport as stored tensors."""
-    return {slot.name: slot_part(slot, site) for slot in rule_slots(site, group)}
+    return {slot.name: slot_part(slot, site, group) for slot in rule_slots(site, group)}
 
 
 def zeros(parts: Mapping[str, Part], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
@@ -89,10 +90,22 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     if site.projected:
         shape, dtype = site.view.shape, site.view.dtype
         parts |= group["frame"].parts(shape, site.ranks, dtype)
+        remembered = group["finder"].parts(shape, site.ranks, dtype)
+        parts |= {_MEMORY + name: part for name, part in remembered.items()}
         parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:
             parts[SLOT] = Part((len(FIELDS),), torch.float32)
     return parts
+
+
+def memory_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The finder's own tensors, by the names that it gave them."""
+    return {name.removeprefix(_MEMORY): x for name, x in state.items() if name.startswith(_MEMORY)}
+
+
+def remembered(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`memory_of`."""
+    return {_MEMORY + name: x for name, x in memory.items()}
 
 
 def part_bytes(part: Part) -> int:
@@ -214,13 +227,15 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     missing = [name for name in (FIRST, SECOND) if name not in state]
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
-    frame = group["frame"].load(state, len(site.view.shape))
-    core = tuple(d if r is None else r for d, r in zip(site.view.shape, frame.ranks, strict=True))
-    rows = tuple(d if u is None else u.shape[0] for d, u in zip(site.view.shape, frame.factors, strict=True))
-    if rows != site.view.shape or tuple(state[FIRST].shape) != core or tuple(state[SECOND].shape) != core:
+    layout, shape = group["frame"], site.view.shape
+    frame = layout.load(state, shape)
+    core = layout.core_shape(shape, frame.ranks)
+    frame_shapes = {name: part.shape for name, part in layout.parts(shape, frame.ranks, site.view.dtype).items()}
+    found = {name: tuple(x.shape) for name, x in state.items() if name.startswith("frame.")}
+    if found != frame_shapes or tuple(state[FIRST].shape) != core or tuple(state[SECOND].shape) != core:
         raise ValueError(
             f"{site.name}: the checkpoint's moments have shape {tuple(state[FIRST].shape)}, which belongs to no frame "
-            f"of a parameter of shape {site.view.shape}"
+            f"of a parameter of shape {shape}"
         )
     if not group["transport"].resizes:
         raise ValueError(
@@ -249,7 +264,8 @@ def _checked(
                 raise ValueError(f"{site.name}: {name} is {value.dtype} in the checkpoint, {part.dtype} here")
             fitting[name] = value.to(part.dtype)
     for name, value in fitting.items():
-        if name.startswith("frame."):  # as orthonormal as it was, or mended
+        if name.startswith("frame.") and (value.is_floating_point() or value.is_complex()):
+            # As orthonormal as it was, or mended.
             fitting[name] = reorthonormalize(value.to(site.view.dtype))
     return fitting
 

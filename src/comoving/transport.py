@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .frames.base import Overlap
 from .linalg import abs_squared, multilinear
 from .slots import Kind, Slot
 
-Overlap = Sequence[Tensor | None]
 State = dict[str, Tensor]
 
 _TINY = 1e-15  # its square is still a normal float32

@@ -102,7 +102,7 @@ def test_a_share_is_that_share_of_the_entries(shape, share):
 
 def test_a_frame_survives_its_tensors():
     frame = random_frame((6, 4, 5), (2, None, 3))
-    again = Modes().load(frame.tensors(), 3)
+    again = Modes().load(frame.tensors(), (6, 4, 5))
     assert set(frame.tensors()) == {"frame.0", "frame.2"}
     assert all(u is v for u, v in zip(frame.factors, again.factors, strict=True))
     parts = Modes().parts((6, 4, 5), (2, None, 3), REAL)

@@ -1,9 +1,16 @@
 """What the engine asks of a finder."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from ..frames import ModeFrame
+import torch
+from torch import Tensor
+
+from ..codecs import Part
+from ..frames.base import Ranks
 from .operand import Operand
+
+Memory = dict[str, Tensor]
+"""A finder's own tensors of one parameter, by the names of its ``parts``; updated in place or replaced."""
 
 
 class Finder(Protocol):
@@ -18,17 +25,40 @@ class Finder(Protocol):
         """rho, in [0, 1)."""
         ...
 
-    def find(self, operand: Operand, start: ModeFrame, warm: bool) -> ModeFrame:
-        """A frame with start's ranks.
+    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+        """What it remembers of a tensor with a frame of these ranks; all of it starts at zero."""
+        ...
+
+    def observe(self, gradient: Tensor, memory: Memory) -> None:
+        """Take note of a gradient, at every step, before :meth:`find` where a refresh is due."""
+        ...
+
+    def find(self, operand: Operand, start: Any, warm: bool, memory: Memory) -> Any:
+        """A frame of start's kind and ranks.
 
         Args:
             operand: what the frame should capture.
             start: an orthonormal frame of the wanted ranks: the last one (padded or cut where ranks have changed), or a
                 seeded random one.
             warm: whether start carries information, that is, stems from an earlier refresh.
+            memory: its own tensors.
 
         Returns:
             An orthonormal frame with start's ranks. Where the operand is zero or rank-deficient, the directions that it
             leaves open are taken from start or completed to an orthonormal set; never NaN for finite input.
+
+        Raises:
+            TypeError: a frame of a kind that the finder does not fill.
         """
         ...
+
+
+class Memoryless:
+    """What finders share that remember nothing but the last frame."""
+
+    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+        """None."""
+        return {}
+
+    def observe(self, gradient: Tensor, memory: Memory) -> None:
+        """Nothing to note."""

@@ -9,11 +9,12 @@ from torch import Tensor
 from ..frames import ModeFrame
 from ..linalg import gram, leading_eigenvectors, multilinear, orthonormalize, unfold
 from ..validate import check_choice, check_float, check_int
+from .base import Memory, Memoryless
 from .operand import Operand
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(Memoryless):
     """U_n = the leading r_n left singular vectors of the unfolding O_(n); for a matrix, the truncated SVD.
 
     For tensors this is the truncated HOSVD (De Lathauwer et al., 2000), which ``sweeps`` of HOOI then
@@ -36,7 +37,7 @@ class Exact:
         check_int("sweeps", self.sweeps, 0)
         check_choice("method", self.method, ("gram", "svd"))
 
-    def find(self, operand: Operand, start: ModeFrame, warm: bool) -> ModeFrame:
+    def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Decompose each compressed mode anew; ``start`` only serves where the operand is zero."""
         x = operand.full()
         # Squares of large or small entries would leave the range of float32.

@@ -1,13 +1,14 @@
 """What finders look at: a dense tensor plus a term that already has low rank."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..frames import ModeFrame
+from ..frames import Frame, ModeFrame
+from ..frames.base import Overlap
 from ..linalg import correlate, gram, inner, multilinear, norm
-from ..transport import Overlap
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Operand:
 
     dense: Tensor
     share: float = 1.0
-    frame: ModeFrame | None = None
+    frame: Frame | None = None
     core: Tensor | None = None
     inside: Tensor | None = None
 
-    def mix(self, share: float, frame: ModeFrame, core: Tensor) -> "Operand":
+    def mix(self, share: float, frame: Frame, core: Tensor) -> "Operand":
         """share * O + F core; the frame must be O's own where O has one.
 
         Formed at once where several modes are compressed and each would lift the second term anew.
@@ -39,9 +40,7 @@ class Operand:
         if self.core is not None:
             core = core.add(self.core, alpha=share)
         mixed = replace(self, share=self.share * share, frame=frame, core=core)
-        if mixed._compresses_one:
-            return mixed
-        return Operand(mixed.full())
+        return mixed if mixed._side is not None else Operand(mixed.full())
 
     def measured(self) -> "Operand":
         """The same operand, with F^H x computed for all who ask for it later."""
@@ -59,7 +58,7 @@ class Operand:
         cross = inner(inside * (self.share / unit), self.core / unit)
         return unit * ((first / unit).square() + (second / unit).square() + 2 * cross).clamp_min(0).sqrt()
 
-    def project(self, frame: ModeFrame, overlap: Overlap | None) -> Tensor:
+    def project(self, frame: Frame, overlap: Overlap | None) -> Tensor:
         """Coordinates F'^H O in a frame F', whose overlap with O's own is given, or None where it is the same frame."""
         z = frame.project(self.dense)
         if self.core is None:
@@ -67,49 +66,52 @@ class Operand:
         return z.mul_(self.share).add_(self.core if overlap is None else multilinear(self.core, overlap))
 
     @property
-    def _compresses_one(self) -> bool:
-        return self.frame is not None and sum(u is not None for u in self.frame.factors) == 1
-
-    @property
     def order(self) -> int:
         """N, the number of modes."""
         return self.dense.ndim
 
     def full(self) -> Tensor:
-        """O as one dense tensor."""
-        if self.frame is None or self.core is None:
-            return self.dense if self.share == 1.0 else self.dense * self.share
-        return self.frame.add_lift(self.dense * self.share, self.core, 1.0)
+        """O as one dense tensor, formed at the first call."""
+        return self._formed
 
     def gram(self, mode: int) -> Tensor:
         """O_(n) O_(n)^H, (d_n, d_n)."""
-        return gram(self.full(), mode, self.order)
+        return gram(self._formed, mode, self.order)
 
     def contract(self, mode: int, factor: Tensor) -> Tensor:
         """O x_n factor^H, factor of shape (d_n, r): mode n becomes r long."""
-        matrices: list[Tensor | None] = [None] * self.order
-        matrices[mode] = factor.mH
-        own = None if self.frame is None else self.frame.factors[mode]
-        if self.inside is not None and own is factor and self._compresses_one:
-            result = self.inside * self.share
-        else:
-            result = multilinear(self.dense, matrices)
-            result = result if self.share == 1.0 else result.mul_(self.share)
-        if self.frame is None or self.core is None:
-            return result
-        lifts = list(self.frame.factors)
-        if own is factor:  # a warm start: F^H F = I
-            lifts[mode] = None
-        else:
-            lifts[mode] = factor.mH if own is None else factor.mH @ own
+        down: list[Tensor | None] = [None] * self.order
+        down[mode] = factor.mH
+        side = self._side
+        if side is None or self.core is None:
+            return multilinear(self._formed, down)
+        own = side.factors[mode]
+        known = self.inside if own is factor else None
+        result = (multilinear(self.dense, down) if known is None else known) * self.share
+        lifts = list(side.factors)
+        # A warm start: F^H F = I.
+        lifts[mode] = None if own is factor else factor.mH if own is None else factor.mH @ own
         return result.add_(multilinear(self.core, lifts))
 
     def correlate(self, mode: int, z: Tensor) -> Tensor:
         """O_(n) Z_(n)^H, (d_n, r), for z of O's shape but r long in mode n."""
+        side = self._side
+        if side is None or self.core is None:
+            return correlate(self._formed, z, mode, self.order)
         result = correlate(self.dense, z, mode, self.order)
-        if self.frame is None or self.core is None:
-            return result if self.share == 1.0 else result.mul_(self.share)
-        down = [u.mH if u is not None and n != mode else None for n, u in enumerate(self.frame.factors)]
+        down = [u.mH if u is not None and n != mode else None for n, u in enumerate(side.factors)]
         small = correlate(self.core, multilinear(z, down), mode, self.order)
-        own = self.frame.factors[mode]
+        own = side.factors[mode]
         return result.mul_(self.share).add_(small if own is None else own @ small)
+
+    @cached_property
+    def _formed(self) -> Tensor:
+        if self.frame is None or self.core is None:
+            return self.dense if self.share == 1.0 else self.dense * self.share
+        return self.frame.add_lift(self.dense * self.share, self.core, 1.0)
+
+    @property
+    def _side(self) -> ModeFrame | None:
+        """The frame of the second term, if it compresses a single mode, so that products with F w are cheap."""
+        frame = self.frame
+        return frame if isinstance(frame, ModeFrame) and sum(u is not None for u in frame.factors) == 1 else None

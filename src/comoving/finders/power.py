@@ -9,12 +9,13 @@ from torch import Tensor
 from ..frames import ModeFrame
 from ..linalg import orthonormalize
 from ..validate import check_choice, check_float, check_int
+from .base import Memory, Memoryless
 from .exact import Exact
 from .operand import Operand
 
 
 @dataclass(frozen=True)
-class Power:
+class Power(Memoryless):
     """U_n <- orth( O_(n) O_(n)^H U_n ), started from the last frame (LDAdam, arXiv 2410.16103), mode by mode.
 
     The modes do not see one another: each iteration looks at all of O, so no direction can be lost because another
@@ -39,10 +40,10 @@ class Power:
         check_choice("start", self.start, ("random", "exact"))
         check_int("cold", self.cold, 1)
 
-    def find(self, operand: Operand, start: ModeFrame, warm: bool) -> ModeFrame:
+    def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Iterate from ``start``."""
         if not warm and self.start == "exact":
-            return Exact().find(operand, start, warm)
+            return Exact().find(operand, start, warm, memory)
         count = self.iterations if warm else self.cold
         return ModeFrame(
             tuple(None if u is None else _iterate(operand, n, u, count) for n, u in enumerate(start.factors))

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod, sqrt
-from typing import Literal
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,10 +10,7 @@ from torch import Tensor
 from ..codecs import Part
 from ..linalg import add_multilinear, multilinear, orthogonality_defect, orthonormalize
 from ..validate import check_choice, check_int
-
-Rank = int | float | tuple[int | None, ...]
-Side = Literal["auto", "left", "right", "both"]
-SIDES: tuple[Side, ...] = ("auto", "left", "right", "both")
+from .base import SIDES, Overlap, Rank, Ranks, Side
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class ModeFrame:
     factors: tuple[Tensor | None, ...]
 
     @property
-    def ranks(self) -> tuple[int | None, ...]:
+    def ranks(self) -> Ranks:
         """r_n per mode, None where the mode is whole."""
         return tuple(None if u is None else u.shape[-1] for u in self.factors)
 
@@ -46,7 +42,7 @@ class ModeFrame:
         """out <- beta out + alpha F z, in place and without a temporary of out's size where its layout allows it."""
         return add_multilinear(out, z, self.factors, alpha, beta)
 
-    def overlap(self, older: "ModeFrame") -> tuple[Tensor | None, ...]:
+    def overlap(self, older: "ModeFrame") -> Overlap:
         """R_n = U'_n^H U_n per mode, (r'_n, r_n), U' this frame and U the older one; None where both are whole.
 
         A whole side counts as the identity: R_n = U'_n^H when only the older frame is whole there, U_n when only this
@@ -87,7 +83,7 @@ class Modes:
     def __post_init__(self) -> None:
         check_int("min_size", self.min_size, 2)
 
-    def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> tuple[int | None, ...]:
+    def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> Ranks:
         """r_n for each mode of a tensor of this shape, None for a mode that stays whole.
 
         Args:
@@ -114,7 +110,7 @@ class Modes:
             wanted = _spread(rank, {n: shape[n] for n in modes})
         return tuple(wanted[n] if n in wanted and wanted[n] < d else None for n, d in enumerate(shape))
 
-    def parts(self, shape: tuple[int, ...], ranks: tuple[int | None, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
         """What a frame of these ranks stores."""
         return {
             f"frame.{n}": Part((d, r), dtype)
@@ -122,11 +118,19 @@ class Modes:
             if r is not None
         }
 
-    def load(self, state: Mapping[str, Tensor], order: int) -> ModeFrame:
-        """The frame whose tensors are in the state; modes without one are whole."""
-        return ModeFrame(tuple(state.get(f"frame.{n}") for n in range(order)))
+    def core_shape(self, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
+        """r_n along compressed modes, d_n along whole ones."""
+        return tuple(d if r is None else r for d, r in zip(shape, ranks, strict=True))
 
-    def start(self, like: Tensor, ranks: tuple[int | None, ...], older: ModeFrame | None, seed: int) -> ModeFrame:
+    def mass_shape(self, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
+        """r_n along compressed modes, 1 along whole ones."""
+        return tuple(1 if r is None else r for r in ranks)
+
+    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> ModeFrame:
+        """The frame whose tensors are in the state; modes without one are whole."""
+        return ModeFrame(tuple(state.get(f"frame.{n}") for n in range(len(shape))))
+
+    def start(self, like: Tensor, ranks: Ranks, older: ModeFrame | None, seed: int) -> ModeFrame:
         """An orthonormal frame of these ranks to search from.
 
         Args:
@@ -181,7 +185,7 @@ def check_rank(rank: object) -> None:
                 raise ValueError(f"every entry of a tuple rank must be >= 1 or None, got {entry} in {rank}")
 
 
-def _fit_tuple(shape: tuple[int, ...], rank: tuple[int | None, ...]) -> tuple[int | None, ...]:
+def _fit_tuple(shape: tuple[int, ...], rank: Ranks) -> Ranks:
     if len(rank) != len(shape):
         raise ValueError(f"rank {rank} has {len(rank)} entries, a tensor of shape {shape} needs {len(shape)}")
     for n, (r, d) in enumerate(zip(rank, shape, strict=True)):
@@ -204,8 +208,3 @@ def _spread(fraction: float, sizes: Mapping[int, int]) -> dict[int, int]:
         middle = (low + high) / 2
         low, high = (middle, high) if prod(at(middle).values()) < target else (low, middle)
     return min(at(low), at(high), key=lambda ranks: abs(prod(ranks.values()) - target))
-
-
-def rms_gain(shape: tuple[int, ...], ranks: tuple[int | None, ...]) -> float:
-    """sqrt(full / core): what gives the lift of a unit-RMS core a unit RMS."""
-    return sqrt(prod(d / r for d, r in zip(shape, ranks, strict=True) if r is not None))

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..finders import Operand
-from ..frames import ModeFrame
+from ..frames import Frame
+from ..frames.base import Overlap
 from ..linalg import inner, norm
-from ..transport import Overlap
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Passage:
         image: F'^H F m, what m' would be if nothing of m inside F' were dropped; None while the frame stands.
     """
 
-    frame: ModeFrame
+    frame: Frame
     momentum: Tensor
     decay: float
     intake: float
-    old_frame: ModeFrame | None = None
+    old_frame: Frame | None = None
     old_momentum: Tensor | None = None
     overlap: Overlap | None = None
     image: Tensor | None = None
@@ -63,7 +63,7 @@ class Residual(Protocol):
         ...
 
     def restore(
-        self, gradient: Tensor, frame: ModeFrame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+        self, gradient: Tensor, frame: Frame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """g~, the gradient and what was kept. The gradient is not changed; without anything kept it is the operand.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..finders import Operand
-from ..frames import ModeFrame
+from ..frames import Frame
 from .base import Passage
 
 
@@ -22,7 +22,7 @@ class Discard:
         return {}
 
     def restore(
-        self, gradient: Tensor, frame: ModeFrame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+        self, gradient: Tensor, frame: Frame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """The gradient itself."""
         return Operand(gradient)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..finders import Operand
-from ..frames import ModeFrame
+from ..frames import Frame
 from ..linalg import inner, norm
 from ..validate import check_choice
 from .base import Passage
@@ -59,7 +59,7 @@ class Feedback:
         return parts | {_WEIGHT: Part((), dtype.to_real(), scalar=True)}
 
     def restore(
-        self, gradient: Tensor, frame: ModeFrame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+        self, gradient: Tensor, frame: Frame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """(g + A) - F C, in A's own storage where the codec stores it plainly."""
         dense = codec.decode_onto(gradient, _stored(state, _GRADIENTS))

@@ -1,0 +1,89 @@
+"""What the engine asks of a frame, and of the part that says how frames are laid out on a tensor."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..codecs import Part
+
+Rank = int | float | tuple[int | None, ...]
+Side = Literal["auto", "left", "right", "both"]
+SIDES: tuple[Side, ...] = ("auto", "left", "right", "both")
+Ranks = tuple[int | None, ...]
+Overlap = tuple[Tensor | None, ...]
+"""One matrix R_n per mode of the core, (r'_n, r_n), None for the identity: coordinates move as m' = m x_n R_n."""
+
+
+class Frame(Protocol):
+    """An orthonormal set of directions F in the space of a tensor: F^H F = I. A value; its tensors are not changed."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """What was asked of the layout's ``start``: entries per mode or bond, None where all is whole."""
+        ...
+
+    def project(self, x: Tensor) -> Tensor:
+        """The coordinates F^H x, of the core's shape."""
+        ...
+
+    def lift(self, z: Tensor) -> Tensor:
+        """The tensor F z."""
+        ...
+
+    def add_lift(self, out: Tensor, z: Tensor, alpha: float, beta: float = 1.0) -> Tensor:
+        """out <- beta out + alpha F z, in place."""
+        ...
+
+    def overlap(self, older: Any) -> Overlap:
+        """F^H F_older, as a matrix for each mode of the core."""
+        ...
+
+    def defect(self) -> Tensor:
+        """The largest entry of |F^H F - I| over the stored factors, a real scalar."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the optimizer's state stores, by names that begin with "frame."."""
+        ...
+
+
+class Layout(Protocol):
+    """How a frame lies on a tensor; a frozen dataclass of hyper-parameters, without tensors."""
+
+    def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> Ranks:
+        """The ranks for a tensor of this shape; all None where no mode is worth compressing.
+
+        Raises:
+            ValueError: a rank outside its interval, a tuple that does not fit.
+            TypeError: a rank of another type.
+        """
+        ...
+
+    def core_shape(self, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
+        """The shape of the coordinates."""
+        ...
+
+    def mass_shape(self, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
+        """The core's shape, but 1 along modes that no change of frame mixes."""
+        ...
+
+    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+        """What a frame of these ranks stores."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> Frame:
+        """The frame whose tensors are in the state; whole where there are none."""
+        ...
+
+    def start(self, like: Tensor, ranks: Ranks, older: Any, seed: int) -> Frame:
+        """An orthonormal frame of these ranks to search from.
+
+        Args:
+            like: a tensor of the shape, dtype and device to be framed.
+            ranks: of :meth:`ranks`.
+            older: the frame so far, whose leading directions are kept, or None.
+            seed: of the Gaussian directions that fill up; drawn on the CPU, hence equal on all devices and processes.
+        """
+        ...
