@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .frames.modes import Rank
+from .frames.base import Rank
 from .groups import param_groups
 from .state import layout, part_bytes
 
@@ -79,7 +79,8 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
         for p in group["params"]:
             site = optimizer.sites[p]
             size = sum(map(part_bytes, layout(site, group).values())) if p.requires_grad else 0
-            view = "torch" if site.plain else site.view.name
+            view = "torch" if site.plain else str(site.view.name if isinstance(site.view.name, str) else "heads")
+            view += f", {site.blocks} blocks" if site.blocks else ""
             rows.append(
                 Row(site.name, tuple(p.shape), view, site.ranks, size, site.reason if p.requires_grad else "frozen")
             )

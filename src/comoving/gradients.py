@@ -62,19 +62,21 @@ def usable(gradient: Tensor, bad: Tensor | None) -> Tensor:
 class Undo(AbstractContextManager[None]):
     """Undoes what happens inside to parameters and their state, where a flag on the device says so."""
 
-    def __init__(self, flag: Tensor, params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
-        self._flag, self._params, self._state = flag, params, state
+    def __init__(self, flag: Tensor, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        self._flag, self._params, self._states = flag, params, states
 
     def __enter__(self) -> None:
         """Remember."""
-        self._before = [(p.clone(), _clones(self._state[p])) for p in self._params]
+        self._values = [p.clone() for p in self._params]
+        self._slots = [_clones(state) for state in self._states]
 
     def __exit__(self, *_: object) -> None:
         """Choose, entry by entry, on the device."""
-        for p, (value, slots) in zip(self._params, self._before, strict=True):
+        for p, value in zip(self._params, self._values, strict=True):
             p.copy_(torch.where(self._flag.to(p.device), value, p))
+        for state, slots in zip(self._states, self._slots, strict=True):
             for name, old in slots.items():
-                new = self._state[p].get(name)
+                new = state.get(name)
                 if new is not None and new.shape == old.shape:
                     new.copy_(torch.where(self._flag.to(new.device), old, new))
 

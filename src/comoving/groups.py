@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .frames import Blocks
 from .frames.base import SIDES, Rank
 from .frames.modes import check_rank
 from .sites import Site
 from .slots import Kind
 from .validate import check_choice, check_float, check_int
-from .views import VIEWS, View
+from .views import Heads, View, check_view
 
 Selector = str | type[nn.Module]
 """A glob pattern for parameter names ("*.attn.*"), or a module type."""
@@ -50,7 +51,7 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_float("weight_decay", group["weight_decay"], 0.0)
     check_rank(group["rank"])
     check_choice("side", group["side"], SIDES)
-    check_choice("view", group["view"], VIEWS)
+    check_view(group["view"])
     check_int("refresh_every", group["refresh_every"], 1)
     _match_factor(group["scale"], matrix=True)
     for key in ("maximize", "amsgrad", "diagnostics"):
@@ -142,7 +143,9 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         ranks = group["frame"].ranks(view.shape, group["rank"], group["side"])
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
-    site = Site(label, view, ranks, group["frame"].core_shape(view.shape, ranks), "projected", index=index)
+    layout = group["frame"]
+    mode = layout.mode if isinstance(layout, Blocks) else None
+    site = Site(label, view, ranks, layout.core_shape(view.shape, ranks), "projected", index=index, block_mode=mode)
     if not site.projected:
         return replace(dense, reason="rank covers every mode, or no mode is long enough")
     if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(dense, group):
@@ -159,7 +162,9 @@ def _without_the_small(sites: list[Site]) -> list[Site]:
 
 
 def _dense(site: Site, reason: str) -> Site:
-    return replace(site, ranks=(None,) * len(site.view.shape), core_shape=site.view.shape, reason=reason)
+    return replace(
+        site, ranks=(None,) * len(site.view.shape), core_shape=site.view.shape, reason=reason, block_mode=None
+    )
 
 
 def _reals(site: Site, group: Mapping[str, Any]) -> int:
@@ -188,6 +193,8 @@ def param_groups(
     dense: Iterable[Selector] = (),
     project: Iterable[Selector] = (),
     pairs: Iterable[Selector] = (),
+    experts: Iterable[Selector] = (),
+    heads: Mapping[Selector, Heads | int] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into projected and dense groups.
@@ -205,6 +212,10 @@ def param_groups(
         project: glob patterns or module types that are projected in any case; wins over ``dense``.
         pairs: glob patterns or module types of projected parameters that store complex numbers as real pairs in a last
             mode of 2; they get a group of their own with ``view="pairs"``.
+        experts: glob patterns or module types of projected parameters that stack the weights of experts along their
+            first mode: each expert has a frame of its own (:class:`comoving.frames.Blocks`).
+        heads: pattern or module type -> :class:`comoving.views.Heads`, or the rows of a head: attention weights whose
+            heads have frames of their own.
         **options: more hyper-parameters for the projected groups.
 
     Returns:
@@ -212,19 +223,29 @@ def param_groups(
         empty.
 
     Raises:
-        ValueError: a pattern that matches no parameter, or a model without trainable parameters.
+        ValueError: a pattern that matches no parameter, a parameter that is to be seen in two ways, or a model without
+            trainable parameters.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(f"{type(model).__name__} has no trainable parameters")
     places = _places(model)
-    paired = _chosen(model, places, tuple(pairs))
-    reasons = _split(model, places, tuple(dense), (*project, *paired))
-    plain = [pair for pair in named if pair[0] not in reasons and pair[0] not in paired]
+    special: list[tuple[list[str], dict[str, Any]]] = [(_chosen(model, places, tuple(pairs)), {"view": "pairs"})]
+    special.append((_chosen(model, places, tuple(experts)), {"frame": Blocks()}))
+    for selector, head in (heads or {}).items():
+        seen = Heads(head) if isinstance(head, int) else head
+        blocks = Blocks(0 if seen.side == "rows" else 1)
+        special.append((_chosen(model, places, (selector,)), {"view": seen, "frame": blocks}))
+    placed = [name for names, _ in special for name in names]
+    if len(set(placed)) < len(placed):
+        twice = sorted({name for name in placed if placed.count(name) > 1})
+        raise ValueError(f"{', '.join(twice)} can be seen in one way only: pairs, experts and heads overlap")
+    reasons = _split(model, places, tuple(dense), (*project, *placed))
+    plain = [pair for pair in named if pair[0] not in reasons and pair[0] not in placed]
     projecting = {"rank": rank, "select": "shape", **options}
     groups: list[dict[str, Any]] = [
         {"params": plain, **projecting},
-        {"params": [pair for pair in named if pair[0] in paired], **projecting, "view": "pairs"},
+        *({"params": [pair for pair in named if pair[0] in names], **projecting, **own} for names, own in special),
         {"params": [pair for pair in named if pair[0] in reasons], "rank": 1.0, "reasons": reasons},
     ]
     return [group for group in groups if group["params"]]

@@ -1,10 +1,10 @@
 """The engine: one optimizer, seven steps."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -27,10 +27,22 @@ from .schedule import refresh_due, stagger
 from .sites import Site
 from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_int
-from .views import ViewName
+from .views import Heads, ViewName
 
 # Keys that others put into param groups, and that change nothing here.
 _FOREIGN = {"params", "param_names", "name", "initial_lr"}
+
+
+class _Unit(NamedTuple):
+    """What is stepped as one: a parameter, or one block of it."""
+
+    site: Site
+    group: Mapping[str, Any]
+    state: dict[str, Any]
+
+    def frame(self) -> Frame:
+        """The frame in the state."""
+        return self.group["frame"].load(self.state, self.site.view.shape)
 
 
 class LowRankOptimizer(Optimizer):
@@ -58,7 +70,7 @@ class LowRankOptimizer(Optimizer):
         eps: >= 0, added to the root of the second moment after bias correction.
         weight_decay: >= 0, decoupled.
         side: "auto", "left", "right" or "both", for matrices.
-        view: "tensor", "matrix" or "pairs"; see :class:`comoving.views.View`.
+        view: "tensor", "matrix", "pairs" or heads; see :class:`comoving.views.View`.
         frame, finder, transport, rule, residual, codec: the parts; the codec stores the residual's buffer.
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
             unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
@@ -97,7 +109,7 @@ class LowRankOptimizer(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         side: Side = "auto",
-        view: ViewName = "tensor",
+        view: ViewName | Heads = "tensor",
         frame: Layout = Modes(),  # noqa: B008  (frozen)
         finder: Finder = Power(),  # noqa: B008
         transport: Transport = Rotate(),  # noqa: B008
@@ -186,20 +198,37 @@ class LowRankOptimizer(Optimizer):
         """
         if self.sites[p].plain:
             raise RuntimeError(f"{self.sites[p].name} is stepped by torch's AdamW: only step() serves it")
-        site, group, state = self._open(p)
+        site, group, _ = self._open(p)
+        seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
+        for unit, part in self._with_gradient(p, seen):
+            self._absorb(unit, part, self._norms.get(p) if part is seen else None)
+
+    @torch.no_grad()
+    def apply(self, p: Tensor) -> None:
+        """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it."""
+        view = self.sites[p].view
+        storage = view.see_storage(p)
+        weights = view.see(p) if storage is None else storage
+        for unit, part in self._with_core(p, weights):
+            self._apply(unit, part)
+        if storage is None:
+            p.copy_(view.restore(weights))  # rounded once, at the end
+
+    def _absorb(self, unit: _Unit, seen: Tensor, size: Tensor | None) -> None:
+        """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known."""
+        site, group, state = unit
         residual, codec = group["residual"] if site.projected else Discard(), group["codec"]
         opening = "core" not in state
-        passage = self._standing(state, site, group)
-        seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
+        passage = self._standing(unit)
         memory = slots.memory_of(state)
         if site.projected:
             group["finder"].observe(seen, memory)
         restored = residual.restore(seen, passage.frame, passage.old_momentum, state, codec)  # 2
-        refreshing = opening and self._refresh_due(state, site, group)
+        refreshing = opening and self._refresh_due(unit)
         if refreshing:
             with self.refresh_scope():
                 restored = restored.measured() if group["diagnostics"] else restored
-                passage = self._refresh(restored, memory, state, site, group)  # 3
+                passage = self._refresh(unit, restored, memory)  # 3
         state.update(slots.remembered(memory))
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         z = z if site.projected else z.clone()  # the whole frame would hand on the caller's gradient
@@ -207,14 +236,13 @@ class LowRankOptimizer(Optimizer):
         total = restored.norm() if refreshing and group["diagnostics"] else None
         kept = residual.keep(restored.dense, state["core"], passage, opening, state, codec)
         if site.projected and group["diagnostics"]:
-            own = self._norms[p] if p in self._norms else norm(seen)
+            own = norm(seen) if size is None else size
             lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
             error_control.measure(state[error_control.SLOT], own, total, z, kept, rounded, lost, opening)
 
-    @torch.no_grad()
-    def apply(self, p: Tensor) -> None:
-        """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it."""
-        site, group, state = self._open(p)
+    def _apply(self, unit: _Unit, weights: Tensor) -> None:
+        """Steps 5-7 for a parameter or a block of it, on its weights in working precision."""
+        site, group, state = unit
         rule: Rule = group["rule"]
         state["step"] += 1
         state["tick"] += 1
@@ -223,22 +251,15 @@ class LowRankOptimizer(Optimizer):
         if site.projected:
             group["transport"].age(state, rule.slots, clock)
         d = rule.direction(state, clock, group["eps"])
-        frame = self._frame(state, site, group)  # 6, 7
         keep, alpha = 1 - group["lr"] * group["weight_decay"], -group["lr"] * update_scale(site, group["scale"])
-        storage = site.view.see_storage(p)
-        if storage is not None:
-            frame.add_lift(storage, d, alpha, beta=keep)
-        else:  # rounded once, at the end
-            update = site.view.restore(frame.lift(d))
-            p.copy_(p.to(update.dtype).mul_(keep).add_(update, alpha=alpha))
+        unit.frame().add_lift(weights, d, alpha, beta=keep)  # 6, 7
 
-    def _refresh(
-        self, seen: Operand, memory: Memory, state: dict[str, Any], site: Site, group: dict[str, Any]
-    ) -> Passage:
+    def _refresh(self, unit: _Unit, seen: Operand, memory: Memory) -> Passage:
         """Step 3: a new frame, and the moments in it."""
+        site, group, state = unit
         spec, finder, rule, transport = group["frame"], group["finder"], group["rule"], group["transport"]
         clock = Clock(state["step"], *group["betas"])
-        old = self._frame(state, site, group) if rule.momentum in state else None
+        old = unit.frame() if rule.momentum in state else None
         start = spec.start(seen.dense, site.ranks, old, self.seed + site.index)
         looked_at = seen
         if old is not None and finder.momentum > 0:
@@ -251,7 +272,7 @@ class LowRankOptimizer(Optimizer):
                 state["tick"] = -1  # nothing was to be seen: look again at the next step
             state.update(new.tensors())
             state.update(slots.zeros(slots.moments(site, group), seen.dense.device, state["step"].device))
-            return self._standing(state, site, group)
+            return self._standing(unit)
         overlap, momentum = new.overlap(old), state[rule.momentum]
         moved = transport.move(state, rule.slots, overlap, clock)
         for name in old.tensors():
@@ -265,26 +286,27 @@ class LowRankOptimizer(Optimizer):
         decay, intake = rule.recursion(clock)
         return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image)
 
-    def _standing(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Passage:
+    def _standing(self, unit: _Unit) -> Passage:
         """The passage of a momentum whose frame stays as it is."""
-        frame, rule = self._frame(state, site, group), group["rule"]
+        _, group, state = unit
+        frame, rule = unit.frame(), group["rule"]
         decay, intake = rule.recursion(Clock(state["step"], *group["betas"]))
         momentum: Any = state.get(rule.momentum)
         return Passage(frame, momentum, decay, intake, None if momentum is None else frame, momentum)
 
-    def _refresh_due(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> bool:
-        if not site.projected:
-            return False
+    def _refresh_due(self, unit: _Unit) -> bool:
+        site, group, state = unit
         # A loaded checkpoint of other ranks does not fit: it is carried over at once.
-        fits = self._frame(state, site, group).ranks == site.ranks
-        return not fits or refresh_due(state["tick"], group["refresh_every"], site.phase)
+        fits = not site.projected or unit.frame().ranks == site.ranks
+        return site.projected and (not fits or refresh_due(state["tick"], group["refresh_every"], site.phase))
 
     def _changes_shape(self, p: Tensor) -> bool:
-        """Whether the next step gives slots of this parameter their first or another shape."""
+        """Whether the next step may give slots of this parameter their first or another shape."""
         site, state = self.sites[p], self.state[p]
-        if "step" not in state or not site.projected:
+        if not site.projected:
             return "step" not in state
-        return self._frame(state, site, self.param_groups[self._group_index[p]]).ranks != site.ranks
+        units = self._opened(p)
+        return len(units) < max(1, site.blocks) or any(unit.frame().ranks != site.ranks for unit in units)
 
     def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Torch's AdamW on the dense real parameters of a group."""
@@ -319,8 +341,37 @@ class LowRankOptimizer(Optimizer):
             state.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
         return site, group, state
 
-    def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Frame:
-        return group["frame"].load(state, site.view.shape)
+    def _unit(self, p: Tensor, block: int) -> _Unit:
+        """A block of a parameter, opened where it was not."""
+        site, group, state = self._open(p)
+        site, group, own = site.block(block), slots.group_of_block(group), state.setdefault(str(block), {})
+        if not own:
+            own.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
+        return _Unit(site, group, own)
+
+    def _opened(self, p: Tensor) -> list[_Unit]:
+        """The parameter, or those of its blocks that have a state."""
+        site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
+        if site.blocks:
+            return [self._unit(p, int(block)) for block in state]
+        return [_Unit(site, group, state)] if "step" in state else []
+
+    def _with_gradient(self, p: Tensor, seen: Tensor) -> list[tuple[_Unit, Tensor]]:
+        """What a gradient belongs to: the parameter, or each block that it is not zero in."""
+        site, group, state = self._open(p)
+        if not site.blocks:
+            return [(_Unit(site, group, state), seen)]
+        blocks = group["frame"].split(seen)
+        live = torch.stack([block.any() for block in blocks]).tolist()
+        return [(self._unit(p, b), block) for b, block in enumerate(blocks) if live[b]]
+
+    def _with_core(self, p: Tensor, weights: Tensor) -> list[tuple[_Unit, Tensor]]:
+        """What has absorbed a gradient, and its weights."""
+        site, group, state = self._open(p)
+        if not site.blocks:
+            return [(_Unit(site, group, state), weights)]
+        blocks = group["frame"].split(weights)
+        return [(self._unit(p, int(b)), blocks[int(b)]) for b, own in state.items() if "core" in own]
 
     def _inspect_gradients(self) -> Tensor | None:
         """Refuse bad gradients before anything changes; with "skip", return a flag on the device instead."""
@@ -349,7 +400,10 @@ class LowRankOptimizer(Optimizer):
                 )
 
     def _undone_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
-        return nullcontext() if bad is None else gradients.Undo(bad, params, self.state)
+        if bad is None:
+            return nullcontext()
+        states = [unit.state for p in params for unit in self._opened(p)]
+        return gradients.Undo(bad, params, states)
 
     @property
     def skipped_steps(self) -> int:
@@ -359,12 +413,14 @@ class LowRankOptimizer(Optimizer):
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Name -> {"captured", "overlap", "defect", "error", "bound"} of each projected parameter.
 
-        The figures are those of :mod:`comoving.diagnostics` after the last step; each parameter's are read at once.
+        The figures are those of :mod:`comoving.diagnostics` after the last step; each parameter's, or block's, are read
+        at once.
         """
         return {
-            self.sites[p].name: dict(zip(error_control.FIELDS, state[error_control.SLOT].tolist(), strict=True))
-            for p, state in self.state.items()
-            if error_control.SLOT in state
+            unit.site.name: dict(zip(error_control.FIELDS, unit.state[error_control.SLOT].tolist(), strict=True))
+            for p in self.state
+            for unit in self._opened(p)
+            if error_control.SLOT in unit.state
         }
 
     # -------------------------------------------------------------------------------------------- groups, checkpoints
@@ -410,6 +466,7 @@ class LowRankOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``."""
         packed = super().state_dict()
+        packed["state"] = {key: slots.flat(state) for key, state in packed["state"].items()}
         packed["param_groups"] = [slots.describe_group(group) for group in packed["param_groups"]]
         return packed
 
@@ -436,7 +493,10 @@ class LowRankOptimizer(Optimizer):
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
         super().load_state_dict({"state": {}, "param_groups": packed})
         for p, state in admitted.items():
-            self.state[p] = {name: self._owned(name, value, p) for name, value in state.items()}
+            own = {name: self._owned(name, value, p) for name, value in slots.flat(state).items()}
+            if self.sites[p].blocks:
+                own = {b: {n: own[f"{b}.{n}"] for n in block} for b, block in state.items()}
+            self.state[p] = own
 
     def _owned(self, name: str, value: Any, p: Tensor) -> Any:
         """A copy on the right device, in the dtype it was saved in."""

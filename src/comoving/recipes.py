@@ -139,8 +139,9 @@ def build(recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank = 0.25, **
         model: the model; :func:`comoving.param_groups` chooses what is projected.
         lr: learning rate.
         rank: of the projected parameters; ignored by full-rank recipes.
-        **options: more hyper-parameters, over the recipe's own; ``dense``, ``project`` and ``pairs`` go
-            to :func:`comoving.param_groups`. Parts may be given by name, such as ``transport="rotate"``.
+        **options: more hyper-parameters, over the recipe's own; ``dense``, ``project``, ``pairs``,
+            ``experts`` and ``heads`` go to :func:`comoving.param_groups`. Parts may be given by name, such as
+            ``transport="rotate"``.
 
     Raises:
         ValueError: an unknown recipe or suffix, or a value outside its interval.
@@ -153,7 +154,7 @@ def build(recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank = 0.25, **
             f"unknown recipe {recipe!r}; known are {', '.join(known)}, with suffixes {', '.join(_SUFFIXES)}"
         )
     method = known[name]
-    choice = {key: options.pop(key) for key in ("dense", "project", "pairs") if key in options}
+    choice = {key: options.pop(key) for key in ("dense", "project", "pairs", "experts", "heads") if key in options}
     groups = param_groups(model, rank=1.0 if method.full_rank else rank, **choice)
     given = {role: part(role, value) for role, value in options.items()}
     settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}

@@ -1,6 +1,6 @@
 """A site: what was decided, once, about one parameter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod, sqrt
 
 from .views import View
@@ -18,6 +18,7 @@ class Site:
         reason: why it is projected or dense, in words.
         phase: at which steps, modulo the refresh period, its frame is refreshed.
         index: its place among all parameters, from which its random directions are seeded.
+        block_mode: the mode of the view along which every slice has a frame of its own; None for one frame.
     """
 
     name: str
@@ -27,6 +28,26 @@ class Site:
     reason: str
     phase: int = 0
     index: int = 0
+    block_mode: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks, 0 for one frame."""
+        return 0 if self.block_mode is None else self.view.shape[self.block_mode]
+
+    def block(self, number: int) -> "Site":
+        """The site of one block; their refreshes are staggered, their random directions differ."""
+        assert self.block_mode is not None
+        shape = self.view.shape[: self.block_mode] + self.view.shape[self.block_mode + 1 :]
+        return replace(
+            self,
+            name=f"{self.name}[{number}]",
+            view=View("tensor", shape, self.view.dtype),
+            core_shape=self.core_shape[1:],
+            phase=self.phase + number,
+            index=(self.index + 1) * 2**16 + number,
+            block_mode=None,
+        )
 
     @property
     def projected(self) -> bool:

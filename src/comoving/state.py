@@ -69,7 +69,12 @@ def zeros(parts: Mapping[str, Part], device: torch.device, scalars: torch.device
 
 
 def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device) -> dict[str, Any]:
-    """The state of a parameter before its first step; frame and moments of a projected one follow later."""
+    """The state of a parameter before its first step; frame and moments of a projected one follow later.
+
+    That of a parameter with blocks is a state for each, by the block's number, and empty before its first gradient.
+    """
+    if site.blocks:
+        return {}
     parts = layout(site, group)
     if site.plain:
         step = zeros({"step": parts.pop("step")}, p.device, scalars)
@@ -81,7 +86,10 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
 
 
 def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
-    """Every tensor of a parameter's state between two steps."""
+    """Every tensor of a parameter's state between two steps; those of blocks behind the block's number."""
+    if site.blocks:
+        own = layout(site.block(0), group_of_block(group))
+        return {f"{b}.{name}": part for b in range(site.blocks) for name, part in own.items()}
     parts = {"step": Part((), torch.float32, scalar=True)}
     if site.plain:
         names = (FIRST, SECOND, SECOND_MAX) if group["amsgrad"] else (FIRST, SECOND)
@@ -96,6 +104,41 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
         if group["diagnostics"]:
             parts[SLOT] = Part((len(FIELDS),), torch.float32)
     return parts
+
+
+def group_of_block(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a block: its group's, with the layout of one frame."""
+    return {**group, "frame": group["frame"].inner}
+
+
+def flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as a checkpoint holds it: the states of blocks as slots "<number>.<slot>"."""
+    packed: dict[str, Any] = {}
+    for name, value in state.items():
+        packed |= {f"{name}.{n}": x for n, x in value.items()} if isinstance(value, dict) else {name: value}
+    return packed
+
+
+def _blocks_of(saved: Mapping[str, Any], site: Site) -> dict[int, dict[str, Any]]:
+    """The inverse of :func:`flat`; dense state, such as AdamW's, is cut into blocks.
+
+    Raises:
+        ValueError: state of one frame, or of a block that the parameter does not have.
+    """
+    state = _renamed(saved, site)
+    if FIRST in state and tuple(state[FIRST].shape) == site.view.shape and site.block_mode is not None:
+        cut = {name: state[name].unbind(site.block_mode) for name in (FIRST, SECOND)}
+        return {
+            b: {"step": state["step"].clone(), **{name: parts[b] for name, parts in cut.items()}}
+            for b in range(site.blocks)
+        }
+    blocks: dict[int, dict[str, Any]] = {}
+    for name, value in saved.items():
+        number, dot, slot = name.partition(".")
+        if not (dot and number.isdecimal() and int(number) < site.blocks):
+            raise ValueError(f"{site.name}: {name} in the checkpoint belongs to none of {site.blocks} blocks")
+        blocks.setdefault(int(number), {})[slot] = value
+    return blocks
 
 
 def memory_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -126,7 +169,7 @@ def state_bytes(optimizer: Optimizer, projected: bool = False) -> int:
     for p, slots in optimizer.state.items():
         if projected and not (p in sites and sites[p].projected):
             continue
-        for value in slots.values():
+        for value in flat(slots).values():
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
                 storages[id(storage) if storage.data_ptr() == 0 else storage.data_ptr()] = storage.nbytes()
@@ -177,6 +220,9 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     Raises:
         ValueError: what does not fit, with the parameter's name.
     """
+    if site.blocks:
+        inner = group_of_block(group)
+        return {str(b): admit(own, site.block(b), inner) for b, own in _blocks_of(saved, site).items()}
     state = _renamed(saved, site)
     expected = layout(site, group)
     if site.plain:

@@ -6,8 +6,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .validate import check_choice, check_int
+
 ViewName = Literal["tensor", "matrix", "pairs"]
 VIEWS: tuple[ViewName, ...] = ("tensor", "matrix", "pairs")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """An attention weight seen by heads.
+
+    rows      (h size, d_in) as (h, size, d_in): query, key and value projections, fused or not
+    columns   (d_out, h size) as (d_out, h, size): the output projection
+
+    Args:
+        size: rows or columns of one head, >= 1.
+        side: "rows" or "columns".
+    """
+
+    size: int
+    side: Literal["rows", "columns"] = "rows"
+
+    def __post_init__(self) -> None:
+        check_int("size", self.size, 1)
+        check_choice("side", self.side, ("rows", "columns"))
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The view's shape.
+
+        Raises:
+            ValueError: not a matrix, or a side that heads of this size do not fill.
+        """
+        place = 0 if self.side == "rows" else 1
+        if len(stored) != 2 or stored[place] % self.size:
+            raise ValueError(f"heads of {self.size} {self.side} do not fill a tensor of shape {stored}")
+        return (*stored[:place], stored[place] // self.size, self.size, *stored[place + 1 :])
+
 
 _WORKING = {
     torch.bfloat16: torch.float32,
@@ -24,21 +58,22 @@ class View:
     matrix   (d_1, d_2 ... d_N): all modes but the first as one, for convolution kernels
     pairs    (d_1, ..., d_{N-1}) complex, from a real tensor whose last mode holds real and imaginary part
 
+    or by heads, see :class:`Heads`.
+
     Half precision is worked on in float32, complex32 in complex64.
 
     Args:
-        name: one of the three.
+        name: one of the three, or heads.
         shape: the parameter's own shape.
         dtype: the parameter's own dtype.
     """
 
-    name: ViewName
+    name: ViewName | Heads
     stored_shape: tuple[int, ...]
     stored_dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if self.name not in VIEWS:
-            raise ValueError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {self.name!r}")
+        check_view(self.name)
         if self.name == "matrix" and len(self.stored_shape) < 2:
             raise ValueError(f'view "matrix" needs at least two modes, got shape {self.stored_shape}')
         if self.name == "pairs" and (
@@ -51,6 +86,8 @@ class View:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape that the engine sees."""
+        if isinstance(self.name, Heads):
+            return self.name.shape(self.stored_shape)
         if self.name == "matrix":
             first, *rest = self.stored_shape
             return (first, int(torch.Size(rest).numel()))
@@ -78,3 +115,9 @@ class View:
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`see`, in working precision: x in the parameter's own shape."""
         return torch.view_as_real(x) if self.name == "pairs" else x.reshape(self.stored_shape)
+
+
+def check_view(view: object) -> None:
+    """Raise unless it is a view's name or heads."""
+    if not isinstance(view, Heads):
+        check_choice("view", view, VIEWS)

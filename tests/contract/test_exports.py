@@ -1,5 +1,6 @@
 """Every exported part is in the lists that the contract runs over, and every field that can be wrong is checked."""
 
+import re
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
@@ -7,12 +8,12 @@ import pytest
 from comoving import codecs, finders, frames, residual, rules, transport
 from comoving.codecs import Int8
 from comoving.finders import Exact, Power
-from comoving.frames import Modes
+from comoving.frames import Blocks, Modes
 from comoving.residual import Feedback
 from comoving.rules import Adam
 from contract.support import CODECS, FINDERS, RESIDUALS, TRANSPORTS
 
-RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2)]
+RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2), Blocks()]
 ROLES = {
     "finder": (finders, FINDERS, {"Operand"}),
     "transport": (transport, TRANSPORTS, {"Clock", "Slot"}),
@@ -61,10 +62,12 @@ def test_parts_are_frozen_values(part):
         (Int8, "block", 7, ">= 8"),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
+        (Blocks, "mode", -1, ">= 0"),
+        (Blocks, "inner", Blocks(), "of one frame"),
     ],
 )
 def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, interval):
-    with pytest.raises(ValueError, match=f"{field} must .*{interval}.*{str(value).replace('.', '[.]')}"):
+    with pytest.raises(ValueError, match=f"{field} must .*{interval}.*{re.escape(str(value))}"):
         kind(**{field: value})
 
 
