@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import require_dtype
-from .tsqr import dependent_columns, qr_backward, tsqr
+from .tsqr import dependent_columns, householder, phase_of, qr_backward, tsqr
 
 
 def incremental_qr(q: Tensor, r: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,9 +85,8 @@ def _dead(columns: Tensor, r2: Tensor, before: int) -> Tensor:
 def _complete(q: Tensor, rest: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
     """Householder's QR of [Q, W] with W's dependent columns as zeros: it completes the basis to orthonormal columns."""
     k = q.shape[-1]
-    whole, triangle = torch.linalg.qr(torch.cat([q, rest], -1))
-    diagonal = triangle.diagonal(dim1=-2, dim2=-1)[..., k:]
-    phase = torch.where(diagonal == 0, 1, diagonal.sgn())
+    whole, triangle = householder(torch.cat([q, rest], -1))
+    phase = phase_of(triangle.diagonal(dim1=-2, dim2=-1)[..., k:])
     added = whole[..., k:] * phase.unsqueeze(-2)
     r2 = (added.mH @ rest).triu()
     exact = torch.where(dead, 0, r2.diagonal(dim1=-2, dim2=-1))

@@ -36,9 +36,9 @@ def nystrom_tucker(
     those of :func:`leading_left_vectors`.
 
     Args:
-        x: (*batch, d_1, ..., d_N), float32, float64, complex64 or complex128, finite (not checked). A batch shares
-            its samples.
-        ranks: r_n in [1, d_n], one integer for all modes or one each.
+        x: (*batch, d_1, ..., d_N), N >= 2, float32, float64, complex64 or complex128, finite (not checked). A
+            batch shares its samples.
+        ranks: r_n in [1, min(d_n, product of the other modes)], one integer for all modes or one each.
         samples: s_n in [r_n, product of the other modes], one integer for all or one each.
         generator: draws the columns, on its own device. Exactly one of generator and indices is given.
         indices: for each mode, s_n columns of the unfolding, integers in [0, product of the other modes) (not checked
@@ -55,10 +55,11 @@ def nystrom_tucker(
         ValueError: for ranks, samples, weights or indices that do not fit.
     """
     require_dtype("nystrom_tucker", x)
-    order = require_order("nystrom_tucker", x, order, 1)
+    order = require_order("nystrom_tucker", x, order, 2)
     sizes = x.shape[x.ndim - order :]
     columns = [prod(sizes) // d for d in sizes]
-    kept = per_mode("nystrom_tucker: ranks", ranks if isinstance(ranks, int) else list(ranks), list(sizes))
+    limits = [min(d, c) for d, c in zip(sizes, columns, strict=True)]
+    kept = per_mode("nystrom_tucker: ranks", ranks if isinstance(ranks, int) else list(ranks), limits)
     drawn = per_mode("nystrom_tucker: samples", samples if isinstance(samples, int) else list(samples), columns)
     for n, (r, s) in enumerate(zip(kept, drawn, strict=True)):
         if s < r:
@@ -80,11 +81,8 @@ def sampled_fibres(x: Tensor, columns: Tensor, mode: int, order: int) -> Tensor:
     """The columns X_(n)[:, columns] of an unfolding, (*batch, d_n, s), without the unfolding."""
     lead = x.ndim - order
     others = [n for n in range(order) if n != mode]
-    where = torch.unravel_index(columns, tuple(x.shape[lead + n] for n in others)) if others else ()
-    moved = x.movedim(lead + mode, lead)
-    if not others:
-        return moved.unsqueeze(-1).expand(*moved.shape, len(columns))
-    return moved[(..., *where)]
+    where = torch.unravel_index(columns, tuple(x.shape[lead + n] for n in others))
+    return x.movedim(lead + mode, lead)[(..., *where)]
 
 
 def _check_given(name: str, given: Sequence[Tensor] | None, lengths: list[int]) -> None:

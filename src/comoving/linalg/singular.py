@@ -43,13 +43,19 @@ def leading_left_vectors(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     require_dtype("leading_left_vectors", a)
     require_within("leading_left_vectors: count", count, 1, min(a.shape[-2:]))
-    u, s = cast("tuple[Tensor, Tensor]", _LeftVectors.apply(a, count))
-    return _fix_gauge(u[..., :count]), s[..., :count]
+    u, s = left_vectors(a, count)
+    return fix_gauge(u[..., :count]), s[..., :count]
 
 
-def left_vectors(a: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`leading_left_vectors` with all min(d, m) of them."""
-    return leading_left_vectors(a, min(a.shape[-2:]))
+def left_vectors(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """All left vectors and singular values that A has up to roundoff, at least ``count`` of them, in any gauge."""
+    return cast("tuple[Tensor, Tensor]", _LeftVectors.apply(a, count))
+
+
+def fix_gauge(u: Tensor) -> Tensor:
+    """Each column with the phase that makes its entry of largest modulus real and positive."""
+    index = u.detach().abs().argmax(-2, keepdim=True)
+    return u * u.gather(-2, index).sgn().conj()
 
 
 class _LeftVectors(torch.autograd.Function):
@@ -89,12 +95,6 @@ class _LeftVectors(torch.autograd.Function):
 
 def _inverse_where(x: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, 1 / torch.where(where, x, 1), 0)
-
-
-def _fix_gauge(u: Tensor) -> Tensor:
-    index = u.detach().abs().argmax(-2, keepdim=True)
-    phase = u.gather(-2, index).sgn().conj()
-    return u * phase
 
 
 def _decompose(a: Tensor) -> tuple[Tensor, Tensor]:

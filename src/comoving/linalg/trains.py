@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import per_mode, require_dtype, require_order, require_within, train_rank_limits
-from .singular import leading_left_vectors, left_vectors
+from .singular import fix_gauge, leading_left_vectors, left_vectors
 from .tsqr import tsqr
 
 
@@ -28,7 +28,7 @@ def tt_svd(
     Args:
         x: (*batch, d_1, ..., d_N), N >= 2, float32, float64, complex64 or complex128, finite (not checked).
         ranks: r_1 ... r_{N-1}, or one integer as the most for all bonds. A tuple must fit: r_k at most
-            min(d_1 ... d_k, d_{k+1} ... d_N); one integer is cut to what fits.
+            min(d_1 ... d_k, d_{k+1} ... d_N); one integer is cut to what fits. Either is cut to r_{k-1} d_k.
         tolerance: the largest ||x - x'|| / ||x||, split evenly over the bonds; reads one number per bond on the host.
             In single precision, below about 1e-6 it is roundoff that decides. With ranks, both bounds apply. Batched:
             the rank that every entry needs.
@@ -53,7 +53,7 @@ def tt_svd(
     if tolerance is not None:
         total = torch.linalg.vector_norm(x.detach().reshape(*batch, -1), dim=-1)
         budget = total * (tolerance / (order - 1) ** 0.5)
-    return _sweep(x.reshape(*batch, 1, -1), sizes, most, budget, ranks is not None)
+    return _sweep(x.reshape(*batch, 1, -1), sizes, most, budget)
 
 
 def tt_randomized(
@@ -93,7 +93,8 @@ def tt_randomized(
     require_dtype("tt_randomized", x)
     order = require_order("tt_randomized", x, None, 2)
     require_within("tt_randomized: reads", reads, 1, 2)
-    require_within("tt_randomized: oversampling", oversampling, 0, max(x.numel(), 1))
+    if oversampling < 0:
+        raise ValueError(f"tt_randomized: oversampling = {oversampling} is outside [0, inf)")
     kept = _train_ranks("tt_randomized", ranks, x.shape)
     limits = train_rank_limits(x.shape)
     right = [min(r + oversampling, limit) for r, limit in zip(kept, limits, strict=True)]
@@ -116,30 +117,23 @@ def _train_ranks(name: str, ranks: int | Sequence[int] | None, sizes: torch.Size
     return per_mode(f"{name}: ranks", list(ranks), limits)
 
 
-def _sweep(rest: Tensor, sizes: torch.Size, most: list[int], budget: Tensor | None, hinted: bool) -> list[Tensor]:
+def _sweep(rest: Tensor, sizes: torch.Size, most: list[int], budget: Tensor | None) -> list[Tensor]:
     """TT-SVD of ``rest`` (*batch, 1, d_1 ... d_N)."""
     batch, cores = rest.shape[:-2], list[Tensor]()
     for d, limit in zip(sizes, most, strict=False):
         before = rest.shape[-2]
         a = rest.reshape(*batch, before * d, -1)
         count = min(limit, *a.shape[-2:])
-        u, s = leading_left_vectors(a, count) if budget is None or hinted else left_vectors(a)
-        if budget is not None:
-            u = u[..., : _rank_within(a, s, count, budget)]
+        u, s = left_vectors(a, count)
+        u = fix_gauge(u[..., : count if budget is None else min(count, _rank_within(s, budget))])
         cores.append(u.reshape(*batch, before, d, u.shape[-1]))
         rest = u.mH @ a
     return [*cores, rest.reshape(*batch, rest.shape[-2], sizes[-1], 1)]
 
 
-def _rank_within(a: Tensor, s: Tensor, count: int, budget: Tensor) -> int:
+def _rank_within(s: Tensor, budget: Tensor) -> int:
     """The least rank whose cut-off singular values have a norm within the budget, for every batch entry."""
-    kept = s.detach()[..., :count].double()
-    if count < min(a.shape[-2:]):  # what the vectors that were not computed hold
-        total = torch.linalg.matrix_norm(a.detach()).double().square()
-        beyond = (total - kept.square().sum(-1)).clamp(min=0).unsqueeze(-1)
-    else:
-        beyond = torch.zeros_like(kept[..., :1])
-    tails = torch.cat([kept.square(), beyond], -1).flip(-1).cumsum(-1).flip(-1)[..., :-1]
+    tails = s.detach().double().square().flip(-1).cumsum(-1)
     needed = (tails > budget.double().square().unsqueeze(-1)).sum(-1)
     return max(1, int(needed.max()))
 

@@ -37,7 +37,8 @@ def tsqr(a: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
             which come out as NaN or as LAPACK's error.
         block: rows per leaf of the tree, at least 2 n. Without it, single precision with m >= 64 n and n <= 512 tries
             the Gram matrix first and reads one number on the host to decide; otherwise leaves have max(1024, 4 n) rows
-            where n <= 128, and one QR is as fast for wider A.
+            where n <= 128, and one QR is as fast for wider A. complex64 reads one boolean per QR (see
+            :func:`householder`).
 
     Returns:
         Q (*batch, m, n) and R (*batch, n, n), contiguous, in a's dtype.
@@ -106,6 +107,16 @@ def dependent_columns(r: Tensor) -> Tensor:
     return r.diagonal(dim1=-2, dim2=-1).abs() <= limit * torch.linalg.vector_norm(r, dim=-2)
 
 
+def phase_of(z: Tensor) -> Tensor:
+    """z / |z|, and 1 for 0; safe where |z|^2 underflows, as the diagonal of a rank-deficient R may."""
+    if not z.is_complex():
+        return torch.where(z < 0, -torch.ones_like(z), 1)
+    parts = torch.view_as_real(z)
+    largest = parts.abs().amax(-1, keepdim=True)
+    scaled = torch.view_as_complex(parts / torch.where(largest == 0, 1, largest))
+    return torch.where(largest.squeeze(-1) == 0, 1, scaled / scaled.abs())
+
+
 def _gauge(w: Tensor) -> Tensor:
     upper, diagonal = w.triu(1), w.diagonal(dim1=-2, dim2=-1)
     return upper + upper.mH + torch.diag_embed(diagonal.real.to(w.dtype) if w.is_complex() else diagonal)
@@ -140,8 +151,7 @@ def _factor(a: Tensor, block: int | None, want_q: bool) -> tuple[Tensor | None, 
     if block is None:
         block = max(1024, 4 * n) if n <= _SLIM else m
     q, r = _tree(a, block, want_q)
-    diagonal = r.diagonal(dim1=-2, dim2=-1)
-    phase = torch.where(diagonal == 0, 1, diagonal.sgn())
+    phase = phase_of(r.diagonal(dim1=-2, dim2=-1))
     r = r * phase.conj().unsqueeze(-1)
     if r.is_complex():
         r.diagonal(dim1=-2, dim2=-1).imag.zero_()
@@ -152,19 +162,31 @@ def _tree(a: Tensor, block: int, want_q: bool) -> tuple[Tensor | None, Tensor]:
     m, n = a.shape[-2:]
     leaves = m // block
     if leaves < 2:
-        q, r = torch.linalg.qr(a, mode="reduced" if want_q else "r")
+        q, r = householder(a, want_q)
         return q if want_q else None, r
     cut = leaves * block
     parts = [a[..., :cut, :].unflatten(-2, (leaves, block))]
     if cut < m:  # the rest, shorter than a block and perhaps than it is wide, gives a trapezoid
         parts.append(a[..., cut:, :])
-    pairs = [torch.linalg.qr(x, mode="reduced" if want_q else "r") for x in parts]
-    stacked = torch.cat([pairs[0].R.flatten(-3, -2), *(pair.R for pair in pairs[1:])], -2)
+    pairs = [householder(x, want_q) for x in parts]
+    stacked = torch.cat([pairs[0][1].flatten(-3, -2), *(r for _, r in pairs[1:])], -2)
     top, r = _tree(stacked, block, want_q)
     if top is None:
         return None, r
-    q = (pairs[0].Q @ top[..., : leaves * n, :].unflatten(-2, (leaves, n))).flatten(-3, -2)
-    return torch.cat([q, *(pair.Q @ top[..., leaves * n :, :] for pair in pairs[1:])], -2), r
+    head = (pairs[0][0] @ top[..., : leaves * n, :].unflatten(-2, (leaves, n))).flatten(-3, -2)
+    return torch.cat([head, *(q @ top[..., leaves * n :, :] for q, _ in pairs[1:])], -2), r
+
+
+def householder(a: Tensor, want_q: bool = True) -> tuple[Tensor, Tensor]:
+    """LAPACK's QR, whose complex reflectors give NaN on a triangle graded below 1e-38: complex64 is then cast up.
+
+    For complex64 one boolean is read on the host.
+    """
+    mode = "reduced" if want_q else "r"
+    q, r = torch.linalg.qr(a, mode)
+    if a.dtype == torch.complex64 and not bool(r.isfinite().all()):
+        q, r = (x.to(a.dtype) for x in torch.linalg.qr(a.to(_WIDE[a.dtype]), mode))
+    return q, r
 
 
 def _chunks(a: Tensor) -> tuple[Tensor, ...]:
