@@ -118,6 +118,20 @@ def test_rotations_inside_a_cluster_get_no_gradient(dtype):
     assert scale <= 1e-12
 
 
+@ALL
+@pytest.mark.parametrize("size", [(4, 9), (9, 4), (5, 5)], ids=str)
+@pytest.mark.parametrize("factor", [1e-25, 1e15])
+def test_the_gradient_scales_as_one_over_the_tensor(size, factor, dtype):
+    """U(c A) = U(A), so that the gradient at c A is 1 / c of that at A, also where s^2 underflows."""
+    a, weight = randn(size, dtype), randn((size[0], 2), dtype, 1)
+    grads = []
+    for x in (a, a * factor):
+        x.requires_grad_()
+        u, _ = leading_left_vectors(x, 2)
+        grads += torch.autograd.grad((u * weight).sum().abs(), x)
+    torch.testing.assert_close(grads[1] * factor, grads[0], rtol=1e-3, atol=1e-3)
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"count = 5 is outside \[1, 4\]"):
         leading_left_vectors(randn((4, 9)), 5)

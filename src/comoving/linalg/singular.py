@@ -76,20 +76,20 @@ class _LeftVectors(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         a, u, s = ctx.saved_tensors
         grad_u, grad_s = grad_outputs
-        limit = 64 * torch.finfo(s.dtype).eps * s.detach()[..., :1]
+        first = s.detach()[..., :1]
+        limit = 64 * torch.finfo(s.dtype).eps * first
+        scale = torch.where(first == 0, 1, first).unsqueeze(-1)  # 1 / s^2 may overflow where s_1 / s^2 does not
         inside = u.mH @ a  # diag(s) V^H
         p = u.mH @ grad_u
-        gap = s.unsqueeze(-2) - s.unsqueeze(-1)
-        inverse_gap = _inverse_where(gap, gap.abs() > limit.unsqueeze(-1))
-        inverse_sum = _inverse_where(s.unsqueeze(-2) + s.unsqueeze(-1), gap.abs() > limit.unsqueeze(-1))
+        gap, total = s.unsqueeze(-2) - s.unsqueeze(-1), s.unsqueeze(-2) + s.unsqueeze(-1)
+        apart = gap.abs() > limit.unsqueeze(-1)
+        x = p * (_inverse_where(gap, apart) * (scale * _inverse_where(total, apart)))
         inverse = _inverse_where(s, s > limit)
-        x = p * (inverse_gap * inverse_sum)
-        small = x + x.mH + torch.diag_embed((grad_s * inverse).to(a.dtype))
-        result = u @ (small @ inside)
+        small = x + x.mH + torch.diag_embed((grad_s * inverse).to(a.dtype)) * scale
+        result = (u / scale) @ (small @ inside)
         if u.shape[-1] < u.shape[-2]:
-            beyond = grad_u - u @ p
-            result = result + beyond @ (inverse.square().unsqueeze(-1) * inside)
-            # The Hermitian other half, U diag(s)^-2 (..)^H A: the part of A outside U's span, roundoff only.
+            # The other half, U diag(s)^-2 (..)^H A, takes only what A has outside U's span: roundoff.
+            result = result + (grad_u - u @ p) @ (inverse.unsqueeze(-1) * (inverse.unsqueeze(-1) * inside))
         return result, None
 
 
