@@ -3,8 +3,8 @@
 Communication-avoiding QR (Demmel, Grigori, Hoemmen, Langou, arXiv 0808.2664): each block of rows is factored alone, the
 triangles are stacked and factored in turn, and Q is the product down the tree. It is Householder's QR throughout, so Q
 is orthonormal whatever A is. For very tall single-precision A, the Gram matrix accumulated in double precision block by
-block is faster still, and good while A's columns, scaled to unit length, have a condition number below about 1e5; the
-triangle tells.
+block is faster still (mixed-precision CholeskyQR; Yamazaki, Tomov, Dongarra, SIAM J. Sci. Comput. 37, 2015), and good
+while A's columns, scaled to unit length, have a condition number below about 1e5; the triangle tells.
 """
 
 from typing import Any, cast
@@ -16,7 +16,7 @@ from .checks import require_dtype, require_within
 
 _WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _TALL, _NARROW = 64, 512  # rows per column from which, and columns up to which, the Gram matrix is the faster way
-_SLIM = 128  # columns up to which a tree beats one QR
+_LEAF = 4096  # rows of a leaf, at least; one QR of many more rows is slower and less orthogonal
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # entries that are cast up at a time: what stays in cache, what fills a GPU
 _GOOD, _FAIR = 4.0, 1e4  # condition (over sqrt n) up to which Q = A R^-1 is formed in A's precision, in the wide one
 
@@ -36,12 +36,11 @@ def tsqr(a: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
         a: (*batch, m, n) with m >= n, in float32, float64, complex64 or complex128. Not checked for inf and NaN,
             which come out as NaN or as LAPACK's error.
         block: rows per leaf of the tree, at least 2 n. Without it, single precision with m >= 64 n and n <= 512 tries
-            the Gram matrix first and reads one number on the host to decide; otherwise leaves have max(1024, 4 n) rows
-            where n <= 128, and one QR is as fast for wider A. complex64 reads one boolean per QR (see
-            :func:`householder`).
+            the Gram matrix first and reads one number on the host to decide; leaves then have max(4096, 16 n) rows,
+            and fewer than two of them are one QR. complex64 reads one boolean per QR (see :func:`householder`).
 
     Returns:
-        Q (*batch, m, n) and R (*batch, n, n), contiguous, in a's dtype.
+        Q (*batch, m, n) and R (*batch, n, n) in a's dtype.
 
     Raises:
         TypeError: for half precision and integers.
@@ -148,22 +147,19 @@ def _factor(a: Tensor, block: int | None, want_q: bool) -> tuple[Tensor | None, 
         found = _cholesky(a, want_q)
         if found is not None:
             return found
-    if block is None:
-        block = max(1024, 4 * n) if n <= _SLIM else m
-    q, r = _tree(a, block, want_q)
-    phase = phase_of(r.diagonal(dim1=-2, dim2=-1))
-    r = r * phase.conj().unsqueeze(-1)
-    if r.is_complex():
-        r.diagonal(dim1=-2, dim2=-1).imag.zero_()
-    return None if q is None else (q * phase.unsqueeze(-2)).contiguous(), r.contiguous()
+    return _tree(a, max(_LEAF, 16 * n) if block is None else block, want_q)
 
 
 def _tree(a: Tensor, block: int, want_q: bool) -> tuple[Tensor | None, Tensor]:
     m, n = a.shape[-2:]
     leaves = m // block
-    if leaves < 2:
+    if leaves < 2:  # the root, where signs are cheapest to set
         q, r = householder(a, want_q)
-        return q if want_q else None, r
+        phase = phase_of(r.diagonal(dim1=-2, dim2=-1))
+        r *= phase.conj().unsqueeze(-1)
+        if r.is_complex():
+            r.diagonal(dim1=-2, dim2=-1).imag.zero_()
+        return q.mul_(phase.unsqueeze(-2)) if want_q else None, r
     cut = leaves * block
     parts = [a[..., :cut, :].unflatten(-2, (leaves, block))]
     if cut < m:  # the rest, shorter than a block and perhaps than it is wide, gives a trapezoid
@@ -217,7 +213,7 @@ def _cholesky(a: Tensor, want_q: bool) -> tuple[Tensor | None, Tensor] | None:
     condition = float(torch.where(info == 0, bound, torch.inf).max()) / n**0.5
     if not condition <= _FAIR:
         return None
-    r = (factor.mH * length).to(a.dtype).contiguous()
+    r = (factor.mH * length).to(a.dtype)
     if not want_q:
         return None, r
     inverse = inverse / length.mT
