@@ -71,7 +71,9 @@ def tt_randomized(
     what is left (randomized TT-SVD; Halko, Martinsson, Tropp, arXiv 0909.4061, for each bond). ``reads=1`` sketches
     from the left as well, with bonds twice as oversampled, and never needs x again (streaming TT approximation, a
     two-sided Nystroem scheme: Kressner, Vandereycken, Voorhaar, arXiv 2208.02600): C_1 Omega_1^+ C_2 ... Omega^+ C_N,
-    where Omega_k is the unfolding sketched on both sides. Either is then rounded to the ranks, as in :func:`tt_svd`.
+    where Omega_k is the unfolding sketched on both sides. All sketches are linear in x and drawn without seeing it, so
+    that a stream would do; on a tensor in memory, where each side's product passes over it, one read is not faster
+    than two. Either is then rounded to the ranks, as in :func:`tt_svd`.
     A tensor of these ranks is recovered up to roundoff; otherwise the error is a small multiple of TT-SVD's for two
     reads, a larger one for one read. The gradient is autograd's through these steps, the sketches being constants;
     where the sketches are rank-deficient (a tensor of lower rank) it is finite but omits directions outside the span.
