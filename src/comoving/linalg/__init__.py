@@ -1,7 +1,12 @@
-"""Dense linear algebra of the engine: products along tensor modes and orthonormal bases."""
+"""Dense linear algebra: products along tensor modes, orthonormal bases, QR, sampled Tucker factors and trains."""
 
+from .incremental import incremental_qr
 from .multilinear import abs_squared, add_multilinear, correlate, gram, inner, multilinear, norm, unfold
+from .nystrom import nystrom_tucker
 from .orthogonal import leading_eigenvectors, orthogonality_defect, orthonormalize, reorthonormalize
+from .singular import leading_left_vectors
+from .trains import tt_randomized, tt_svd
+from .tsqr import tsqr, tsqr_r
 
 __all__ = [
     "abs_squared",
@@ -9,11 +14,18 @@ __all__ = [
     "correlate",
     "gram",
     "inner",
+    "incremental_qr",
     "leading_eigenvectors",
+    "leading_left_vectors",
     "multilinear",
     "norm",
+    "nystrom_tucker",
     "orthogonality_defect",
     "orthonormalize",
     "reorthonormalize",
+    "tsqr",
+    "tsqr_r",
+    "tt_randomized",
+    "tt_svd",
     "unfold",
 ]
