@@ -52,11 +52,11 @@ class AllenCahnData:
     resolution: int = 12
     frames: int = 8
     seed: int = 0
-    final: float = 4.0
-    eps: float = 0.06
-    amplitude: float = 0.3
+    final: float = 6.0
+    eps: float = 0.05
+    amplitude: float = 0.2
     tau: float = 9.0
-    alpha: float = 4.0
+    alpha: float = 3.0
     refinement: int = 3
     steps: int = 2
 
@@ -87,7 +87,7 @@ def kept(shape: tuple[int, ...]) -> NDArray[np.bool_]:
 def laplacian(shape: tuple[int, ...]) -> Array:
     """Symbol of the Laplacian on the unit cube, -4 pi^2 |k|^2."""
     x, y, z = wavenumbers(shape)
-    return -4 * np.pi**2 * (x**2 + y**2 + z**2)
+    return -4 * np.pi**2 * (x**2 + y**2 + z**2).astype(np.float64)
 
 
 def coefficients(linear: Array, h: float) -> tuple[Array, ...]:
