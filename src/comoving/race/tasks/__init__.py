@@ -109,12 +109,13 @@ TASKS = {
             "validation relative L2",
             "samples",
             1,
-            2e-2,
+            4e-2,
             200,
             4,
             0.1,
             REAL[:2],
             "adamw,tucker-adam,comoving",
+            {"tucker-adam": 8e-2, "comoving": 8e-2},
         ),  # fmt: skip
         TaskInfo(
             "vit",
