@@ -27,7 +27,7 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"task": "chess"}, "unknown task 'chess'; known: lm, fno, vit"),
+        ({"task": "chess"}, "unknown task 'chess'; known: lm, fno, fno4d, vit"),
         ({"optimizers": ()}, "empty"),
         ({"optimizers": ("a", "a")}, "twice"),
         ({"steps": 0}, "steps is 0"),
@@ -64,6 +64,8 @@ def test_defaults_come_from_the_task():
     assert (made.steps, made.rank, made.rates, made.out) == (400, 0.1, (), Path("out/race-fno"))
     run = made.run("torch-adamw", 1e-2, 0, "")
     assert (run.batch, run.warmup) == (8, 40)
+    made = settings_from("fno4d", None, None, "", None, None, seeds=1)
+    assert (made.optimizers, made.steps, made.rank) == (("adamw", "tucker-adam", "comoving"), 200, 0.1)
 
 
 def test_every_field_of_a_run_is_in_its_key():

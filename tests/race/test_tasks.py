@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from comoving.race.tasks import TASKS, lm, vit
+import comoving
+from comoving.race.tasks import TASKS, fno4d, lm, vit
 
 
 def test_standard_library_is_text_in_order():
@@ -108,8 +109,74 @@ def test_fashion_mnist_from_idx_files(tmp_path):
     assert pictures.shape == (5, 1, 28, 28) and labels.dtype == torch.int64
 
 
+@pytest.fixture
+def small_fno4d(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMOVING_CACHE", str(tmp_path))
+    for name, value in {"RESOLUTION": 8, "FRAMES": 8, "TRAINING": 12, "TEST": 10, "FINAL": 2.0}.items():
+        monkeypatch.setattr(fno4d, name, value)
+    return fno4d.load()
+
+
+def test_fno4d_is_given_the_start_and_the_time(small_fno4d):
+    x, y = small_fno4d.batch(5, torch.Generator().manual_seed(0))
+    assert x.shape == (5, 2, 8, 8, 8, 8) and y.shape == (5, 1, 8, 8, 8, 8) and x.dtype == y.dtype == torch.float32
+    assert (x[:, 0] == x[:, 0, ..., :1]).all()  # the future is not in the input
+    assert (x[:, 1] == torch.arange(1, 9) / 8).all()
+    again, _ = small_fno4d.batch(5, torch.Generator().manual_seed(0))
+    assert (x == again).all()
+    starts = (small_fno4d.training[0], small_fno4d.test[0])
+    assert not any((a == b).all() for a in starts[0] for b in starts[1])
+
+
+def test_fno4d_metric(small_fno4d):
+    class Constant(torch.nn.Module):
+        def __init__(self, share):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(share))
+            self.futures = list(small_fno4d.test[1].split(fno4d.EVALUATION_BATCH))
+
+        def forward(self, x):
+            return self.weight * self.futures.pop(0)
+
+    assert small_fno4d.validate(Constant(0.0))["value"] == pytest.approx(1.0, abs=1e-6)
+    assert small_fno4d.validate(Constant(0.75))["value"] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_fno4d_weights_have_order_six_and_the_model_commutes_with_translations(small_fno4d):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = small_fno4d.model()
+    spectral = [p for p in model.parameters() if p.is_complex()]
+    assert [(tuple(p.shape), p.dtype) for p in spectral] == [((12, 12, 8, 8, 8, 5), torch.complex64)] * 2
+    x, _ = small_fno4d.batch(2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moved = model(x.roll((1, 3, -2), (2, 3, 4)))
+        torch.testing.assert_close(moved, model(x).roll((1, 3, -2), (2, 3, 4)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tucker-adam", "comoving"])
+def test_fno4d_trains_with_compressed_channels_and_space(name, small_fno4d):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = small_fno4d.model()
+    optimizer = comoving.build(name, model, lr=1e-2, rank=0.1)
+    projected = [row.ranks for row in comoving.explain(optimizer).rows if row.projected]
+    assert projected == [(8, 8, 5, 5, 5, None)] * 2
+    batch = small_fno4d.batch(2, torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(5):
+        loss = small_fno4d.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_task_trains(name, tmp_path, monkeypatch):
+def test_task_trains(name, tmp_path, monkeypatch, request):
+    if name == "fno4d":
+        request.getfixturevalue("small_fno4d")
     if name == "fno":
         from comoving.race.tasks import fno  # noqa: PLC0415
 

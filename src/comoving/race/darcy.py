@@ -8,17 +8,14 @@ a coefficient that jumps at the face. At the boundary the wall is half a cell aw
 is symmetric, positive definite and an M-matrix (f >= 0 gives u >= 0); the error is O(h^2) for smooth a and u.
 """
 
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from comoving.race import cache
 from comoving.race.extras import require
 
 Array = NDArray[np.float64]
@@ -132,29 +129,12 @@ def generate(spec: DarcyData, progress: Callable[[int], None] = lambda done: Non
     return a, u
 
 
-def cache_folder() -> Path:
-    """``$COMOVING_CACHE``, or ~/.cache/comoving."""
-    return Path(os.environ.get("COMOVING_CACHE") or Path.home() / ".cache" / "comoving")
-
-
 def load(spec: DarcyData, progress: Callable[[int], None] = lambda done: None) -> tuple[Array, Array]:
-    """:func:`generate`, kept on disk under a name made from every field of ``spec`` and this module's source.
-
-    The file appears by one rename, so that a run which is interrupted, or two at once, leave no half-written file.
-    """
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    key = hashlib.sha256((json.dumps(asdict(spec), sort_keys=True) + source).encode()).hexdigest()[:16]
-    path = cache_folder() / f"darcy-{spec.resolution}-{key}.npz"
-    if path.exists():
-        with np.load(path) as stored:
-            return stored["a"], stored["u"]
-    a, u = generate(spec, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            np.savez_compressed(file, a=a, u=u)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
-    return a, u
+    """:func:`generate`, kept on disk by :func:`comoving.race.cache.load`."""
+    stored = cache.load(
+        f"darcy-{spec.resolution}",
+        spec,
+        Path(__file__),
+        lambda: dict(zip(("a", "u"), generate(spec, progress), strict=True)),
+    )
+    return stored["a"], stored["u"]

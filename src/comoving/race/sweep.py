@@ -24,7 +24,17 @@ Record = dict[str, Any]
 Runner = Callable[[RunSettings, Path, Callable[[int, float], None]], Record]
 
 REUSED = ("finished", "diverged", "refused")
-CODE = ("contenders.py", "runner.py", "darcy.py", "tasks/__init__.py", "tasks/lm.py", "tasks/fno.py", "tasks/vit.py")
+CODE = (
+    "contenders.py",
+    "runner.py",
+    "darcy.py",
+    "allen_cahn.py",
+    "tasks/__init__.py",
+    "tasks/lm.py",
+    "tasks/fno.py",
+    "tasks/fno4d.py",
+    "tasks/vit.py",
+)
 
 
 class Watcher(Protocol):

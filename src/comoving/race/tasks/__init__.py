@@ -1,4 +1,4 @@
-"""The three tasks a race can be run on: what each of them is, and how it is loaded."""
+"""The tasks a race can be run on: what each of them is, and how it is loaded."""
 
 import importlib
 from collections.abc import Mapping
@@ -102,6 +102,20 @@ TASKS = {
             REAL[:2],
             TENSORS,
             {"tensor-galore": 2e-2, "tucker-adam": 2e-2, "comoving": 2e-2},
+        ),  # fmt: skip
+        TaskInfo(
+            "fno4d",
+            "FNO on Allen-Cahn in space-time",
+            "validation relative L2",
+            "samples",
+            1,
+            4e-2,
+            200,
+            4,
+            0.1,
+            REAL[:2],
+            "adamw,tucker-adam,comoving",
+            {"tucker-adam": 8e-2, "comoving": 8e-2},
         ),  # fmt: skip
         TaskInfo(
             "vit",
