@@ -48,7 +48,7 @@ class BondFrame:
     def project(self, x: Tensor) -> Tensor:
         """The coordinates F^H x, from the side first that leaves less."""
         left, right = self.left, self.right
-        if self._left_first:
+        if self.left_first:
             half = left.down(x.reshape(left.size, right.size))
             return right.down(half.unsqueeze(-1)).squeeze(-1)
         half = right.down(x.reshape(left.size, right.size, 1)).squeeze(-1)
@@ -56,7 +56,7 @@ class BondFrame:
 
     def lift(self, z: Tensor) -> Tensor:
         """The tensor F z."""
-        if self._left_first:
+        if self.left_first:
             return self.left.up(self.right.up(z.unsqueeze(-1)).squeeze(-1)).reshape(self.shape)
         return self.right.up(self.left.up(z).unsqueeze(-1)).reshape(self.shape)
 
@@ -67,7 +67,7 @@ class BondFrame:
                 out.mul_(beta)
             return out.add_(self.lift(z), alpha=alpha)
         left, right = self.left, self.right
-        if self._left_first:
+        if self.left_first:
             half = right.up(z.unsqueeze(-1)).reshape(1, left.rank, right.size)
             left.add_up(out.view(1, left.size, right.size), half, alpha, beta)
         else:
@@ -92,7 +92,8 @@ class BondFrame:
         return self.left.tensors("frame.left.") | self.right.tensors("frame.right.", mirrored=True)
 
     @property
-    def _left_first(self) -> bool:
+    def left_first(self) -> bool:
+        """Whether the left interface shrinks a tensor more than the right one does."""
         return self.left.rank * self.right.size <= self.left.size * self.right.rank
 
 
