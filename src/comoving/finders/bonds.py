@@ -58,23 +58,25 @@ def extend(interface: Interface, x: Tensor, add: int | None = None) -> tuple[Int
     return Interface(interface.sizes, basis.unflatten(0, shape), children), product(basis.mH, x)
 
 
-def prune(interface: Interface, ranks: tuple[int, ...], energy: Tensor, mirrored: bool = False) -> Interface:
-    """An interface of lower ranks that keeps the directions of most energy, from the root to the leaves.
+def prune(
+    interface: Interface, ranks: tuple[int, ...], energy: Tensor, mirrored: bool = False
+) -> tuple[Interface, Tensor | None]:
+    """An interface of lower ranks that keeps the directions of most energy, and its B'^H B (None for the identity).
 
-    Below the root the energy of an edge follows from that of the edge above and its transfer tensor, so that no data is
-    read. Where energies are equal the earlier directions stay.
+    From the root to the leaves: the energy of an edge follows from that of the edge above and its transfer tensor, so
+    that no data are read. Where energies are equal the earlier directions stay.
 
     Args:
         interface: orthonormal.
-        ranks: per edge, in the order of :meth:`Interface.edges`, none above the interface's.
+        ranks: per edge, in the order of :meth:`Interface.edges`, none above the interface's; whole edges stay whole.
         energy: B^H x x^H B of (r, r), Hermitian.
         mirrored: see :meth:`Interface.edges`.
     """
-    return _prune(interface, list(ranks), energy, mirrored)[0]
+    return _prune(interface, list(ranks), energy, mirrored)
 
 
 def _prune(edge: Interface, ranks: list[int], energy: Tensor, mirrored: bool) -> tuple[Interface, Tensor | None]:
-    """The pruned edge and B'^H B, None for the identity; takes its ranks from the end of the list."""
+    """Takes its ranks from the end of the list."""
     if edge.bare:
         return edge, None
     rank = ranks.pop()

@@ -95,23 +95,25 @@ class TrainRandomized:
 class TrainIncrement:
     """Extends the last interfaces by what the operand adds and prunes them back (TT-ICE, arXiv 2211.12487).
 
-    The first interface looks at X through the other one and a few random directions besides,
+    The side that shrinks the data more comes first. Written for the left, with the last frame's B_L and B_R:
 
-        Y = [X conj(B), X (I - conj(B) B^T) Omega],      E[Y Y^H] = X X^H   (and likewise for the right)
+    1. Y = X [conj(B_R), Omega], Omega some random directions of the right, for what is new on both sides;
+    2. every edge of the left takes in leading directions of the residual of Y, from the leaves to the root;
+    3. Z = (extended B_L)^H X tells the energy of every direction; those of least are dropped, from the root down;
+    4. the right does the same with what is left of Z, exactly and without a sketch.
 
-    takes in the leading directions of the residual of Y at every edge, from the leaves to the root, and drops those of
-    least energy from the root to the leaves. The second one does the same with X projected on the new first one. That
-    is two reads of the data for the projections and one, thinner, for the sketch; unfoldings are never decomposed.
+    The data are read for the two projections and once more, with one multiplication per entry, for the sketch. No
+    unfolding of them is decomposed, and what the operand does not reach stays as it was.
 
     Args:
         momentum: rho of the operand, in [0, 1).
-        columns: random directions in which the other side's complement is looked at, >= 1.
+        columns: of the sketch, >= 1: each a sum of neighbouring columns of X with random signs.
         add: directions by which each edge grows before pruning, >= 1; None for as many as it has.
-        seed: of the random directions, >= 0; the same at every refresh and on all ranks.
+        seed: of the signs, >= 0; the same at every refresh and on all ranks.
     """
 
     momentum: float = 0.0
-    columns: int = 8
+    columns: int = 32
     add: int | None = None
     seed: int = 0
 
@@ -126,31 +128,41 @@ class TrainIncrement:
         """One increment from ``start``; the very first frame is found by two reads of :class:`TrainRandomized`."""
         if not warm:
             return TrainRandomized(seed=self.seed).find(operand, start, warm)
-        x, nonzero = scaled(operand.full())
-        x = x.reshape(start.left.size, start.right.size)
+        left, right = start.left, start.right
+        x = operand.full().reshape(left.size, right.size)
         if start.left_first:
-            left = self._grown(start.left, self._seen(x, start.right).unsqueeze(0))
-            right = self._grown(start.right, left.down(x).unsqueeze(-1), mirrored=True)
+            seen = x if right.basis is None else right.down(x.unsqueeze(-1)).squeeze(-1)
+            wider, _ = extend(left, self._with_sketch(seen, x).unsqueeze(0), self.add)
+            z, nonzero = scaled(wider.down(x))
+            left, turn = prune(wider, _ranks(left), z @ z.mH)
+            right = self._increment(right, (z if turn is None else turn @ z).unsqueeze(-1), mirrored=True)
         else:
-            right = self._grown(start.right, self._seen(x, start.left, mirrored=True).unsqueeze(-1), mirrored=True)
-            left = self._grown(start.left, right.down(x.unsqueeze(-1)).movedim(-1, 0))
+            seen = x if left.basis is None else left.down(x)
+            wider, _ = extend(right, self._with_sketch(seen.mT, x.mT).mT.unsqueeze(-1), self.add)
+            z, nonzero = scaled(wider.down(x.unsqueeze(-1)).squeeze(-1))
+            right, turn = prune(wider, _ranks(right, True), z.mT @ z.conj(), mirrored=True)
+            left = self._increment(left, (z if turn is None else z @ turn.mT).unsqueeze(0))
         return found(left, right, start, nonzero)
 
-    def _grown(self, side: Interface, x: Tensor, mirrored: bool = False) -> Interface:
-        if side.basis is None:
-            return side
+    def _increment(self, side: Interface, x: Tensor, mirrored: bool = False) -> Interface:
         wider, y = extend(side, x, self.add)
-        return prune(wider, tuple(edge.rank for edge in side.edges(mirrored)), energy_of(y), mirrored)
+        return prune(wider, _ranks(side, mirrored), energy_of(y), mirrored)[0]
 
-    def _seen(self, x: Tensor, other: Interface, mirrored: bool = False) -> Tensor:
-        """[X conj(B), X (I - conj(B) B^T) Omega], or mirrored the same of the transposed, transposed back."""
-        if other.basis is None:
-            return x
-        generator = torch.Generator().manual_seed(self.seed)
-        omega = sketch(other.size, min(self.columns, other.size), x, generator)
-        inside = other.down(omega)
-        if mirrored:
-            own = other.down(x)
-            return torch.cat([own, omega.mT @ x - inside.mH @ own])
-        own = other.down(x.unsqueeze(-1)).squeeze(-1)
-        return torch.cat([own, x @ omega - own @ inside.conj()], dim=1)
+    def _with_sketch(self, seen: Tensor, x: Tensor) -> Tensor:
+        """[seen, x Omega], entries up to 1; Omega has orthonormal columns, each +-1/sqrt(q) on q rows of its own."""
+        if seen is x:
+            return scaled(x)[0]
+        rows, n = x.shape
+        q = max(1, n // self.columns)
+        signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(self.seed), device="cpu")
+        signs = signs.to(x).mul_(2).sub_(1).div_(q**0.5)
+        even = n // q * q
+        blocks = x[:, :even].unflatten(1, (-1, q)).movedim(1, 0)
+        parts = [seen, (blocks @ signs[:even].view(-1, q, 1)).squeeze(-1).mT]
+        if even < n:
+            parts.append((x[:, even:] @ signs[even:]).view(rows, 1))
+        return scaled(torch.cat(parts, dim=1))[0]
+
+
+def _ranks(side: Interface, mirrored: bool = False) -> tuple[int, ...]:
+    return tuple(edge.rank for edge in side.edges(mirrored))
