@@ -54,7 +54,8 @@ def extend(interface: Interface, x: Tensor, add: int | None = None) -> tuple[Int
     room = min(interface.rank if add is None else add, basis.shape[0] - interface.rank, rows.shape[1])
     if room > 0:
         residual = rows - basis @ (basis.mH @ rows)
-        basis = _completed(torch.cat([basis, _directions(residual, room)], dim=-1))
+        q = torch.linalg.qr(torch.cat([basis, _directions(residual, room)], dim=-1)).Q
+        basis = torch.cat([basis, q[:, interface.rank :]], dim=-1)
     return Interface(interface.sizes, basis.unflatten(0, shape), children), product(basis.mH, x)
 
 
@@ -94,7 +95,8 @@ def _prune(edge: Interface, ranks: list[int], energy: Tensor, mirrored: bool) ->
             pruned[i], turns[i] = _prune(children[i], ranks, rows @ rows.mH, mirrored)
         children = tuple(pruned)
         transfer, old = change(transfer, *turns), change(old, *turns)
-    basis = _completed(transfer.flatten(0, -2))
+    # Householder's, so orthonormal whatever is left; for such small matrices also the fastest.
+    basis = torch.linalg.qr(transfer.flatten(0, -2)).Q.contiguous()
     return Interface(edge.sizes, basis.reshape(transfer.shape), children), basis.mH @ old.flatten(0, -2)
 
 
@@ -166,16 +168,6 @@ def _directions(rows: Tensor, count: int) -> Tensor:
     if columns < n:
         return rows @ leading_eigenvectors(rows.mH @ rows, count)
     return leading_eigenvectors(rows @ rows.mH, count)
-
-
-def _completed(a: Tensor) -> Tensor:
-    """The Q of A = QR with a nonnegative diagonal in R; Householder's, so orthonormal whatever the rank of A.
-
-    Much faster than Cholesky's for the small matrices here, and nothing is read on the host.
-    """
-    q, r = torch.linalg.qr(a)
-    sign = r.diagonal().sgn()
-    return q * torch.where(sign == 0, torch.ones_like(sign), sign)
 
 
 def _preferring_earlier(energy: Tensor) -> Tensor:

@@ -131,15 +131,17 @@ class TrainIncrement:
         left, right = start.left, start.right
         x = operand.full().reshape(left.size, right.size)
         if start.left_first:
-            seen = x if right.basis is None else right.down(x.unsqueeze(-1)).squeeze(-1)
-            wider, _ = extend(left, self._with_sketch(seen, x).unsqueeze(0), self.add)
-            z, nonzero = scaled(wider.down(x))
+            seen = x
+            if right.basis is not None:
+                seen = torch.cat([(_formed(right).mH @ x.mT).mT, self._sketched(x)], dim=1)
+            wider, _ = extend(left, scaled(seen)[0].unsqueeze(0), self.add)
+            z, nonzero = scaled(x if wider.basis is None else _formed(wider).mH @ x)
             left, turn = prune(wider, _ranks(left), z @ z.mH)
             right = self._increment(right, (z if turn is None else turn @ z).unsqueeze(-1), mirrored=True)
         else:
-            seen = x if left.basis is None else left.down(x)
-            wider, _ = extend(right, self._with_sketch(seen.mT, x.mT).mT.unsqueeze(-1), self.add)
-            z, nonzero = scaled(wider.down(x.unsqueeze(-1)).squeeze(-1))
+            seen = x if left.basis is None else torch.cat([_formed(left).mH @ x, self._sketched(x, mirrored=True)])
+            wider, _ = extend(right, scaled(seen)[0].unsqueeze(-1), self.add)
+            z, nonzero = scaled(x if wider.basis is None else (_formed(wider).mH @ x.mT).mT)
             right, turn = prune(wider, _ranks(right, True), z.mT @ z.conj(), mirrored=True)
             left = self._increment(left, (z if turn is None else z @ turn.mT).unsqueeze(0))
         return found(left, right, start, nonzero)
@@ -148,20 +150,30 @@ class TrainIncrement:
         wider, y = extend(side, x, self.add)
         return prune(wider, _ranks(side, mirrored), energy_of(y), mirrored)[0]
 
-    def _with_sketch(self, seen: Tensor, x: Tensor) -> Tensor:
-        """[seen, x Omega], entries up to 1; Omega has orthonormal columns, each +-1/sqrt(q) on q rows of its own."""
-        if seen is x:
-            return scaled(x)[0]
-        rows, n = x.shape
-        q = max(1, n // self.columns)
-        signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(self.seed), device="cpu")
-        signs = signs.to(x).mul_(2).sub_(1).div_(q**0.5)
+    def _sketched(self, x: Tensor, mirrored: bool = False) -> Tensor:
+        """X Omega, or mirrored Omega^T X. Omega has orthonormal columns, each +-1/sqrt(q) on q rows of its own."""
+        n = x.shape[0 if mirrored else 1]
+        q = _length(n, self.columns)
         even = n // q * q
-        blocks = x[:, :even].unflatten(1, (-1, q)).movedim(1, 0)
-        parts = [seen, (blocks @ signs[:even].view(-1, q, 1)).squeeze(-1).mT]
-        if even < n:
-            parts.append((x[:, even:] @ signs[even:]).view(rows, 1))
-        return scaled(torch.cat(parts, dim=1))[0]
+        # One sequence of signs serves all columns; as they share no row, each is random. So one product does it.
+        signs = torch.randint(0, 2, (q,), generator=torch.Generator().manual_seed(self.seed))
+        signs = (signs * 2 - 1).to(x).div_(q**0.5)
+        if mirrored:
+            parts = [(signs @ x[:even].reshape(q, -1)).view(-1, x.shape[1])]
+            return parts[0] if even == n else torch.cat([*parts, x[even:].sum(0, keepdim=True).div_(q**0.5)])
+        parts = [x[:, :even].unflatten(1, (-1, q)) @ signs]
+        return parts[0] if even == n else torch.cat([*parts, x[:, even:].sum(1, keepdim=True).div_(q**0.5)], dim=1)
+
+
+def _length(n: int, columns: int) -> int:
+    """How many of n rows one of about ``columns`` columns sums up: a divisor of n if one is near, which is fastest."""
+    least = -(-n // columns)
+    return next((q for q in range(least, min(2 * least, n) + 1) if n % q == 0), least)
+
+
+def _formed(side: Interface) -> Tensor:
+    """B at full size, no larger than what :class:`TrainIncrement` sees: one plain product is faster than many."""
+    return side.up(torch.eye(side.rank, dtype=side.matrix.dtype, device=side.matrix.device))
 
 
 def _ranks(side: Interface, mirrored: bool = False) -> tuple[int, ...]:

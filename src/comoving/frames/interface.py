@@ -188,7 +188,9 @@ def product(a: Tensor, x: Tensor) -> Tensor:
     if x.shape[0] == 1:
         return (a @ x[0]).unsqueeze(0)
     if x.shape[2] == 1:
-        return (x[..., 0] @ a.mT).unsqueeze(-1)
+        rows = x[..., 0]
+        # With few columns BLAS is up to four times faster on the transposes.
+        return (rows @ a.mT if len(a) >= 16 else (a @ rows.mT).mT).unsqueeze(-1)
     return a.unsqueeze(0) @ x
 
 
