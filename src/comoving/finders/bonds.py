@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..frames.bond import BondFrame
-from ..frames.interface import Interface, change, product
+from ..frames.interface import Interface, change, identity, product
 from ..linalg import leading_eigenvectors, orthonormalize
 
 Method = Literal["gram", "svd"]
@@ -69,7 +69,7 @@ def prune(
 
     Args:
         interface: orthonormal.
-        ranks: per edge, in the order of :meth:`Interface.edges`, none above the interface's; whole edges stay whole.
+        ranks: per edge, in the order of :meth:`Interface.edges`, none above the interface's.
         energy: B^H x x^H B of (r, r), Hermitian.
         mirrored: see :meth:`Interface.edges`.
     """
@@ -81,12 +81,12 @@ def _prune(edge: Interface, ranks: list[int], energy: Tensor, mirrored: bool) ->
     if edge.bare:
         return edge, None
     rank = ranks.pop()
-    if edge.basis is None:
-        for child in edge.children[:: 1 if mirrored else -1]:
-            _prune(child, ranks, energy, mirrored)
-        return edge, None
+    if rank == edge.size:
+        del ranks[len(ranks) + 1 - sum(1 for _ in edge.edges()) :]  # those below are full too
+        return edge.whole(), None if edge.basis is None else edge.up(identity(edge.rank, edge.basis))
+    old, children = edge.stored(energy), edge.children
     kept = leading_eigenvectors(_preferring_earlier(energy), rank)
-    transfer, old, children = edge.basis @ kept, edge.basis, edge.children
+    transfer = old @ kept
     if children:
         weighted = transfer * (kept.conj() * (energy @ kept)).sum(0).real.clamp_min(0).sqrt()
         pruned, turns = list(children), list[Tensor | None]([None, None])

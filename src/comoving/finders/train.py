@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..frames.bond import BondFrame
-from ..frames.interface import Interface
+from ..frames.interface import Interface, identity
 from ..validate import check_choice, check_float, check_int
 from .bonds import Method, decompose, energy_of, extend, found, prune, scaled, sketch
 from .operand import Operand
@@ -173,7 +173,7 @@ def _length(n: int, columns: int) -> int:
 
 def _formed(side: Interface) -> Tensor:
     """B at full size, no larger than what :class:`TrainIncrement` sees: one plain product is faster than many."""
-    return side.up(torch.eye(side.rank, dtype=side.matrix.dtype, device=side.matrix.device))
+    return side.up(identity(side.rank, side.matrix))
 
 
 def _ranks(side: Interface, mirrored: bool = False) -> tuple[int, ...]:

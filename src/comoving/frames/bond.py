@@ -219,8 +219,8 @@ def _fit_tuple(frame: BondFrame, rank: tuple[int | None, ...], limits: list[int]
     ranks = [limit if r is None else r for r, limit in zip(rank, limits, strict=True)]
 
     def allowed(i: int) -> int:
-        others = (prod(ranks[j] for j in edges if j != i) * fixed for edges, fixed in meetings if i in edges)
-        return min(limits[i], *others)
+        others = [prod(ranks[j] for j in edges if j != i) * fixed for edges, fixed in meetings if i in edges]
+        return min([limits[i], *others])
 
     for _ in ranks:  # each sweep settles at least one
         ranks = [allowed(i) if r is None else ranks[i] for i, r in enumerate(rank)]

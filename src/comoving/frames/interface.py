@@ -15,6 +15,7 @@ size.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from math import prod
 from typing import Self
 
@@ -67,6 +68,12 @@ class Interface:
         assert self.basis is not None
         return self.basis.flatten(0, -2)
 
+    def stored(self, like: Tensor) -> Tensor:
+        """The basis, an explicit identity of like's dtype and device for a whole edge."""
+        if self.basis is not None:
+            return self.basis
+        return identity(self.size, like).reshape(*(child.size for child in self.children) or (self.size,), -1)
+
     def edges(self, mirrored: bool = False) -> Iterator["Interface"]:
         """All edges but the bare leaves, from the outer end to the bond: the left child's, the right child's, this.
 
@@ -93,6 +100,10 @@ class Interface:
                 right = right.rebuild(bases, mirrored)
             children = (left, right)
         return Interface(self.sizes, next(bases), children)
+
+    def whole(self) -> "Interface":
+        """The same tree with every edge whole."""
+        return self.rebuild(repeat(None))
 
     def tensors(self, prefix: str, mirrored: bool = False) -> dict[str, Tensor]:
         """{prefix + number: basis}, numbered in the order of :meth:`edges`; whole edges leave gaps."""
@@ -135,9 +146,9 @@ class Interface:
         if self.sizes != older.sizes or len(self.children) != len(older.children):
             raise ValueError(f"no overlap between an interface over {self.sizes} and one over {older.sizes}")
         if self.basis is None:
-            return None if older.basis is None else older.up(_identity(older.rank, older.basis))
+            return None if older.basis is None else older.up(identity(older.rank, older.basis))
         if older.basis is None:
-            return self.down(_identity(self.size, self.basis))
+            return self.down(identity(self.size, self.basis))
         old = older.basis
         if self.children:
             left, right = (a.overlap(b) for a, b in zip(self.children, older.children, strict=True))
@@ -147,7 +158,7 @@ class Interface:
     def defect(self) -> Tensor:
         """max |B^H B - I|, a real scalar."""
         r = self.overlap(self)
-        return torch.zeros(()) if r is None else (r - _identity(len(r), r)).abs().amax()
+        return torch.zeros(()) if r is None else (r - identity(len(r), r)).abs().amax()
 
     def _down(self, x: Tensor) -> Tensor:
         """B^H x for x of (p, n, c)."""
@@ -247,10 +258,7 @@ def fill(
     rows = tuple(child.rank for child in children) or template.sizes
     fresh = torch.randn((*rows, rank), generator=generator, dtype=torch.float64).to(like)
     if older is not None:
-        known = older.basis
-        if known is None:
-            known = _identity(older.size, like)
-            known = known.reshape(*(child.size for child in older.children), -1) if children else known
+        known = older.stored(like)
         if children:  # in the new bases of the children
             left, right = (None if a is b else a.overlap(b) for a, b in zip(children, older.children, strict=True))
             known = change(known, left, right)
@@ -258,5 +266,6 @@ def fill(
     return Interface(template.sizes, orthonormalize(fresh.flatten(0, -2)).reshape(fresh.shape), children)
 
 
-def _identity(size: int, like: Tensor) -> Tensor:
+def identity(size: int, like: Tensor) -> Tensor:
+    """I of (size, size) with like's dtype and device."""
     return torch.eye(size, dtype=like.dtype, device=like.device)
