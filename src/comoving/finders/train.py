@@ -113,7 +113,7 @@ class TrainIncrement:
     """
 
     momentum: float = 0.0
-    columns: int = 32
+    columns: int = 8
     add: int | None = None
     seed: int = 0
 

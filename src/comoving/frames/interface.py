@@ -72,7 +72,8 @@ class Interface:
         """The basis, an explicit identity of like's dtype and device for a whole edge."""
         if self.basis is not None:
             return self.basis
-        return identity(self.size, like).reshape(*(child.size for child in self.children) or (self.size,), -1)
+        rows = tuple(child.size for child in self.children) or self.sizes
+        return identity(self.size, like).reshape(*rows, -1)
 
     def edges(self, mirrored: bool = False) -> Iterator["Interface"]:
         """All edges but the bare leaves, from the outer end to the bond: the left child's, the right child's, this.
