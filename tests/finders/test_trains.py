@@ -338,7 +338,7 @@ def test_the_defect_stays_small_over_ten_thousand_increments():
 
 def test_an_increment_costs_a_fraction_of_a_decomposition():
     """Counted, not timed: multiplications of one increment against those of TT-SVD, at a rank that matters."""
-    shape, rank = (24, 24, 24, 24), 12
+    shape, rank = (32, 32, 32, 32), 16
     start = random_frame(Trains(), shape, rank, torch.float32)
     x = randn(shape, torch.float32)
     counts = []
@@ -348,7 +348,7 @@ def test_an_increment_costs_a_fraction_of_a_decomposition():
         counts.append(counter.get_total_flops())
     reads = counts[1] / (2 * rank * x.numel())
     assert reads < 5
-    assert counts[1] < 0.3 * counts[0]
+    assert counts[1] < 0.25 * counts[0]
 
 
 def test_where_the_operand_reaches_nothing_the_old_directions_stay():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bonded import SHAPES, SPECS, explicit, matrix, random_frame
 from comoving.frames.bond import BondFrame
@@ -105,6 +107,52 @@ def test_state_and_parts(spec, shape, dtype, rank):
     z = randn(spec.core_shape(shape, ranks), dtype, 1)
     assert torch.equal(again.lift(z), frame.lift(z))
     assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), state.values(), strict=True))
+
+
+class Sizes(TorchDispatchMode):
+    """The sizes of all tensors that are made, but for those in the given storage."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.made = {x.untyped_storage().data_ptr() for x in known}, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in self.known:
+            self.made.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("spec", [Trains(), Trains(bond=1), Trains(bond=3), Trees()], ids=str)
+def test_nothing_of_full_size_is_made(spec):
+    shape, rank = (8, 8, 8, 8), 3
+    frame, older = random_frame(spec, shape, rank, REAL, 1), random_frame(spec, shape, rank, REAL, 2)
+    x, z = randn(shape), randn((rank, rank))
+    with Sizes(x) as sizes:
+        frame.add_lift(x, z, 0.5, 0.9)
+    assert 0 < max(sizes.made) <= x.numel() * 3 // 8
+    with Sizes(x) as sizes:
+        frame.project(x)
+    assert 0 < max(sizes.made) <= x.numel() * 3 // 8
+    with Sizes() as sizes:
+        frame.overlap(older)
+    assert 0 < max(sizes.made) <= 8 * rank**2
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_costs_in_multiplications(rank):
+    """An overlap at most 4 N d r^3, a projection about 2 r d^N."""
+    shape = (6,) * 8
+    frame, older = random_frame(Trains(), shape, rank, REAL, 1), random_frame(Trains(), shape, rank, REAL, 2)
+    for run, most in (
+        (lambda: frame.overlap(older), 4 * 8 * 6 * rank**3),
+        (lambda: frame.project(x), 2 * rank * 6**8),
+        (lambda: frame.add_lift(x, z, 1.0), 2 * rank * 6**8),
+    ):
+        x, z = torch.zeros(shape, dtype=REAL), torch.zeros((rank, rank), dtype=REAL)
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert 0 < counter.get_total_flops() / 2 <= most
 
 
 def test_names_count_from_the_outer_ends():

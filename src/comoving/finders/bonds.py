@@ -125,8 +125,8 @@ def found(left: Interface, right: Interface, start: BondFrame, nonzero: Tensor) 
 
 
 def sketch(rows: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Real Gaussian (rows, columns) with variance 1/columns, drawn on the CPU, hence equal on all devices."""
-    return torch.randn((rows, columns), generator=generator).div_(columns**0.5).to(like)
+    """Real Gaussian (rows, columns), columns of about unit norm, drawn on the CPU, hence equal on all devices."""
+    return torch.randn((rows, columns), generator=generator).div_(rows**0.5).to(like)
 
 
 def _through(start: Interface, x: Tensor, step: Step) -> tuple[tuple[Interface, Interface], Tensor]:

@@ -102,14 +102,14 @@ class TrainIncrement:
     3. Z = (extended B_L)^H X tells the energy of every direction; those of least are dropped, from the root down;
     4. the right does the same with what is left of Z, exactly and without a sketch.
 
-    The data are read for the two projections and once more, with one multiplication per entry, for the sketch. No
-    unfolding of them is decomposed, and what the operand does not reach stays as it was.
+    The data are read twice, in one product with r + columns vectors and one with up to 2 r. No unfolding of them is
+    decomposed, and what the operand does not reach stays as it was.
 
     Args:
         momentum: rho of the operand, in [0, 1).
-        columns: of the sketch, >= 1: each a sum of neighbouring columns of X with random signs.
+        columns: of the Gaussian sketch, >= 1, of about unit norm like those of B.
         add: directions by which each edge grows before pruning, >= 1; None for as many as it has.
-        seed: of the signs, >= 0; the same at every refresh and on all ranks.
+        seed: of the sketch, >= 0; the same at every refresh and on all ranks.
     """
 
     momentum: float = 0.0
@@ -131,15 +131,13 @@ class TrainIncrement:
         left, right = start.left, start.right
         x = operand.full().reshape(left.size, right.size)
         if start.left_first:
-            seen = x
-            if right.basis is not None:
-                seen = torch.cat([(_formed(right).mH @ x.mT).mT, self._sketched(x)], dim=1)
+            seen = x if right.basis is None else (self._with_sketch(right).mH @ x.mT).mT
             wider, _ = extend(left, scaled(seen)[0].unsqueeze(0), self.add)
             z, nonzero = scaled(x if wider.basis is None else _formed(wider).mH @ x)
             left, turn = prune(wider, _ranks(left), z @ z.mH)
             right = self._increment(right, (z if turn is None else turn @ z).unsqueeze(-1), mirrored=True)
         else:
-            seen = x if left.basis is None else torch.cat([_formed(left).mH @ x, self._sketched(x, mirrored=True)])
+            seen = x if left.basis is None else self._with_sketch(left).mH @ x
             wider, _ = extend(right, scaled(seen)[0].unsqueeze(-1), self.add)
             z, nonzero = scaled(x if wider.basis is None else (_formed(wider).mH @ x.mT).mT)
             right, turn = prune(wider, _ranks(right, True), z.mT @ z.conj(), mirrored=True)
@@ -150,25 +148,11 @@ class TrainIncrement:
         wider, y = extend(side, x, self.add)
         return prune(wider, _ranks(side, mirrored), energy_of(y), mirrored)[0]
 
-    def _sketched(self, x: Tensor, mirrored: bool = False) -> Tensor:
-        """X Omega, or mirrored Omega^T X. Omega has orthonormal columns, each +-1/sqrt(q) on q rows of its own."""
-        n = x.shape[0 if mirrored else 1]
-        q = _length(n, self.columns)
-        even = n // q * q
-        # One sequence of signs serves all columns; as they share no row, each is random. So one product does it.
-        signs = torch.randint(0, 2, (q,), generator=torch.Generator().manual_seed(self.seed))
-        signs = (signs * 2 - 1).to(x).div_(q**0.5)
-        if mirrored:
-            parts = [(signs @ x[:even].reshape(q, -1)).view(-1, x.shape[1])]
-            return parts[0] if even == n else torch.cat([*parts, x[even:].sum(0, keepdim=True).div_(q**0.5)])
-        parts = [x[:, :even].unflatten(1, (-1, q)) @ signs]
-        return parts[0] if even == n else torch.cat([*parts, x[:, even:].sum(1, keepdim=True).div_(q**0.5)], dim=1)
-
-
-def _length(n: int, columns: int) -> int:
-    """How many of n rows one of about ``columns`` columns sums up: a divisor of n if one is near, which is fastest."""
-    least = -(-n // columns)
-    return next((q for q in range(least, min(2 * least, n) + 1) if n % q == 0), least)
+    def _with_sketch(self, side: Interface) -> Tensor:
+        """[B, Omega] for an interface that is not whole."""
+        columns = min(self.columns, side.size - side.rank)
+        omega = sketch(side.size, columns, side.matrix, torch.Generator().manual_seed(self.seed))
+        return torch.cat([_formed(side), omega], dim=1)
 
 
 def _formed(side: Interface) -> Tensor:
