@@ -144,12 +144,12 @@ def test_costs_in_multiplications(rank):
     """An overlap at most 4 N d r^3, a projection about 2 r d^N."""
     shape = (6,) * 8
     frame, older = random_frame(Trains(), shape, rank, REAL, 1), random_frame(Trains(), shape, rank, REAL, 2)
+    x, z = torch.zeros(shape, dtype=REAL), torch.zeros((rank, rank), dtype=REAL)
     for run, most in (
         (lambda: frame.overlap(older), 4 * 8 * 6 * rank**3),
         (lambda: frame.project(x), 2 * rank * 6**8),
         (lambda: frame.add_lift(x, z, 1.0), 2 * rank * 6**8),
     ):
-        x, z = torch.zeros(shape, dtype=REAL), torch.zeros((rank, rank), dtype=REAL)
         with FlopCounterMode(display=False) as counter:
             run()
         assert 0 < counter.get_total_flops() / 2 <= most

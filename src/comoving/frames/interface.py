@@ -201,8 +201,8 @@ def product(a: Tensor, x: Tensor) -> Tensor:
         return (a @ x[0]).unsqueeze(0)
     if x.shape[2] == 1:
         rows = x[..., 0]
-        # With few columns BLAS is up to four times faster on the transposes.
-        return (rows @ a.mT if len(a) >= 16 else (a @ rows.mT).mT).unsqueeze(-1)
+        # To few columns BLAS is up to four times faster on the transposes.
+        return ((a @ rows.mT).mT if len(a) < min(16, a.shape[1]) else rows @ a.mT).unsqueeze(-1)
     return a.unsqueeze(0) @ x
 
 
