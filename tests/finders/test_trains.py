@@ -236,6 +236,19 @@ def test_extending_by_enough_takes_in_the_data(spec):
     assert (b @ (b.mH @ x[0]) - x[0]).norm() > 0.1 * x.norm()
 
 
+@pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=str)
+def test_what_is_taken_in_is_the_residual_not_the_strongest(dtype):
+    """One new direction of little energy beside much energy in the old ones."""
+    frame = random_frame(Trains(), (9, 8), 3, dtype, 1)
+    b = frame.left.basis
+    u = randn((9, 1), dtype, 2)
+    u = u - b @ (b.mH @ u)
+    x = 100 * b @ randn((3, 8), dtype, 3) + u @ randn((1, 8), dtype, 4)
+    wider, _ = extend(frame.left, x.unsqueeze(0), 1)
+    assert wider.rank == 4
+    close(wider.basis @ (wider.basis.mH @ u), u, 1e-9)
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=str)
 def test_pruning_drops_what_has_no_energy(spec, dtype):
