@@ -297,13 +297,15 @@ def test_zero_gradients_at_zero_rate_create_all_slots_and_change_nothing(recipe,
 REACHED = {
     "adamw": 3e-5, "galore": 3e-4, "ldadam": 2e-3, "tensor-galore": 2e-2, "tucker-adam": 5e-4, "comoving": 6e-3,
     "galore+ef": 6e-3, "tensor-galore+ef": 0.15,
+    "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
 }  # fmt: skip
+TWO_SIDED = ("tt-adam", "tt-ice-adam", "ht-adam", "ht-rise-adam")
 
 
 @pytest.mark.parametrize("complex_field", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_least_squares(recipe, complex_field):
-    """|A X - Y|^2 over a matrix X of full rank, at rank 1/2, as a share of its value at the start."""
+    """|A X - Y|^2 over a matrix X of full rank, at rank 1/2 (9 on both sides), as a share of its value at the start."""
     dtype = torch.complex64 if complex_field else torch.float32
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(64, 16, generator=generator, dtype=dtype) / 8
@@ -312,8 +314,10 @@ def test_least_squares(recipe, complex_field):
     y = a @ torch.randn(16, 24, generator=generator, dtype=dtype)
     options = {"refresh_every": 10} if recipe.startswith(("galore", "tensor-galore")) else {}
     optimizer = build(
-        recipe, model, 5e-2 * recipes()[recipe.split("+")[0]].relative_rate, rank=0.5, weight_decay=0.0, **options
-    )
+        recipe, model, 5e-2 * recipes()[recipe.split("+")[0]].relative_rate, rank=9 if recipe in TWO_SIDED else 0.5,
+        weight_decay=0.0, **options
+    )  # fmt: skip
+    assert optimizer.sites[model.weight].projected == (recipe != "adamw")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 300)
     start = y.abs().square().sum().item()
     for _ in range(300):

@@ -146,7 +146,7 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
     layout = group["frame"]
     mode = layout.mode if isinstance(layout, Blocks) else None
     site = Site(label, view, ranks, layout.core_shape(view.shape, ranks), "projected", index=index, block_mode=mode)
-    if not site.projected:
+    if not site.projected or prod(site.core_shape) >= prod(view.shape):
         return replace(dense, reason="rank covers every mode, or no mode is long enough")
     if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(dense, group):
         return replace(dense, reason="too small to gain")

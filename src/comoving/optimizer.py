@@ -16,7 +16,7 @@ from . import gradients
 from . import state as slots
 from .codecs import Codec, Full
 from .finders import Finder, Memory, Operand, Power
-from .frames import Frame, Layout, Modes
+from .frames import Frame, Layout, ModeFrame, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, decide, named, update_scale
 from .linalg import multilinear, norm
@@ -41,8 +41,9 @@ class _Unit(NamedTuple):
     state: dict[str, Any]
 
     def frame(self) -> Frame:
-        """The frame in the state."""
-        return self.group["frame"].load(self.state, self.site.view.shape)
+        """The frame in the state; the whole one of a dense parameter."""
+        shape = self.site.view.shape
+        return self.group["frame"].load(self.state, shape) if self.site.projected else ModeFrame((None,) * len(shape))
 
 
 class LowRankOptimizer(Optimizer):

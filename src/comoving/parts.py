@@ -4,15 +4,23 @@ import ast
 from typing import Any
 
 from .codecs import BFloat16, Full, Int8
-from .finders import Exact, Power
-from .frames import Modes
+from .finders import Exact, Power, TrainIncrement, TrainRandomized, TrainSVD, TreeIncrement, TreeSVD
+from .frames import Blocks, Modes, Trains, Trees
 from .residual import Discard, Feedback
 from .rules import Adam
 from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
-    "frame": {"modes": Modes},
-    "finder": {"exact": Exact, "power": Power},
+    "frame": {"modes": Modes, "blocks": Blocks, "trains": Trains, "trees": Trees},
+    "finder": {
+        "exact": Exact,
+        "power": Power,
+        "train_svd": TrainSVD,
+        "train_randomized": TrainRandomized,
+        "train_increment": TrainIncrement,
+        "tree_svd": TreeSVD,
+        "tree_increment": TreeIncrement,
+    },
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {"adam": Adam},
     "residual": {"discard": Discard, "feedback": Feedback},

@@ -8,7 +8,8 @@ from torch import nn
 
 from .adamw import AdamW
 from .codecs import Full, Int8
-from .finders import Exact, Power
+from .finders import Exact, Power, TrainIncrement, TrainSVD, TreeIncrement, TreeSVD
+from .frames import Trains, Trees
 from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
@@ -106,6 +107,35 @@ _RECIPES = (
             refresh_every=4,
             scale="match",
         ),  # fmt: skip
+    ),
+    *(
+        Recipe(
+            name,
+            f"moments rotated between {frames}, found by {how}",
+            paper,
+            dict(
+                frame=layout,
+                finder=finder,
+                transport=Rotate(),
+                residual=Discard(),
+                codec=Full(),
+                refresh_every=4,
+                scale="match",
+            ),  # fmt: skip
+        )
+        for name, frames, how, paper, layout, finder in (
+            ("tt-adam", "tensor trains", "TT-SVD", "Oseledets 2011", Trains(), TrainSVD(momentum=0.9)),
+            ("tt-ice-adam", "tensor trains", "increments", "2211.12487", Trains(), TrainIncrement(momentum=0.9)),
+            ("ht-adam", "hierarchical Tucker trees", "SVD", "Grasedyck 2010", Trees(), TreeSVD(momentum=0.9)),
+            (
+                "ht-rise-adam",
+                "hierarchical Tucker trees",
+                "increments",
+                "2412.16544",
+                Trees(),
+                TreeIncrement(momentum=0.9),
+            ),
+        )
     ),
     Recipe(
         "comoving",

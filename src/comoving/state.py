@@ -281,7 +281,7 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     if found != frame_shapes or tuple(state[FIRST].shape) != core or tuple(state[SECOND].shape) != core:
         raise ValueError(
             f"{site.name}: the checkpoint's moments have shape {tuple(state[FIRST].shape)}, which belongs to no frame "
-            f"of a parameter of shape {shape}"
+            f"of a parameter of shape {shape} laid out as {layout} (dense moments go into mode-wise frames only)"
         )
     if not group["transport"].resizes:
         raise ValueError(
@@ -311,8 +311,9 @@ def _checked(
             fitting[name] = value.to(part.dtype)
     for name, value in fitting.items():
         if name.startswith("frame.") and (value.is_floating_point() or value.is_complex()):
-            # As orthonormal as it was, or mended.
-            fitting[name] = reorthonormalize(value.to(site.view.dtype))
+            # As orthonormal as it was, or mended; transfer tensors are matrices by their last index.
+            basis = value.to(site.view.dtype)
+            fitting[name] = reorthonormalize(basis.flatten(0, -2)).view(basis.shape)
     return fitting
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8
-from comoving.finders import Exact, Power
+from comoving.finders import Exact, Power, TrainIncrement, TrainRandomized, TrainSVD, TreeIncrement, TreeSVD
 from comoving.frames import ModeFrame
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
@@ -23,6 +23,16 @@ FINDERS = [
     Power(),
     Power(momentum=0.0, iterations=3),
     Power(start="exact"),
+]
+BOND_FINDERS = [
+    TrainSVD(),
+    TrainSVD(momentum=0.5, method="svd"),
+    TrainRandomized(),
+    TrainRandomized(reads=1, oversampling=12),
+    TrainIncrement(),
+    TrainIncrement(momentum=0.5, columns=4, add=2),
+    TreeSVD(),
+    TreeIncrement(),
 ]
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]

@@ -7,20 +7,20 @@ import pytest
 
 from comoving import codecs, finders, frames, residual, rules, transport
 from comoving.codecs import Int8
-from comoving.finders import Exact, Power
-from comoving.frames import Blocks, Modes
+from comoving.finders import Exact, Power, TrainIncrement, TrainRandomized, TrainSVD, TreeIncrement, TreeSVD
+from comoving.frames import Blocks, Modes, Trains, Trees
 from comoving.residual import Feedback
 from comoving.rules import Adam
-from contract.support import CODECS, FINDERS, RESIDUALS, TRANSPORTS
+from contract.support import BOND_FINDERS, CODECS, FINDERS, RESIDUALS, TRANSPORTS
 
-RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2), Blocks()]
+RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees()]
 ROLES = {
-    "finder": (finders, FINDERS, {"Operand"}),
+    "finder": (finders, [*FINDERS, *BOND_FINDERS], {"Operand"}),
     "transport": (transport, TRANSPORTS, {"Clock", "Slot"}),
     "codec": (codecs, CODECS, set()),
     "residual": (residual, RESIDUALS, {"Passage"}),
     "rule": (rules, RULES, set()),
-    "frame": (frames, FRAMES, {"ModeFrame"}),
+    "frame": (frames, FRAMES, {"ModeFrame", "BondFrame"}),
 }
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
 
@@ -63,6 +63,19 @@ def test_parts_are_frozen_values(part):
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),
+        (Trains, "bond", 0, ">= 1"),
+        (Trees, "bond", 0, ">= 1"),
+        (Trees, "tree", (0, 2), "nested pairs"),
+        *((kind, "momentum", 1.0, r"\[0, 1\)") for kind in (TrainSVD, TrainRandomized, TrainIncrement)),
+        *((kind, "momentum", 1.0, r"\[0, 1\)") for kind in (TreeSVD, TreeIncrement)),
+        (TrainSVD, "method", "qr", "'gram', 'svd'"),
+        (TreeSVD, "method", "qr", "'gram', 'svd'"),
+        (TrainRandomized, "oversampling", -1, ">= 0"),
+        (TrainRandomized, "reads", 3, "1, 2"),
+        (TrainRandomized, "seed", -1, ">= 0"),
+        *((kind, "columns", 0, ">= 1") for kind in (TrainIncrement, TreeIncrement)),
+        *((kind, "add", 0, ">= 1") for kind in (TrainIncrement, TreeIncrement)),
+        *((kind, "seed", -1, ">= 0") for kind in (TrainIncrement, TreeIncrement)),
         (Blocks, "inner", Blocks(), "of one frame"),
     ],
 )

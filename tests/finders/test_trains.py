@@ -67,7 +67,7 @@ def test_finite_orthonormal_and_of_the_asked_ranks(finder, kind):
         spec = SPECS[name]
         x, start = OPERANDS[kind](spec, shape, dtype), random_frame(spec, shape, 2, dtype, 8)
         before, kept = x.clone(), [u.clone() for u in bases(start)]
-        frame = finder.find(Operand(x), start, warm)
+        frame = finder.find(Operand(x), start, warm, {})
         assert frame.ranks == start.ranks
         assert all(u.isfinite().all() and u.is_contiguous() and u.dtype is dtype for u in bases(frame))
         assert [u.shape for u in bases(frame)] == [u.shape for u in kept]
@@ -88,7 +88,7 @@ def test_a_tensor_of_known_ranks_is_recovered_exactly(finder, size):
         x = known_ranks(spec, shape, 2, dtype, 4) * size
         start = random_frame(spec, shape, 2, dtype, 9)
         for warm in (False,) if finder == TrainIncrement(columns=3, add=2) else (False, True):
-            frame = finder.find(Operand(x), start, warm)
+            frame = finder.find(Operand(x), start, warm, {})
             assert (frame.lift(frame.project(x)) - x).norm() <= 1e-10 * x.norm()
 
 
@@ -99,7 +99,7 @@ def test_the_size_of_the_operand_does_not_matter_in_single_precision(finder, dty
     x = known_ranks(Trains(), (4, 5, 3, 4), 2, dtype, 4)
     frame = random_frame(Trains(), x.shape, 2, dtype, 9)
     for _ in range(3):
-        frame = finder.find(Operand(x * size), frame, warm=True)
+        frame = finder.find(Operand(x * size), frame, True, {})
     assert (frame.lift(frame.project(x)) - x).norm() <= 2e-3 * x.norm()
 
 
@@ -109,10 +109,10 @@ def test_deterministic_and_without_the_global_generator(finder, warm):
     shape = (4, 5, 3, 4)
     x, start = randn(shape, torch.complex64), random_frame(Trains(), shape, 3, torch.complex64)
     state = torch.random.get_rng_state()
-    first = finder.find(Operand(x), start, warm)
+    first = finder.find(Operand(x), start, warm, {})
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(5)
-    again = finder.find(Operand(x), start, warm)
+    again = finder.find(Operand(x), start, warm, {})
     assert all(torch.equal(u, v) for u, v in zip(bases(first), bases(again), strict=True))
 
 
@@ -125,9 +125,9 @@ def test_it_finds_the_energy(finder, spec, dtype):
     signal = known_ranks(spec, shape, rank, dtype, 4)
     x = signal / signal.norm() + 0.2 * randn(shape, dtype, 6) / signal.numel() ** 0.5
     start = random_frame(spec, shape, rank, dtype, 9)
-    frame = finder.find(Operand(x), start, warm=False)
+    frame = finder.find(Operand(x), start, False, {})
     for _ in range(2):  # nothing but increments may need it
-        frame = finder.find(Operand(x), frame, warm=True)
+        frame = finder.find(Operand(x), frame, True, {})
     best = best_energy(x, frame.bond, rank)
     assert energy(frame, x) <= best + 1e-12
     lowest = 0.85 if isinstance(finder, TrainRandomized) else 0.98
@@ -140,7 +140,7 @@ def test_it_finds_the_energy(finder, spec, dtype):
 def test_a_matrix_has_its_singular_vectors(method, dtype):
     for shape in ((7, 9), (9, 7)):
         x = randn(shape, dtype)
-        frame = TrainSVD(method=method).find(Operand(x), random_frame(Trains(), shape, 3, dtype), False)
+        frame = TrainSVD(method=method).find(Operand(x), random_frame(Trains(), shape, 3, dtype), False, {})
         svd = torch.linalg.svd(x, full_matrices=False)
         for side, vectors in ((frame.left, svd.U), (frame.right, svd.Vh.mT)):
             close(side.basis @ side.basis.mH, vectors[:, :3] @ vectors[:, :3].mH)
@@ -151,7 +151,7 @@ def test_a_train_holds_the_leading_vectors_of_each_projected_unfolding(dtype):
     """TT-SVD in its textbook form on the first side, here the left."""
     x = randn((4, 3, 2, 5), dtype)
     start = random_frame(Trains(bond=3), x.shape, (3, 4, 4), dtype)
-    frame = TrainSVD().find(Operand(x), start, False)
+    frame = TrainSVD().find(Operand(x), start, False, {})
     y, rows = x, 1
     cores = []
     for d, r in zip((4, 3, 2), (3, 4, 4), strict=True):
@@ -170,7 +170,7 @@ def test_small_singular_values_need_the_svd():
     u, v = random_frame(Trains(), (20, 24), 2, REAL, 1).tensors().values()
     x = ((u * torch.tensor([1.0, 1e-5])) @ v.mT).float()
     start = random_frame(Trains(), (20, 24), 2, torch.float32, 9)
-    found = {m: TrainSVD(method=m).find(Operand(x), start, False).left.basis.double() for m in ("gram", "svd")}
+    found = {m: TrainSVD(method=m).find(Operand(x), start, False, {}).left.basis.double() for m in ("gram", "svd")}
     kept = {m: float((b.mT @ u[:, 1]).norm()) for m, b in found.items()}
     assert kept["svd"] > 0.999
     assert kept["gram"] < kept["svd"]
@@ -181,23 +181,23 @@ def test_two_reads_hold_more_than_one():
     for seed in range(5):
         x = randn((6, 5, 4, 6), seed=seed)
         start = random_frame(Trains(), x.shape, 4)
-        one.append(energy(TrainRandomized(reads=1, seed=seed).find(Operand(x), start, False), x))
-        two.append(energy(TrainRandomized(reads=2, seed=seed).find(Operand(x), start, False), x))
+        one.append(energy(TrainRandomized(reads=1, seed=seed).find(Operand(x), start, False, {}), x))
+        two.append(energy(TrainRandomized(reads=2, seed=seed).find(Operand(x), start, False, {}), x))
     assert sum(one) < 0.9 * sum(two)
 
 
 def test_the_seed_of_a_sketch_counts():
     x, start = randn((8, 9, 8, 9)), random_frame(Trains(), (8, 9, 8, 9), 2)
     for kind, warm in ((TrainRandomized, False), (TrainIncrement, True)):
-        frames = [kind(seed=seed).find(Operand(x), start, warm) for seed in (0, 1)]
+        frames = [kind(seed=seed).find(Operand(x), start, warm, {}) for seed in (0, 1)]
         assert not torch.equal(bases(frames[0])[0], bases(frames[1])[0])
 
 
 @FINDER
 def test_an_operand_in_two_terms_is_the_sum(finder):
     x, start = randn((4, 5, 3, 4), COMPLEX), random_frame(Trains(), (4, 5, 3, 4), 2, COMPLEX)
-    half = finder.find(Operand(x, share=0.25), start, True)
-    whole = finder.find(Operand(x * 0.25), start, True)
+    half = finder.find(Operand(x, share=0.25), start, True, {})
+    whole = finder.find(Operand(x * 0.25), start, True, {})
     for u, v in zip(bases(half), bases(whole), strict=True):
         close(u, v)
 
@@ -292,7 +292,7 @@ def test_an_increment_never_leaves_the_best_behind(seed, shape, rank):
     spec = Trains(bond=1)  # a single edge on the left, so that pruning is optimal there
     start = random_frame(spec, shape, rank, REAL, seed)
     x = randn(shape, REAL, seed + 1)
-    frame = TrainIncrement(columns=3).find(Operand(x), start, True)
+    frame = TrainIncrement(columns=3).find(Operand(x), start, True, {})
     rows, old, new = x.reshape(shape[0], -1), matrix(start.left).real, matrix(frame.left).real
     if start.left_first or start.right.basis is None:
         assert (new.mT @ rows).norm() >= (old.mT @ rows).norm() * (1 - 1e-9)
@@ -305,13 +305,13 @@ def test_increments_track_a_subspace_that_turns(kind, dtype):
     spec, shape = SPECS[kind], (8, 6, 6, 8)
     source = random_frame(spec, shape, 3, dtype, 1)
     frame = start = TrainSVD().find(
-        Operand(next(stream(source, 1, 0, 0.3))), random_frame(spec, shape, 3, dtype), False
+        Operand(next(stream(source, 1, 0, 0.3))), random_frame(spec, shape, 3, dtype), False, {}
     )
     held, best, stale = [], [], []
     for x in stream(source, 40, 0.15, 0.3, seed=2):
-        frame = TrainIncrement().find(Operand(x), frame, True)
+        frame = TrainIncrement().find(Operand(x), frame, True, {})
         held.append(energy(frame, x))
-        best.append(energy(TrainSVD().find(Operand(x), frame, True), x))
+        best.append(energy(TrainSVD().find(Operand(x), frame, True, {}), x))
         stale.append(energy(start, x))
     assert sum(held) >= 0.95 * sum(best)
     assert sum(stale[-20:]) < 0.5 * sum(best[-20:])  # so there was something to track
@@ -330,7 +330,7 @@ def test_a_direction_new_on_both_sides_is_seen():
     x = (u / u.norm() @ (v / v.norm()).mT).reshape(shape)
     assert energy(old, x) < 1e-20
     x = x + old.lift(torch.diag(torch.tensor([2.0, 0.0], dtype=REAL)))
-    assert energy(TrainIncrement().find(Operand(x), old, True), x) > 0.999
+    assert energy(TrainIncrement().find(Operand(x), old, True, {}), x) > 0.999
     assert energy(old, x) < 0.81
 
 
@@ -342,7 +342,7 @@ def test_the_defect_stays_small_over_ten_thousand_increments():
     gradients = torch.randn((10_000, *shape), generator=generator)
     first = frame
     for x in gradients:
-        frame = finder.find(Operand(x), frame, True)
+        frame = finder.find(Operand(x), frame, True, {})
     worst = max(float((b.mH @ b - torch.eye(2)).abs().max()) for b in (matrix(frame.left), matrix(frame.right)))
     assert worst < 1e-5
     assert not torch.equal(bases(frame)[0], bases(first)[0])
@@ -356,7 +356,7 @@ def test_an_increment_costs_a_fraction_of_a_decomposition():
     counts = []
     for finder in (TrainSVD(), TrainIncrement()):
         with FlopCounterMode(display=False) as counter:
-            finder.find(Operand(x), start, True)
+            finder.find(Operand(x), start, True, {})
         counts.append(counter.get_total_flops())
     reads = counts[1] / (2 * rank * x.numel())
     assert reads < 5
@@ -368,7 +368,7 @@ def test_where_the_operand_reaches_nothing_the_old_directions_stay():
     spec, shape = Trains(), (6, 6, 6)
     start = random_frame(spec, shape, 3, REAL, 1)
     x = random_frame(spec, shape, 1, REAL, 2).lift(torch.ones(1, 1, dtype=REAL))
-    frame = TrainIncrement().find(Operand(x), start, True)
+    frame = TrainIncrement().find(Operand(x), start, True, {})
     assert energy(frame, x) > 1 - 1e-10
     old, new = matrix(start.left), matrix(frame.left)
     assert torch.linalg.svdvals(new.mH @ old)[1] > 0.99  # two of three, at least

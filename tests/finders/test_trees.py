@@ -27,7 +27,7 @@ def test_a_tensor_of_known_ranks_is_recovered_exactly(finder, tree, dtype):
     spec, shape = TREES[tree]
     for rank in (1, 2, 3):
         x = known_ranks(spec, shape, rank, dtype, 4)
-        frame = finder.find(Operand(x), random_frame(spec, shape, rank, dtype, 9), True)
+        frame = finder.find(Operand(x), random_frame(spec, shape, rank, dtype, 9), True, {})
         assert frame.ranks == spec.ranks(shape, rank)
         assert float(frame.defect()) < 1e-12
         assert (frame.lift(frame.project(x)) - x).norm() <= 1e-10 * x.norm()
@@ -38,7 +38,7 @@ def test_leaves_hold_the_leading_vectors_of_their_unfoldings(dtype):
     """The first leaf exactly those of the data, as in the textbook."""
     spec, x = Trees(), randn((5, 4, 3, 4), dtype)
     start = random_frame(spec, x.shape, 2, dtype)
-    frame = TreeSVD().find(Operand(x), start, False)
+    frame = TreeSVD().find(Operand(x), start, False, {})
     leaf = next(iter(frame.left.edges())) if start.left_first else frame.right.children[1]
     mode = 0 if start.left_first else 3
     u = torch.linalg.svd(x.movedim(mode, 0).flatten(1), full_matrices=False).U[:, :2]
@@ -51,7 +51,7 @@ def test_the_error_is_within_the_bound_of_the_truncation(tree):
     spec, shape = TREES[tree]
     for seed in range(3):
         x = known_ranks(spec, shape, 2, REAL, seed) + 0.3 * randn(shape, REAL, seed)
-        frame = TreeSVD().find(Operand(x), random_frame(spec, shape, 2), False)
+        frame = TreeSVD().find(Operand(x), random_frame(spec, shape, 2), False, {})
         error = float((x - frame.lift(frame.project(x))).norm() ** 2)
         tails, best = 0.0, 0.0
         for side, first in ((frame.left, 0), (frame.right, frame.bond)):
@@ -80,7 +80,7 @@ def test_degenerate_operands_give_orthonormal_frames(dtype):
         rank_one = known_ranks(Trees(), shape, 1, dtype)
         for x in (torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=dtype), rank_one, rank_one * 1e27):
             for finder in (TreeSVD(), TreeIncrement()):
-                frame = finder.find(Operand(x), start, True)
+                frame = finder.find(Operand(x), start, True, {})
                 assert frame.ranks == start.ranks
                 for side in (frame.left, frame.right):
                     b = matrix(side)
@@ -93,10 +93,10 @@ def test_increments_follow_a_stream_that_turns():
     frame = random_frame(spec, shape, 3, torch.float32)
     held, best = 0.0, 0.0
     for t, x in enumerate(stream(source, 40, 0.1, 0.5, seed=4)):
-        frame = TreeIncrement().find(Operand(x), frame, t > 0)
+        frame = TreeIncrement().find(Operand(x), frame, t > 0, {})
         if t >= 5:
             held += energy(frame, x)
-            best += energy(TreeSVD().find(Operand(x), frame, True), x)
+            best += energy(TreeSVD().find(Operand(x), frame, True, {}), x)
     assert held >= 0.95 * best
     assert best < 35 * 0.95  # the noise is there
 
@@ -104,7 +104,7 @@ def test_increments_follow_a_stream_that_turns():
 def test_on_a_caterpillar_it_is_the_train_of_its_leaves():
     """A tree finder is the train's procedure on another tree: on the same frame, the same result."""
     x, start = randn((3, 4, 3, 4, 3)), random_frame(Trees(), (3, 4, 3, 4, 3), 2)
-    a, b = TreeSVD().find(Operand(x), start, False), TrainSVD().find(Operand(x), start, False)
+    a, b = TreeSVD().find(Operand(x), start, False, {}), TrainSVD().find(Operand(x), start, False, {})
     assert all(torch.equal(u, v) for u, v in zip(a.tensors().values(), b.tensors().values(), strict=True))
     assert TreeSVD() != TrainSVD()
 

@@ -8,12 +8,13 @@ from torch import Tensor
 from ..frames.bond import BondFrame
 from ..frames.interface import Interface, identity
 from ..validate import check_choice, check_float, check_int
+from .base import Memory, Memoryless
 from .bonds import Method, decompose, energy_of, extend, found, prune, scaled, sketch
 from .operand import Operand
 
 
 @dataclass(frozen=True)
-class TrainSVD:
+class TrainSVD(Memoryless):
     """TT-SVD of each interface (Oseledets, 2011), the second one on what the first leaves.
 
     The first is the side that shrinks the data more; from its outer end to the bond each basis holds the leading left
@@ -33,7 +34,7 @@ class TrainSVD:
         check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
         check_choice("method", self.method, ("gram", "svd"))
 
-    def find(self, operand: Operand, start: BondFrame, warm: bool) -> BondFrame:
+    def find(self, operand: Operand, start: BondFrame, warm: bool, memory: Memory) -> BondFrame:
         """Decompose anew; ``start`` only serves where the operand is zero."""
         x, nonzero = scaled(operand.full())
         if start.left_first:
@@ -46,7 +47,7 @@ class TrainSVD:
 
 
 @dataclass(frozen=True)
-class TrainRandomized:
+class TrainRandomized(Memoryless):
     """TT-SVD of Gaussian sketches of the operand (Halko, Martinsson and Tropp, 2011; Huber, Schneider and Wolf, 2017).
 
     With two reads the first interface comes from a sketch of r + oversampling columns and the second one exactly from
@@ -71,7 +72,7 @@ class TrainRandomized:
         check_choice("reads", self.reads, (1, 2))
         check_int("seed", self.seed, 0)
 
-    def find(self, operand: Operand, start: BondFrame, warm: bool) -> BondFrame:
+    def find(self, operand: Operand, start: BondFrame, warm: bool, memory: Memory) -> BondFrame:
         """Sketch and decompose anew; ``start`` only serves where the operand is zero."""
         x, nonzero = scaled(operand.full())
         x = x.reshape(start.left.size, start.right.size)
@@ -92,7 +93,7 @@ class TrainRandomized:
 
 
 @dataclass(frozen=True)
-class TrainIncrement:
+class TrainIncrement(Memoryless):
     """Extends the last interfaces by what the operand adds and prunes them back (TT-ICE, arXiv 2211.12487).
 
     The side that shrinks the data more comes first. Written for the left, with the last frame's B_L and B_R:
@@ -124,10 +125,10 @@ class TrainIncrement:
             check_int("add", self.add, 1)
         check_int("seed", self.seed, 0)
 
-    def find(self, operand: Operand, start: BondFrame, warm: bool) -> BondFrame:
+    def find(self, operand: Operand, start: BondFrame, warm: bool, memory: Memory) -> BondFrame:
         """One increment from ``start``; the very first frame is found by two reads of :class:`TrainRandomized`."""
         if not warm:
-            return TrainRandomized(seed=self.seed).find(operand, start, warm)
+            return TrainRandomized(seed=self.seed).find(operand, start, warm, memory)
         left, right = start.left, start.right
         x = operand.full().reshape(left.size, right.size)
         if start.left_first:

@@ -2,6 +2,9 @@
 
 from .base import Frame, Layout
 from .blocks import Blocks
+from .bond import BondFrame
 from .modes import ModeFrame, Modes
+from .train import Trains
+from .tree import Trees
 
-__all__ = ["Blocks", "Frame", "Layout", "ModeFrame", "Modes"]
+__all__ = ["Blocks", "BondFrame", "Frame", "Layout", "ModeFrame", "Modes", "Trains", "Trees"]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..codecs import Part
 from ..validate import check_choice
+from .base import SIDES, Rank, Ranks, Side
 from .interface import Interface, fill
-from .modes import SIDES, Rank, Side, check_rank
+from .modes import check_rank
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class BondFrame:
         return self.left.sizes + self.right.sizes
 
     @property
-    def ranks(self) -> tuple[int, ...]:
+    def ranks(self) -> Ranks:
         """One rank per edge: the left interface's from its outer end to the bond, then the right one's from there on.
 
         For a train r_1, ..., r_{N-1}. The bond is one edge and counted once.
@@ -107,7 +108,7 @@ class Bonded:
         """The whole frame of this shape: its two trees, without tensors."""
         raise NotImplementedError
 
-    def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> tuple[int, ...]:
+    def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> Ranks:
         """One rank per edge for a tensor of this shape; the bond's is r in the core (r, r).
 
         The limit of an edge is the smaller side of its unfolding; of a tuple, also the product of the ranks of the two
@@ -136,12 +137,16 @@ class Bonded:
             rank = max(1, min((int(root), int(root) + 1), key=lambda r: abs(r * r - root * root)))
         return tuple(min(rank, limit) for limit in limits)
 
-    def core_shape(self, shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, int]:
+    def core_shape(self, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
         """(r, r), r the rank at the bond."""
-        r = ranks[sum(1 for _ in self.template(shape).left.edges()) - 1]
-        return r, r
+        left, right = _split(self.template(shape), ranks)
+        return left[-1], right[-1]
 
-    def parts(self, shape: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def mass_shape(self, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
+        """The core's: a change of frame turns both of its modes."""
+        return self.core_shape(shape, ranks)
+
+    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
         """What a frame of these ranks stores."""
         frame = self.template(shape)
         left, right = _split(frame, ranks)
@@ -154,7 +159,7 @@ class Bonded:
         right = (state.get(f"frame.right.{i}") for i, _ in enumerate(frame.right.edges()))
         return BondFrame(frame.left.rebuild(left), frame.right.rebuild(right, mirrored=True))
 
-    def start(self, like: Tensor, ranks: tuple[int, ...], older: BondFrame | None, seed: int) -> BondFrame:
+    def start(self, like: Tensor, ranks: Ranks, older: BondFrame | None, seed: int) -> BondFrame:
         """An orthonormal frame of these ranks to search from.
 
         Args:
@@ -189,9 +194,10 @@ def _edges(frame: BondFrame) -> list[Interface]:
     return [*frame.left.edges(), *list(frame.right.edges(mirrored=True))[-2::-1]]
 
 
-def _split(frame: BondFrame, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _split(frame: BondFrame, given: Ranks) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ranks of each interface, both in its own order from the outer end to the bond."""
     k = sum(1 for _ in frame.left.edges())
+    ranks = tuple(r for r in given if r is not None)  # an edge is whole by its number
     if len(ranks) != len(_edges(frame)):
         raise ValueError(f"ranks {ranks} has {len(ranks)} entries, shape {frame.shape} needs {len(_edges(frame))}")
     return ranks[:k], (*ranks[: k - 1 : -1], ranks[k - 1])
