@@ -75,7 +75,10 @@ class Undo(AbstractContextManager[None]):
             p.copy_(torch.where(self._flag.to(p.device), value, p))
             for name, old in slots.items():
                 new = self._state[p].get(name)
-                if new is not None and new.shape == old.shape:
+                if new is None or new.shape != old.shape:
+                    continue
+                # A seed on the host is read by no device: only where it has changed must the flag be fetched.
+                if new.device == self._flag.device or not (new.device.type == "cpu" and torch.equal(new, old)):
                     new.copy_(torch.where(self._flag.to(new.device), old, new))
 
 

@@ -14,7 +14,7 @@ from torch.optim.adam import adam as torch_adam
 from . import diagnostics as error_control
 from . import gradients
 from . import state as slots
-from .codecs import Codec, Full
+from .codecs import Codec, Full, Part
 from .finders import Finder, Memory, Operand, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
@@ -195,7 +195,7 @@ class LowRankOptimizer(Optimizer):
         if site.projected:
             group["finder"].observe(seen, memory)
         restored = residual.restore(seen, passage.frame, passage.old_momentum, state, codec)  # 2
-        refreshing = opening and self._refresh_due(state, site, group)
+        refreshing = opening and self._refresh_due(passage.frame, state, site, group)
         if refreshing:
             with self.refresh_scope():
                 restored = restored.measured() if group["diagnostics"] else restored
@@ -272,12 +272,11 @@ class LowRankOptimizer(Optimizer):
         momentum: Any = state.get(rule.momentum)
         return Passage(frame, momentum, decay, intake, None if momentum is None else frame, momentum)
 
-    def _refresh_due(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> bool:
+    def _refresh_due(self, frame: Frame, state: dict[str, Any], site: Site, group: dict[str, Any]) -> bool:
         if not site.projected:
             return False
         # A loaded checkpoint of other ranks does not fit: it is carried over at once.
-        fits = self._frame(state, site, group).ranks == site.ranks
-        return not fits or refresh_due(state["tick"], group["refresh_every"], site.phase)
+        return frame.ranks != site.ranks or refresh_due(state["tick"], group["refresh_every"], site.phase)
 
     def _changes_shape(self, p: Tensor) -> bool:
         """Whether the next step gives slots of this parameter their first or another shape."""
@@ -320,7 +319,7 @@ class LowRankOptimizer(Optimizer):
         return site, group, state
 
     def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Frame:
-        return group["frame"].load(state, site.view.shape)
+        return group["frame"].load(state, site.view.shape, state.get(group["rule"].momentum))
 
     def _inspect_gradients(self) -> Tensor | None:
         """Refuse bad gradients before anything changes; with "skip", return a flag on the device instead."""
@@ -443,9 +442,8 @@ class LowRankOptimizer(Optimizer):
         if not isinstance(value, Tensor):
             return deepcopy(value)
         site, group = self.sites[p], self.param_groups[self._group_index[p]]
-        part = slots.layout(site, group).get(name)
-        scalar = part is not None and part.scalar
-        return value.detach().clone().to(self._scalar_device(p, site, group) if scalar else p.device)
+        part = slots.layout(site, group).get(name, Part(tuple(value.shape), value.dtype))
+        return value.detach().clone().to(slots.place(part, p.device, self._scalar_device(p, site, group)))
 
     def _scalar_device(self, p: Tensor, site: Site, group: dict[str, Any]) -> torch.device:
         """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""

@@ -4,15 +4,33 @@ import ast
 from typing import Any
 
 from .codecs import BFloat16, Full, Int8
-from .finders import Exact, Power
-from .frames import Modes
+from .finders import (
+    CosineSelection,
+    Exact,
+    IncrementalSVD,
+    Nystroem,
+    Oja,
+    Power,
+    Randomized,
+    RandomProjection,
+)
+from .frames import Cosines, Modes, Seeded
 from .residual import Discard, Feedback
 from .rules import Adam
 from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
-    "frame": {"modes": Modes},
-    "finder": {"exact": Exact, "power": Power},
+    "frame": {"modes": Modes, "cosines": Cosines, "seeded": Seeded},
+    "finder": {
+        "exact": Exact,
+        "power": Power,
+        "randomized": Randomized,
+        "nystroem": Nystroem,
+        "oja": Oja,
+        "incremental": IncrementalSVD,
+        "cosine": CosineSelection,
+        "random": RandomProjection,
+    },  # fmt: skip
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {"adam": Adam},
     "residual": {"discard": Discard, "feedback": Feedback},

@@ -1,8 +1,27 @@
 """Finders: what a frame is made from, and how."""
 
 from .base import Finder, Memory, Memoryless
+from .cosine import CosineSelection
 from .exact import Exact
+from .incremental import IncrementalSVD
+from .nystroem import Nystroem
+from .oja import Oja
 from .operand import Operand
 from .power import Power
+from .random import RandomProjection
+from .randomized import Randomized
 
-__all__ = ["Exact", "Finder", "Memory", "Memoryless", "Operand", "Power"]
+__all__ = [
+    "CosineSelection",
+    "Exact",
+    "Finder",
+    "IncrementalSVD",
+    "Memory",
+    "Memoryless",
+    "Nystroem",
+    "Oja",
+    "Operand",
+    "Power",
+    "RandomProjection",
+    "Randomized",
+]

@@ -2,5 +2,6 @@
 
 from .base import Frame, Layout
 from .modes import ModeFrame, Modes
+from .sampled import CosineFrame, Cosines, Seeded, SeededFrame
 
-__all__ = ["Frame", "Layout", "ModeFrame", "Modes"]
+__all__ = ["CosineFrame", "Cosines", "Frame", "Layout", "ModeFrame", "Modes", "Seeded", "SeededFrame"]
