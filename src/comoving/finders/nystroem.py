@@ -1,7 +1,7 @@
 """Nystroem's method: factors from a few columns of each unfolding."""
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from ..codecs import Part
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_eigenvectors, orthonormalize
+from ..linalg import abs_squared, leading_eigenvectors, orthonormalize
 from ..validate import check_choice, check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing
 from .operand import Operand
@@ -79,12 +79,15 @@ class Nystroem:
         return parts
 
     def observe(self, gradient: Tensor, memory: Memory) -> None:
-        """Bring the energies up to date: one pass over the gradient for each compressed mode."""
-        wide = torch.complex128 if gradient.is_complex() else torch.float64
-        for name, root in memory.items():
-            if name.endswith(_ENERGY):
-                new = torch.linalg.vector_norm(gradient, dim=int(name.removesuffix(_ENERGY)), dtype=wide).flatten()
-                root.copy_((self.decay * root.double().square() + (1 - self.decay) * new.square()).sqrt())
+        """Bring the energies up to date: a pass over the gradient for each compressed mode."""
+        roots = {int(name.removesuffix(_ENERGY)): root for name, root in memory.items() if name.endswith(_ENERGY)}
+        if not roots:
+            return
+        unit = gradient.abs().amax().clamp_min(torch.finfo(gradient.dtype).tiny)
+        squares = abs_squared(gradient / unit)
+        for mode, root in roots.items():
+            new = squares.sum(mode).flatten().sqrt() * unit
+            root.copy_(torch.hypot(root * sqrt(self.decay), new * sqrt(1 - self.decay)))
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Decompose a sample for each compressed mode; ``start`` serves where it is zero, or smaller than the rank."""
