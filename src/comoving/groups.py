@@ -59,7 +59,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         check_choice(key, group[key], (True, False, None))
     check_choice("select", group["select"], ("auto", "shape"))
     roles = {
-        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("observe", "find", "momentum"),
+        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
         "transport": ("move", "age"), "rule": ("absorb", "direction"), "residual": ("restore", "keep"),
         "codec": ("encode", "decode"),
     }  # fmt: skip

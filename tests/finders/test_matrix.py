@@ -30,7 +30,7 @@ from comoving.parts import part
 from comoving.residual import Feedback
 from comoving.transport import Carry, Keep, Rotate
 from contract import test_finders as contract
-from contract.support import COMPLEX, REAL, close, known_rank, lone, memory_of, randn, search, step
+from contract.support import COMPLEX, REAL, close, known_rank, lone, memory_of, randn, random_frame, search, step
 
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=str)
 NEW = [
@@ -198,6 +198,19 @@ def test_the_gram_matrix_of_the_sample_is_unbiased(columns):
         assert (plain - gram).norm() > 0.1 * gram.norm()
         energy = x.square().sum(0)
         close(often, inclusion(0.9 * energy / energy.sum() + 0.1 / 48, count), 0.04)
+
+
+@FIELDS
+def test_the_factor_is_that_of_the_weighted_sample(dtype):
+    x, ranks = spiked(dtype) + 0.5 * randn((32, 48), dtype, 3), (4, None)
+    finder = Nystroem(columns="energy")
+    memory = memory_of(finder, x, ranks)
+    indices, chances = finder._draw(memory["0.energy"], 8, 48, x.device, (0, 0))
+    frame = finder.find(Operand(x), Modes().start(x, ranks, None, 0), True, memory)
+    u = torch.linalg.svd(x[:, indices] / chances.sqrt()).U[:, :4]
+    close(frame.factors[0] @ frame.factors[0].mH, u @ u.mH, 1e-7)
+    plain = torch.linalg.svd(x[:, indices]).U[:, :4]
+    assert (plain @ plain.mH - u @ u.mH).norm() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -396,6 +409,9 @@ def test_a_random_frame_is_drawn_from_its_seed():
     assert following.ranks == frame.ranks
     assert following.next().seeds != frame.seeds
     assert Seeded().start(like, (5, 3), None, 8).seeds != frame.seeds
+    assert Seeded().start(like, (5, 3), frame, 8) is frame
+    assert Seeded().start(like, (6, 3), frame, 8).seeds == frame.seeds
+    assert Seeded().start(like, (6, 3), frame, 8).ranks == (6, 3)
     for bad in (None, torch.zeros(5), torch.zeros(21, 3)):
         with pytest.raises(ValueError, match="seed|core"):
             Seeded().load(state, (20, 12), bad)
@@ -669,6 +685,11 @@ def test_columns_of_an_unfolding(dtype):
         chosen = torch.tensor([7, 0, 11, 19])
         assert torch.equal(Operand(x).sample(n, chosen), unfold(x, n, 3)[:, chosen])
         assert Operand(x).columns(n) == unfold(x, n, 3).shape[1]
+        frame = random_frame((4, 5, 6), tuple(2 if m == n else None for m in range(3)), dtype, 1)
+        w = frame.project(randn((4, 5, 6), dtype, 2))
+        for m in range(3):
+            whole = unfold(0.3 * x + frame.lift(w), m, 3)[:, chosen]
+            close(Operand(x).mix(0.3, frame, w).sample(m, chosen), whole)
 
 
 @pytest.mark.parametrize(

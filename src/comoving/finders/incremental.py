@@ -82,7 +82,7 @@ class IncrementalSVD:
         add = min(self.add if warm else self.add + rank, d - rank)
         if add > 0:
             outside = to_unit(operand.sketch(mode, add, self.seed, count, mode))
-            for _ in range(2):  # twice is enough
+            for _ in range(2):  # then the basis seldom needs mending
                 outside = outside.sub_(u @ (u.mH @ outside))
             basis = reorthonormalize(torch.cat([u, orthonormalize(to_unit(outside))], dim=-1))
             new = unfold(operand.contract(mode, basis[:, rank:]), mode, operand.order)
