@@ -77,7 +77,10 @@ class Undo(AbstractContextManager[None]):
         for state, slots in zip(self._states, self._slots, strict=True):
             for name, old in slots.items():
                 new = state.get(name)
-                if new is not None and new.shape == old.shape:
+                if new is None or new.shape != old.shape:
+                    continue
+                # A seed on the host is read by no device: only where it has changed must the flag be fetched.
+                if new.device == self._flag.device or not (new.device.type == "cpu" and torch.equal(new, old)):
                     new.copy_(torch.where(self._flag.to(new.device), old, new))
 
 

@@ -60,7 +60,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         check_choice(key, group[key], (True, False, None))
     check_choice("select", group["select"], ("auto", "shape"))
     roles = {
-        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("observe", "find", "momentum"),
+        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
         "transport": ("move", "age"), "rule": ("absorb", "direction"), "residual": ("restore", "keep"),
         "codec": ("encode", "decode"),
     }  # fmt: skip
@@ -68,6 +68,12 @@ def check_options(group: Mapping[str, Any]) -> None:
         part = group[role]
         if isinstance(part, type) or not all(hasattr(part, method) for method in methods):
             raise TypeError(f"{role} must be a {role} part, such as those in comoving's {role} modules, got {part!r}")
+    makes, fills = getattr(group["frame"], "makes", None), getattr(group["finder"], "fills", None)
+    if makes is not None and fills is not None and makes not in fills:
+        raise TypeError(
+            f"finder {group['finder']} cannot fill frame {group['frame']}: it finds a "
+            f"{' or '.join(kind.__name__ for kind in fills)}, the frame is a {makes.__name__}"
+        )
 
 
 def update_scale(site: Site, scale: float | str) -> float:
@@ -112,6 +118,11 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
     if not isinstance(group["rank"], tuple):
         sites = _without_the_small(sites)
     for site in sites:
+        if site.projected:
+            try:
+                group["finder"].parts(site.view.shape, site.ranks, site.view.dtype)
+            except ValueError as error:
+                raise ValueError(f"{site.name}: {error}") from None
         refused = None
         if not site.plain and group["amsgrad"]:
             refused = "amsgrad", "a running maximum has no meaning in a moving subspace"

@@ -14,7 +14,7 @@ from torch.optim.adam import adam as torch_adam
 from . import diagnostics as error_control
 from . import gradients
 from . import state as slots
-from .codecs import Codec, Full
+from .codecs import Codec, Full, Part
 from .finders import Finder, Memory, Operand, Power
 from .frames import Frame, Layout, ModeFrame, Modes
 from .frames.base import Rank, Side
@@ -43,7 +43,9 @@ class _Unit(NamedTuple):
     def frame(self) -> Frame:
         """The frame in the state; the whole one of a dense parameter."""
         shape = self.site.view.shape
-        return self.group["frame"].load(self.state, shape) if self.site.projected else ModeFrame((None,) * len(shape))
+        if not self.site.projected:
+            return ModeFrame((None,) * len(shape))
+        return self.group["frame"].load(self.state, shape, self.state.get(self.group["rule"].momentum))
 
 
 class LowRankOptimizer(Optimizer):
@@ -225,7 +227,7 @@ class LowRankOptimizer(Optimizer):
         if site.projected:
             group["finder"].observe(seen, memory)
         restored = residual.restore(seen, passage.frame, passage.old_momentum, state, codec)  # 2
-        refreshing = opening and self._refresh_due(unit)
+        refreshing = opening and self._refresh_due(unit, passage.frame)
         if refreshing:
             with self.refresh_scope():
                 restored = restored.measured() if group["diagnostics"] else restored
@@ -295,10 +297,10 @@ class LowRankOptimizer(Optimizer):
         momentum: Any = state.get(rule.momentum)
         return Passage(frame, momentum, decay, intake, None if momentum is None else frame, momentum)
 
-    def _refresh_due(self, unit: _Unit) -> bool:
+    def _refresh_due(self, unit: _Unit, frame: Frame) -> bool:
         site, group, state = unit
         # A loaded checkpoint of other ranks does not fit: it is carried over at once.
-        fits = not site.projected or unit.frame().ranks == site.ranks
+        fits = frame.ranks == site.ranks
         return site.projected and (not fits or refresh_due(state["tick"], group["refresh_every"], site.phase))
 
     def _changes_shape(self, p: Tensor) -> bool:
@@ -504,9 +506,8 @@ class LowRankOptimizer(Optimizer):
         if not isinstance(value, Tensor):
             return deepcopy(value)
         site, group = self.sites[p], self.param_groups[self._group_index[p]]
-        part = slots.layout(site, group).get(name)
-        scalar = part is not None and part.scalar
-        return value.detach().clone().to(self._scalar_device(p, site, group) if scalar else p.device)
+        part = slots.layout(site, group).get(name, Part(tuple(value.shape), value.dtype))
+        return value.detach().clone().to(slots.place(part, p.device, self._scalar_device(p, site, group)))
 
     def _scalar_device(self, p: Tensor, site: Site, group: dict[str, Any]) -> torch.device:
         """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""

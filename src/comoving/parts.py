@@ -4,17 +4,44 @@ import ast
 from typing import Any
 
 from .codecs import BFloat16, Full, Int8
-from .finders import Exact, Power, TrainIncrement, TrainRandomized, TrainSVD, TreeIncrement, TreeSVD
-from .frames import Blocks, Modes, Trains, Trees
+from .finders import (
+    CosineSelection,
+    Exact,
+    IncrementalSVD,
+    Nystroem,
+    Oja,
+    Power,
+    Randomized,
+    RandomProjection,
+    TrainIncrement,
+    TrainRandomized,
+    TrainSVD,
+    TreeIncrement,
+    TreeSVD,
+)
+from .frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
 from .residual import Discard, Feedback
 from .rules import Adam
 from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
-    "frame": {"modes": Modes, "blocks": Blocks, "trains": Trains, "trees": Trees},
+    "frame": {
+        "modes": Modes,
+        "blocks": Blocks,
+        "cosines": Cosines,
+        "seeded": Seeded,
+        "trains": Trains,
+        "trees": Trees,
+    },
     "finder": {
         "exact": Exact,
         "power": Power,
+        "randomized": Randomized,
+        "nystroem": Nystroem,
+        "oja": Oja,
+        "incremental": IncrementalSVD,
+        "cosine": CosineSelection,
+        "random": RandomProjection,
         "train_svd": TrainSVD,
         "train_randomized": TrainRandomized,
         "train_increment": TrainIncrement,

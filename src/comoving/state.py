@@ -63,9 +63,16 @@ def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
 def zeros(parts: Mapping[str, Part], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
     """Zero tensors for these parts, single numbers on a device of their own."""
     return {
-        name: torch.zeros(part.shape, dtype=part.dtype, device=scalars if part.scalar else device)
+        name: torch.zeros(part.shape, dtype=part.dtype, device=place(part, device, scalars))
         for name, part in parts.items()
     }
+
+
+def place(part: Part, device: torch.device, scalars: torch.device) -> torch.device:
+    """Where a part is stored: seeds and counts of draws, which are read at every refresh, always on the host."""
+    if not part.shape and part.dtype == torch.int64:
+        return torch.device("cpu")
+    return scalars if part.scalar else device
 
 
 def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device) -> dict[str, Any]:
@@ -236,6 +243,9 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
         own = group["transport"].slots(group["rule"].slots)
         if any(slot.name not in state for slot in own):
             group["transport"].adopt(state, group["rule"].slots, Clock(state["step"], *group["betas"]))
+        expected_memory = {n: part for n, part in expected.items() if n.startswith(_MEMORY) and n in state}
+        misfits = {n: part for n, part in expected_memory.items() if tuple(state[n].shape) != part.shape}
+        state |= zeros(misfits, state[FIRST].device, state["step"].device)  # a memory of other ranks starts anew
         residual = group["residual"].parts(group["codec"], site.view.shape, tuple(state[FIRST].shape), site.view.dtype)
         expected = {name: part for name, part in (expected | residual).items() if name not in moved}
         # Dense state has no feedback and no record of its error: both start at zero.
@@ -274,7 +284,7 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
     layout, shape = group["frame"], site.view.shape
-    frame = layout.load(state, shape)
+    frame = layout.load(state, shape, state[FIRST])
     core = layout.core_shape(shape, frame.ranks)
     frame_shapes = {name: part.shape for name, part in layout.parts(shape, frame.ranks, site.view.dtype).items()}
     found = {name: tuple(x.shape) for name, x in state.items() if name.startswith("frame.")}

@@ -7,8 +7,23 @@ from torch import nn
 
 from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8
-from comoving.finders import Exact, Power, TrainIncrement, TrainRandomized, TrainSVD, TreeIncrement, TreeSVD
-from comoving.frames import ModeFrame
+from comoving.finders import (
+    CosineSelection,
+    Exact,
+    IncrementalSVD,
+    Nystroem,
+    Oja,
+    Operand,
+    Power,
+    Randomized,
+    RandomProjection,
+    TrainIncrement,
+    TrainRandomized,
+    TrainSVD,
+    TreeIncrement,
+    TreeSVD,
+)
+from comoving.frames import Cosines, ModeFrame, Modes, Seeded
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
@@ -23,6 +38,12 @@ FINDERS = [
     Power(),
     Power(momentum=0.0, iterations=3),
     Power(start="exact"),
+    Randomized(),
+    Randomized(momentum=0.0, oversampling=2, passes=0, seed=3),
+    Nystroem(),
+    Nystroem(columns="energy"),
+    Oja(),
+    IncrementalSVD(),
 ]
 BOND_FINDERS = [
     TrainSVD(),
@@ -34,6 +55,9 @@ BOND_FINDERS = [
     TreeSVD(),
     TreeIncrement(),
 ]
+SAMPLED = [(CosineSelection(), Cosines()), (RandomProjection(), Seeded())]
+PATIENCE = {Oja: 40}
+"""Refreshes with one operand that a finder may take where others need one."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
 RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
@@ -57,6 +81,26 @@ def known_rank(shape, ranks, dtype=REAL, seed=0):
     frame = random_frame(shape, ranks, dtype, seed)
     core = tuple(d if r is None else r for d, r in zip(shape, ranks, strict=True))
     return frame.lift(randn(core, dtype, seed + 1000))
+
+
+def memory_of(finder, x, ranks):
+    """What a finder remembers of a tensor with a frame of these ranks, before its first search."""
+    parts = finder.parts(tuple(x.shape), ranks, x.dtype)
+    memory = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
+    finder.observe(x, memory)
+    return memory
+
+
+def search(finder, x, ranks, warm, seed=0, layout=Modes(), patience=1):  # noqa: B008  (frozen)
+    """Where a search began, and the frame that it found."""
+    start = layout.start(x, ranks, None, seed)
+    if warm:
+        start = random_frame(x.shape, ranks, x.dtype, 8) if type(start) is ModeFrame else start
+    memory = memory_of(finder, x, ranks)
+    frame = finder.find(Operand(x), start, warm, memory)
+    for _ in range(1, patience):
+        frame = finder.find(Operand(x), frame, True, memory)
+    return start, frame
 
 
 def explicit(frame, shape, dtype):

@@ -7,20 +7,34 @@ import pytest
 
 from comoving import codecs, finders, frames, residual, rules, transport
 from comoving.codecs import Int8
-from comoving.finders import Exact, Power, TrainIncrement, TrainRandomized, TrainSVD, TreeIncrement, TreeSVD
-from comoving.frames import Blocks, Modes, Trains, Trees
+from comoving.finders import (
+    CosineSelection,
+    Exact,
+    IncrementalSVD,
+    Nystroem,
+    Oja,
+    Power,
+    Randomized,
+    TrainIncrement,
+    TrainRandomized,
+    TrainSVD,
+    TreeIncrement,
+    TreeSVD,
+)
+from comoving.frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
 from comoving.residual import Feedback
 from comoving.rules import Adam
-from contract.support import BOND_FINDERS, CODECS, FINDERS, RESIDUALS, TRANSPORTS
+from contract.support import BOND_FINDERS, CODECS, FINDERS, RESIDUALS, SAMPLED, TRANSPORTS
 
-RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees()]
+SAMPLED_LAYOUTS = [layout for _, layout in SAMPLED]
+RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees(), *SAMPLED_LAYOUTS]
 ROLES = {
-    "finder": (finders, [*FINDERS, *BOND_FINDERS], {"Operand"}),
+    "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in SAMPLED)], {"Operand"}),
     "transport": (transport, TRANSPORTS, {"Clock", "Slot"}),
     "codec": (codecs, CODECS, set()),
     "residual": (residual, RESIDUALS, {"Passage"}),
     "rule": (rules, RULES, set()),
-    "frame": (frames, FRAMES, {"ModeFrame", "BondFrame"}),
+    "frame": (frames, FRAMES, {"ModeFrame", "BondFrame", "CosineFrame", "SeededFrame"}),
 }
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
 
@@ -59,6 +73,27 @@ def test_parts_are_frozen_values(part):
         (Power, "iterations", 0, ">= 1"),
         (Power, "cold", 0, ">= 1"),
         (Power, "start", "warm", "'random', 'exact'"),
+        (Randomized, "momentum", 1.0, r"\[0, 1\)"),
+        (Randomized, "oversampling", -1, ">= 0"),
+        (Randomized, "passes", -1, ">= 0"),
+        (Randomized, "seed", -1, ">= 0"),
+        (Nystroem, "momentum", -0.5, r"\[0, 1\)"),
+        (Nystroem, "samples", 0, ">= 1"),
+        (Nystroem, "samples", 0.5, r"\[1, inf\)"),
+        (Nystroem, "samples", float("inf"), r"\[1, inf\)"),
+        (Nystroem, "columns", "norm", "'uniform', 'energy'"),
+        (Nystroem, "decay", 1.0, r"\[0, 1\)"),
+        (Nystroem, "seed", -2, ">= 0"),
+        (Oja, "momentum", 1.0, r"\[0, 1\)"),
+        (Oja, "rate", 0.0, r"\(0, inf\)"),
+        (IncrementalSVD, "momentum", 1.0, r"\[0, 1\)"),
+        (IncrementalSVD, "forgetting", 0.0, r"\(0, 1\]"),
+        (IncrementalSVD, "forgetting", 1.1, r"\(0, 1\]"),
+        (IncrementalSVD, "add", 0, ">= 1"),
+        (IncrementalSVD, "seed", -1, ">= 0"),
+        (CosineSelection, "momentum", 1.0, r"\[0, 1\)"),
+        (Cosines, "min_size", 1, ">= 2"),
+        (Seeded, "min_size", 0, ">= 2"),
         (Int8, "block", 7, ">= 8"),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),

@@ -1,6 +1,6 @@
 """What the engine asks of a finder."""
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Finder(Protocol):
 
     ``momentum`` is rho in the operand rho F m/c1 + (1 - rho) g~ that the engine builds: the share of what is looked at
     that comes from the first moment instead of the newest gradient.
+
+    A class attribute ``fills``, the types of frames that it can find, lets other layouts be refused at construction.
     """
 
     @property
@@ -62,3 +64,31 @@ class Memoryless:
 
     def observe(self, gradient: Tensor, memory: Memory) -> None:
         """Nothing to note."""
+
+
+class _Filling(Protocol):
+    fills: ClassVar[tuple[type, ...]]
+
+
+def check_start(finder: _Filling, start: object) -> None:
+    """Raise unless the finder fills frames of start's type.
+
+    Raises:
+        TypeError: naming both.
+    """
+    if type(start) not in finder.fills:
+        filled = " or ".join(kind.__name__ for kind in finder.fills)
+        raise TypeError(f"{finder} fills a {filled}, got a {type(start).__name__}")
+
+
+DRAWS = "draws"
+"""The memory's slot for the number of draws so far."""
+drawing = Part((), torch.int64, scalar=True)
+"""That slot: one integer, on the host."""
+
+
+def counted(memory: Memory) -> int:
+    """The number of draws so far, which goes up by one."""
+    count = int(memory[DRAWS])
+    memory[DRAWS] = torch.tensor(count + 1, device="cpu")
+    return count

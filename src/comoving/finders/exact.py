@@ -1,7 +1,7 @@
 """Exact factors of each unfolding, by the Gram matrix of the short side or by SVD."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..frames import ModeFrame
 from ..linalg import gram, leading_eigenvectors, multilinear, orthonormalize, unfold
 from ..validate import check_choice, check_float, check_int
-from .base import Memory, Memoryless
+from .base import Memory, Memoryless, check_start
 from .operand import Operand
 
 
@@ -28,6 +28,8 @@ class Exact(Memoryless):
             values above about sqrt(machine epsilon) of the largest; "svd" is accurate for all and slower.
     """
 
+    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+
     momentum: float = 0.0
     sweeps: int = 0
     method: Literal["gram", "svd"] = "gram"
@@ -39,6 +41,7 @@ class Exact(Memoryless):
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Decompose each compressed mode anew; ``start`` only serves where the operand is zero."""
+        check_start(self, start)
         x = operand.full()
         # Squares of large or small entries would leave the range of float32.
         x = x / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..draws import gaussian
 from ..frames import Frame, ModeFrame
 from ..frames.base import Overlap
 from ..linalg import correlate, gram, inner, multilinear, norm
@@ -93,6 +94,23 @@ class Operand:
         lifts[mode] = None if own is factor else factor.mH if own is None else factor.mH @ own
         return result.add_(multilinear(self.core, lifts))
 
+    def columns(self, mode: int) -> int:
+        """How many columns the unfolding O_(n) has."""
+        return self.dense.numel() // self.dense.shape[mode]
+
+    def sketch(self, mode: int, count: int, *key: int) -> Tensor:
+        """O_(n) W, (d_n, count), with Gaussian W of a generator that is seeded from the integers."""
+        shape = tuple(count if n == mode else d for n, d in enumerate(self.dense.shape))
+        return self.correlate(mode, gaussian(shape, self.dense, *key))
+
+    def sample(self, mode: int, indices: Tensor) -> Tensor:
+        """Columns of the unfolding O_(n), (d_n, s), by their indices."""
+        side = self._side
+        own = None if side is None else side.factors[mode]
+        if own is None or self.core is None:
+            return _columns(self._formed, mode, indices)
+        return _columns(self.dense, mode, indices).mul_(self.share).add_(own @ _columns(self.core, mode, indices))
+
     def correlate(self, mode: int, z: Tensor) -> Tensor:
         """O_(n) Z_(n)^H, (d_n, r), for z of O's shape but r long in mode n."""
         side = self._side
@@ -115,3 +133,8 @@ class Operand:
         """The frame of the second term, if it compresses a single mode, so that products with F w are cheap."""
         frame = self.frame
         return frame if isinstance(frame, ModeFrame) and sum(u is not None for u in frame.factors) == 1 else None
+
+
+def _columns(x: Tensor, mode: int, indices: Tensor) -> Tensor:
+    others = [d for n, d in enumerate(x.shape) if n != mode]
+    return x.movedim(mode, 0)[(slice(None), *torch.unravel_index(indices, others))]

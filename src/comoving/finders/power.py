@@ -1,15 +1,15 @@
 """Warm block power iteration: a few matrix products and one small orthonormalization per mode."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import orthonormalize
+from ..linalg import orthonormalize, to_unit
 from ..validate import check_choice, check_float, check_int
-from .base import Memory, Memoryless
+from .base import Memory, Memoryless, check_start
 from .exact import Exact
 from .operand import Operand
 
@@ -29,6 +29,8 @@ class Power(Memoryless):
         cold: iterations of the first frame when it starts at random, >= 1.
     """
 
+    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+
     momentum: float = 0.9
     iterations: int = 1
     start: Literal["random", "exact"] = "random"
@@ -42,6 +44,7 @@ class Power(Memoryless):
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Iterate from ``start``."""
+        check_start(self, start)
         if not warm and self.start == "exact":
             return Exact().find(operand, start, warm, memory)
         count = self.iterations if warm else self.cold
@@ -52,12 +55,7 @@ class Power(Memoryless):
 
 def _iterate(operand: Operand, mode: int, u: Tensor, count: int) -> Tensor:
     for _ in range(count):
-        p = _scaled(operand.correlate(mode, _scaled(operand.contract(mode, u))))
+        p = to_unit(operand.correlate(mode, to_unit(operand.contract(mode, u))))
         # The trace of u holds the directions that O leaves open.
         u = orthonormalize(p.add_(u, alpha=4 * torch.finfo(p.dtype).eps))
     return u
-
-
-def _scaled(x: Tensor) -> Tensor:
-    """x, in place, with a largest entry of 1: products of gradients would leave the range of float32."""
-    return x.div_(x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny))

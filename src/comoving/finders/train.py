@@ -1,6 +1,7 @@
 """Finders of tensor-train frames: TT-SVD, randomized, and by increments."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class TrainSVD(Memoryless):
             singular values above about sqrt(machine epsilon) of the largest; "svd" takes the small SVD after QR,
             accurate for all and slower.
     """
+
+    fills: ClassVar[tuple[type, ...]] = (BondFrame,)
 
     momentum: float = 0.0
     method: Method = "gram"
@@ -60,6 +63,8 @@ class TrainRandomized(Memoryless):
         reads: how often the data are read, 1 or 2.
         seed: of the sketch, >= 0; the same at every refresh and on all ranks.
     """
+
+    fills: ClassVar[tuple[type, ...]] = (BondFrame,)
 
     momentum: float = 0.0
     oversampling: int = 8
@@ -112,6 +117,8 @@ class TrainIncrement(Memoryless):
         add: directions by which each edge grows before pruning, >= 1; None for as many as it has.
         seed: of the sketch, >= 0; the same at every refresh and on all ranks.
     """
+
+    fills: ClassVar[tuple[type, ...]] = (BondFrame,)
 
     momentum: float = 0.0
     columns: int = 8

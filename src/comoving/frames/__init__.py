@@ -4,7 +4,21 @@ from .base import Frame, Layout
 from .blocks import Blocks
 from .bond import BondFrame
 from .modes import ModeFrame, Modes
+from .sampled import CosineFrame, Cosines, Seeded, SeededFrame
 from .train import Trains
 from .tree import Trees
 
-__all__ = ["Blocks", "BondFrame", "Frame", "Layout", "ModeFrame", "Modes", "Trains", "Trees"]
+__all__ = [
+    "Blocks",
+    "BondFrame",
+    "CosineFrame",
+    "Cosines",
+    "Frame",
+    "Layout",
+    "ModeFrame",
+    "Modes",
+    "Seeded",
+    "SeededFrame",
+    "Trains",
+    "Trees",
+]

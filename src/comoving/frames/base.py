@@ -50,7 +50,10 @@ class Frame(Protocol):
 
 
 class Layout(Protocol):
-    """How a frame lies on a tensor; a frozen dataclass of hyper-parameters, without tensors."""
+    """How a frame lies on a tensor; a frozen dataclass of hyper-parameters, without tensors.
+
+    A class attribute ``makes``, the type of its frames, lets finders that do not fill them be refused at once.
+    """
 
     def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> Ranks:
         """The ranks for a tensor of this shape; all None where no mode is worth compressing.
@@ -73,8 +76,15 @@ class Layout(Protocol):
         """What a frame of these ranks stores."""
         ...
 
-    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> Frame:
-        """The frame whose tensors are in the state; whole where there are none."""
+    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> Frame:
+        """The frame whose tensors are in the state; whole where there are none.
+
+        Args:
+            state: of the parameter.
+            shape: of the tensor that is framed.
+            like: a tensor of the core's shape, in the dtype and on the device to work in, for frames that do not
+                store their directions; None where the state has no core yet.
+        """
         ...
 
     def start(self, like: Tensor, ranks: Ranks, older: Any, seed: int) -> Frame:

@@ -34,6 +34,11 @@ class Blocks:
         if isinstance(self.inner, Blocks):
             raise ValueError(f"inner must be a layout of one frame, got {self.inner!r}: blocks have no blocks")
 
+    @property
+    def makes(self) -> type | None:
+        """The type of each block's frame."""
+        return getattr(self.inner, "makes", None)
+
     def count(self, shape: tuple[int, ...]) -> int:
         """The number of blocks.
 
@@ -73,7 +78,7 @@ class Blocks:
         own = self.inner.parts(self.block_shape(shape), ranks, dtype)
         return {f"{b}.{name}": part for b in range(self.count(shape)) for name, part in own.items()}
 
-    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> Frame:
+    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> Frame:
         """Refused: a frame belongs to a block."""
         raise TypeError("the blocks of a tensor have frames, the tensor has none")
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +105,8 @@ class Bonded:
     Frozen dataclasses derive from it. Ranks are given one per edge in the order of :attr:`BondFrame.ranks`.
     """
 
+    makes: ClassVar[type[BondFrame]] = BondFrame
+
     def template(self, shape: tuple[int, ...]) -> BondFrame:
         """The whole frame of this shape: its two trees, without tensors."""
         raise NotImplementedError
@@ -152,7 +155,7 @@ class Bonded:
         left, right = _split(frame, ranks)
         return _parts("frame.left.", frame.left, left, dtype) | _parts("frame.right.", frame.right, right, dtype, True)
 
-    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> BondFrame:
+    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> BondFrame:
         """The frame whose tensors are in the state; edges without one are whole."""
         frame = self.template(shape)
         left = (state.get(f"frame.left.{i}") for i, _ in enumerate(frame.left.edges()))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -78,6 +79,8 @@ class Modes:
         min_size: shortest mode that is compressed in tensors of higher order, >= 2.
     """
 
+    makes: ClassVar[type[ModeFrame]] = ModeFrame
+
     min_size: int = 8
 
     def __post_init__(self) -> None:
@@ -126,7 +129,7 @@ class Modes:
         """r_n along compressed modes, 1 along whole ones."""
         return tuple(1 if r is None else r for r in ranks)
 
-    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> ModeFrame:
+    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> ModeFrame:
         """The frame whose tensors are in the state; modes without one are whole."""
         return ModeFrame(tuple(state.get(f"frame.{n}") for n in range(len(shape))))
 

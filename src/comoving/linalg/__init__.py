@@ -1,9 +1,17 @@
 """Dense linear algebra: products along tensor modes, orthonormal bases, QR, sampled Tucker factors and trains."""
 
+from .cosine import cosine_columns, cosine_transform
 from .incremental import incremental_qr
 from .multilinear import abs_squared, add_multilinear, correlate, gram, inner, multilinear, norm, unfold
 from .nystrom import nystrom_tucker
-from .orthogonal import leading_eigenvectors, orthogonality_defect, orthonormalize, reorthonormalize
+from .orthogonal import (
+    leading_eigenvectors,
+    leading_singular,
+    orthogonality_defect,
+    orthonormalize,
+    reorthonormalize,
+    to_unit,
+)
 from .singular import leading_left_vectors
 from .trains import tt_randomized, tt_svd
 from .tsqr import tsqr, tsqr_r
@@ -12,11 +20,14 @@ __all__ = [
     "abs_squared",
     "add_multilinear",
     "correlate",
+    "cosine_columns",
+    "cosine_transform",
     "gram",
     "inner",
     "incremental_qr",
     "leading_eigenvectors",
     "leading_left_vectors",
+    "leading_singular",
     "multilinear",
     "norm",
     "nystrom_tucker",
@@ -27,5 +38,6 @@ __all__ = [
     "tsqr_r",
     "tt_randomized",
     "tt_svd",
+    "to_unit",
     "unfold",
 ]

@@ -65,3 +65,27 @@ def leading_eigenvectors(hermitian: Tensor, count: int) -> Tensor:
     """
     vectors = torch.linalg.eigh(hermitian).eigenvectors
     return vectors[..., -count:].flip(-1).contiguous()
+
+
+def leading_singular(a: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The ``count`` leading left singular vectors, in a's dtype, and singular values of [diag(own), A], largest first.
+
+    From the eigenvectors of A A^H in double the precision: for few rows. Entries of A must have squares that fit.
+
+    Args:
+        a: (r, n).
+        own: (k,) with k <= r, real: a diagonal block that stands before the first k rows of A; none by default.
+        count: <= r.
+    """
+    wide = a.to(_WIDE.get(a.dtype, a.dtype))
+    product = wide @ wide.mH
+    if own is not None:
+        product.diagonal()[: own.shape[-1]].add_(own.to(product.dtype).square())
+    values, vectors = torch.linalg.eigh(product)
+    leading = vectors[..., -count:].flip(-1).to(a.dtype).contiguous()
+    return leading, values[..., -count:].flip(-1).clamp_min(0).sqrt().to(a.dtype.to_real())
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """x, in place, with a largest entry of 1: products of gradients would leave the range of float32."""
+    return x.div_(x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny))

@@ -1,0 +1,28 @@
+"""Random numbers that are the same on every device and process, and leave the global generators alone."""
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def scramble(*numbers: int) -> int:
+    """A seed in [0, 2^63) from integers: neighbours lead to unrelated seeds (Steele et al., SplitMix64, 2014)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ state >> 27) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator(*key: int) -> torch.Generator:
+    """A generator on the CPU, seeded from these integers."""
+    return torch.Generator("cpu").manual_seed(scramble(*key))
+
+
+def gaussian(shape: tuple[int, ...], like: Tensor, *key: int) -> Tensor:
+    """Standard normal entries in like's dtype, real or complex, and on its device; drawn on the CPU."""
+    wide = torch.complex128 if like.is_complex() else torch.float64
+    return torch.randn(shape, dtype=wide, generator=generator(*key), device="cpu").to(like)

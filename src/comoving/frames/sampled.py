@@ -1,0 +1,159 @@
+"""Frames that are sampled from a known basis or drawn from a seed: the state holds integers only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..codecs import Part
+from ..draws import gaussian, scramble
+from ..linalg import cosine_columns, orthonormalize
+from .base import Ranks
+from .modes import ModeFrame, Modes
+
+
+@dataclass(frozen=True)
+class CosineFrame(ModeFrame):
+    """U_n = columns of the orthonormal DCT-II matrix of size d_n.
+
+    Args:
+        factors: the columns.
+        indices: which ones, (r_n,) int64, or None where the mode is whole.
+    """
+
+    indices: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, indices: tuple[Tensor | None, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Self:
+        """The frame of these columns, built."""
+        pairs = zip(indices, shape, strict=True)
+        return cls(tuple(None if k is None else cosine_columns(d, k, dtype) for k, d in pairs), indices)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{"frame.n.indices": (r_n,)} for the compressed modes."""
+        return {f"frame.{n}.indices": k for n, k in enumerate(self.indices) if k is not None}
+
+
+@dataclass(frozen=True)
+class Cosines(Modes):
+    """Modes whose factors are columns of the DCT-II matrix (DCT-AdamW, arXiv 2505.17967); the state holds indices.
+
+    Args:
+        min_size: as for :class:`Modes`.
+    """
+
+    makes: ClassVar[type[ModeFrame]] = CosineFrame
+
+    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+        """The indices."""
+        return {f"frame.{n}.indices": Part((r,), torch.int64) for n, r in enumerate(ranks) if r is not None}
+
+    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> CosineFrame:
+        """The frame whose indices are in the state, with factors in like's dtype."""
+        indices = tuple(state.get(f"frame.{n}.indices") for n in range(len(shape)))
+        return CosineFrame.of(indices, shape, torch.get_default_dtype() if like is None else like.dtype)
+
+    def start(self, like: Tensor, ranks: Ranks, older: Any, seed: int) -> CosineFrame:
+        """The older frame's first columns, then the lowest frequencies; nothing is drawn."""
+        if isinstance(older, CosineFrame) and older.ranks == ranks:
+            return older
+        known = older.indices if isinstance(older, CosineFrame) else (None,) * like.ndim
+        indices = tuple(
+            None if r is None else _extended(k, d, r, like.device)
+            for k, d, r in zip(known, like.shape, ranks, strict=True)
+        )
+        return CosineFrame.of(indices, tuple(like.shape), like.dtype)
+
+
+def _extended(kept: Tensor | None, d: int, r: int, device: torch.device) -> Tensor:
+    every = torch.arange(d, device=device)
+    if kept is None:
+        return every[:r]
+    order = torch.isin(every, kept).long().argsort(stable=True)
+    return torch.cat([kept[:r], every[order][: max(0, r - kept.shape[0])]])
+
+
+@dataclass(frozen=True)
+class SeededFrame(ModeFrame):
+    """U_n = the orthonormalized Gaussian matrix of a seed.
+
+    Args:
+        factors: the bases.
+        seeds: of each, or None where the mode is whole.
+    """
+
+    seeds: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, seeds: tuple[int | None, ...], shape: tuple[int, ...], ranks: Ranks, like: Tensor) -> Self:
+        """The frame of these seeds and ranks, drawn, in like's dtype and on its device."""
+        factors = tuple(
+            None if seed is None or r is None else orthonormalize(gaussian((d, r), like, seed))
+            for seed, d, r in zip(seeds, shape, ranks, strict=True)
+        )
+        return cls(factors, seeds)
+
+    def next(self) -> "SeededFrame":
+        """Another frame like this one, each seed made from the last."""
+        seeds = tuple(None if seed is None else scramble(seed) for seed in self.seeds)
+        drawn = [u for u in self.factors if u is not None]
+        shape = tuple(1 if u is None else u.shape[0] for u in self.factors)
+        return SeededFrame.of(seeds, shape, self.ranks, drawn[0]) if drawn else self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{"frame.n.seed": a single int64 on the host} for the compressed modes."""
+        return {
+            f"frame.{n}.seed": torch.tensor(seed, device="cpu") for n, seed in enumerate(self.seeds) if seed is not None
+        }
+
+
+@dataclass(frozen=True)
+class Seeded(Modes):
+    """Modes whose factors are drawn from seeds; the state holds the seeds, and the core's shape says the ranks.
+
+    A factor is drawn anew whenever the frame is loaded, twice a step, which costs 2 d r^2 operations and no memory
+    between steps.
+
+    Args:
+        min_size: as for :class:`Modes`.
+    """
+
+    makes: ClassVar[type[ModeFrame]] = SeededFrame
+
+    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+        """The seeds."""
+        return {f"frame.{n}.seed": Part((), torch.int64, scalar=True) for n, r in enumerate(ranks) if r is not None}
+
+    def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> SeededFrame:
+        """The frame whose seeds are in the state, drawn at the ranks that like, a tensor of the core's shape, has.
+
+        Raises:
+            ValueError: like is missing or has no core's shape, so that the ranks are unknown.
+        """
+        stored = [state.get(f"frame.{n}.seed") for n in range(len(shape))]
+        seeds = tuple(None if seed is None else int(seed) for seed in stored)
+        if like is None or like.ndim != len(shape):
+            if any(seed is not None for seed in seeds):
+                has = None if like is None else tuple(like.shape)
+                raise ValueError(f"a seed does not say the ranks, and a core of shape {has} does not fit {shape}")
+            return SeededFrame((None,) * len(shape), seeds)
+        ranks = tuple(None if seed is None else r for seed, r in zip(seeds, like.shape, strict=True))
+        if any(r is not None and not 1 <= r <= d for r, d in zip(ranks, shape, strict=True)):
+            raise ValueError(f"a core of shape {tuple(like.shape)} belongs to no frame of a tensor of shape {shape}")
+        return SeededFrame.of(seeds, shape, ranks, like)
+
+    def start(self, like: Tensor, ranks: Ranks, older: Any, seed: int) -> SeededFrame:
+        """The older frame where its ranks are these, else its seeds at these ranks; without one, seeds from ``seed``.
+
+        Of another rank a seed draws another basis: moments move by the overlap of the two.
+        """
+        if isinstance(older, SeededFrame) and older.ranks == ranks:
+            return older
+        known = older.seeds if isinstance(older, SeededFrame) else (None,) * like.ndim
+        seeds = tuple(
+            None if r is None else scramble(seed, n) if old is None else old
+            for n, (r, old) in enumerate(zip(ranks, known, strict=True))
+        )
+        return SeededFrame.of(seeds, tuple(like.shape), ranks, like)
