@@ -85,9 +85,7 @@ class Nystroem:
             return
         unit = gradient.abs().amax().clamp_min(torch.finfo(gradient.dtype).tiny)
         scaled = gradient / unit
-        squares = (
-            abs_squared(scaled) if scaled.is_complex() else scaled.square_()
-        )  # a second buffer costs ten times this
+        squares = abs_squared(scaled) if scaled.is_complex() else scaled.square_()
         for mode, root in roots.items():
             new = squares.sum(mode).flatten().sqrt() * unit
             root.copy_(torch.hypot(root * sqrt(self.decay), new * sqrt(1 - self.decay)))
