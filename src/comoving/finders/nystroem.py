@@ -84,7 +84,8 @@ class Nystroem:
         if not roots:
             return
         unit = gradient.abs().amax().clamp_min(torch.finfo(gradient.dtype).tiny)
-        squares = abs_squared(gradient / unit)
+        scaled = gradient / unit
+        squares = abs_squared(scaled) if scaled.is_complex() else scaled.square_()
         for mode, root in roots.items():
             new = squares.sum(mode).flatten().sqrt() * unit
             root.copy_(torch.hypot(root * sqrt(self.decay), new * sqrt(1 - self.decay)))
