@@ -20,13 +20,16 @@ from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, decide, named, update_scale
 from .linalg import multilinear, norm
+from .ranks import Fixed, Policy, Record
+from .ranks import budget as budgets
+from .ranks.reading import leading, read
 from .residual import Discard, Passage, Residual
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .schedule import refresh_due, stagger
 from .sites import Site
 from .transport import Clock, Rotate, Transport
-from .validate import check_choice, check_int
+from .validate import check_choice, check_float, check_int
 from .views import ViewName
 
 # Keys that others put into param groups, and that change nothing here.
@@ -60,6 +63,7 @@ class LowRankOptimizer(Optimizer):
         side: "auto", "left", "right" or "both", for matrices.
         view: "tensor", "matrix" or "pairs"; see :class:`comoving.views.View`.
         frame, finder, transport, rule, residual, codec: the parts; the codec stores the residual's buffer.
+        ranks: when ranks change: a policy of :mod:`comoving.ranks`, for frames of :class:`comoving.frames.Modes`.
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
             unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
             plain number by itself; "auto" is 0.3-match for matrices and match for tensors, which measured best.
@@ -73,8 +77,10 @@ class LowRankOptimizer(Optimizer):
         on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip"
             leaves parameters and state as they were, decided on the device, and counts (:attr:`skipped_steps`).
         seed: of the random directions that a first frame may start from.
+        budget: bytes that the state of all projected parameters together never exceeds; see
+            :mod:`comoving.ranks.budget`. None for no limit.
 
-    Every argument but the last two is a default for all groups and can be set in each group.
+    Every argument but the last three is a default for all groups and can be set in each group.
 
     Raises:
         ValueError, TypeError: at construction, for anything outside its interval.
@@ -104,6 +110,7 @@ class LowRankOptimizer(Optimizer):
         rule: Rule = Adam(),  # noqa: B008
         residual: Residual = Discard(),  # noqa: B008
         codec: Codec = Full(),  # noqa: B008
+        ranks: Policy = Fixed(),  # noqa: B008
         scale: float | str = "auto",
         refresh_every: int = 1,
         maximize: bool = False,
@@ -115,17 +122,20 @@ class LowRankOptimizer(Optimizer):
         reasons: dict[str, str] | None = None,
         on_nonfinite: str = "raise",
         seed: int = 0,
+        budget: int | None = None,
     ) -> None:
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_int("seed", seed, 0)
+        if budget is not None:
+            check_int("budget", budget, 1)
         defaults = dict(
             lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
-            finder=finder, transport=transport, rule=rule, residual=residual, codec=codec, scale=scale,
+            finder=finder, transport=transport, rule=rule, residual=residual, codec=codec, ranks=ranks, scale=scale,
             refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad, foreach=foreach, fused=fused,
             diagnostics=diagnostics, select=select, reasons=reasons,
         )  # fmt: skip
         check_options(defaults)
-        self.on_nonfinite, self.seed = on_nonfinite, seed
+        self.on_nonfinite, self.seed, self.budget = on_nonfinite, seed, budget
         self._begin()
         super().__init__(params, defaults)
 
@@ -136,6 +146,7 @@ class LowRankOptimizer(Optimizer):
         self._skipped: Tensor | None = None
         self._norms: dict[Tensor, Tensor] = {}
         self._fixed: list[dict[str, Any]] = []
+        self._held: dict[Tensor, int] = {}
 
     # ------------------------------------------------------------------------------------------------ the seven steps
 
@@ -199,7 +210,8 @@ class LowRankOptimizer(Optimizer):
         if refreshing:
             with self.refresh_scope():
                 restored = restored.measured() if group["diagnostics"] else restored
-                passage = self._refresh(restored, memory, state, site, group)  # 3
+                site, kept = self._adapt(p, seen, memory, state, site, group)
+                passage = self._refresh(restored, memory, state, site, group, kept)  # 3
         state.update(slots.remembered(memory))
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         z = z if site.projected else z.clone()  # the whole frame would hand on the caller's gradient
@@ -233,13 +245,19 @@ class LowRankOptimizer(Optimizer):
             p.copy_(p.to(update.dtype).mul_(keep).add_(update, alpha=alpha))
 
     def _refresh(
-        self, seen: Operand, memory: Memory, state: dict[str, Any], site: Site, group: dict[str, Any]
+        self,
+        seen: Operand,
+        memory: Memory,
+        state: dict[str, Any],
+        site: Site,
+        group: dict[str, Any],
+        kept: Frame | None,
     ) -> Passage:
-        """Step 3: a new frame, and the moments in it."""
+        """Step 3: a new frame, searched from what is kept of the old one, and the moments in it."""
         spec, finder, rule, transport = group["frame"], group["finder"], group["rule"], group["transport"]
         clock = Clock(state["step"], *group["betas"])
         old = self._frame(state, site, group) if rule.momentum in state else None
-        start = spec.start(seen.dense, site.ranks, old, self.seed + site.index)
+        start = spec.start(seen.dense, site.ranks, kept or old, self.seed + site.index)
         looked_at = seen
         if old is not None and finder.momentum > 0:
             core = (state[rule.momentum] * (finder.momentum / clock.weight1)).to(seen.dense.dtype)
@@ -265,6 +283,42 @@ class LowRankOptimizer(Optimizer):
         decay, intake = rule.recursion(clock)
         return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image)
 
+    def _adapt(
+        self, p: Tensor, seen: Tensor, memory: Memory, state: dict[str, Any], site: Site, group: dict[str, Any]
+    ) -> tuple[Site, Frame | None]:
+        """Before step 3: the ranks of the new frame, and what is kept of the old one; None for all of it, as it is."""
+        policy: Policy = group["ranks"]
+        old: Any = self._frame(state, site, group)
+        if not policy.adaptive or group["rule"].momentum not in state:
+            return site, None
+        reading, directions = read(old, seen)
+        if reading is not None and old.ranks == site.ranks and state["tick"] > 0:
+            opened = self._record(group).opened
+            ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, state["tick"], opened)
+            claim = budgets.Claim(site, group, state)
+            if self.budget is not None:
+                self._held.pop(p, None)
+                ranks = budgets.grant(p, ranks, reading, self._claims(), self._held, self.budget)
+            state[slots.VALUE].copy_(torch.tensor(budgets.prices(claim, reading, ranks)))
+            slots.set_ranks(state, ranks)
+            site = slots.current(site, group, state)
+        self._held.pop(p, None)
+        if old.ranks == site.ranks:
+            return site, None
+        parts = group["finder"].parts(site.view.shape, site.ranks, site.view.dtype)
+        stale = {name: part for name, part in parts.items() if memory[name].shape != part.shape}
+        memory.update(slots.zeros(stale, seen.device, state["step"].device))
+        return site, leading(old, directions, site.ranks)
+
+    def _claims(self) -> dict[Tensor, budgets.Claim]:
+        """What the budget is shared by: every projected parameter."""
+        claims: dict[Tensor, budgets.Claim] = {}
+        for p, site in self.sites.items():
+            group, state = self.param_groups[self._group_index[p]], self.state.get(p, {})
+            if site.projected:
+                claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
+        return claims
+
     def _standing(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Passage:
         """The passage of a momentum whose frame stays as it is."""
         frame, rule = self._frame(state, site, group), group["rule"]
@@ -284,7 +338,10 @@ class LowRankOptimizer(Optimizer):
         site, state = self.sites[p], self.state[p]
         if "step" not in state or not site.projected:
             return "step" not in state
-        return self._frame(state, site, self.param_groups[self._group_index[p]]).ranks != site.ranks
+        group = self.param_groups[self._group_index[p]]
+        site = slots.current(site, group, state)
+        adapts = group["ranks"].adaptive and self._refresh_due(state, site, group)
+        return adapts or self._frame(state, site, group).ranks != site.ranks
 
     def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Torch's AdamW on the dense real parameters of a group."""
@@ -317,7 +374,7 @@ class LowRankOptimizer(Optimizer):
         site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
         if "step" not in state:
             state.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
-        return site, group, state
+        return slots.current(site, group, state), group, state
 
     def _frame(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Frame:
         return group["frame"].load(state, site.view.shape)
@@ -350,6 +407,21 @@ class LowRankOptimizer(Optimizer):
 
     def _undone_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
         return nullcontext() if bad is None else gradients.Undo(bad, params, self.state)
+
+    def report_validation(self, loss: float) -> None:
+        """Tell the rank policies of a validation loss; part of the state. See :class:`comoving.ranks.Temperature`.
+
+        Raises:
+            TypeError: not a number.
+            ValueError: not finite.
+        """
+        check_float("loss", loss, float("-inf"))
+        for group in self.param_groups:
+            group[slots.VALIDATION] = tuple(group["ranks"].heard(self._record(group), float(loss)))
+
+    @staticmethod
+    def _record(group: dict[str, Any]) -> Record:
+        return Record(*group.get(slots.VALIDATION, ()))
 
     @property
     def skipped_steps(self) -> int:
@@ -389,8 +461,24 @@ class LowRankOptimizer(Optimizer):
         group = self.defaults | param_group
         check_options(group)
         sites = decide(pairs, group, first=len(self.sites))
+        sites = self._within_budget(dict(zip(params, sites, strict=True)), group)
         super().add_param_group({**param_group, "params": pairs if pairs[0][0] is not None else params})
         self._place(params, sites, len(self.param_groups) - 1)
+
+    def _within_budget(self, added: dict[Tensor, Site], group: dict[str, Any]) -> list[Site]:
+        """The new sites, and those that are here, at ranks that fit the budget."""
+        if self.budget is not None:
+            new = {p: budgets.Claim(site, group, {}) for p, site in added.items() if site.projected}
+            claims = self._claims() | new
+            for (p, claim), ranks in zip(claims.items(), budgets.fit([*claims.values()], self.budget), strict=True):
+                self._held.pop(p, None)
+                if p in added:
+                    added[p] = slots.resized(added[p], group, ranks)
+                elif not claim.state:
+                    self.sites[p] = slots.resized(self.sites[p], claim.group, ranks)
+                elif slots.RANKS in claim.state:
+                    slots.set_ranks(claim.state, ranks)
+        return list(added.values())
 
     def _place(self, params: list[Tensor], sites: list[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
@@ -431,12 +519,35 @@ class LowRankOptimizer(Optimizer):
             for p, key in keys.items()
             if key in state_dict["state"]
         }
+        self._fit_loaded(admitted, groups)
         packed = super().state_dict()["param_groups"]
         packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
         super().load_state_dict({"state": {}, "param_groups": packed})
         for p, state in admitted.items():
             self.state[p] = {name: self._owned(name, value, p) for name, value in state.items()}
+        self._held.clear()
+
+    def _fit_loaded(self, admitted: dict[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        """Lower the ranks that loaded parameters ask for where they exceed the budget; frames follow at the next step.
+
+        Raises:
+            ValueError: even the lowest ranks need more.
+        """
+        if self.budget is None:
+            return
+        claims: dict[Tensor, budgets.Claim] = {}
+        for p, site in self.sites.items():
+            group, state = groups[self._group_index[p]], admitted.get(p, {})
+            if site.projected:
+                if slots.RANKS in state:
+                    state[slots.RANKS] = state[slots.RANKS].clone()
+                claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
+        for (p, claim), ranks in zip(claims.items(), budgets.fit([*claims.values()], self.budget), strict=True):
+            if slots.RANKS in claim.state:
+                slots.set_ranks(claim.state, ranks)
+            elif not claim.state:
+                self.sites[p] = slots.resized(self.sites[p], claim.group, ranks)
 
     def _owned(self, name: str, value: Any, p: Tensor) -> Any:
         """A copy on the right device, in the dtype it was saved in."""
@@ -445,6 +556,8 @@ class LowRankOptimizer(Optimizer):
         site, group = self.sites[p], self.param_groups[self._group_index[p]]
         part = slots.layout(site, group).get(name)
         scalar = part is not None and part.scalar
+        if name in (slots.RANKS, slots.VALUE):
+            return value.detach().clone().cpu()
         return value.detach().clone().to(self._scalar_device(p, site, group) if scalar else p.device)
 
     def _scalar_device(self, p: Tensor, site: Site, group: dict[str, Any]) -> torch.device:
@@ -454,7 +567,7 @@ class LowRankOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along."""
-        own = ("on_nonfinite", "seed", "sites", "_group_index", "_fixed", "_skipped")
+        own = ("on_nonfinite", "seed", "budget", "sites", "_group_index", "_fixed", "_skipped")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

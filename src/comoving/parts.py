@@ -6,6 +6,7 @@ from typing import Any
 from .codecs import BFloat16, Full, Int8
 from .finders import Exact, Power
 from .frames import Modes
+from .ranks import Energy, Fixed, Temperature, Tolerance
 from .residual import Discard, Feedback
 from .rules import Adam
 from .transport import Carry, Keep, Reset, Rotate
@@ -16,6 +17,7 @@ PARTS: dict[str, dict[str, type]] = {
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {"adam": Adam},
     "residual": {"discard": Discard, "feedback": Feedback},
+    "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},
 }
 

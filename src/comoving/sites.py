@@ -13,11 +13,12 @@ class Site:
     Args:
         name: the parameter's name, or its place in its group where it has none.
         view: how it is seen.
-        ranks: those of its frame; all None for a dense parameter.
+        ranks: those of its first frame; all None for a dense parameter.
         core_shape: the shape of its coordinates; the view's for a dense parameter.
         reason: why it is projected or dense, in words.
         phase: at which steps, modulo the refresh period, its frame is refreshed.
         index: its place among all parameters, from which its random directions are seeded.
+        base: the ranks that the layout chose, where adaptive ones start from others.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Site:
     reason: str
     phase: int = 0
     index: int = 0
+    base: tuple[int | None, ...] = ()
 
     @property
     def projected(self) -> bool:
