@@ -32,8 +32,8 @@ from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_float, check_int
 from .views import ViewName
 
-# Keys that others put into param groups, and that change nothing here.
-_FOREIGN = {"params", "param_names", "name", "initial_lr"}
+# Keys of param groups that are not hyper-parameters.
+_FOREIGN = {"params", "param_names", "name", "initial_lr", slots.VALIDATION}
 
 
 class LowRankOptimizer(Optimizer):
@@ -291,7 +291,7 @@ class LowRankOptimizer(Optimizer):
         old: Any = self._frame(state, site, group)
         if not policy.adaptive or group["rule"].momentum not in state:
             return site, None
-        reading, directions = read(old, seen)
+        reading, directions = read(old, seen, state[group["rule"].momentum])
         if reading is not None and old.ranks == site.ranks and state["tick"] > 0:
             opened = self._record(group).opened
             ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, state["tick"], opened)
@@ -482,6 +482,8 @@ class LowRankOptimizer(Optimizer):
 
     def _place(self, params: list[Tensor], sites: list[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
+        for key, value in slots.unheard(self.param_groups[index]).items():
+            self.param_groups[index].setdefault(key, value)
         every = self.param_groups[index]["refresh_every"]
         self._fixed.append({key: self.param_groups[index][key] for key in slots.FIXED})
         load: dict[int, float] = {}

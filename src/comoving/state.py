@@ -14,6 +14,7 @@ from .diagnostics import FIELDS, SLOT
 from .frames.base import Ranks
 from .groups import check_options
 from .linalg import reorthonormalize
+from .ranks.base import Record
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind, Slot
@@ -24,7 +25,8 @@ SECOND_MAX = "moment.second.max"
 RANKS, VALUE = "ranks", "ranks.value"
 """On the host, for adaptive ranks: those that the next frame shall have, and the energy per byte of each last notch."""
 VALIDATION = "validation"
-"""The key of a group for what :class:`comoving.ranks.Record` holds; absent before the first report."""
+"""The key of a group for what :class:`comoving.ranks.Record` holds; absent from groups
+of fixed ranks before the first report."""
 _MEMORY = "finder."
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
@@ -332,6 +334,14 @@ def _checked(
     return fitting
 
 
+def unheard(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a group whose ranks adapt, before any validation loss.
+
+    It is always there, since torch's flattened checkpoints restore keys that exist already, and no others.
+    """
+    return {VALIDATION: tuple(Record())} if group["ranks"].adaptive else {}
+
+
 def match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
     """Parameter -> key of its saved state: by name where both sides have names, by place otherwise.
 
@@ -381,6 +391,6 @@ def load_groups(
             check_recipe(source, group, index)
         schedules = [schedule_of(source) for source in sources]
         agreed = {k: v for k, v in schedules[0].items() if all(k in s and s[k] == v for s in schedules)}
-        loaded.append({k: v for k, v in group.items() if k != VALIDATION} | agreed)
+        loaded.append({k: v for k, v in group.items() if k != VALIDATION} | unheard(group) | agreed)
         check_options(loaded[-1])
     return loaded

@@ -4,15 +4,17 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 
-from comoving import codecs, finders, frames, residual, rules, transport
+from comoving import codecs, finders, frames, ranks, residual, rules, transport
 from comoving.codecs import Int8
 from comoving.finders import Exact, Power
 from comoving.frames import Modes
+from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Feedback
 from comoving.rules import Adam
 from contract.support import CODECS, FINDERS, RESIDUALS, TRANSPORTS
 
 RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2)]
+RANKS = [Fixed(), Energy(), Tolerance(minimum=2, maximum=0.5), Temperature(curve="exponential")]
 ROLES = {
     "finder": (finders, FINDERS, {"Operand"}),
     "transport": (transport, TRANSPORTS, {"Clock", "Slot"}),
@@ -20,6 +22,7 @@ ROLES = {
     "residual": (residual, RESIDUALS, {"Passage"}),
     "rule": (rules, RULES, set()),
     "frame": (frames, FRAMES, {"ModeFrame"}),
+    "ranks": (ranks, RANKS, {"Reading"}),
 }
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
 
@@ -61,6 +64,19 @@ def test_parts_are_frozen_values(part):
         (Int8, "block", 7, ">= 8"),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
+        *[(kind, "minimum", 0, ">= 1") for kind in (Energy, Tolerance, Temperature)],
+        *[(kind, "maximum", 1.5, r"\(0, 1\]") for kind in (Energy, Tolerance, Temperature)],
+        *[(kind, "step", 0, ">= 1") for kind in (Energy, Tolerance, Temperature)],
+        (Energy, "minimum", 0.0, r"\(0, 1\]"),
+        (Energy, "low", 1.0, r"\[0, 1\)"),
+        (Energy, "high", 0.5, r"\(0.5, 1\]"),
+        (Tolerance, "error", 0.0, r"\(0, 1\)"),
+        (Tolerance, "margin", 1.0, r"\(0, 1\)"),
+        (Temperature, "start", 0.9, r"\[1, inf\)"),
+        (Temperature, "end", 1.1, r"\(0, 1\]"),
+        (Temperature, "steps", 0, ">= 1"),
+        (Temperature, "curve", "linear", "'cosine', 'exponential'"),
+        (Temperature, "patience", 0, ">= 1"),
     ],
 )
 def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, interval):
@@ -71,7 +87,9 @@ def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, inter
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [(Exact, "sweeps", 1.0), (Exact, "sweeps", True), (Exact, "momentum", "0.5"), (Power, "iterations", None),
-     (Power, "momentum", True), (Int8, "block", 64.0), (Modes, "min_size", "8")],
+     (Power, "momentum", True), (Int8, "block", 64.0), (Modes, "min_size", "8"),
+     (Energy, "minimum", "8"), (Energy, "step", 8.0), (Energy, "low", None), (Tolerance, "error", "0.1"),
+     (Temperature, "steps", 10.0), (Temperature, "patience", True)],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(kind, field, value):
     with pytest.raises(TypeError, match=f"{field} must be .*{value}"):

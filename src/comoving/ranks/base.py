@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from ..frames.base import Ranks
 from ..validate import check_float, check_int
@@ -27,9 +27,9 @@ class Reading:
     """What a gradient g says about the frame U in use when it is due for a refresh.
 
     Args:
-        spectra: for each compressed mode the eigenvalues of U_n^H g_(n) g_(n)^H U_n over |g|^2, largest first: the
-            shares of g's energy along the principal directions inside the mode's span. None for whole modes. Modes do
-            not see one another; the error of the whole frame obeys |g - F F^H g|^2 <= |g|^2 sum_n outside(n).
+        spectra: for each compressed mode the shares |u^H g_(n)|^2 / |g|^2 of g's energy along the principal directions
+            u of the momentum inside the mode's span, most momentum first. None for whole modes. Modes do not see one
+            another; the error of the whole frame obeys |g - F F^H g|^2 <= |g|^2 sum_n outside(n).
     """
 
     spectra: tuple[tuple[float, ...] | None, ...]
@@ -93,7 +93,7 @@ class Grid:
         step: >= 1; 8 keeps matrix products on tensor cores.
     """
 
-    adaptive: ClassVar[bool] = True
+    adaptive = True
 
     minimum: int | float = 1
     maximum: int | float = 1.0

@@ -8,7 +8,6 @@ lost a notch cannot claim it back by the same rule.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -67,7 +66,7 @@ def fit(claims: Sequence[Claim], budget: int) -> list[Ranks]:
         _, i, n = min(cuts)
         ranks = claims[i].lower(n)
         assert ranks is not None
-        claims[i] = claims[i]._replace(site=replace(claims[i].site, ranks=ranks))
+        claims[i] = claims[i]._replace(site=slots.resized(claims[i].site, claims[i].group, ranks))
         sizes[i] = claims[i].bytes_at(ranks)
     return [claim.site.ranks for claim in claims]
 

@@ -12,8 +12,8 @@ class Energy(Grid):
     """Each mode captures between ``low`` and ``high`` of the gradient's energy; nothing changes in between.
 
     The share is |U_n^H g|^2 / |g|^2 of the newest gradient at a refresh, in the frame that was in use. Below ``low`` a
-    mode grows by one notch; it shrinks, at once, to the lowest rank at which its principal directions still capture
-    ``high``. Since high > low, neither change calls for the other.
+    mode grows by one notch; it shrinks, at once, to the lowest rank at which its directions of most momentum still
+    capture ``high``. Since high > low, neither change calls for the other.
 
     Args:
         low: in [0, 1).

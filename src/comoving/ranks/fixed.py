@@ -1,7 +1,6 @@
 """Ranks that stay."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..frames.base import Ranks
 from .base import Reading, Record, heard
@@ -11,7 +10,7 @@ from .base import Reading, Record, heard
 class Fixed:
     """The ranks that the layout chose, from the first step to the last."""
 
-    adaptive: ClassVar[bool] = False
+    adaptive = False
 
     def opening(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
         """The layout's own."""
