@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 from dataclasses import dataclass, field
 from math import ceil, cos, pi
 
@@ -444,6 +445,42 @@ def test_the_budget_is_never_exceeded(policy, room):
         assert state_bytes(free, projected=True) > budget or isinstance(policy, Temperature)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_budget_holds_whatever_happens(seed):
+    """Parameters without gradients, accumulated and skipped steps, validation, copies through files, tight budgets."""
+    rng = random.Random(seed)
+    policy = rng.choice([Energy(low=0.8, high=0.9), Tolerance(error=0.2), Temperature(start=5.0, steps=9, patience=1)])
+    model, optimizer = competing(None, Fixed())
+    feed(model, optimizer, 0)
+    budget = int(rng.uniform(1.02, 2.0) * state_bytes(optimizer, projected=True))
+    options = dict(every=rng.choice([1, 2, 3]), on_nonfinite="skip", residual=rng.choice([Discard(), Feedback()]))
+    model, optimizer = competing(budget, policy, **options)
+    grown = False
+    for t in range(24):
+        for i, p in enumerate(model.parameters()):
+            frame = random_frame((p.shape[0], p.numel() // p.shape[0]), (min(p.shape[0], 8 + t), None), seed=t + i)
+            g = frame.lift(randn(frame.project(torch.zeros(p.shape[0], p.numel() // p.shape[0], dtype=REAL)).shape))
+            p.grad = None if rng.random() < 0.2 else g.float().reshape(p.shape)
+        if rng.random() < 0.15 and model.w1.grad is not None:
+            model.w1.grad[0, 0] = torch.nan
+        if rng.random() < 0.2 and model.w0.grad is not None:
+            optimizer.absorb(model.w0, model.w0.grad)
+        optimizer.step()
+        assert state_bytes(optimizer, projected=True) <= budget
+        grown |= any(
+            (now or 0) > (first or 0)
+            for p, site in optimizer.sites.items()
+            if "ranks" in optimizer.state[p] and M in optimizer.state[p]
+            for now, first in zip(ranks_of(optimizer, p), site.ranks, strict=True)
+        )
+        optimizer.report_validation(rng.random())
+        if rng.random() < 0.2:
+            state = through_file(optimizer.state_dict())
+            _, optimizer = competing(budget, policy, model=model, **options)
+            optimizer.load_state_dict(state)
+    assert grown or isinstance(policy, Temperature)
+
+
 def test_energy_moves_to_where_it_is_worth_more():
     """One parameter gets along with less, the other needs more: the bytes move, once, and stay."""
     a, b = nn.Parameter(torch.zeros(64, 64, dtype=REAL)), nn.Parameter(torch.zeros(64, 64, dtype=REAL))
@@ -686,7 +723,7 @@ def test_what_cannot_change_ranks_is_refused_with_the_reason(policy):
 
 def test_bad_policies_are_refused():
     for value in ("energy", Energy, None, 8):
-        with pytest.raises(TypeError, match="ranks must be a ranks part"):
+        with pytest.raises(TypeError, match="ranks must be a ranks part.*number of directions.*rank="):
             lone(torch.zeros(32, 40), ranks=value)
     for low, high in ((8, 4), (0.5, 0.25)):
         with pytest.raises(ValueError, match=f"minimum must be <= maximum, {high}, got {low}"):

@@ -66,7 +66,10 @@ def check_options(group: Mapping[str, Any]) -> None:
     for role, methods in roles.items():
         part = group[role]
         if isinstance(part, type) or not all(hasattr(part, method) for method in methods):
-            raise TypeError(f"{role} must be a {role} part, such as those in comoving's {role} modules, got {part!r}")
+            hint = " (the number of directions is rank=)" if role == "ranks" else ""
+            raise TypeError(
+                f"{role} must be a {role} part, such as those in comoving's {role} modules{hint}, got {part!r}"
+            )
 
 
 def update_scale(site: Site, scale: float | str) -> float:

@@ -297,8 +297,10 @@ class LowRankOptimizer(Optimizer):
             ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, state["tick"], opened)
             claim = budgets.Claim(site, group, state)
             if self.budget is not None:
-                self._held.pop(p, None)
-                ranks = budgets.grant(p, ranks, reading, self._claims(), self._held, self.budget)
+                others = [q for q, other in self.sites.items() if other.projected and q is not p]
+                ranks, gain = budgets.grant(claim, ranks, reading, self.budget - self._held_by(others))
+                if gain > 0:
+                    budgets.release(gain, {q: self.state.get(q, {}) for q in others}, self._claim)
             state[slots.VALUE].copy_(torch.tensor(budgets.prices(claim, reading, ranks)))
             slots.set_ranks(state, ranks)
             site = slots.current(site, group, state)
@@ -312,12 +314,16 @@ class LowRankOptimizer(Optimizer):
 
     def _claims(self) -> dict[Tensor, budgets.Claim]:
         """What the budget is shared by: every projected parameter."""
-        claims: dict[Tensor, budgets.Claim] = {}
-        for p, site in self.sites.items():
-            group, state = self.param_groups[self._group_index[p]], self.state.get(p, {})
-            if site.projected:
-                claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
-        return claims
+        return {p: self._claim(p) for p, site in self.sites.items() if site.projected}
+
+    def _claim(self, p: Tensor) -> budgets.Claim:
+        group, state = self.param_groups[self._group_index[p]], self.state.get(p, {})
+        return budgets.Claim(slots.current(self.sites[p], group, state), group, state)
+
+    def _held_by(self, params: list[Tensor]) -> int:
+        """The bytes of projected parameters; remembered, since each of them refreshes."""
+        self._held |= {q: self._claim(q).held() for q in params if q not in self._held}
+        return sum(self._held[q] for q in params)
 
     def _standing(self, state: dict[str, Any], site: Site, group: dict[str, Any]) -> Passage:
         """The passage of a momentum whose frame stays as it is."""

@@ -107,7 +107,7 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
         return step | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in parts}
     if site.projected:
         later = {*moments(site, group), *group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)}
-        parts = {name: part for name, part in parts.items() if name not in later}
+        parts = {name: part for name, part in parts.items() if name not in (*later, RANKS, VALUE)}
     return {"tick": 0, **zeros(parts, p.device, scalars), **_asked(site, group)}
 
 

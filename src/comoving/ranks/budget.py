@@ -7,7 +7,8 @@ brings is (r' - r) / (d - r) of what is outside, since the best directions hold 
 lost a notch cannot claim it back by the same rule.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from heapq import heappop, heappush
 from math import inf
 from typing import Any, NamedTuple
 
@@ -51,23 +52,28 @@ def fit(claims: Sequence[Claim], budget: int) -> list[Ranks]:
     """
     claims = list(claims)
     sizes = [claim.bytes_at(claim.site.ranks) for claim in claims]
-    while sum(sizes) > budget:
-        cuts = [
-            (-(rank or 0) / claim.site.view.shape[n], i, n)
-            for i, claim in enumerate(claims)
-            for n, rank in enumerate(claim.site.ranks)
-            if claim.lower(n) is not None
-        ]
+    total, cuts = sum(sizes), list[tuple[float, int, int]]()
+
+    def offer(i: int, mode: int) -> None:
+        if claims[i].lower(mode) is not None:
+            heappush(cuts, (-(claims[i].site.ranks[mode] or 0) / claims[i].site.view.shape[mode], i, mode))
+
+    for i, claim in enumerate(claims):
+        for mode in range(len(claim.site.ranks)):
+            offer(i, mode)
+    while total > budget:
         if not cuts:
             raise ValueError(
-                f"budget must be at least {sum(sizes)} bytes, what the lowest ranks of the projected parameters need, "
-                f"got {budget}"
+                f"budget must be at least {total} bytes, what the lowest ranks of the projected parameters need, got "
+                f"{budget}"
             )
-        _, i, n = min(cuts)
-        ranks = claims[i].lower(n)
+        _, i, mode = heappop(cuts)
+        ranks = claims[i].lower(mode)
         assert ranks is not None
         claims[i] = claims[i]._replace(site=slots.resized(claims[i].site, claims[i].group, ranks))
-        sizes[i] = claims[i].bytes_at(ranks)
+        before, sizes[i] = sizes[i], claims[i].bytes_at(ranks)
+        total += sizes[i] - before
+        offer(i, mode)
     return [claim.site.ranks for claim in claims]
 
 
@@ -88,57 +94,48 @@ def prices(claim: Claim, reading: Reading, wanted: Ranks) -> list[float]:
     return result
 
 
-def grant(
-    key: Tensor,
-    wanted: Ranks,
-    reading: Reading,
-    claims: Mapping[Tensor, Claim],
-    held: dict[Tensor, int],
-    budget: int,
-) -> Ranks:
-    """What of the wanted ranks fits into the budget; see above. A notch that another mode gives up is noted there.
+def grant(claim: Claim, wanted: Ranks, reading: Reading, room: int) -> tuple[Ranks, float]:
+    """What of the wanted ranks fits, and the least energy per byte that what does not fit would bring; 0 if all fits.
 
     Args:
-        key: the parameter.
+        claim: at the ranks of the frame in use.
         wanted: by its policy.
-        reading: of its frame in use.
-        claims: of all projected parameters.
-        held: bytes of each; what is missing is added.
-        budget: bytes.
+        reading: of the frame in use.
+        room: bytes, those that the claim has now among them.
     """
-    claim, shape = claims[key], claims[key].site.view.shape
-    for other, theirs in claims.items():
-        if other not in held:
-            held[other] = theirs.held()
-    room = budget - sum(size for other, size in held.items() if other is not key)
-    ranks, refused = wanted, list[int]()
-    growing = [n for n, (r, old) in enumerate(zip(wanted, claim.site.ranks, strict=True)) if (r or 0) > (old or 0)]
-    for n in sorted(growing, key=reading.outside):
+    had, shape, ranks, gain = claim.site.ranks, claim.site.view.shape, wanted, 0.0
+    growing = [n for n, (r, old) in enumerate(zip(wanted, had, strict=True)) if (r or 0) > (old or 0)]
+    for n in sorted(growing, key=reading.outside):  # the mode with most outside is the last to be refused
         if claim.bytes_at(ranks) <= room:
             break
-        ranks, refused = _with(ranks, n, claim.site.ranks[n]), [*refused, n]
-    if refused:
-        n = refused[-1]  # the one with most outside
-        more, had = wanted[n] or 0, claim.site.ranks[n] or 0
-        gain = reading.outside(n) * (more - had) / max(shape[n] - had, 1)
-        _release(key, gain / (claim.bytes_at(_with(ranks, n, more)) - claim.bytes_at(ranks)), claims)
-    return ranks
+        less = _with(ranks, n, had[n])
+        share = reading.outside(n) * ((ranks[n] or 0) - (had[n] or 0)) / max(shape[n] - (had[n] or 0), 1)
+        ranks, gain = less, share / max(claim.bytes_at(ranks) - claim.bytes_at(less), 1)
+    return ranks, gain
 
 
-def _release(key: Tensor, gain: float, claims: Mapping[Tensor, Claim]) -> None:
-    """Let the other mode with the least energy per byte, if less than half of this, give up a notch."""
+def release(gain: float, states: Mapping[Tensor, Mapping[str, Any]], claim_of: Callable[[Tensor], Claim]) -> None:
+    """Let the mode with the least energy per byte, if less than half of this, give up a notch.
+
+    Args:
+        gain: energy per byte.
+        states: of the parameters that may be asked.
+        claim_of: the claim of each.
+    """
     offers = [
-        (price, i, n, claim)
-        for i, (other, claim) in enumerate(claims.items())
-        if other is not key and slots.VALUE in claim.state and slots.at_its_ranks(claim.site, claim.group, claim.state)
-        for n, price in enumerate(claim.state[slots.VALUE].tolist())
-        if claim.lower(n) is not None
+        (price, i, mode, p)
+        for i, (p, state) in enumerate(states.items())
+        if slots.VALUE in state
+        for mode, price in enumerate(state[slots.VALUE].tolist())
+        if 2 * price < gain
     ]
-    if offers:
-        price, _, n, claim = min(offers, key=lambda offer: offer[:3])
-        lower = claim.lower(n)
-        if lower is not None and 2 * price < gain:
+    for _, _, mode, p in sorted(offers, key=lambda offer: offer[:3]):
+        claim = claim_of(p)
+        lower = claim.lower(mode)
+        if lower is not None and slots.at_its_ranks(claim.site, claim.group, claim.state):
             slots.set_ranks(claim.state, lower)
+            claim.state[slots.VALUE].fill_(inf)  # until the next reading
+            return
 
 
 def _with(ranks: Ranks, mode: int, rank: int | None) -> Ranks:
