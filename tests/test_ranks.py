@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import comoving
-from comoving import LowRankOptimizer, explain, state_bytes
+from comoving import LowRankOptimizer, explain, gradients, state_bytes
 from comoving import optimizer as engine
 from comoving import state as slots
 from comoving.codecs import Int8
@@ -25,6 +25,7 @@ from comoving.finders import Exact, Power
 from comoving.frames import Modes
 from comoving.parts import part
 from comoving.ranks import Energy, Fixed, Reading, Record, Temperature, Tolerance
+from comoving.ranks import budget as budgets
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
 from contract.support import COMPLEX, REAL, Holder, close, frame_of, known_rank, lone, randn, random_frame, step
@@ -32,6 +33,7 @@ from test_feedback import Sums
 
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX])
 M, V = "moment.first", "moment.second"
+ADAPT = Energy(low=0.9, high=0.95)
 
 
 def ranks_of(optimizer, p):
@@ -401,6 +403,8 @@ def test_reports_are_remembered(policy):
     fresh.load_state_dict(silent.state_dict())
     assert fresh.param_groups[0].get("validation", Record()) == Record()
     assert ("validation" in fresh.param_groups[0]) is policy.adaptive
+    fresh.load_state_dict(lone(torch.zeros(24, 30), rank=(8, None))[1].state_dict())
+    assert ("validation" in fresh.param_groups[0]) is policy.adaptive
 
 
 # ------------------------------------------------------------------------------------------------------------ budget
@@ -455,7 +459,7 @@ def test_the_budget_holds_whatever_happens(seed):
     budget = int(rng.uniform(1.02, 2.0) * state_bytes(optimizer, projected=True))
     options = dict(every=rng.choice([1, 2, 3]), on_nonfinite="skip", residual=rng.choice([Discard(), Feedback()]))
     model, optimizer = competing(budget, policy, **options)
-    grown = False
+    grown, first = False, optimizer.state_dict()
     for t in range(24):
         for i, p in enumerate(model.parameters()):
             frame = random_frame((p.shape[0], p.numel() // p.shape[0]), (min(p.shape[0], 8 + t), None), seed=t + i)
@@ -467,17 +471,20 @@ def test_the_budget_holds_whatever_happens(seed):
             optimizer.absorb(model.w0, model.w0.grad)
         optimizer.step()
         assert state_bytes(optimizer, projected=True) <= budget
+        assert all(size == optimizer._claim(p).held() for p, size in optimizer._held.items())  # what is remembered
         grown |= any(
             (now or 0) > (first or 0)
             for p, site in optimizer.sites.items()
-            if "ranks" in optimizer.state[p] and M in optimizer.state[p]
+            if site.projected and M in optimizer.state.get(p, {})
             for now, first in zip(ranks_of(optimizer, p), site.ranks, strict=True)
         )
         optimizer.report_validation(rng.random())
         if rng.random() < 0.2:
             state = through_file(optimizer.state_dict())
-            _, optimizer = competing(budget, policy, model=model, **options)
-            optimizer.load_state_dict(state)
+            if rng.random() < 0.5:
+                _, optimizer = competing(budget, policy, model=model, **options)
+            optimizer.load_state_dict(state if rng.random() < 0.5 else first)
+        first = through_file(optimizer.state_dict()) if t == 0 else first
     assert grown or isinstance(policy, Temperature)
 
 
@@ -507,6 +514,48 @@ def test_energy_moves_to_where_it_is_worth_more():
         even.step()
         seen.append((ranks_of(even, a)[0], ranks_of(even, b)[0]))
     assert seen == [(24, 24)] * 8  # equals take nothing from one another
+
+
+def test_of_two_modes_the_one_with_more_outside_grows():
+    p, optimizer = lone(torch.zeros(40, 40), rank=(8, 8), ranks=ADAPT)
+    claim, now = optimizer._claim(p), optimizer._claim(p).bytes_at((8, 8))
+    one = claim.bytes_at((16, 8)) - now
+    for reading, first in (
+        (Reading(((0.1,) * 8, (0.05,) * 8)), (8, 16)),
+        (Reading(((0.05,) * 8, (0.1,) * 8)), (16, 8)),
+    ):
+        outside = max(reading.outside(0), reading.outside(1))
+        assert budgets.grant(claim, (16, 16), reading, claim.bytes_at((16, 16))) == ((16, 16), 0.0)
+        ranks, gain = budgets.grant(claim, (16, 16), reading, now + one)
+        assert ranks == first and gain > 0
+        ranks, gain = budgets.grant(claim, (16, 16), reading, now + one - 1)
+        assert ranks == (8, 8)
+        assert gain == pytest.approx(outside * 8 / 32 / one)
+
+
+def test_the_least_energy_per_byte_is_released_for_twice_as_much():
+    model = Holder(*(torch.zeros(32, 40) for _ in range(3)))
+    optimizer = LowRankOptimizer(model.parameters(), rank=(16, None), ranks=ADAPT, refresh_every=100)
+    feed(model, optimizer, 0)
+    states = {p: optimizer.state[p] for p in model.parameters()}
+    for p, price in zip(model.parameters(), (3.0, 1.0, 2.0), strict=True):
+        states[p]["ranks.value"][0] = price
+
+    def released(gain):
+        budgets.release(gain, states, optimizer._claim)
+        return [int(state["ranks"][0]) for state in states.values()]
+
+    assert released(2.0) == [16, 16, 16]
+    assert released(2.1) == [16, 8, 16]
+    assert states[model.w1]["ranks.value"].tolist() == [torch.inf] * 2  # not again before its next reading
+    assert optimizer._claim(model.w1).held() == optimizer._claim(model.w0).held()  # nothing is freed yet
+    assert released(4.1) == [16, 8, 8]
+    states[model.w2]["ranks.value"][0] = 0.5  # still at rank 16: asked already
+    assert released(4.1) == [16, 8, 8]
+    assert released(6.1) == [8, 8, 8]
+    assert not any(name.startswith("ranks") for name in gradients._clones(states[model.w0]))  # no host read to undo
+    feed(model, optimizer, 1)
+    assert [ranks_of(optimizer, p) for p in states] == [(8, None)] * 3
 
 
 @pytest.mark.parametrize("policy", [Energy(minimum=8), Temperature(minimum=8, end=0.1), Fixed()], ids=str)
@@ -638,9 +687,6 @@ def test_distributed_state_dict_roundtrip(flatten):
         feed(model, optimizer, t)
         feed(resumed, other, t)
     assert_same((resumed, other), (model, optimizer))
-
-
-ADAPT = Energy(low=0.9, high=0.95)
 
 
 @pytest.mark.parametrize("source", ["adaptive", "fixed", "torch"])
@@ -775,3 +821,11 @@ def test_a_skipped_step_between_refreshes_is_undone():
     step(optimizer, p, torch.full((32, 40), torch.inf))
     assert torch.equal(p, value)
     assert all(torch.equal(x, optimizer.state[p][n]) for n, x in before.items() if n != "diagnostics")
+
+
+def test_a_checkpoint_after_a_skipped_first_step_loads():
+    p, optimizer = lone(torch.zeros(32, 40), rank=(8, None), ranks=ADAPT, on_nonfinite="skip")
+    step(optimizer, p, torch.full((32, 40), torch.nan))
+    optimizer.load_state_dict(through_file(optimizer.state_dict()))
+    step(optimizer, p, randn((32, 40), torch.float32))
+    assert ranks_of(optimizer, p) == (8, None)

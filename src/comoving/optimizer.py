@@ -341,7 +341,7 @@ class LowRankOptimizer(Optimizer):
 
     def _changes_shape(self, p: Tensor) -> bool:
         """Whether the next step gives slots of this parameter their first or another shape."""
-        site, state = self.sites[p], self.state[p]
+        site, state = self.sites[p], self.state.get(p, {})
         if "step" not in state or not site.projected:
             return "step" not in state
         group = self.param_groups[self._group_index[p]]
