@@ -20,6 +20,7 @@ from .finders import (
     TreeSVD,
 )
 from .frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
+from .ranks import Energy, Fixed, Temperature, Tolerance
 from .residual import Discard, Feedback
 from .rules import Adam
 from .transport import Carry, Keep, Reset, Rotate
@@ -51,6 +52,7 @@ PARTS: dict[str, dict[str, type]] = {
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {"adam": Adam},
     "residual": {"discard": Discard, "feedback": Feedback},
+    "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},
 }
 
