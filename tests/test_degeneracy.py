@@ -10,7 +10,20 @@ from comoving.finders import Exact, Operand, Power
 from comoving.frames import Modes
 from comoving.residual import Feedback
 from comoving.transport import Carry, Keep, Rotate
-from contract.support import COMPLEX, FINDERS, REAL, Holder, close, feedback_of, frame_of, known_rank, lone, randn, step
+from contract.support import (
+    COMPLEX,
+    FINDERS,
+    REAL,
+    Holder,
+    close,
+    feedback_of,
+    frame_of,
+    known_rank,
+    lone,
+    look,
+    randn,
+    step,
+)
 
 HYPER = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}
 SHAPES = [(6, 9), (9, 6), (7,), (4, 3, 5), ()]
@@ -134,7 +147,7 @@ def test_a_tensor_of_known_rank_is_recovered(finder, shape, ranks, spare, dtype)
     """F F^H g = g after one search, cold, when the frame has the multilinear rank of g or more."""
     g = known_rank(shape, ranks, dtype)
     wanted = tuple(None if r is None else r + spare for r in ranks)
-    frame = finder.find(Operand(g), Modes().start(g, wanted, None, 0), False, {})
+    frame = look(finder, Operand(g), Modes().start(g, wanted, None, 0), False)
     gap = (frame.lift(frame.project(g)) - g).norm() / g.norm()
     gram_limit = getattr(finder, "method", "svd") == "gram" or getattr(finder, "start", "") == "exact"
     assert frame.ranks == wanted

@@ -4,7 +4,15 @@ import ast
 from typing import Any
 
 from .codecs import BFloat16, Full, Int8
-from .finders import Exact, Power
+from .finders import (
+    HOOI,
+    Exact,
+    NystroemTucker,
+    Power,
+    RandomizedTucker,
+    SequentialHOSVD,
+    StreamingTucker,
+)
 from .frames import Modes
 from .residual import Discard, Feedback
 from .rules import Adam
@@ -12,7 +20,15 @@ from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
     "frame": {"modes": Modes},
-    "finder": {"exact": Exact, "power": Power},
+    "finder": {
+        "exact": Exact,
+        "power": Power,
+        "sequential_hosvd": SequentialHOSVD,
+        "hooi": HOOI,
+        "randomized_tucker": RandomizedTucker,
+        "nystrom_tucker": NystroemTucker,
+        "streaming_tucker": StreamingTucker,
+    },
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {"adam": Adam},
     "residual": {"discard": Discard, "feedback": Feedback},

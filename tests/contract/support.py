@@ -7,7 +7,15 @@ from torch import nn
 
 from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8
-from comoving.finders import Exact, Power
+from comoving.finders import (
+    HOOI,
+    Exact,
+    NystroemTucker,
+    Power,
+    RandomizedTucker,
+    SequentialHOSVD,
+    StreamingTucker,
+)
 from comoving.frames import ModeFrame
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
@@ -23,6 +31,16 @@ FINDERS = [
     Power(),
     Power(momentum=0.0, iterations=3),
     Power(start="exact"),
+    SequentialHOSVD(),
+    SequentialHOSVD(method="svd"),
+    HOOI(),
+    HOOI(momentum=0.0, sweeps=2),
+    RandomizedTucker(),
+    RandomizedTucker(oversampling=1, passes=3, seed=1),
+    NystroemTucker(),
+    NystroemTucker(samples=0.8, fibres="uniform"),
+    StreamingTucker(),
+    StreamingTucker(decay=1.0, oversampling=2, newest=0.0, seed=1),
 ]
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
@@ -80,6 +98,14 @@ def feedback_error(optimizer, p):
 
 def stored(state, prefix):
     return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+
+
+def look(finder, operand, start, warm):
+    """A search with fresh memory, which has observed the operand."""
+    x = operand.full()
+    memory = {n: x.new_zeros(p.shape, dtype=p.dtype) for n, p in finder.parts(x.shape, start.ranks, x.dtype).items()}
+    finder.observe(x, memory)
+    return finder.find(operand, start, warm, memory)
 
 
 class Holder(nn.Module):

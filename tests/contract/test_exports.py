@@ -6,7 +6,15 @@ import pytest
 
 from comoving import codecs, finders, frames, residual, rules, transport
 from comoving.codecs import Int8
-from comoving.finders import Exact, Power
+from comoving.finders import (
+    HOOI,
+    Exact,
+    NystroemTucker,
+    Power,
+    RandomizedTucker,
+    SequentialHOSVD,
+    StreamingTucker,
+)
 from comoving.frames import Modes
 from comoving.residual import Feedback
 from comoving.rules import Adam
@@ -58,6 +66,27 @@ def test_parts_are_frozen_values(part):
         (Power, "iterations", 0, ">= 1"),
         (Power, "cold", 0, ">= 1"),
         (Power, "start", "warm", "'random', 'exact'"),
+        (SequentialHOSVD, "momentum", 1.0, r"\[0, 1\)"),
+        (SequentialHOSVD, "method", "qr", "'gram', 'svd'"),
+        (HOOI, "momentum", -0.1, r"\[0, 1\)"),
+        (HOOI, "sweeps", 0, ">= 1"),
+        (RandomizedTucker, "momentum", 1.0, r"\[0, 1\)"),
+        (RandomizedTucker, "oversampling", -1, ">= 0"),
+        (RandomizedTucker, "passes", 0, ">= 1"),
+        (RandomizedTucker, "seed", -1, ">= 0"),
+        (NystroemTucker, "momentum", 1.0, r"\[0, 1\)"),
+        (NystroemTucker, "samples", 0.0, r"\(0, 1\] or be an int >= 1"),
+        (NystroemTucker, "samples", 1.5, r"\(0, 1\] or be an int >= 1"),
+        (NystroemTucker, "samples", 0, r"\(0, 1\] or be an int >= 1"),
+        (NystroemTucker, "fibres", "all", "'uniform', 'energy'"),
+        (NystroemTucker, "decay", 0.0, r"\(0, 1\]"),
+        (NystroemTucker, "decay", 1.1, r"\(0, 1\]"),
+        (NystroemTucker, "seed", -1, ">= 0"),
+        (StreamingTucker, "decay", 0.0, r"\(0, 1\]"),
+        (StreamingTucker, "decay", float("nan"), r"\(0, 1\]"),
+        (StreamingTucker, "oversampling", -1, ">= 0"),
+        (StreamingTucker, "newest", -0.5, r"\[0, inf\)"),
+        (StreamingTucker, "seed", -1, ">= 0"),
         (Int8, "block", 7, ">= 8"),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
@@ -71,6 +100,8 @@ def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, inter
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [(Exact, "sweeps", 1.0), (Exact, "sweeps", True), (Exact, "momentum", "0.5"), (Power, "iterations", None),
+     (NystroemTucker, "samples", "10%"), (NystroemTucker, "samples", True), (StreamingTucker, "oversampling", 8.0),
+     (RandomizedTucker, "seed", 1.0), (HOOI, "sweeps", True), (SequentialHOSVD, "momentum", None),
      (Power, "momentum", True), (Int8, "block", 64.0), (Modes, "min_size", "8")],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(kind, field, value):

@@ -5,7 +5,7 @@ import torch
 
 from comoving.finders import Operand
 from comoving.frames import ModeFrame, Modes
-from contract.support import COMPLEX, FINDERS, REAL, close, known_rank, randn, random_frame
+from contract.support import COMPLEX, FINDERS, REAL, close, known_rank, look, randn, random_frame
 
 SIDES = {
     "left": ((7, 9), (3, None)),
@@ -35,7 +35,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL,
 
 def search(finder, x, ranks, warm, seed=0):
     start = random_frame(x.shape, ranks, x.dtype, 8) if warm else Modes().start(x, ranks, None, seed)
-    return start, finder.find(Operand(x), start, warm, {})
+    return start, look(finder, Operand(x), start, warm)
 
 
 @EVERY
@@ -68,7 +68,7 @@ def test_deterministic_without_the_global_generator_and_without_side_effects(fin
     kept = [None if u is None else u.clone() for u in start.factors]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(123)
-        again = finder.find(Operand(x), start, warm, {})
+        again = look(finder, Operand(x), start, warm)
     assert torch.equal(torch.random.get_rng_state(), generator)
     assert torch.equal(x, before)
     for u, v, old, new in zip(first.factors, again.factors, kept, start.factors, strict=True):
@@ -132,8 +132,8 @@ def test_an_operand_in_two_terms_is_the_sum(finder, side, dtype):
     operands = (Operand(x, 0.3, frame, w), Operand(x).mix(0.3, frame, w), twice)
     for start in (frame, random_frame(shape, ranks, dtype, 8)):  # the warm start is the very frame of the second term
         for operand in operands:
-            found = finder.find(operand, start, True, {})
-            expected = finder.find(Operand(whole), start, True, {})
+            found = look(finder, operand, start, True)
+            expected = look(finder, Operand(whole), start, True)
             for u, v in zip(found.factors, expected.factors, strict=True):
                 if u is not None:
                     close(u @ u.mH, v @ v.mH, 1e-8)
