@@ -8,7 +8,7 @@ from torch import nn
 
 from .adamw import AdamW
 from .codecs import Full, Int8
-from .finders import Exact, Power
+from .finders import Exact, NystroemTucker, Power, StreamingTucker
 from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
@@ -100,6 +100,32 @@ _RECIPES = (
         "2501.02379 with 2410.16103, mode by mode",
         dict(
             finder=Power(momentum=0.9),
+            transport=Rotate(),
+            residual=Feedback(),
+            codec=Full(),
+            refresh_every=4,
+            scale="match",
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "nystrom-tucker-adam",
+        "tucker-adam with factors from a small sample of fibres, drawn by the energy of their slices",
+        "this package; sampling as in Drineas, Kannan and Mahoney, 2006",
+        dict(
+            finder=NystroemTucker(),
+            transport=Rotate(),
+            residual=Feedback(),
+            codec=Full(),
+            refresh_every=4,
+            scale="match",
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "streaming-tucker-adam",
+        "tucker-adam with factors from sketches that every gradient is added to",
+        "1904.10951 for the sketch",
+        dict(
+            finder=StreamingTucker(),
             transport=Rotate(),
             residual=Feedback(),
             codec=Full(),

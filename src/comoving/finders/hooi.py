@@ -19,8 +19,8 @@ class HOOI(Memoryless):
     Alternating maximization of the captured energy |F^H O| (De Lathauwer, De Moor and Vandewalle, 2000): no sweep
     lowers it. The first frame starts from the sequentially truncated HOSVD, and so does one whose predecessor captures
     less than 1% of O's energy (read on the host, once a refresh), for each mode sees only what the others let through.
-    What they hide in part comes back over several refreshes, unlike with :class:`comoving.finders.Power`, whose modes do
-    not see one another.
+    What they hide in part comes back over several refreshes, unlike with :class:`comoving.finders.Power`, whose modes
+    do not see one another.
 
     Args:
         momentum: rho of the operand, in [0, 1).

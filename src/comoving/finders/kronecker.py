@@ -7,17 +7,20 @@ from math import prod
 import torch
 from torch import Tensor
 
+_NARROWEST = 4
+
 
 def widths(shape: Sequence[int], wanted: Mapping[int, int]) -> tuple[int, ...]:
     """k_1, ..., k_N as small and as equal as they can be, so that the product over m != n of k_m is wanted[n] or more.
 
-    No k_m exceeds d_m, nor needs to: all of the unfolding's columns are enough.
+    No k_m exceeds d_m, nor needs to: all of the unfolding's columns are enough. None is below 4 where d_m is not, for
+    every column of the sketch would share the luck of a single Gaussian vector.
 
     Args:
         shape: (d_1, ..., d_N).
         wanted: columns of the sketch of mode n.
     """
-    k = [1] * len(shape)
+    k = [min(d, _NARROWEST) for d in shape]
     for n, columns in wanted.items():
         others = [m for m in range(len(shape)) if m != n]
         enough = min(columns, prod(shape[m] for m in others))

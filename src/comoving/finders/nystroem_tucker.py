@@ -49,10 +49,7 @@ class NystroemTucker:
 
     def __post_init__(self) -> None:
         check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int | float):
-            raise TypeError(f"samples must be a float or an int, got {self.samples!r}")
-        if not (self.samples >= 1 if isinstance(self.samples, int) else 0.0 < self.samples <= 1.0):
-            raise ValueError(f"samples must lie in (0, 1] or be an int >= 1, got {self.samples!r}")
+        _check_samples(self.samples)
         check_choice("fibres", self.fibres, ("uniform", "energy"))
         check_float("decay", self.decay, 0.0, 1.0, open_low=True)
         check_int("seed", self.seed, 0)
@@ -151,3 +148,11 @@ class NystroemTucker:
         # Fixed numbers of draws from two densities: each column is weighted by the inverse of its expected number.
         evenly = ceil(count / _UNIFORM_EVERY)
         return columns, 1 / (evenly / total + (count - evenly) * density)
+
+
+def _check_samples(value: object) -> None:
+    """Raise unless value is a float in (0, 1] or an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"samples must be a float or an int, got {value!r}")
+    if not (value >= 1 if isinstance(value, int) else 0.0 < value <= 1.0):
+        raise ValueError(f"samples must lie in (0, 1] or be an int >= 1, got {value!r}")

@@ -103,13 +103,16 @@ class Operand:
         return result.mul_(self.share).add_(small if own is None else own @ small)
 
     def sample(self, mode: int, columns: Tensor) -> Tensor:
-        """These columns of the unfolding O_(n), (d_n, s), of which no others are formed.
+        """These columns of the unfolding O_(n), (d_n, s).
+
+        Fewer than 0.5% of them are lifted on their own; more cost as much as O, which is then formed once for all modes.
 
         Args:
             mode: n.
             columns: (s,) int64, from 0 up to the product of the other modes, whose indices they count in their order.
         """
-        if not isinstance(self.frame, ModeFrame) or self.core is None:
+        few = 200 * len(columns) * self.dense.shape[mode] < self.dense.numel() and "_formed" not in self.__dict__
+        if not few or not isinstance(self.frame, ModeFrame) or self.core is None:
             return fibres(self._formed, mode, columns)
         result = fibres(self.dense, mode, columns).mul_(self.share)
         return result.add_(_lifted_fibres(self.frame.factors, self.core, mode, columns, self.dense.shape))

@@ -31,7 +31,7 @@ class RandomizedTucker:
 
     Args:
         momentum: rho of the operand, in [0, 1).
-        oversampling: columns beyond r_n, >= 0; a Kronecker product may have a few more.
+        oversampling: columns beyond r_n, >= 0; a Kronecker product may have more.
         passes: over the operand and mode, >= 1.
         seed: with a counter of refreshes in the memory, it seeds the draws, >= 0.
     """

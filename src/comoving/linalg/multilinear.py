@@ -96,7 +96,7 @@ def all_but_one(x: Tensor, matrices: Sequence[Tensor | None], modes: Iterable[in
         modes: the modes that stay, one at a time.
     """
     everything = list(range(len(matrices)))
-    return _leave_one(x, matrices, [], everything, set(modes))
+    return _leave_one(x.resolve_conj().contiguous(), matrices, [], everything, set(modes))
 
 
 def _leave_one(
