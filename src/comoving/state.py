@@ -287,9 +287,13 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
         own = group["transport"].slots(group["rule"].slots)
         if any(slot.name not in state for slot in own):
             group["transport"].adopt(state, group["rule"].slots, Clock(state["step"], *group["betas"]))
-        expected_memory = {n: part for n, part in expected.items() if n.startswith(_MEMORY) and n in state}
-        misfits = {n: part for n, part in expected_memory.items() if tuple(state[n].shape) != part.shape}
-        state |= zeros(misfits, state[FIRST].device, state["step"].device)  # a memory of other ranks starts anew
+        # What a finder remembers may depend on the ranks, and then starts anew.
+        remembered = {name: part for name, part in expected.items() if name.startswith(_MEMORY)}
+        stale = {name for name, part in remembered.items() if name in state and tuple(state[name].shape) != part.shape}
+        stale |= {name for name in state if name.startswith(_MEMORY) and name not in remembered}
+        state = {name: value for name, value in state.items() if name not in stale}
+        anew = {name: part for name, part in remembered.items() if name not in state}
+        state |= zeros(anew, state[FIRST].device, state["step"].device)
         residual = group["residual"].parts(group["codec"], site.view.shape, tuple(state[FIRST].shape), site.view.dtype)
         expected = {name: part for name, part in (expected | residual).items() if name not in moved}
         # Dense state has no feedback and no record of its error: both start at zero.

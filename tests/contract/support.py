@@ -8,15 +8,20 @@ from torch import nn
 from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import (
+    HOOI,
     CosineSelection,
     Exact,
     IncrementalSVD,
     Nystroem,
+    NystroemTucker,
     Oja,
     Operand,
     Power,
     Randomized,
+    RandomizedTucker,
     RandomProjection,
+    SequentialHOSVD,
+    StreamingTucker,
     TrainIncrement,
     TrainRandomized,
     TrainSVD,
@@ -44,6 +49,16 @@ FINDERS = [
     Nystroem(columns="energy"),
     Oja(),
     IncrementalSVD(),
+    SequentialHOSVD(),
+    SequentialHOSVD(method="svd"),
+    HOOI(),
+    HOOI(momentum=0.0, sweeps=2),
+    RandomizedTucker(),
+    RandomizedTucker(oversampling=1, passes=3, seed=1),
+    NystroemTucker(),
+    NystroemTucker(samples=0.8, fibres="uniform"),
+    StreamingTucker(),
+    StreamingTucker(decay=1.0, oversampling=2, newest=0.0, seed=1),
 ]
 BOND_FINDERS = [
     TrainSVD(),
@@ -134,6 +149,14 @@ def feedback_error(optimizer, p):
 
 def stored(state, prefix):
     return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+
+
+def look(finder, operand, start, warm):
+    """A search with fresh memory, which has observed the operand."""
+    x = operand.full()
+    memory = {n: x.new_zeros(p.shape, dtype=p.dtype) for n, p in finder.parts(x.shape, start.ranks, x.dtype).items()}
+    finder.observe(x, memory)
+    return finder.find(operand, start, warm, memory)
 
 
 class Holder(nn.Module):
