@@ -105,7 +105,7 @@ class Operand:
     def sample(self, mode: int, columns: Tensor) -> Tensor:
         """These columns of the unfolding O_(n), (d_n, s).
 
-        Fewer than 0.5% of them are lifted on their own; more cost as much as O, which is then formed once for all modes.
+        Fewer than 0.5% of them are lifted on their own; more cost as much as O, which is then formed once for all.
 
         Args:
             mode: n.
