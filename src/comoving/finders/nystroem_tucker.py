@@ -35,7 +35,7 @@ class NystroemTucker:
     Args:
         momentum: rho of the operand, in [0, 1).
         samples: a float in (0, 1], that share of the columns of each unfolding, or an int >= 1, so many columns; never
-            fewer than 2 r_n, and all of them, exactly, where there are no more.
+            fewer than 2 r_n or r_n + 8, and all of them, exactly, where there are no more.
         fibres: "uniform" or "energy".
         decay: of the energies, in (0, 1].
         seed: with a counter of refreshes in the memory, it seeds the draws, >= 0.
@@ -44,7 +44,7 @@ class NystroemTucker:
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
 
     momentum: float = 0.9
-    samples: float | int = 0.1
+    samples: float | int = 0.02
     fibres: Literal["uniform", "energy"] = "energy"
     decay: float = 0.9
     seed: int = 0
@@ -100,7 +100,10 @@ class NystroemTucker:
     def count(self, shape: tuple[int, ...], mode: int, rank: int) -> int:
         """Columns to draw of the unfolding in ``mode``."""
         total = prod(shape) // shape[mode]
-        return min(total, max(self.samples if isinstance(self.samples, int) else ceil(self.samples * total), 2 * rank))
+        return min(
+            total,
+            max(self.samples if isinstance(self.samples, int) else ceil(self.samples * total), 2 * rank, rank + 8),
+        )
 
     def draw(
         self, shape: tuple[int, ...], mode: int, count: int, generator: torch.Generator, memory: Memory
