@@ -8,7 +8,7 @@ from torch import nn
 from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import Exact, Power, TrainIncrement, TrainRandomized, TrainSVD, TreeIncrement, TreeSVD
-from comoving.frames import ModeFrame
+from comoving.frames import ModeFrame, Modes, Trains, Trees
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
@@ -34,6 +34,20 @@ BOND_FINDERS = [
     TreeSVD(),
     TreeIncrement(),
 ]
+SUBSPACES = [
+    *((finder, Modes()) for finder in FINDERS),
+    *((finder, layout) for finder in BOND_FINDERS for layout in (Trains(), Trees())),
+    (TrainSVD(), Trains(bond=1)),
+    (TrainIncrement(), Trees(bond=1)),
+]
+"""Every finder with every layout that it fills: what the contract of subspaces runs over."""
+EXCUSED = {
+    Trains: {"cuts within the older span": "where an inner edge is cut, those above lose what they had through it"},
+    Trees: {"cuts within the older span": "as for trains"},
+}
+"""Finder or layout -> {promise that it does not make: why}; the promises are those of ``test_subspaces``."""
+PATIENCE = {TrainIncrement: 3, TreeIncrement: 3}
+"""Refreshes with one operand that a finder may take where others need one: it adds few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
 RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
