@@ -28,7 +28,7 @@ from comoving.finders import (
     TreeIncrement,
     TreeSVD,
 )
-from comoving.frames import Cosines, ModeFrame, Modes, Seeded
+from comoving.frames import Cosines, ModeFrame, Modes, Seeded, Trains, Trees
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
@@ -71,8 +71,28 @@ BOND_FINDERS = [
     TreeIncrement(),
 ]
 SAMPLED = [(CosineSelection(), Cosines()), (RandomProjection(), Seeded())]
-PATIENCE = {Oja: 40}
-"""Refreshes with one operand that a finder may take where others need one."""
+SUBSPACES = [
+    *((finder, Modes()) for finder in FINDERS),
+    *SAMPLED,
+    *((finder, layout) for finder in BOND_FINDERS for layout in (Trains(), Trees())),
+    (TrainSVD(), Trains(bond=1)),
+    (TrainIncrement(), Trees(bond=1)),
+]
+"""Every finder with every layout that it fills: what the contract of subspaces runs over."""
+EXCUSED = {
+    Trains: {"cuts within the older span": "where an inner edge is cut, those above lose what they had through it"},
+    Trees: {"cuts within the older span": "as for trains"},
+    Cosines: {"is drawn": "it starts with the lowest frequencies"},
+    Seeded: {
+        "keeps the older span": "the state holds one seed, from which all directions are drawn at once",
+        "cuts within the older span": "likewise",
+    },
+    CosineSelection: {"captures": "it looks along fixed columns alone"},
+    RandomProjection: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
+}
+"""Finder or layout -> {promise that it does not make: why}; the promises are those of ``test_subspaces``."""
+PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
+"""Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
 RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]

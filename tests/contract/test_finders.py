@@ -1,4 +1,4 @@
-"""What every finder promises, on every side of a frame, cold and warm."""
+"""What finders of mode-wise frames promise beyond the contract of subspaces: any size, operands in two terms."""
 
 import pytest
 import torch
@@ -49,7 +49,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL,
 
 @EVERY
 @SIDED
-@WARM
 @DTYPES
 @pytest.mark.parametrize("kind", KINDS)
 def test_finite_orthonormal_and_of_the_asked_ranks(finder, layout, side, warm, dtype, kind):
