@@ -729,12 +729,7 @@ class Toy(Memoryless):
 @pytest.mark.parametrize("side", contract.SIDES)
 @pytest.mark.parametrize("dtype", [torch.float32, COMPLEX], ids=str)
 def test_a_finder_of_ones_own_passes_the_contract(side, dtype):
-    for warm in (False, True):
-        for kind in contract.KINDS:
-            contract.test_finite_orthonormal_and_of_the_asked_ranks(Toy(), Modes(), side, warm, dtype, kind)
-        contract.test_deterministic_without_the_global_generator_and_without_side_effects(Toy(), Modes(), side, warm)
-        contract.test_a_zero_operand_keeps_the_frame(Toy(), Modes(), side, warm, dtype)
-        contract.test_it_finds_the_energy(Toy(), side, warm, dtype)
+    """What mode-wise finders promise beyond the contract of subspaces, which has a toy of its own."""
     for size in (1e-27, 1e27):
         contract.test_the_size_of_the_operand_does_not_matter(Toy(), side, dtype, size)
     if side != "more than the columns":
