@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +26,10 @@ NOTE = (
 class Settings:
     """How much of everything a run does."""
 
-    warmup: int = 24
+    warmup: int = 80
     steps: int = 25
     wide: bool = True
-    periods: tuple[int, ...] = (1, 4)
+    every: int = 4
     repeats: int = 2
     orders: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
     rounds: int = 7
@@ -49,7 +49,7 @@ QUICK = Settings(
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """Torch on one thread, and as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(settings: Settings, command: str, say: Any) -> dict[str, Any]:
+def measure(settings: Settings, command: str, say: Callable[[str], None]) -> dict[str, Any]:
     """All sections."""
     started, machine = time.monotonic(), clock.machine()
     found: dict[str, Any] = {
@@ -74,11 +74,10 @@ def measure(settings: Settings, command: str, say: Any) -> dict[str, Any]:
     say("gradients from short trainings of lm and fno")
     streams = from_training(settings.warmup, settings.steps, settings.wide)
     for stream in streams:
-        for every in settings.periods:
-            say(f"finders on {stream.name}, a refresh every {every}")
-            found["streams"] += subspace.follow(stream, contenders(), every, settings.repeats)
-            if len(stream.shape) > 2 and sampled():
-                found["rates"] += subspace.follow(stream, sampled(), every, settings.repeats)
+        say(f"finders on {stream.name}")
+        found["streams"] += subspace.follow(stream, contenders(), settings.every, settings.repeats)
+        if len(stream.shape) > 2:
+            found["rates"] += subspace.follow(stream, sampled(), settings.every, settings.repeats)
     say("cost against order")
     rows = subspace.cost_of_order(settings.orders, rounds=settings.rounds)
     found["orders"] = {"rows": rows, "summary": subspace.order_summary(rows)}
@@ -112,10 +111,12 @@ def execute(out: Path, quick: bool, command: str) -> int:
     for module, extra in (("matplotlib.figure", "cli"), ("transformers", "hf"), ("neuralop.models", "pde")):
         require(module, extra)
     console = rich_console.Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     with one_thread():
-        found = measure(
-            QUICK if quick else FULL, command, lambda line: console.print(line, markup=False, highlight=False)
-        )
+        found = measure(QUICK if quick else FULL, command, say)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "subspace.json", found)
     write_text(out / "subspace.md", report.markdown(found))

@@ -1,7 +1,7 @@
 """Streams of gradients: saved from short real trainings, or made with a subspace that is known and turns."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ class Stream:
 
 
 def saved(
-    task: Any, model: nn.Module, wanted: dict[str, Choice], *, warmup: int, steps: int, batch: int, rate: float
+    task: Any, model: nn.Module, wanted: Mapping[str, Choice], *, warmup: int, steps: int, batch: int, rate: float
 ) -> dict[str, list[Tensor]]:
     """Gradients of the last ``steps`` of ``warmup + steps`` steps of torch's AdamW, seed 0, for each chosen parameter.
 
@@ -72,14 +72,22 @@ def _spectral(name: str, p: Tensor) -> bool:
 
 
 def from_training(warmup: int, steps: int, wide: bool = True) -> list[Stream]:
-    """Streams of two matrices of ``lm`` and of a spectral weight of ``fno``, at the ranks these tasks race with.
+    """Streams of two matrices of ``lm`` and of a spectral weight of ``fno``, each at two ranks.
+
+    The first rank is the one that the task races with. Early gradients have almost no energy outside of it, so that
+    there is a second one, of a sixteenth of the directions or a hundredth of the entries, that tells finders apart.
 
     Args:
         warmup: steps before the first gradient that is kept.
         steps: gradients per stream.
-        wide: also the same FNO with 64 channels instead of 24.
+        wide: also the same FNO with 64 channels instead of 24, after a quarter of the warm-up.
     """
     streams: list[Stream] = []
+
+    def add(found: dict[str, list[Tensor]], ranks: Sequence[int | float]) -> None:
+        for name, gradients in found.items():
+            streams.extend(Stream(f"{name}, rank {rank:g}", gradients, rank) for rank in ranks)
+
     lm, fno = TASKS["lm"], TASKS["fno"]
     with torch.random.fork_rng(devices=[]):
         task = lm.load()
@@ -89,14 +97,15 @@ def from_training(warmup: int, steps: int, wide: bool = True) -> list[Stream]:
             "lm 352x128": partial(_ends, "layers.1.mlp.gate_proj.weight"),
         }
         found = saved(task, task.model(), wanted, warmup=warmup, steps=steps, batch=lm.batch, rate=lm.rate)
-        streams += [Stream(name, gradients, lm.rank) for name, gradients in found.items()]
+        add(found, (lm.rank, 8))
         task = fno.load()
         for channels in (24, 64) if wide else (24,):
             torch.manual_seed(0)
             model = task.model() if channels == 24 else _wide(channels)
-            name = f"fno {channels}x{channels}x16x9"
-            found = saved(task, model, {name: _spectral}, warmup=warmup, steps=steps, batch=fno.batch, rate=fno.rate)
-            streams.append(Stream(name, found[name], fno.rank))
+            before = warmup if channels == 24 else warmup // 4
+            wanted = {f"fno {channels}x{channels}x16x9": _spectral}
+            found = saved(task, model, wanted, warmup=before, steps=steps, batch=fno.batch, rate=fno.rate)
+            add(found, (fno.rank, 0.01))
     return streams
 
 

@@ -44,11 +44,12 @@ def tables(found: Found) -> list[Table]:
 def _streams(found: Found) -> list[Table]:
     return [
         Table(
-            f"{name}: against Exact, one refresh every {every} gradients",
-            ("finder", "frame", "time", "ms", "find", "energy of Exact's", "energy", "frame's numbers", "core", "memory"),
+            f"{name}: against Exact, a refresh every {every} gradients",
+            ("finder", "frame", "time of Exact's", "if every 1", "ms", "find", "energy of Exact's", "energy", "in frame", "core", "memory"),
             [
                 (
-                    row["finder"], row["frame"], _faster(row["time_of_exact"]), _ms(row["refresh_seconds"]),
+                    row["finder"], row["frame"], _faster(row["time_of_exact"]),
+                    _faster(row["time_of_exact_every_step"]), _ms(row["refresh_seconds"]),
                     _ms(row["find_seconds"]), f"{row['energy_of_exact']:.3f}", f"{row['energy']:.3f}",
                     str(row["frame_numbers"]), str(row["core_numbers"]), str(row["memory_numbers"]),
                 )
@@ -215,173 +216,6 @@ def _increment_targets(rows: Sequence[Row]) -> Iterator[Row]:
                     f"{gain:.1f}x at {energy:.3f}",
                     gain >= 5 and energy >= WITHIN_INCREMENTS,
                 )
-
-
-def markdown(self) -> str:
-    """As a Markdown section."""
-    lines = [self.headings, tuple("---" for _ in self.headings), *self.rows]
-    return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _ms(value: float) -> str:
-    return f"{1e3 * value:.3g}"
-
-
-def _faster(value: float) -> str:
-    return f"{value:.2f}x"
-
-
-def tables(found: Found) -> list[Table]:
-    """All tables of a run."""
-    return [*_streams(found), _rates(found), _orders(found), _trains(found), _increments(found), _targets(found)]
-
-
-def _streams(found: Found) -> list[Table]:
-    return [
-        Table(
-            f"{name}: against Exact, one refresh every {every} gradients",
-            ("finder", "frame", "time", "ms", "find", "energy of Exact's", "energy", "frame's numbers", "core", "memory"),
-            [
-                (
-                    row["finder"], row["frame"], _faster(row["time_of_exact"]), _ms(row["refresh_seconds"]),
-                    _ms(row["find_seconds"]), f"{row['energy_of_exact']:.3f}", f"{row['energy']:.3f}",
-                    str(row["frame_numbers"]), str(row["core_numbers"]), str(row["memory_numbers"]),
-                )
-                for row in rows
-            ],
-        )
-        for (name, every), rows in grouped(found["streams"], lambda row: (row["tensor"], row["every"])).items()
-    ]  # fmt: skip
-
-
-def _rates(found: Found) -> Table:
-    return Table(
-        "Nystroem-Tucker by share of the columns that are read (never fewer than twice the rank)",
-        ("tensor", "every", "fibres and share", "time of Exact's", "energy of Exact's"),
-        [
-            (r["tensor"], str(r["every"]), r["finder"], _faster(r["time_of_exact"]), f"{r['energy_of_exact']:.3f}")
-            for r in found["rates"]
-            if r["finder"] != EXACT
-        ],
-    )
-
-
-def _orders(found: Found) -> Table:
-    return Table(
-        "Cost against the order of the tensor",
-        ("frame", "finder", "state's exponent", "at far orders", "step per entry: last/first", "last/least",
-         "refresh per entry: last/first", "last/least"),
-        [
-            (
-                r["kind"], r["finder"], f"{r['exponent']:.2f}", f"{r['far_exponent']:.2f}",
-                *(f"{r[f'{what}_last_of_{of}']:.3f}" for what in ("step", "refresh") for of in ("first", "least")),
-            )
-            for r in found["orders"]["summary"]
-        ],
-    )  # fmt: skip
-
-
-def _trains(found: Found) -> Table:
-    rows: list[tuple[str, ...]] = []
-    for r in found["trains"]:
-        if r["status"] != "measured":
-            rows.append((r["tensor"], r["method"], r["status"], "", "", ""))
-            continue
-        gain = r["faster_than_tensorly"]
-        rows.append(
-            (r["tensor"], r["method"], _ms(r["seconds"]), f"{r['reads']:.1f}",
-             "unknown" if gain is None else _faster(gain), f"{r['error']:.2e}")
-        )  # fmt: skip
-    return Table(
-        "Tensor-train decompositions", ("tensor", "method", "ms", "x.sum()", "faster than tensorly", "error"), rows
-    )
-
-
-def _increments(found: Found) -> Table:
-    names = [r["method"] for r in found["increments"] if not r["method"].endswith("Increment")]
-    rows = [r for r in found["increments"] if r["method"].endswith("Increment")]
-    return Table(
-        "Increments against decomposing anew",
-        ("finder", "instead of", "faster", "energy of the other's"),
-        [
-            (r["method"], name, _faster(r["faster_than"][name]), f"{r['energy_of'][name]:.4f}")
-            for r in rows
-            for name in names
-        ],
-    )
-
-
-def _targets(found: Found) -> Table:
-    return Table(
-        "Targets",
-        ("what", "target", "reached", "met"),
-        [(t["what"], t["target"], t["reached"], "yes" if t["met"] else "no") for t in found["targets"]],
-    )
-
-
-def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """The rows by their key, in order."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
-
-
-def targets(found: Found) -> list[Row]:
-    """Each target, what was reached, and whether that is enough."""
-    lines: list[Row] = []
-
-    def add(what: str, target: str, reached: str, met: bool) -> None:
-        lines.append({"what": what, "target": target, "reached": reached, "met": met})
-
-    wanted = f">= 3x faster than Exact, energy >= {WITHIN_TUCKER}"
-    tensors = [row for row in (*found["streams"], *found["rates"]) if len(row["ranks"]) > 2]
-    for (name, every), rows in grouped(tensors, lambda row: (row["tensor"], row["every"])).items():
-        curve = [r for r in rows if r["finder"].startswith(("energy ", "uniform ", "NystroemTucker"))]
-        streaming = [r for r in rows if r["finder"] == "StreamingTucker"]
-        for who, own in (("Nystroem-Tucker, best share", curve), ("streaming Tucker", streaming)):
-            if not own:
-                continue
-            good = [r for r in own if r["energy_of_exact"] >= WITHIN_TUCKER]
-            best = min(good or own, key=lambda r: r["time_of_exact"] if good else -r["energy_of_exact"])
-            gain, energy = 1 / best["time_of_exact"], best["energy_of_exact"]
-            add(
-                f"{who}, {name}, every {every}",
-                wanted,
-                f"{gain:.2f}x at {energy:.3f} ({best['finder']})",
-                gain >= 3 and energy >= WITHIN_TUCKER,
-            )
-    for row in found["orders"]["summary"]:
-        if row["kind"] == "Tucker":
-            continue
-        add(f"{row['finder']}: exponent of the state", "<= 1.1", f"{row['exponent']:.2f}", row["exponent"] <= 1.1)
-        for what in ("step", "refresh"):
-            value = row[f"{what}_last_of_first"]
-            add(f"{row['finder']}: {what} per entry, last order to first", "<= 1.5", f"{value:.3f}", value <= 1.5)
-    for name, rows in grouped(found["trains"], lambda row: row["tensor"]).items():
-        by = {r["method"]: r for r in rows}
-        if by[TENSORLY]["status"] != "measured":
-            continue
-        theirs = by[TENSORLY]["error"]
-        for method, r in by.items():
-            if method != TENSORLY:
-                # Without noise all errors are roundoff.
-                equal = r["error"] <= max(1.01 * theirs, 1e-5)
-                gain = r["faster_than_tensorly"]
-                reached = f"{gain:.1f}x, error {r['error']:.2e} to {theirs:.2e}"
-                add(f"{method}, {name}", ">= 3x faster than tensorly at equal error", reached, gain >= 3 and equal)
-    for row in found["increments"]:
-        for other in row["faster_than"]:
-            same = other[:4] == row["method"][:4] or (other == "tt_svd" and row["method"] == "TrainIncrement")
-            if row["method"].endswith("Increment") and same and not other.endswith("Increment"):
-                gain, energy = row["faster_than"][other], row["energy_of"][other]
-                add(
-                    f"{row['method']} against {other}",
-                    f">= 5x faster, energy >= {WITHIN_INCREMENTS}",
-                    f"{gain:.1f}x at {energy:.3f}",
-                    gain >= 5 and energy >= WITHIN_INCREMENTS,
-                )
-    return lines
 
 
 def markdown(found: Found) -> str:
