@@ -76,7 +76,7 @@ def measure(settings: Settings, command: str, say: Callable[[str], None]) -> dic
     for stream in streams:
         say(f"finders on {stream.name}")
         found["streams"] += subspace.follow(stream, contenders(), settings.every, settings.repeats)
-        if len(stream.shape) > 2:
+        if len(stream.shape) > 2 and sampled():
             found["rates"] += subspace.follow(stream, sampled(), settings.every, settings.repeats)
     say("cost against order")
     rows = subspace.cost_of_order(settings.orders, rounds=settings.rounds)
