@@ -253,6 +253,10 @@ def accuracy(found: Found) -> bytes:
                     axes.plot(times, values, dash, color="#999999", lw=1.2, label=f"NystroemTucker, {fibres}, 1 to 25%")
             axes.set_xscale("log")
             axes.set_yscale("log")
+            ticker = require("matplotlib.ticker", "cli")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
             axes.axvline(1, color="#cccccc", lw=1)
             axes.set_xlabel("time of Exact's")
             axes.set_title(f"{name}: share of energy missed", loc="left", fontsize=8)
@@ -287,6 +291,7 @@ def order(found: Found) -> bytes:
                 values = [unit * row[field] for row in own]
                 axes.plot([r["order"] for r in own], values, "o-", color=COLORS[i], ms=4, label=label)
             axes.set_yscale("log")
+            axes.set_xticks(sorted({row["order"] for row in rows}))
             axes.set_xlabel("order of the tensor")
             axes.set_title(title, loc="left", fontsize=9)
             axes.legend(fontsize=7)
