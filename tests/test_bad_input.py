@@ -378,8 +378,8 @@ def test_rank_errors_name_the_parameter():
 
 @pytest.mark.parametrize("make", [AdamW, LowRankOptimizer])
 def test_unknown_keywords_in_a_group(make):
-    with pytest.raises(TypeError, match="ranks.*known are.*rank"):
-        make([{"params": [matrix(12, 20)], "ranks": 3}])
+    with pytest.raises(TypeError, match="rnak.*known are.*rank"):
+        make([{"params": [matrix(12, 20)], "rnak": 3}])
 
 
 @pytest.mark.parametrize("name", ["adam", "galore+", "galore+fira", "+ef", "", "GaLore"])

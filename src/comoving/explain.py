@@ -7,7 +7,7 @@ from torch import nn
 
 from .frames.base import Rank
 from .groups import param_groups
-from .state import layout, part_bytes
+from .state import current, layout, part_bytes
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
     rows: list[Row] = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            site = optimizer.sites[p]
+            site = current(optimizer.sites[p], group, optimizer.state.get(p, {}))
             size = sum(map(part_bytes, layout(site, group).values())) if p.requires_grad else 0
             view = "torch" if site.plain else str(site.view.name if isinstance(site.view.name, str) else "heads")
             view += f", {site.blocks} blocks" if site.blocks else ""

@@ -85,4 +85,9 @@ class Undo(AbstractContextManager[None]):
 
 
 def _clones(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+    # Ranks change only where the flag was read on the host.
+    return {
+        name: value.clone()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not name.startswith("ranks")
+    }

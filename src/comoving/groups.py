@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .frames import Blocks
 from .frames.base import SIDES, Rank
-from .frames.modes import check_rank
+from .frames.modes import Modes, check_rank
 from .sites import Site
 from .slots import Kind
 from .validate import check_choice, check_float, check_int
@@ -62,12 +62,15 @@ def check_options(group: Mapping[str, Any]) -> None:
     roles = {
         "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
         "transport": ("move", "age"), "rule": ("absorb", "direction"), "residual": ("restore", "keep"),
-        "codec": ("encode", "decode"),
+        "codec": ("encode", "decode"), "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
     }  # fmt: skip
     for role, methods in roles.items():
         part = group[role]
         if isinstance(part, type) or not all(hasattr(part, method) for method in methods):
-            raise TypeError(f"{role} must be a {role} part, such as those in comoving's {role} modules, got {part!r}")
+            hint = " (the number of directions is rank=)" if role == "ranks" else ""
+            raise TypeError(
+                f"{role} must be a {role} part, such as those in comoving's {role} modules{hint}, got {part!r}"
+            )
     makes, fills = getattr(group["frame"], "makes", None), getattr(group["finder"], "fills", None)
     if makes is not None and fills is not None and makes not in fills:
         raise TypeError(
@@ -130,12 +133,23 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
             refused = "fused", "torch's kernel would keep two second moments for one complex number"
         elif site.projected and group["betas"][1] == 0:
             refused = "betas[1]", "0 leaves no second moment to carry"
+        elif site.projected and group["ranks"].adaptive and not group["transport"].resizes:
+            refused = "ranks", f"and transport {group['transport']} cannot take moments from one rank to another"
+        elif site.projected and group["ranks"].adaptive and type(group["frame"]) is not Modes:
+            refused = "ranks", f"and frame {group['frame']} has no spectrum for each mode to choose ranks by"
         if refused is not None:
             kind = "projected" if site.projected else "complex"
             raise ValueError(
                 f"{refused[0]}={group.get(refused[0], 0)!r} is refused: {site.name} is {kind}, {refused[1]}"
             )
-    return sites
+    return [_opening(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
+
+
+def _opening(site: Site, group: Mapping[str, Any]) -> Site:
+    """The site with the ranks that an adaptive policy starts from."""
+    shape = site.view.shape
+    ranks = group["ranks"].opening(site.ranks, shape)
+    return replace(site, ranks=ranks, core_shape=group["frame"].core_shape(shape, ranks), base=site.ranks)
 
 
 def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: int) -> Site:

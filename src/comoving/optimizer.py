@@ -20,17 +20,20 @@ from .frames import Frame, Layout, ModeFrame, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, decide, named, update_scale
 from .linalg import multilinear, norm
+from .ranks import Fixed, Policy, Record
+from .ranks import budget as budgets
+from .ranks.reading import leading, read
 from .residual import Discard, Passage, Residual
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .schedule import refresh_due, stagger
 from .sites import Site
 from .transport import Clock, Rotate, Transport
-from .validate import check_choice, check_int
+from .validate import check_choice, check_float, check_int
 from .views import Heads, ViewName
 
-# Keys that others put into param groups, and that change nothing here.
-_FOREIGN = {"params", "param_names", "name", "initial_lr"}
+# Keys of param groups that are not hyper-parameters.
+_FOREIGN = {"params", "param_names", "name", "initial_lr", slots.VALIDATION}
 
 
 class _Unit(NamedTuple):
@@ -75,6 +78,7 @@ class LowRankOptimizer(Optimizer):
         side: "auto", "left", "right" or "both", for matrices.
         view: "tensor", "matrix", "pairs" or heads; see :class:`comoving.views.View`.
         frame, finder, transport, rule, residual, codec: the parts; the codec stores the residual's buffer.
+        ranks: when ranks change: a policy of :mod:`comoving.ranks`, for frames of :class:`comoving.frames.Modes`.
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
             unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
             plain number by itself; "auto" is 0.3-match for matrices and match for tensors, which measured best.
@@ -88,8 +92,10 @@ class LowRankOptimizer(Optimizer):
         on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip"
             leaves parameters and state as they were, decided on the device, and counts (:attr:`skipped_steps`).
         seed: of the random directions that a first frame may start from.
+        budget: bytes that the state of all projected parameters together never exceeds; see
+            :mod:`comoving.ranks.budget`. None for no limit.
 
-    Every argument but the last two is a default for all groups and can be set in each group.
+    Every argument but the last three is a default for all groups and can be set in each group.
 
     Raises:
         ValueError, TypeError: at construction, for anything outside its interval.
@@ -119,6 +125,7 @@ class LowRankOptimizer(Optimizer):
         rule: Rule = Adam(),  # noqa: B008
         residual: Residual = Discard(),  # noqa: B008
         codec: Codec = Full(),  # noqa: B008
+        ranks: Policy = Fixed(),  # noqa: B008
         scale: float | str = "auto",
         refresh_every: int = 1,
         maximize: bool = False,
@@ -130,17 +137,20 @@ class LowRankOptimizer(Optimizer):
         reasons: dict[str, str] | None = None,
         on_nonfinite: str = "raise",
         seed: int = 0,
+        budget: int | None = None,
     ) -> None:
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_int("seed", seed, 0)
+        if budget is not None:
+            check_int("budget", budget, 1)
         defaults = dict(
             lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
-            finder=finder, transport=transport, rule=rule, residual=residual, codec=codec, scale=scale,
+            finder=finder, transport=transport, rule=rule, residual=residual, codec=codec, ranks=ranks, scale=scale,
             refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad, foreach=foreach, fused=fused,
             diagnostics=diagnostics, select=select, reasons=reasons,
         )  # fmt: skip
         check_options(defaults)
-        self.on_nonfinite, self.seed = on_nonfinite, seed
+        self.on_nonfinite, self.seed, self.budget = on_nonfinite, seed, budget
         self._begin()
         super().__init__(params, defaults)
 
@@ -151,6 +161,7 @@ class LowRankOptimizer(Optimizer):
         self._skipped: Tensor | None = None
         self._norms: dict[Tensor, Tensor] = {}
         self._fixed: list[dict[str, Any]] = []
+        self._held: dict[Tensor, int] = {}
 
     # ------------------------------------------------------------------------------------------------ the seven steps
 
@@ -204,7 +215,7 @@ class LowRankOptimizer(Optimizer):
         site, group, _ = self._open(p)
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
         for unit, part in self._with_gradient(p, seen):
-            self._absorb(unit, part, self._norms.get(p) if part is seen else None)
+            self._absorb(p, unit, part, self._norms.get(p) if part is seen else None)
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
@@ -217,7 +228,7 @@ class LowRankOptimizer(Optimizer):
         if storage is None:
             p.copy_(view.restore(weights))  # rounded once, at the end
 
-    def _absorb(self, unit: _Unit, seen: Tensor, size: Tensor | None) -> None:
+    def _absorb(self, p: Tensor, unit: _Unit, seen: Tensor, size: Tensor | None) -> None:
         """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known."""
         site, group, state = unit
         residual, codec = group["residual"] if site.projected else Discard(), group["codec"]
@@ -231,7 +242,8 @@ class LowRankOptimizer(Optimizer):
         if refreshing:
             with self.refresh_scope():
                 restored = restored.measured() if group["diagnostics"] else restored
-                passage = self._refresh(unit, restored, memory)  # 3
+                unit, kept = self._adapt(p, unit, seen, memory)
+                passage = self._refresh(unit, restored, memory, kept)  # 3
         state.update(slots.remembered(memory))
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         z = z if site.projected else z.clone()  # the whole frame would hand on the caller's gradient
@@ -257,13 +269,13 @@ class LowRankOptimizer(Optimizer):
         keep, alpha = 1 - group["lr"] * group["weight_decay"], -group["lr"] * update_scale(site, group["scale"])
         unit.frame().add_lift(weights, d, alpha, beta=keep)  # 6, 7
 
-    def _refresh(self, unit: _Unit, seen: Operand, memory: Memory) -> Passage:
-        """Step 3: a new frame, and the moments in it."""
+    def _refresh(self, unit: _Unit, seen: Operand, memory: Memory, kept: Frame | None) -> Passage:
+        """Step 3: a new frame, searched from what is kept of the old one, and the moments in it."""
         site, group, state = unit
         spec, finder, rule, transport = group["frame"], group["finder"], group["rule"], group["transport"]
         clock = Clock(state["step"], *group["betas"])
         old = unit.frame() if rule.momentum in state else None
-        start = spec.start(seen.dense, site.ranks, old, self.seed + site.index)
+        start = spec.start(seen.dense, site.ranks, kept or old, self.seed + site.index)
         looked_at = seen
         if old is not None and finder.momentum > 0:
             core = (state[rule.momentum] * (finder.momentum / clock.weight1)).to(seen.dense.dtype)
@@ -289,6 +301,47 @@ class LowRankOptimizer(Optimizer):
         decay, intake = rule.recursion(clock)
         return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image)
 
+    def _adapt(self, p: Tensor, unit: _Unit, seen: Tensor, memory: Memory) -> tuple[_Unit, Frame | None]:
+        """Before step 3: the ranks of the new frame, and what is kept of the old one; None for all of it, as it is."""
+        site, group, state = unit
+        policy: Policy = group["ranks"]
+        if not policy.adaptive or group["rule"].momentum not in state:
+            return unit, None
+        old: Any = unit.frame()
+        reading, directions = read(old, seen, state[group["rule"].momentum])
+        if reading is not None and old.ranks == site.ranks and state["tick"] > 0:
+            opened = self._record(group).opened
+            ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, state["tick"], opened)
+            claim = budgets.Claim(site, group, state)
+            if self.budget is not None:
+                others = [q for q, other in self.sites.items() if other.projected and q is not p]
+                ranks, gain = budgets.grant(claim, ranks, reading, self.budget - self._held_by(others))
+                if gain > 0:
+                    budgets.release(gain, {q: self.state.get(q, {}) for q in others}, self._claim)
+            state[slots.VALUE].copy_(torch.tensor(budgets.prices(claim, reading, ranks)))
+            slots.set_ranks(state, ranks)
+            site = slots.current(site, group, state)
+        self._held.pop(p, None)
+        if old.ranks == site.ranks:
+            return _Unit(site, group, state), None
+        parts = group["finder"].parts(site.view.shape, site.ranks, site.view.dtype)
+        stale = {name: part for name, part in parts.items() if memory[name].shape != part.shape}
+        memory.update(slots.zeros(stale, seen.device, state["step"].device))
+        return _Unit(site, group, state), leading(old, directions, site.ranks)
+
+    def _claims(self) -> dict[Tensor, budgets.Claim]:
+        """What the budget is shared by: every projected parameter."""
+        return {p: self._claim(p) for p, site in self.sites.items() if site.projected}
+
+    def _claim(self, p: Tensor) -> budgets.Claim:
+        group, state = self.param_groups[self._group_index[p]], self.state.get(p, {})
+        return budgets.Claim(slots.current(self.sites[p], group, state), group, state)
+
+    def _held_by(self, params: list[Tensor]) -> int:
+        """The bytes of projected parameters; remembered, since each of them refreshes."""
+        self._held |= {q: self._claim(q).held() for q in params if q not in self._held}
+        return sum(self._held[q] for q in params)
+
     def _standing(self, unit: _Unit) -> Passage:
         """The passage of a momentum whose frame stays as it is."""
         _, group, state = unit
@@ -305,11 +358,14 @@ class LowRankOptimizer(Optimizer):
 
     def _changes_shape(self, p: Tensor) -> bool:
         """Whether the next step may give slots of this parameter their first or another shape."""
-        site, state = self.sites[p], self.state[p]
+        site, units = self.sites[p], self._opened(p)
         if not site.projected:
-            return "step" not in state
-        units = self._opened(p)
-        return len(units) < max(1, site.blocks) or any(unit.frame().ranks != site.ranks for unit in units)
+            return not units
+        return len(units) < max(1, site.blocks) or any(
+            unit.frame().ranks != unit.site.ranks
+            or (unit.group["ranks"].adaptive and self._refresh_due(unit, unit.frame()))
+            for unit in units
+        )
 
     def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Torch's AdamW on the dense real parameters of a group."""
@@ -342,7 +398,7 @@ class LowRankOptimizer(Optimizer):
         site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
         if "step" not in state:
             state.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
-        return site, group, state
+        return slots.current(site, group, state), group, state
 
     def _unit(self, p: Tensor, block: int) -> _Unit:
         """A block of a parameter, opened where it was not."""
@@ -354,10 +410,10 @@ class LowRankOptimizer(Optimizer):
 
     def _opened(self, p: Tensor) -> list[_Unit]:
         """The parameter, or those of its blocks that have a state."""
-        site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
+        site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state.get(p, {})
         if site.blocks:
             return [self._unit(p, int(block)) for block in state]
-        return [_Unit(site, group, state)] if "step" in state else []
+        return [_Unit(slots.current(site, group, state), group, state)] if "step" in state else []
 
     def _with_gradient(self, p: Tensor, seen: Tensor) -> list[tuple[_Unit, Tensor]]:
         """What a gradient belongs to: the parameter, or each block that it is not zero in."""
@@ -408,6 +464,21 @@ class LowRankOptimizer(Optimizer):
         states = [unit.state for p in params for unit in self._opened(p)]
         return gradients.Undo(bad, params, states)
 
+    def report_validation(self, loss: float) -> None:
+        """Tell the rank policies of a validation loss; part of the state. See :class:`comoving.ranks.Temperature`.
+
+        Raises:
+            TypeError: not a number.
+            ValueError: not finite.
+        """
+        check_float("loss", loss, float("-inf"))
+        for group in self.param_groups:
+            group[slots.VALIDATION] = tuple(group["ranks"].heard(self._record(group), float(loss)))
+
+    @staticmethod
+    def _record(group: Mapping[str, Any]) -> Record:
+        return Record(*group.get(slots.VALIDATION, ()))
+
     @property
     def skipped_steps(self) -> int:
         """Steps skipped for a non-finite gradient since construction; reads the device."""
@@ -448,11 +519,29 @@ class LowRankOptimizer(Optimizer):
         group = self.defaults | param_group
         check_options(group)
         sites = decide(pairs, group, first=len(self.sites))
+        sites = self._within_budget(dict(zip(params, sites, strict=True)), group)
         super().add_param_group({**param_group, "params": pairs if pairs[0][0] is not None else params})
         self._place(params, sites, len(self.param_groups) - 1)
 
+    def _within_budget(self, added: dict[Tensor, Site], group: dict[str, Any]) -> list[Site]:
+        """The new sites, and those that are here, at ranks that fit the budget."""
+        if self.budget is not None:
+            new = {p: budgets.Claim(site, group, {}) for p, site in added.items() if site.projected}
+            claims = self._claims() | new
+            for (p, claim), ranks in zip(claims.items(), budgets.fit([*claims.values()], self.budget), strict=True):
+                self._held.pop(p, None)
+                if p in added:
+                    added[p] = slots.resized(added[p], group, ranks)
+                elif not claim.state:
+                    self.sites[p] = slots.resized(self.sites[p], claim.group, ranks)
+                elif slots.RANKS in claim.state:
+                    slots.set_ranks(claim.state, ranks)
+        return list(added.values())
+
     def _place(self, params: list[Tensor], sites: list[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
+        for key, value in slots.unheard(self.param_groups[index]).items():
+            self.param_groups[index].setdefault(key, value)
         every = self.param_groups[index]["refresh_every"]
         self._fixed.append({key: self.param_groups[index][key] for key in slots.FIXED})
         load: dict[int, float] = {}
@@ -491,6 +580,7 @@ class LowRankOptimizer(Optimizer):
             for p, key in keys.items()
             if key in state_dict["state"]
         }
+        self._fit_loaded(admitted, groups)
         packed = super().state_dict()["param_groups"]
         packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
@@ -500,12 +590,36 @@ class LowRankOptimizer(Optimizer):
             if self.sites[p].blocks:
                 own = {b: {n: own[f"{b}.{n}"] for n in block} for b, block in state.items()}
             self.state[p] = own
+        self._held.clear()
+
+    def _fit_loaded(self, admitted: dict[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        """Lower the ranks that loaded parameters ask for where they exceed the budget; frames follow at the next step.
+
+        Raises:
+            ValueError: even the lowest ranks need more.
+        """
+        if self.budget is None:
+            return
+        claims: dict[Tensor, budgets.Claim] = {}
+        for p, site in self.sites.items():
+            group, state = groups[self._group_index[p]], admitted.get(p, {})
+            if site.projected:
+                if slots.RANKS in state:
+                    state[slots.RANKS] = state[slots.RANKS].clone()
+                claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
+        for (p, claim), ranks in zip(claims.items(), budgets.fit([*claims.values()], self.budget), strict=True):
+            if slots.RANKS in claim.state:
+                slots.set_ranks(claim.state, ranks)
+            elif not claim.state:
+                self.sites[p] = slots.resized(self.sites[p], claim.group, ranks)
 
     def _owned(self, name: str, value: Any, p: Tensor) -> Any:
         """A copy on the right device, in the dtype it was saved in."""
         if not isinstance(value, Tensor):
             return deepcopy(value)
         site, group = self.sites[p], self.param_groups[self._group_index[p]]
+        if name in (slots.RANKS, slots.VALUE):
+            return value.detach().clone().cpu()
         part = slots.layout(site, group).get(name, Part(tuple(value.shape), value.dtype))
         return value.detach().clone().to(slots.place(part, p.device, self._scalar_device(p, site, group)))
 
@@ -516,7 +630,7 @@ class LowRankOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along."""
-        own = ("on_nonfinite", "seed", "sites", "_group_index", "_fixed", "_skipped")
+        own = ("on_nonfinite", "seed", "budget", "sites", "_group_index", "_fixed", "_skipped")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -5,14 +5,19 @@ from typing import Any
 
 from .codecs import BFloat16, Full, Int8
 from .finders import (
+    HOOI,
     CosineSelection,
     Exact,
     IncrementalSVD,
     Nystroem,
+    NystroemTucker,
     Oja,
     Power,
     Randomized,
+    RandomizedTucker,
     RandomProjection,
+    SequentialHOSVD,
+    StreamingTucker,
     TrainIncrement,
     TrainRandomized,
     TrainSVD,
@@ -20,6 +25,7 @@ from .finders import (
     TreeSVD,
 )
 from .frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
+from .ranks import Energy, Fixed, Temperature, Tolerance
 from .residual import Discard, Feedback
 from .rules import Adam
 from .transport import Carry, Keep, Reset, Rotate
@@ -47,10 +53,16 @@ PARTS: dict[str, dict[str, type]] = {
         "train_increment": TrainIncrement,
         "tree_svd": TreeSVD,
         "tree_increment": TreeIncrement,
+        "sequential_hosvd": SequentialHOSVD,
+        "hooi": HOOI,
+        "randomized_tucker": RandomizedTucker,
+        "nystrom_tucker": NystroemTucker,
+        "streaming_tucker": StreamingTucker,
     },
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {"adam": Adam},
     "residual": {"discard": Discard, "feedback": Feedback},
+    "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},
 }
 

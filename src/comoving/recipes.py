@@ -8,7 +8,16 @@ from torch import nn
 
 from .adamw import AdamW
 from .codecs import Full, Int8
-from .finders import Exact, Power, TrainIncrement, TrainSVD, TreeIncrement, TreeSVD
+from .finders import (
+    Exact,
+    NystroemTucker,
+    Power,
+    StreamingTucker,
+    TrainIncrement,
+    TrainSVD,
+    TreeIncrement,
+    TreeSVD,
+)
 from .frames import Trains, Trees
 from .frames.base import Rank
 from .groups import param_groups
@@ -136,6 +145,32 @@ _RECIPES = (
                 TreeIncrement(momentum=0.9),
             ),
         )
+    ),
+    Recipe(
+        "nystrom-tucker-adam",
+        "tucker-adam with factors from a small sample of fibres, drawn by the energy of their slices",
+        "this package; sampling as in Drineas, Kannan and Mahoney, 2006",
+        dict(
+            finder=NystroemTucker(),
+            transport=Rotate(),
+            residual=Feedback(),
+            codec=Full(),
+            refresh_every=4,
+            scale="match",
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "streaming-tucker-adam",
+        "tucker-adam with factors from sketches that every gradient is added to",
+        "1904.10951 for the sketch",
+        dict(
+            finder=StreamingTucker(),
+            transport=Rotate(),
+            residual=Feedback(),
+            codec=Full(),
+            refresh_every=4,
+            scale="match",
+        ),  # fmt: skip
     ),
     Recipe(
         "comoving",

@@ -13,12 +13,13 @@ class Site:
     Args:
         name: the parameter's name, or its place in its group where it has none.
         view: how it is seen.
-        ranks: those of its frame; all None for a dense parameter.
+        ranks: those of its first frame; all None for a dense parameter.
         core_shape: the shape of its coordinates; the view's for a dense parameter.
         reason: why it is projected or dense, in words.
         phase: at which steps, modulo the refresh period, its frame is refreshed.
         index: its place among all parameters, from which its random directions are seeded.
         block_mode: the mode of the view along which every slice has a frame of its own; None for one frame.
+        base: the ranks that the layout chose, where adaptive ones start from others.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Site:
     phase: int = 0
     index: int = 0
     block_mode: int | None = None
+    base: tuple[int | None, ...] = ()
 
     @property
     def blocks(self) -> int:

@@ -1,7 +1,7 @@
 """A parameter's state as flat tensors: what slots it has, what it weighs, and what a checkpoint may become."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from math import prod
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 
 from .codecs import Part
 from .diagnostics import FIELDS, SLOT
+from .frames.base import Ranks
 from .groups import check_options
 from .linalg import reorthonormalize
+from .ranks.base import Record
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind, Slot
@@ -20,6 +22,11 @@ from .transport import Clock
 from .views import View
 
 SECOND_MAX = "moment.second.max"
+RANKS, VALUE = "ranks", "ranks.value"
+"""On the host, for adaptive ranks: those that the next frame shall have, and the energy per byte of each last notch."""
+VALIDATION = "validation"
+"""The key of a group for what :class:`comoving.ranks.Record` holds; absent from groups
+of fixed ranks before the first report."""
 _MEMORY = "finder."
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
@@ -31,9 +38,33 @@ _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
 # Hyper-parameters on which the sites and the shape of the state depend.
 FIXED = (
     "rank", "view", "side", "frame", "finder", "transport", "rule", "residual", "codec", "amsgrad", "diagnostics",
-    "select", "reasons",
+    "select", "reasons", "ranks",
 )  # fmt: skip
-_OURS = {*_STRUCTURE, "rank", "select", "reasons", "diagnostics", "param_names", "params"}
+_OURS = {*_STRUCTURE, "rank", "ranks", "select", "reasons", "diagnostics", "param_names", "params"}
+
+
+def resized(site: Site, group: Mapping[str, Any], ranks: Ranks) -> Site:
+    """The site with a frame of other ranks."""
+    if ranks == site.ranks:
+        return site
+    return replace(site, ranks=ranks, core_shape=group["frame"].core_shape(site.view.shape, ranks))
+
+
+def current(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> Site:
+    """The site with the ranks that the state asks for; as it was decided where ranks are fixed."""
+    if RANKS not in state:
+        return site
+    return resized(site, group, tuple(None if r < 0 else r for r in state[RANKS].tolist()))
+
+
+def set_ranks(state: Mapping[str, Any], ranks: Ranks) -> None:
+    """Ask for ranks, as numbers with -1 for whole."""
+    state[RANKS].copy_(torch.tensor([-1 if r is None else r for r in ranks]))
+
+
+def at_its_ranks(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Whether the frame in the state has the site's ranks."""
+    return group["frame"].load(state, site.view.shape).ranks == site.ranks
 
 
 def rule_slots(site: Site, group: Mapping[str, Any]) -> tuple[Slot, ...]:
@@ -88,8 +119,18 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
         return step | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in parts}
     if site.projected:
         later = {*moments(site, group), *group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)}
-        parts = {name: part for name, part in parts.items() if name not in later}
-    return {"tick": 0, **zeros(parts, p.device, scalars)}
+        parts = {name: part for name, part in parts.items() if name not in (*later, RANKS, VALUE)}
+    return {"tick": 0, **zeros(parts, p.device, scalars), **_asked(site, group)}
+
+
+def _asked(site: Site, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What adaptive ranks start from."""
+    if not (site.projected and group["ranks"].adaptive):
+        return {}
+    modes = len(site.ranks)
+    asked = {RANKS: torch.zeros(modes, dtype=torch.int64), VALUE: torch.full((modes,), torch.inf, dtype=torch.float64)}
+    set_ranks(asked, site.ranks)
+    return asked
 
 
 def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
@@ -110,6 +151,8 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
         parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:
             parts[SLOT] = Part((len(FIELDS),), torch.float32)
+        if group["ranks"].adaptive:
+            parts |= {RANKS: Part((len(shape),), torch.int64), VALUE: Part((len(shape),), torch.float64)}
     return parts
 
 
@@ -231,6 +274,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
         inner = group_of_block(group)
         return {str(b): admit(own, site.block(b), inner) for b, own in _blocks_of(saved, site).items()}
     state = _renamed(saved, site)
+    state, site = _with_ranks(state, site, group)
     expected = layout(site, group)
     if site.plain:
         state = _checked(state, expected, site, ignore=("tick",))
@@ -243,9 +287,13 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
         own = group["transport"].slots(group["rule"].slots)
         if any(slot.name not in state for slot in own):
             group["transport"].adopt(state, group["rule"].slots, Clock(state["step"], *group["betas"]))
-        expected_memory = {n: part for n, part in expected.items() if n.startswith(_MEMORY) and n in state}
-        misfits = {n: part for n, part in expected_memory.items() if tuple(state[n].shape) != part.shape}
-        state |= zeros(misfits, state[FIRST].device, state["step"].device)  # a memory of other ranks starts anew
+        # What a finder remembers may depend on the ranks, and then starts anew.
+        remembered = {name: part for name, part in expected.items() if name.startswith(_MEMORY)}
+        stale = {name for name, part in remembered.items() if name in state and tuple(state[name].shape) != part.shape}
+        stale |= {name for name in state if name.startswith(_MEMORY) and name not in remembered}
+        state = {name: value for name, value in state.items() if name not in stale}
+        anew = {name: part for name, part in remembered.items() if name not in state}
+        state |= zeros(anew, state[FIRST].device, state["step"].device)
         residual = group["residual"].parts(group["codec"], site.view.shape, tuple(state[FIRST].shape), site.view.dtype)
         expected = {name: part for name, part in (expected | residual).items() if name not in moved}
         # Dense state has no feedback and no record of its error: both start at zero.
@@ -267,6 +315,26 @@ def _renamed(saved: Mapping[str, Any], site: Site) -> dict[str, Any]:
         state[FIRST] = site.view.see(state[FIRST])
         state[SECOND] = _real_second(state[SECOND], site.view)
     return state
+
+
+def _with_ranks(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> tuple[dict[str, Any], Site]:
+    """The state and site with the saved ranks where both sides adapt them, with this optimizer's own where not.
+
+    Raises:
+        ValueError: saved ranks that no frame of this parameter has.
+    """
+    own = _asked(site, group)
+    saved = {name: state.pop(name) for name in (RANKS, VALUE) if name in state}
+    if not own or saved.keys() != own.keys():
+        return state | own, site
+    sizes = [(-1, -1) if r is None else (1, d) for r, d in zip(site.ranks, site.view.shape, strict=True)]
+    ranks = saved[RANKS].tolist()
+    if len(ranks) != len(sizes) or not all(low <= r <= high for r, (low, high) in zip(ranks, sizes, strict=True)):
+        raise ValueError(
+            f"{site.name}: the checkpoint has ranks {ranks} (-1: whole), which do not fit a parameter of shape "
+            f"{site.view.shape} that was given ranks {site.ranks}"
+        )
+    return state | saved, current(site, group, saved)
 
 
 def _real_second(v: Tensor, view: View) -> Tensor:
@@ -327,6 +395,14 @@ def _checked(
     return fitting
 
 
+def unheard(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a group whose ranks adapt, before any validation loss.
+
+    It is always there, since torch's flattened checkpoints restore keys that exist already, and no others.
+    """
+    return {VALIDATION: tuple(Record())} if group["ranks"].adaptive else {}
+
+
 def match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
     """Parameter -> key of its saved state: by name where both sides have names, by place otherwise.
 
@@ -376,6 +452,6 @@ def load_groups(
             check_recipe(source, group, index)
         schedules = [schedule_of(source) for source in sources]
         agreed = {k: v for k, v in schedules[0].items() if all(k in s and s[k] == v for s in schedules)}
-        loaded.append(group | agreed)
+        loaded.append({k: v for k, v in group.items() if k != VALIDATION} | unheard(group) | agreed)
         check_options(loaded[-1])
     return loaded

@@ -8,22 +8,27 @@ from torch import nn
 from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import (
+    HOOI,
     CosineSelection,
     Exact,
     IncrementalSVD,
     Nystroem,
+    NystroemTucker,
     Oja,
     Operand,
     Power,
     Randomized,
+    RandomizedTucker,
     RandomProjection,
+    SequentialHOSVD,
+    StreamingTucker,
     TrainIncrement,
     TrainRandomized,
     TrainSVD,
     TreeIncrement,
     TreeSVD,
 )
-from comoving.frames import Cosines, ModeFrame, Modes, Seeded
+from comoving.frames import Cosines, ModeFrame, Modes, Seeded, Trains, Trees
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
@@ -44,6 +49,16 @@ FINDERS = [
     Nystroem(columns="energy"),
     Oja(),
     IncrementalSVD(),
+    SequentialHOSVD(),
+    SequentialHOSVD(method="svd"),
+    HOOI(),
+    HOOI(momentum=0.0, sweeps=2),
+    RandomizedTucker(),
+    RandomizedTucker(oversampling=1, passes=3, seed=1),
+    NystroemTucker(),
+    NystroemTucker(samples=0.8, fibres="uniform"),
+    StreamingTucker(),
+    StreamingTucker(decay=1.0, oversampling=2, newest=0.0, seed=1),
 ]
 BOND_FINDERS = [
     TrainSVD(),
@@ -56,8 +71,28 @@ BOND_FINDERS = [
     TreeIncrement(),
 ]
 SAMPLED = [(CosineSelection(), Cosines()), (RandomProjection(), Seeded())]
-PATIENCE = {Oja: 40}
-"""Refreshes with one operand that a finder may take where others need one."""
+SUBSPACES = [
+    *((finder, Modes()) for finder in FINDERS),
+    *SAMPLED,
+    *((finder, layout) for finder in BOND_FINDERS for layout in (Trains(), Trees())),
+    (TrainSVD(), Trains(bond=1)),
+    (TrainIncrement(), Trees(bond=1)),
+]
+"""Every finder with every layout that it fills: what the contract of subspaces runs over."""
+EXCUSED = {
+    Trains: {"cuts within the older span": "where an inner edge is cut, those above lose what they had through it"},
+    Trees: {"cuts within the older span": "as for trains"},
+    Cosines: {"is drawn": "it starts with the lowest frequencies"},
+    Seeded: {
+        "keeps the older span": "the state holds one seed, from which all directions are drawn at once",
+        "cuts within the older span": "likewise",
+    },
+    CosineSelection: {"captures": "it looks along fixed columns alone"},
+    RandomProjection: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
+}
+"""Finder or layout -> {promise that it does not make: why}; the promises are those of ``test_subspaces``."""
+PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
+"""Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
 RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
@@ -134,6 +169,14 @@ def feedback_error(optimizer, p):
 
 def stored(state, prefix):
     return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+
+
+def look(finder, operand, start, warm):
+    """A search with fresh memory, which has observed the operand."""
+    x = operand.full()
+    memory = {n: x.new_zeros(p.shape, dtype=p.dtype) for n, p in finder.parts(x.shape, start.ranks, x.dtype).items()}
+    finder.observe(x, memory)
+    return finder.find(operand, start, warm, memory)
 
 
 class Holder(nn.Module):

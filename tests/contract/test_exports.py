@@ -5,16 +5,21 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 
-from comoving import codecs, finders, frames, residual, rules, transport
+from comoving import codecs, finders, frames, ranks, residual, rules, transport
 from comoving.codecs import Int8
 from comoving.finders import (
+    HOOI,
     CosineSelection,
     Exact,
     IncrementalSVD,
     Nystroem,
+    NystroemTucker,
     Oja,
     Power,
     Randomized,
+    RandomizedTucker,
+    SequentialHOSVD,
+    StreamingTucker,
     TrainIncrement,
     TrainRandomized,
     TrainSVD,
@@ -22,12 +27,14 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
+from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Feedback
 from comoving.rules import Adam
 from contract.support import BOND_FINDERS, CODECS, FINDERS, RESIDUALS, SAMPLED, TRANSPORTS
 
 SAMPLED_LAYOUTS = [layout for _, layout in SAMPLED]
 RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees(), *SAMPLED_LAYOUTS]
+RANKS = [Fixed(), Energy(), Tolerance(minimum=2, maximum=0.5), Temperature(curve="exponential")]
 ROLES = {
     "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in SAMPLED)], {"Operand"}),
     "transport": (transport, TRANSPORTS, {"Clock", "Slot"}),
@@ -35,6 +42,7 @@ ROLES = {
     "residual": (residual, RESIDUALS, {"Passage"}),
     "rule": (rules, RULES, set()),
     "frame": (frames, FRAMES, {"ModeFrame", "BondFrame", "CosineFrame", "SeededFrame"}),
+    "ranks": (ranks, RANKS, {"Reading"}),
 }
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
 
@@ -94,6 +102,27 @@ def test_parts_are_frozen_values(part):
         (CosineSelection, "momentum", 1.0, r"\[0, 1\)"),
         (Cosines, "min_size", 1, ">= 2"),
         (Seeded, "min_size", 0, ">= 2"),
+        (SequentialHOSVD, "momentum", 1.0, r"\[0, 1\)"),
+        (SequentialHOSVD, "method", "qr", "'gram', 'svd'"),
+        (HOOI, "momentum", -0.1, r"\[0, 1\)"),
+        (HOOI, "sweeps", 0, ">= 1"),
+        (RandomizedTucker, "momentum", 1.0, r"\[0, 1\)"),
+        (RandomizedTucker, "oversampling", -1, ">= 0"),
+        (RandomizedTucker, "passes", 0, ">= 1"),
+        (RandomizedTucker, "seed", -1, ">= 0"),
+        (NystroemTucker, "momentum", 1.0, r"\[0, 1\)"),
+        (NystroemTucker, "samples", 0.0, r"\(0, 1\] or be an int >= 1"),
+        (NystroemTucker, "samples", 1.5, r"\(0, 1\] or be an int >= 1"),
+        (NystroemTucker, "samples", 0, r"\(0, 1\] or be an int >= 1"),
+        (NystroemTucker, "fibres", "all", "'uniform', 'energy'"),
+        (NystroemTucker, "decay", 0.0, r"\(0, 1\]"),
+        (NystroemTucker, "decay", 1.1, r"\(0, 1\]"),
+        (NystroemTucker, "seed", -1, ">= 0"),
+        (StreamingTucker, "decay", 0.0, r"\(0, 1\]"),
+        (StreamingTucker, "decay", float("nan"), r"\(0, 1\]"),
+        (StreamingTucker, "oversampling", -1, ">= 0"),
+        (StreamingTucker, "newest", -0.5, r"\[0, inf\)"),
+        (StreamingTucker, "seed", -1, ">= 0"),
         (Int8, "block", 7, ">= 8"),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
@@ -112,6 +141,19 @@ def test_parts_are_frozen_values(part):
         *((kind, "add", 0, ">= 1") for kind in (TrainIncrement, TreeIncrement)),
         *((kind, "seed", -1, ">= 0") for kind in (TrainIncrement, TreeIncrement)),
         (Blocks, "inner", Blocks(), "of one frame"),
+        *[(kind, "minimum", 0, ">= 1") for kind in (Energy, Tolerance, Temperature)],
+        *[(kind, "maximum", 1.5, r"\(0, 1\]") for kind in (Energy, Tolerance, Temperature)],
+        *[(kind, "step", 0, ">= 1") for kind in (Energy, Tolerance, Temperature)],
+        (Energy, "minimum", 0.0, r"\(0, 1\]"),
+        (Energy, "low", 1.0, r"\[0, 1\)"),
+        (Energy, "high", 0.5, r"\(0.5, 1\]"),
+        (Tolerance, "error", 0.0, r"\(0, 1\)"),
+        (Tolerance, "margin", 1.0, r"\(0, 1\)"),
+        (Temperature, "start", 0.9, r"\[1, inf\)"),
+        (Temperature, "end", 1.1, r"\(0, 1\]"),
+        (Temperature, "steps", 0, ">= 1"),
+        (Temperature, "curve", "linear", "'cosine', 'exponential'"),
+        (Temperature, "patience", 0, ">= 1"),
     ],
 )
 def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, interval):
@@ -122,7 +164,11 @@ def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, inter
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [(Exact, "sweeps", 1.0), (Exact, "sweeps", True), (Exact, "momentum", "0.5"), (Power, "iterations", None),
-     (Power, "momentum", True), (Int8, "block", 64.0), (Modes, "min_size", "8")],
+     (NystroemTucker, "samples", "10%"), (NystroemTucker, "samples", True), (StreamingTucker, "oversampling", 8.0),
+     (RandomizedTucker, "seed", 1.0), (HOOI, "sweeps", True), (SequentialHOSVD, "momentum", None),
+     (Power, "momentum", True), (Int8, "block", 64.0), (Modes, "min_size", "8"),
+     (Energy, "minimum", "8"), (Energy, "step", 8.0), (Energy, "low", None), (Tolerance, "error", "0.1"),
+     (Temperature, "steps", 10.0), (Temperature, "patience", True)],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(kind, field, value):
     with pytest.raises(TypeError, match=f"{field} must be .*{value}"):

@@ -3,17 +3,23 @@
 from .base import Finder, Memory, Memoryless
 from .cosine import CosineSelection
 from .exact import Exact
+from .hooi import HOOI
 from .incremental import IncrementalSVD
 from .nystroem import Nystroem
+from .nystroem_tucker import NystroemTucker
 from .oja import Oja
 from .operand import Operand
 from .power import Power
 from .random import RandomProjection
 from .randomized import Randomized
+from .randomized_tucker import RandomizedTucker
+from .sequential import SequentialHOSVD
+from .streaming_tucker import StreamingTucker
 from .train import TrainIncrement, TrainRandomized, TrainSVD
 from .tree import TreeIncrement, TreeSVD
 
 __all__ = [
+    "HOOI",
     "CosineSelection",
     "Exact",
     "Finder",
@@ -21,11 +27,15 @@ __all__ = [
     "Memory",
     "Memoryless",
     "Nystroem",
+    "NystroemTucker",
     "Oja",
     "Operand",
     "Power",
     "RandomProjection",
     "Randomized",
+    "RandomizedTucker",
+    "SequentialHOSVD",
+    "StreamingTucker",
     "TrainIncrement",
     "TrainRandomized",
     "TrainSVD",

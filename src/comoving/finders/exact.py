@@ -1,13 +1,13 @@
 """Exact factors of each unfolding, by the Gram matrix of the short side or by SVD."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import gram, leading_eigenvectors, multilinear, orthonormalize, unfold
+from ..linalg import Method, leading_directions, multilinear, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import Memory, Memoryless, check_start
 from .operand import Operand
@@ -32,7 +32,7 @@ class Exact(Memoryless):
 
     momentum: float = 0.0
     sweeps: int = 0
-    method: Literal["gram", "svd"] = "gram"
+    method: Method = "gram"
 
     def __post_init__(self) -> None:
         check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
@@ -42,9 +42,7 @@ class Exact(Memoryless):
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Decompose each compressed mode anew; ``start`` only serves where the operand is zero."""
         check_start(self, start)
-        x = operand.full()
-        # Squares of large or small entries would leave the range of float32.
-        x = x / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)
+        x = unit_size(operand.full())
         factors = [None if u is None else self._leading(x, n, u) for n, u in enumerate(start.factors)]
         compressed = [n for n, u in enumerate(factors) if u is not None]
         for _ in range(self.sweeps if len(compressed) > 1 else 0):
@@ -55,13 +53,4 @@ class Exact(Memoryless):
 
     def _leading(self, x: Tensor, mode: int, start: Tensor | None) -> Tensor:
         assert start is not None
-        rank = start.shape[-1]
-        columns = x.numel() // x.shape[mode]
-        if self.method == "svd" and rank <= columns:
-            basis = torch.linalg.svd(unfold(x, mode, x.ndim), full_matrices=False).U[:, :rank].contiguous()
-        elif rank <= columns < x.shape[mode]:  # the other side is the small one
-            wide = unfold(x, mode, x.ndim)
-            basis = orthonormalize(wide @ leading_eigenvectors(wide.mH @ wide, rank))
-        else:  # completes what too few columns leave open
-            basis = leading_eigenvectors(gram(x, mode, x.ndim), rank)
-        return torch.where(x.abs().amax() > 0, basis, start)
+        return torch.where(x.any(), leading_directions(x, mode, start.shape[-1], self.method), start)

@@ -1,7 +1,9 @@
 """What finders look at: a dense tensor plus a term that already has low rank."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from ..draws import gaussian
 from ..frames import Frame, ModeFrame
 from ..frames.base import Overlap
-from ..linalg import correlate, gram, inner, multilinear, norm
+from ..linalg import all_but_one, correlate, gram, inner, multilinear, norm
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,10 @@ class Operand:
     inside: Tensor | None = None
 
     def mix(self, share: float, frame: Frame, core: Tensor) -> "Operand":
-        """share * O + F core; the frame must be O's own where O has one.
-
-        Formed at once where several modes are compressed and each would lift the second term anew.
-        """
+        """share * O + F core; the frame must be O's own where O has one."""
         if self.core is not None:
             core = core.add(self.core, alpha=share)
-        mixed = replace(self, share=self.share * share, frame=frame, core=core)
-        return mixed if mixed._side is not None else Operand(mixed.full())
+        return replace(self, share=self.share * share, frame=frame, core=core)
 
     def measured(self) -> "Operand":
         """The same operand, with F^H x computed for all who ask for it later."""
@@ -103,14 +101,6 @@ class Operand:
         shape = tuple(count if n == mode else d for n, d in enumerate(self.dense.shape))
         return self.correlate(mode, gaussian(shape, self.dense, *key))
 
-    def sample(self, mode: int, indices: Tensor) -> Tensor:
-        """Columns of the unfolding O_(n), (d_n, s), by their indices."""
-        side = self._side
-        own = None if side is None else side.factors[mode]
-        if own is None or self.core is None:
-            return _columns(self._formed, mode, indices)
-        return _columns(self.dense, mode, indices).mul_(self.share).add_(own @ _columns(self.core, mode, indices))
-
     def correlate(self, mode: int, z: Tensor) -> Tensor:
         """O_(n) Z_(n)^H, (d_n, r), for z of O's shape but r long in mode n."""
         side = self._side
@@ -121,6 +111,35 @@ class Operand:
         small = correlate(self.core, multilinear(z, down), mode, self.order)
         own = side.factors[mode]
         return result.mul_(self.share).add_(small if own is None else own @ small)
+
+    def sample(self, mode: int, columns: Tensor) -> Tensor:
+        """These columns of the unfolding O_(n), (d_n, s).
+
+        Fewer than 0.5% of them are lifted on their own; more cost as much as O, which is then formed once for all.
+
+        Args:
+            mode: n.
+            columns: (s,) int64, from 0 up to the product of the other modes, whose indices they count in their order.
+        """
+        few = 200 * len(columns) * self.dense.shape[mode] < self.dense.numel() and "_formed" not in self.__dict__
+        if not few or not isinstance(self.frame, ModeFrame) or self.core is None:
+            return fibres(self._formed, mode, columns)
+        result = fibres(self.dense, mode, columns).mul_(self.share)
+        return result.add_(_lifted_fibres(self.frame.factors, self.core, mode, columns, self.dense.shape))
+
+    def sketches(self, matrices: Sequence[Tensor | None], modes: Iterable[int]) -> dict[int, Tensor]:
+        """O x_m A_m over all modes m but n, for each n in ``modes``; see :func:`comoving.linalg.all_but_one`."""
+        modes = tuple(modes)
+        if not isinstance(self.frame, ModeFrame) or self.core is None:
+            return all_but_one(self._formed, matrices, modes)
+        factors = self.frame.factors
+        small = all_but_one(
+            self.core,
+            [u if a is None else a if u is None else a @ u for a, u in zip(matrices, factors, strict=True)],
+            modes,
+        )
+        lifts = {n: multilinear(y, [u if m == n else None for m, u in enumerate(factors)]) for n, y in small.items()}
+        return {n: y * self.share + lifts[n] for n, y in all_but_one(self.dense, matrices, modes).items()}
 
     @cached_property
     def _formed(self) -> Tensor:
@@ -135,6 +154,31 @@ class Operand:
         return frame if isinstance(frame, ModeFrame) and sum(u is not None for u in frame.factors) == 1 else None
 
 
-def _columns(x: Tensor, mode: int, indices: Tensor) -> Tensor:
-    others = [d for n, d in enumerate(x.shape) if n != mode]
-    return x.movedim(mode, 0)[(slice(None), *torch.unravel_index(indices, others))]
+def fibres(x: Tensor, mode: int, columns: Tensor) -> Tensor:
+    """Columns of the unfolding X_(n), (d_n, s): fibres of the tensor along mode n."""
+    after = prod(x.shape[mode + 1 :])
+    blocks = x.reshape(-1, x.shape[mode], after)
+    return blocks[columns // after, :, columns % after].mT
+
+
+def _lifted_fibres(
+    factors: Sequence[Tensor | None], core: Tensor, mode: int, columns: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """Columns of the unfolding of F w: w lifted in all other modes but the longest, then as many rows of its factor."""
+    own = factors[mode]
+    compressed = [m for m, u in enumerate(factors) if u is not None and m != mode]
+    last = max(compressed, key=lambda m: shape[m]) if compressed else None
+    if last is None:
+        small = fibres(core, mode, columns)
+        return small if own is None else own @ small
+    open_modes = (mode, last)
+    partly = multilinear(core, [None if m in open_modes else u for m, u in enumerate(factors)])
+    # Each column's index along ``last``, and its column in the unfolding of the rest.
+    rest = prod(d for m, d in enumerate(shape) if m > last and m != mode)
+    index, other = columns // rest % shape[last], columns // (rest * shape[last]) * rest + columns % rest
+    ends = partly.movedim(open_modes, (0, 1))
+    pairs = ends.reshape(*ends.shape[:2], -1)[..., other]
+    factor = factors[last]
+    assert factor is not None
+    small = torch.einsum("nas,sa->ns", pairs, factor[index])
+    return small if own is None else own @ small

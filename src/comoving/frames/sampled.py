@@ -70,7 +70,7 @@ class Cosines(Modes):
 def _extended(kept: Tensor | None, d: int, r: int, device: torch.device) -> Tensor:
     every = torch.arange(d, device=device)
     if kept is None:
-        return every[:r]
+        return every[:r].clone()  # a slice would keep all of them alive
     order = torch.isin(every, kept).long().argsort(stable=True)
     return torch.cat([kept[:r], every[order][: max(0, r - kept.shape[0])]])
 

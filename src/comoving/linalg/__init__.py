@@ -2,7 +2,8 @@
 
 from .cosine import cosine_columns, cosine_transform
 from .incremental import incremental_qr
-from .multilinear import abs_squared, add_multilinear, correlate, gram, inner, multilinear, norm, unfold
+from .leading import Method, leading_directions, unit_size
+from .multilinear import abs_squared, add_multilinear, all_but_one, correlate, gram, inner, multilinear, norm, unfold
 from .nystrom import nystrom_tucker
 from .orthogonal import (
     leading_eigenvectors,
@@ -17,14 +18,17 @@ from .trains import tt_randomized, tt_svd
 from .tsqr import tsqr, tsqr_r
 
 __all__ = [
+    "Method",
     "abs_squared",
     "add_multilinear",
+    "all_but_one",
     "correlate",
     "cosine_columns",
     "cosine_transform",
     "gram",
     "inner",
     "incremental_qr",
+    "leading_directions",
     "leading_eigenvectors",
     "leading_left_vectors",
     "leading_singular",
@@ -40,4 +44,5 @@ __all__ = [
     "tt_svd",
     "to_unit",
     "unfold",
+    "unit_size",
 ]

@@ -4,7 +4,7 @@ Notation: x has shape (*batch, d_1, ..., d_N), a matrix A_n has shape (*batch, k
 mode n of x with the columns of A_n. ``None`` stands for the identity. Leading batch dimensions are kept throughout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
@@ -82,6 +82,51 @@ def add_multilinear(
     if beta != 1.0:
         out.mul_(beta)
     return out.add_(multilinear(x, matrices), alpha=alpha)
+
+
+def all_but_one(x: Tensor, matrices: Sequence[Tensor | None], modes: Iterable[int]) -> dict[int, Tensor]:
+    """x x_m A_m over all modes m but n, for each n in ``modes``: (k_1, ..., d_n, ..., k_N).
+
+    The modes are halved again and again, and products shared: where the A_m are short, two products with all of x make
+    all of the results. No batch dimensions.
+
+    Args:
+        x: (d_1, ..., d_N).
+        matrices: A_m of shape (k_m, d_m) in x's dtype, or None for the identity.
+        modes: the modes that stay, one at a time.
+    """
+    everything = list(range(len(matrices)))
+    return _leave_one(x.resolve_conj().contiguous(), matrices, [], everything, set(modes))
+
+
+def _leave_one(
+    x: Tensor, matrices: Sequence[Tensor | None], done: list[int], left: list[int], modes: set[int]
+) -> dict[int, Tensor]:
+    """The results for the modes that are left, from x whose axes are those of the modes in ``done``, then ``left``."""
+    if not modes & set(left):
+        return {}
+    if len(left) == 1:
+        axes = [*done, *left]
+        return {left[0]: x.permute([axes.index(m) for m in range(len(axes))])}
+    first, second = left[: len(left) // 2], left[len(left) // 2 :]
+    results: dict[int, Tensor] = {}
+    if modes & set(first):
+        y = x
+        for m in reversed(second):  # the last axis, which comes out first: no transposed copy, and a wide product
+            a, rest = matrices[m], y.shape[:-1]
+            flat = y.reshape(-1, y.shape[-1]).mT
+            y = (flat if a is None else a @ flat).reshape(-1, *rest)
+        results |= _leave_one(y, matrices, [*second, *done], first, modes)
+    if modes & set(second):
+        y = x
+        for axis, m in enumerate(first, len(done)):
+            a, before, d, after = matrices[m], y.shape[:axis], y.shape[axis], y.shape[axis + 1 :]
+            if a is not None:
+                blocks = y.reshape(prod(before), d, -1)
+                product = (a @ blocks[0]) if len(blocks) == 1 else a @ blocks
+                y = product.reshape(*before, a.shape[0], *after)
+        results |= _leave_one(y, matrices, [*done, *first], second, modes)
+    return results
 
 
 def gram(x: Tensor, mode: int, order: int) -> Tensor:

@@ -1,0 +1,51 @@
+"""Higher-order orthogonal iteration that goes on from the last frame."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..frames import ModeFrame
+from ..linalg import norm, unit_size
+from ..validate import check_float, check_int
+from .base import Memory, Memoryless, check_start
+from .operand import Operand
+from .sequential import sweep
+
+_SEEN = 0.1  # of the norm: 1% of the energy
+
+
+@dataclass(frozen=True)
+class HOOI(Memoryless):
+    """U_n <- leading left singular vectors of O projected on all other factors, mode by mode, from the last frame.
+
+    Alternating maximization of the captured energy |F^H O| (De Lathauwer, De Moor and Vandewalle, 2000): no sweep
+    lowers it. The first frame starts from the sequentially truncated HOSVD, and so does one whose predecessor captures
+    less than 1% of O's energy (read on the host, once a refresh), for each mode sees only what the others let through.
+    What they hide in part comes back over several refreshes, unlike with :class:`comoving.finders.Power`, whose modes
+    do not see one another.
+
+    Args:
+        momentum: rho of the operand, in [0, 1).
+        sweeps: over all compressed modes per refresh, >= 1; a single compressed mode needs no second one.
+    """
+
+    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+
+    momentum: float = 0.9
+    sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_int("sweeps", self.sweeps, 1)
+
+    def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
+        """Iterate from ``start`` if it is warm and any good, from the sequentially truncated HOSVD if not."""
+        check_start(self, start)
+        x, factors = unit_size(operand.full()), start.factors
+        warm = warm and bool(norm(start.project(x)) >= _SEEN * norm(x))
+        if not warm:
+            factors = sweep(x, (None,) * x.ndim, factors)
+        if sum(u is not None for u in factors) == 1:  # the other factors project on nothing
+            return ModeFrame(factors if not warm else sweep(x, factors, factors))
+        for _ in range(self.sweeps):
+            factors = sweep(x, factors, factors)
+        return ModeFrame(factors)

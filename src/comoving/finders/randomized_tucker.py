@@ -1,0 +1,99 @@
+"""Tucker factors by randomized range finders."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..codecs import Part
+from ..frames import ModeFrame
+from ..frames.base import Ranks
+from ..linalg import leading_directions, unit_size
+from ..validate import check_float, check_int
+from .base import Memory, check_start
+from .kronecker import gaussians, widths
+from .operand import Operand
+from .sequential import by_shrinkage
+
+_DRAWS = "draws"
+
+
+@dataclass(frozen=True)
+class RandomizedTucker:
+    """Sequentially truncated HOSVD, each mode's directions from a random sketch of its unfolding.
+
+    Y = O_(n) Omega_n has r_n + oversampling columns and nearly the range of O_(n) (Halko, Martinsson and Tropp, 2011);
+    further passes sharpen it: the second gives B = Q^H O with Q = orth(Y), and U_n = Q times B's leading directions,
+    the third Y = O_(n) B^H, and so on. O is then projected on U_n before the next mode (Minster, Saibaba and Kilmer,
+    1905.07311). Omega_n is a Kronecker product of a Gaussian matrix for each other mode, and never formed. A mode whose
+    sketch would be as wide as tall is decomposed exactly.
+
+    Args:
+        momentum: rho of the operand, in [0, 1).
+        oversampling: columns beyond r_n, >= 0; a Kronecker product may have more.
+        passes: over the operand and mode, >= 1.
+        seed: with a counter of refreshes in the memory, it seeds the draws, >= 0.
+    """
+
+    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+
+    momentum: float = 0.9
+    oversampling: int = 8
+    passes: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_int("oversampling", self.oversampling, 0)
+        check_int("passes", self.passes, 1)
+        check_int("seed", self.seed, 0)
+
+    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+        """The number of refreshes so far, "draws"."""
+        return {_DRAWS: Part((), torch.int64, scalar=True)}
+
+    def observe(self, gradient: Tensor, memory: Memory) -> None:
+        """Nothing to note."""
+
+    def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
+        """Draw and decompose anew; ``start`` only serves where the operand is zero."""
+        check_start(self, start)
+        generator = next_generator(self.seed, memory[_DRAWS])
+        factors, waiting = list(start.factors), by_shrinkage(start.factors)
+        while waiting:
+            n = waiting.pop(0)
+            u = factors[n]
+            assert u is not None
+            factors[n] = found = self._leading(operand, n, u, generator)
+            if waiting:
+                operand = Operand(operand.contract(n, found))
+        return ModeFrame(tuple(factors))
+
+    def _leading(self, operand: Operand, mode: int, start: Tensor, generator: torch.Generator) -> Tensor:
+        (d, rank), shape = start.shape, tuple(operand.dense.shape)
+        width = min(rank + self.oversampling, prod(shape) // d)
+        if width >= d or width < rank:
+            x = unit_size(operand.full())
+            return torch.where(x.any(), leading_directions(x, mode, rank), start)
+        matrices = gaussians(shape, widths(shape, {mode: width}), generator, operand.dense)
+        y = unit_size(operand.sketches(matrices, (mode,))[mode])
+        seen, basis = y.any(), leading_directions(y, mode, width)
+        small: Tensor | None = None
+        for _ in range(1, self.passes):
+            if small is None:
+                small = unit_size(operand.contract(mode, basis))
+            else:
+                y, small = unit_size(operand.correlate(mode, small)), None
+                basis = leading_directions(y, 0, width)
+        found = basis[:, :rank].contiguous() if small is None else basis @ leading_directions(small, mode, rank)
+        return torch.where(seen, found, start)
+
+
+def next_generator(seed: int, draws: Tensor) -> torch.Generator:
+    """A generator that seed and counter decide; the counter goes on."""
+    count = int(draws)
+    draws.add_(1)
+    # Neighbouring seeds must not share the draws of neighbouring refreshes.
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + count) % 2**63)
