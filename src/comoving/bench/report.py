@@ -64,7 +64,7 @@ def _streams(found: Found) -> list[Table]:
 
 def _rates(found: Found) -> Table:
     return Table(
-        "Nystroem-Tucker by share of the columns that are read (never fewer than twice the rank)",
+        "Nystroem-Tucker by share of the columns that are read",
         ("tensor", "every", "fibres and share", "time of Exact's", "energy of Exact's"),
         [
             (r["tensor"], str(r["every"]), r["finder"], _faster(r["time_of_exact"]), f"{r['energy_of_exact']:.3f}")

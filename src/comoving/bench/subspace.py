@@ -25,6 +25,7 @@ from comoving.frames import Modes, Trains, Trees
 
 Row = dict[str, Any]
 DECAY = 0.9
+INNER = 20_000  # entries that a timed try reads at least: small tensors are tried several times over
 
 
 def captured(frame: Any, x: Tensor) -> float:
@@ -173,7 +174,7 @@ def cost_of_order(orders: Sequence[int], size: int = 6, rank: int = 4, rounds: i
     for order in orders:
         first, second = (train_tensor(size, order, rank, 0.1, seed) for seed in (0, 1))
         x = 0.9 * first + 0.1 * second
-        inner = max(1, 20_000 // x.numel())
+        inner = max(1, INNER // x.numel())
         frames: list[Any] = []
         for kind, _, finder in ORDER_FINDERS:
             layout = ORDER_LAYOUTS[kind]
