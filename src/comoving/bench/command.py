@@ -18,7 +18,7 @@ from comoving.race.files import write_json, write_text
 
 NOTE = (
     "Times are processor time on one thread, medians, contenders in turn; only ratios within a run mean anything. Load "
-    "on the machine changes them too, through caches and memory: expect 10 to 20% from run to run."
+    "on the machine changes them too, through caches and memory: expect 10 to 25% from run to run."
 )
 
 
@@ -43,7 +43,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    warmup=4, steps=9, wide=False, repeats=1, orders=(3, 4, 5, 6), rounds=3, train_size=24, train_rounds=2,
+    warmup=2, steps=9, wide=False, repeats=1, orders=(3, 4, 5, 6), rounds=2, train_size=24, train_rounds=2,
     stream_size=24, stream_steps=30, recompute_every=2,
 )  # fmt: skip
 
