@@ -18,7 +18,7 @@ from comoving.race.files import write_json, write_text
 
 NOTE = (
     "Times are processor time on one thread, medians, contenders in turn; only ratios within a run mean anything. Load "
-    "on the machine changes them too, through caches and memory: expect 10 to 25% from run to run."
+    "on the machine changes them too, through caches and memory: expect 10 to 30% from run to run."
 )
 
 
