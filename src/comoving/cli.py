@@ -93,6 +93,23 @@ def application() -> Any:
         """List the recipes: every method as a composition of the engine's parts."""
         show_recipes()
 
+    bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure the parts against each other.")
+    app.add_typer(bench, name="bench")
+
+    @bench.callback()
+    def benchmarks() -> None:  # pyright: ignore[reportUnusedFunction]
+        pass
+
+    @bench.command()
+    def subspace(  # pyright: ignore[reportUnusedFunction]
+        out: Annotated[Path, typer.Option(help="Folder of results.")] = Path("out/bench-subspace"),
+        quick: Annotated[bool, typer.Option("--quick", help="Small tensors and few steps, in half a minute.")] = False,
+    ) -> None:
+        """Accuracy against time for every finder and frame, as ratios within one run."""
+        from comoving.bench.command import execute as measure  # noqa: PLC0415
+
+        raise typer.Exit(measure(out, quick, shlex.join(["comoving", *ARGUMENTS])))
+
     return app
 
 

@@ -1,0 +1,84 @@
+"""Which finder fills which frame."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from comoving import finders, frames
+
+MOMENTUM = 0.9
+EXACT = "Exact (HOSVD)"
+RATES = (0.01, 0.02, 0.05, 0.1, 0.25)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A finder, the layout of its frame, and a name that no other contender has."""
+
+    name: str
+    finder: Any
+    layout: Any
+
+    @property
+    def frame(self) -> str:
+        """The layout's name."""
+        return type(self.layout).__name__
+
+
+# Name in tables, finder, its layout, options. Where a finder takes a momentum it is the operand's, 0.9, unless said.
+CONTENDERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    (EXACT, "Exact", "Modes", {}),
+    ("Exact, SVD", "Exact", "Modes", {"method": "svd"}),
+    ("Exact, 1 HOOI sweep", "Exact", "Modes", {"sweeps": 1}),
+    ("Power", "Power", "Modes", {}),
+    ("Power, 2 iterations", "Power", "Modes", {"iterations": 2}),
+    ("Randomized", "Randomized", "Modes", {}),
+    ("Nystroem", "Nystroem", "Modes", {}),
+    ("Nystroem, energy", "Nystroem", "Modes", {"columns": "energy"}),
+    ("Oja", "Oja", "Modes", {}),
+    ("IncrementalSVD", "IncrementalSVD", "Modes", {"momentum": 0.0}),
+    ("IncrementalSVD, momentum", "IncrementalSVD", "Modes", {}),
+    ("CosineSelection", "CosineSelection", "Cosines", {}),
+    ("RandomProjection", "RandomProjection", "Seeded", {}),
+    ("SequentialHOSVD", "SequentialHOSVD", "Modes", {}),
+    ("HOOI", "HOOI", "Modes", {}),
+    ("RandomizedTucker", "RandomizedTucker", "Modes", {}),
+    ("NystroemTucker", "NystroemTucker", "Modes", {}),
+    ("NystroemTucker, uniform", "NystroemTucker", "Modes", {"fibres": "uniform"}),
+    ("StreamingTucker", "StreamingTucker", "Modes", {}),
+    ("TrainSVD", "TrainSVD", "Trains", {}),
+    ("TrainRandomized", "TrainRandomized", "Trains", {}),
+    ("TrainIncrement", "TrainIncrement", "Trains", {}),
+    ("TreeSVD", "TreeSVD", "Trees", {}),
+    ("TreeIncrement", "TreeIncrement", "Trees", {}),
+)
+
+
+def contenders() -> list[Contender]:
+    """All of them, Exact first."""
+    return [
+        Contender(name, _finder(kind, options), getattr(frames, layout)())
+        for name, kind, layout, options in CONTENDERS
+        if hasattr(finders, kind)
+    ]
+
+
+def sampled() -> list[Contender]:
+    """Exact, and NystroemTucker at each rate of :data:`RATES` with both ways to draw."""
+    if not hasattr(finders, "NystroemTucker"):
+        return []
+    kinds = [
+        Contender(
+            f"{fibres} {rate:.0%}", _finder("NystroemTucker", {"samples": rate, "fibres": fibres}), frames.Modes()
+        )
+        for fibres in ("energy", "uniform")
+        for rate in RATES
+    ]
+    return [Contender(EXACT, _finder("Exact", {}), frames.Modes()), *kinds]
+
+
+def _finder(kind: str, options: dict[str, Any]) -> Any:
+    """Finders without a momentum of their own choice say so by refusing the argument."""
+    make = getattr(finders, kind)
+    if "momentum" in getattr(make, "__dataclass_fields__", {}):
+        options = {"momentum": MOMENTUM} | options
+    return make(**options)
