@@ -1,0 +1,289 @@
+"""An optimizer without its step: groups, the state of parameters and of their blocks, budget and checkpoints."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import gradients
+from . import state as slots
+from .codecs import Part
+from .frames import Frame, ModeFrame
+from .groups import check_options, decide, named
+from .ranks import Record
+from .ranks import budget as budgets
+from .schedule import stagger
+from .sites import Site
+
+# Keys of param groups that are not hyper-parameters.
+_FOREIGN = {"params", "param_names", "name", "initial_lr", slots.VALIDATION}
+
+
+class Unit(NamedTuple):
+    """What is stepped as one: a parameter, or one block of it."""
+
+    site: Site
+    group: Mapping[str, Any]
+    state: dict[str, Any]
+
+    def frame(self) -> Frame:
+        """The frame in the state; the whole one of a dense parameter."""
+        shape = self.site.view.shape
+        if not self.site.projected:
+            return ModeFrame((None,) * len(shape))
+        return self.group["frame"].load(self.state, shape, self.state.get(self.group["rule"].momentum))
+
+
+class Container(Optimizer):
+    """Holds parameters in groups, each with its site and state, and loads and saves them; a subclass steps them.
+
+    Args:
+        params: as for :class:`comoving.LowRankOptimizer`.
+        defaults: every hyper-parameter of a group, checked.
+        on_nonfinite, seed, budget: as for :class:`comoving.LowRankOptimizer`.
+    """
+
+    sites: dict[Tensor, Site]
+    """What was decided about each parameter; see :func:`comoving.explain`."""
+
+    refresh_scope: Callable[[], AbstractContextManager[Any]]
+    """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state."""
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], on_nonfinite: str, seed: int, budget: int | None
+    ) -> None:
+        self.on_nonfinite, self.seed, self.budget = on_nonfinite, seed, budget
+        self._begin()
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        self.sites = {}
+        self._group_index: dict[Tensor, int] = {}
+        self.refresh_scope = nullcontext
+        self._skipped: Tensor | None = None
+        self._norms: dict[Tensor, Tensor] = {}
+        self._fixed: list[dict[str, Any]] = []
+        self._held: dict[Tensor, int] = {}
+
+    # ---------------------------------------------------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, or (name, parameter) pairs, with hyper-parameters of their own.
+
+        Raises:
+            ValueError: an empty group, a duplicate parameter, or a hyper-parameter that does not fit.
+            TypeError: an unknown hyper-parameter.
+        """
+        pairs = named(param_group["params"])
+        unknown = sorted(set(param_group) - set(self.defaults) - _FOREIGN)
+        if unknown:
+            raise TypeError(f"unknown hyper-parameters {unknown}; known are {sorted(self.defaults)}")
+        if not pairs:
+            raise ValueError("a parameter group is empty")
+        params = [p for _, p in pairs]
+        repeated = [n or i for i, (n, p) in enumerate(pairs) if p in self.sites or any(p is q for q in params[:i])]
+        if repeated:
+            raise ValueError(f"duplicate parameters: {repeated} are already in this or another group")
+        group = self.defaults | param_group
+        check_options(group)
+        sites = decide(pairs, group, first=len(self.sites))
+        sites = self._within_budget(dict(zip(params, sites, strict=True)), group)
+        super().add_param_group({**param_group, "params": pairs if pairs[0][0] is not None else params})
+        self._place(params, sites, len(self.param_groups) - 1)
+
+    def _within_budget(self, added: dict[Tensor, Site], group: dict[str, Any]) -> list[Site]:
+        """The new sites, and those that are here, at ranks that fit the budget."""
+        if self.budget is not None:
+            new = {p: budgets.Claim(site, group, {}) for p, site in added.items() if site.projected}
+            claims = self._claims() | new
+            for (p, claim), ranks in zip(claims.items(), budgets.fit([*claims.values()], self.budget), strict=True):
+                self._held.pop(p, None)
+                if p in added:
+                    added[p] = slots.resized(added[p], group, ranks)
+                elif not claim.state:
+                    self.sites[p] = slots.resized(self.sites[p], claim.group, ranks)
+                elif slots.RANKS in claim.state:
+                    slots.set_ranks(claim.state, ranks)
+        return list(added.values())
+
+    def _place(self, params: list[Tensor], sites: list[Site], index: int) -> None:
+        """Register the sites, with phases that spread the work of refreshes evenly."""
+        for key, value in slots.unheard(self.param_groups[index]).items():
+            self.param_groups[index].setdefault(key, value)
+        every = self.param_groups[index]["refresh_every"]
+        self._fixed.append({key: self.param_groups[index][key] for key in slots.FIXED})
+        load: dict[int, float] = {}
+        for p, site in self.sites.items():
+            if site.projected and self.param_groups[self._group_index[p]]["refresh_every"] == every:
+                load[site.phase] = load.get(site.phase, 0.0) + p.numel()
+        moving = [i for i, site in enumerate(sites) if site.projected]
+        phases = stagger((float(params[i].numel()) for i in moving), every, load)
+        phase_of = dict(zip(moving, phases, strict=True))
+        for i, (p, site) in enumerate(zip(params, sites, strict=True)):
+            self.sites[p] = replace(site, phase=phase_of.get(i, 0))
+            self._group_index[p] = index
+
+    def _check_structure(self) -> None:
+        """Refuse edits of what was decided at construction; rates, decay rates and the refresh period may change."""
+        for group, fixed in zip(self.param_groups, self._fixed, strict=True):
+            edited = [key for key, value in fixed.items() if group[key] != value]
+            if edited:
+                raise ValueError(
+                    f"{', '.join(edited)} cannot be edited in a parameter group: what is projected, and what its state "
+                    f"holds, is decided at construction. Build a new optimizer and load this one's state_dict()"
+                )
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    def _open(self, p: Tensor) -> tuple[Site, dict[str, Any], dict[str, Any]]:
+        """A parameter's site, group and state, with the slots that exist before the first frame."""
+        site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
+        if "step" not in state:
+            state.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
+        return slots.current(site, group, state), group, state
+
+    def _unit(self, p: Tensor, block: int) -> Unit:
+        """A block of a parameter, opened where it was not."""
+        site, group, state = self._open(p)
+        site, group, own = site.block(block), slots.group_of_block(group), state.setdefault(str(block), {})
+        if not own:
+            own.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
+        return Unit(site, group, own)
+
+    def _opened(self, p: Tensor) -> list[Unit]:
+        """The parameter, or those of its blocks that have a state."""
+        site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state.get(p, {})
+        if site.blocks:
+            return [self._unit(p, int(block)) for block in state]
+        return [Unit(slots.current(site, group, state), group, state)] if "step" in state else []
+
+    def _with_gradient(self, p: Tensor, seen: Tensor) -> list[tuple[Unit, Tensor]]:
+        """What a gradient belongs to: the parameter, or each block that it is not zero in."""
+        site, group, state = self._open(p)
+        if not site.blocks:
+            return [(Unit(site, group, state), seen)]
+        blocks = group["frame"].split(seen)
+        live = torch.stack([block.any() for block in blocks]).tolist()
+        return [(self._unit(p, b), block) for b, block in enumerate(blocks) if live[b]]
+
+    def _with_core(self, p: Tensor, weights: Tensor) -> list[tuple[Unit, Tensor]]:
+        """What has absorbed a gradient, and its weights."""
+        site, group, state = self._open(p)
+        if not site.blocks:
+            return [(Unit(site, group, state), weights)]
+        blocks = group["frame"].split(weights)
+        return [(self._unit(p, int(b)), blocks[int(b)]) for b, own in state.items() if "core" in own]
+
+    def _undone_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
+        if bad is None:
+            return nullcontext()
+        states = [unit.state for p in params for unit in self._opened(p)]
+        return gradients.Undo(bad, params, states)
+
+    def _claims(self) -> dict[Tensor, budgets.Claim]:
+        """What the budget is shared by: every projected parameter."""
+        return {p: self._claim(p) for p, site in self.sites.items() if site.projected}
+
+    def _claim(self, p: Tensor) -> budgets.Claim:
+        group, state = self.param_groups[self._group_index[p]], self.state.get(p, {})
+        return budgets.Claim(slots.current(self.sites[p], group, state), group, state)
+
+    def _held_by(self, params: list[Tensor]) -> int:
+        """The bytes of projected parameters; remembered, since each of them refreshes."""
+        self._held |= {q: self._claim(q).held() for q in params if q not in self._held}
+        return sum(self._held[q] for q in params)
+
+    @staticmethod
+    def _record(group: Mapping[str, Any]) -> Record:
+        return Record(*group.get(slots.VALIDATION, ()))
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``."""
+        packed = super().state_dict()
+        packed["state"] = {key: slots.flat(state) for key, state in packed["state"].items()}
+        packed["param_groups"] = [slots.describe_group(group) for group in packed["param_groups"]]
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, of this recipe at any rank, or of torch's AdamW. Dtypes stay as saved.
+
+        Learning rate, decay rates and the like are taken from the checkpoint; what makes the recipe must agree. Moments
+        of other ranks, and AdamW's, are carried into this optimizer's frames at the next step.
+
+        Raises:
+            ValueError: a checkpoint of another recipe, other groups or other shapes; nothing has changed then.
+        """
+        saved = state_dict["param_groups"]
+        keys = slots.match_parameters(saved, self.param_groups)
+        groups = slots.load_groups(saved, self.param_groups, keys)
+        admitted = {
+            p: slots.admit(state_dict["state"][key], self.sites[p], groups[self._group_index[p]])
+            for p, key in keys.items()
+            if key in state_dict["state"]
+        }
+        self._fit_loaded(admitted, groups)
+        packed = super().state_dict()["param_groups"]
+        packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
+        # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
+        super().load_state_dict({"state": {}, "param_groups": packed})
+        for p, state in admitted.items():
+            own = {name: self._owned(name, value, p) for name, value in slots.flat(state).items()}
+            if self.sites[p].blocks:
+                own = {b: {n: own[f"{b}.{n}"] for n in block} for b, block in state.items()}
+            self.state[p] = own
+        self._held.clear()
+
+    def _fit_loaded(self, admitted: dict[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        """Lower the ranks that loaded parameters ask for where they exceed the budget; frames follow at the next step.
+
+        Raises:
+            ValueError: even the lowest ranks need more.
+        """
+        if self.budget is None:
+            return
+        claims: dict[Tensor, budgets.Claim] = {}
+        for p, site in self.sites.items():
+            group, state = groups[self._group_index[p]], admitted.get(p, {})
+            if site.projected:
+                if slots.RANKS in state:
+                    state[slots.RANKS] = state[slots.RANKS].clone()
+                claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
+        for (p, claim), ranks in zip(claims.items(), budgets.fit([*claims.values()], self.budget), strict=True):
+            if slots.RANKS in claim.state:
+                slots.set_ranks(claim.state, ranks)
+            elif not claim.state:
+                self.sites[p] = slots.resized(self.sites[p], claim.group, ranks)
+
+    def _owned(self, name: str, value: Any, p: Tensor) -> Any:
+        """A copy on the right device, in the dtype it was saved in."""
+        if not isinstance(value, Tensor):
+            return deepcopy(value)
+        site, group = self.sites[p], self.param_groups[self._group_index[p]]
+        if name in (slots.RANKS, slots.VALUE):
+            return value.detach().clone().cpu()
+        part = slots.layout(site, group).get(name, Part(tuple(value.shape), value.dtype))
+        return value.detach().clone().to(slots.place(part, p.device, self._scalar_device(p, site, group)))
+
+    def _scalar_device(self, p: Tensor, site: Site, group: dict[str, Any]) -> torch.device:
+        """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""
+        on_host = self.on_nonfinite == "raise" and not (site.plain and group["fused"])
+        return torch.device("cpu") if on_host else p.device
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a deep copy takes along."""
+        own = ("on_nonfinite", "seed", "budget", "sites", "_group_index", "_fixed", "_skipped")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a deep copy, or take over loaded groups."""
+        if "sites" in state:
+            self._begin()
+        super().__setstate__(state)
