@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import gradients
+from . import checkpoint, gradients
 from . import state as slots
 from .codecs import Part
 from .frames import Frame, ModeFrame
@@ -113,7 +113,7 @@ class Container(Optimizer):
 
     def _place(self, params: list[Tensor], sites: list[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
-        for key, value in slots.unheard(self.param_groups[index]).items():
+        for key, value in checkpoint.unheard(self.param_groups[index]).items():
             self.param_groups[index].setdefault(key, value)
         every = self.param_groups[index]["refresh_every"]
         self._fixed.append({key: self.param_groups[index][key] for key in slots.FIXED})
@@ -208,7 +208,7 @@ class Container(Optimizer):
         """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``."""
         packed = super().state_dict()
         packed["state"] = {key: slots.flat(state) for key, state in packed["state"].items()}
-        packed["param_groups"] = [slots.describe_group(group) for group in packed["param_groups"]]
+        packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
         return packed
 
     @torch.no_grad()
@@ -222,10 +222,10 @@ class Container(Optimizer):
             ValueError: a checkpoint of another recipe, other groups or other shapes; nothing has changed then.
         """
         saved = state_dict["param_groups"]
-        keys = slots.match_parameters(saved, self.param_groups)
-        groups = slots.load_groups(saved, self.param_groups, keys)
+        keys = checkpoint.match_parameters(saved, self.param_groups)
+        groups = checkpoint.load_groups(saved, self.param_groups, keys)
         admitted = {
-            p: slots.admit(state_dict["state"][key], self.sites[p], groups[self._group_index[p]])
+            p: checkpoint.admit(state_dict["state"][key], self.sites[p], groups[self._group_index[p]])
             for p, key in keys.items()
             if key in state_dict["state"]
         }

@@ -1,7 +1,7 @@
-"""A parameter's state as flat tensors: what slots it has, what it weighs, and what a checkpoint may become."""
+"""A parameter's state as flat tensors: what slots it has, where they are, and what they weigh."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -12,14 +12,9 @@ from torch.optim import Optimizer
 from .codecs import Part
 from .diagnostics import FIELDS, SLOT
 from .frames.base import Ranks
-from .groups import check_options
-from .linalg import reorthonormalize
-from .ranks.base import Record
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind, Slot
-from .transport import Clock
-from .views import View
 
 SECOND_MAX = "moment.second.max"
 RANKS, VALUE = "ranks", "ranks.value"
@@ -27,20 +22,13 @@ RANKS, VALUE = "ranks", "ranks.value"
 VALIDATION = "validation"
 """The key of a group for what :class:`comoving.ranks.Record` holds; absent from groups
 of fixed ranks before the first report."""
-_MEMORY = "finder."
-_TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
-# What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
-_STRUCTURE = (
-    "view", "side", "frame", "finder", "transport", "rule", "residual", "codec", "scale", "refresh_every", "amsgrad",
-)  # fmt: skip
-# Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
-_FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
+MEMORY = "finder."
+"""How the names of a finder's own slots begin."""
 # Hyper-parameters on which the sites and the shape of the state depend.
 FIXED = (
     "rank", "view", "side", "frame", "finder", "transport", "rule", "residual", "codec", "amsgrad", "diagnostics",
     "select", "reasons", "ranks",
 )  # fmt: skip
-_OURS = {*_STRUCTURE, "rank", "ranks", "select", "reasons", "diagnostics", "param_names", "params"}
 
 
 def resized(site: Site, group: Mapping[str, Any], ranks: Ranks) -> Site:
@@ -120,10 +108,10 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
     if site.projected:
         later = {*moments(site, group), *group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)}
         parts = {name: part for name, part in parts.items() if name not in (*later, RANKS, VALUE)}
-    return {"tick": 0, **zeros(parts, p.device, scalars), **_asked(site, group)}
+    return {"tick": 0, **zeros(parts, p.device, scalars), **asked(site, group)}
 
 
-def _asked(site: Site, group: Mapping[str, Any]) -> dict[str, Tensor]:
+def asked(site: Site, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """What adaptive ranks start from."""
     if not (site.projected and group["ranks"].adaptive):
         return {}
@@ -147,7 +135,7 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
         shape, dtype = site.view.shape, site.view.dtype
         parts |= group["frame"].parts(shape, site.ranks, dtype)
         remembered = group["finder"].parts(shape, site.ranks, dtype)
-        parts |= {_MEMORY + name: part for name, part in remembered.items()}
+        parts |= {MEMORY + name: part for name, part in remembered.items()}
         parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:
             parts[SLOT] = Part((len(FIELDS),), torch.float32)
@@ -169,36 +157,14 @@ def flat(state: Mapping[str, Any]) -> dict[str, Any]:
     return packed
 
 
-def _blocks_of(saved: Mapping[str, Any], site: Site) -> dict[int, dict[str, Any]]:
-    """The inverse of :func:`flat`; dense state, such as AdamW's, is cut into blocks.
-
-    Raises:
-        ValueError: state of one frame, or of a block that the parameter does not have.
-    """
-    state = _renamed(saved, site)
-    if FIRST in state and tuple(state[FIRST].shape) == site.view.shape and site.block_mode is not None:
-        cut = {name: state[name].unbind(site.block_mode) for name in (FIRST, SECOND)}
-        return {
-            b: {"step": state["step"].clone(), **{name: parts[b] for name, parts in cut.items()}}
-            for b in range(site.blocks)
-        }
-    blocks: dict[int, dict[str, Any]] = {}
-    for name, value in saved.items():
-        number, dot, slot = name.partition(".")
-        if not (dot and number.isdecimal() and int(number) < site.blocks):
-            raise ValueError(f"{site.name}: {name} in the checkpoint belongs to none of {site.blocks} blocks")
-        blocks.setdefault(int(number), {})[slot] = value
-    return blocks
-
-
 def memory_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The finder's own tensors, by the names that it gave them."""
-    return {name.removeprefix(_MEMORY): x for name, x in state.items() if name.startswith(_MEMORY)}
+    return {name.removeprefix(MEMORY): x for name, x in state.items() if name.startswith(MEMORY)}
 
 
 def remembered(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`memory_of`."""
-    return {_MEMORY + name: x for name, x in memory.items()}
+    return {MEMORY + name: x for name, x in memory.items()}
 
 
 def part_bytes(part: Part) -> int:
@@ -224,234 +190,3 @@ def state_bytes(optimizer: Optimizer, projected: bool = False) -> int:
                 storage = value.untyped_storage()
                 storages[id(storage) if storage.data_ptr() == 0 else storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def describe(value: Any) -> Any:
-    """A hyper-parameter as plain data, which loads with ``weights_only=True``: a part as its name and fields."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"part": type(value).__name__, **asdict(value)}
-    return value
-
-
-def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group with every part described."""
-    return {key: describe(value) for key, value in group.items()}
-
-
-def schedule_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a loaded group takes over: the rate, decay rates and schedulers' marks, not what makes the recipe."""
-    return {key: value for key, value in saved.items() if key not in _OURS | _FOREIGN}
-
-
-def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> None:
-    """Raise unless a saved group was made by the same recipe; a group of torch's AdamW has none of the keys and passes.
-
-    Raises:
-        ValueError: naming each hyper-parameter that differs, with both values.
-    """
-    differing = [
-        f"{key}: saved {saved[key]!r}, here {describe(group[key])!r}"
-        for key in _STRUCTURE
-        if key in saved and saved[key] != describe(group[key])
-    ]
-    if differing:
-        raise ValueError(
-            f"the checkpoint's group {index} comes from another recipe; build the optimizer with the recipe it was "
-            f"saved from, or start with fresh state. " + "; ".join(differing)
-        )
-
-
-def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's saved state, checked and, where ranks differ or it is torch's AdamW's, made fit for this optimizer.
-
-    State of other ranks keeps its old frame: the next step finds that it does not fit and carries the moments over.
-    Dense state counts as a frame that is whole everywhere, so AdamW's moments are carried into the subspace just so.
-
-    Raises:
-        ValueError: what does not fit, with the parameter's name.
-    """
-    if site.blocks:
-        inner = group_of_block(group)
-        return {str(b): admit(own, site.block(b), inner) for b, own in _blocks_of(saved, site).items()}
-    state = _renamed(saved, site)
-    state, site = _with_ranks(state, site, group)
-    expected = layout(site, group)
-    if site.plain:
-        state = _checked(state, expected, site, ignore=("tick",))
-        return {name: state[name] for name in expected}
-    state.setdefault("tick", 0)
-    moved = {n for n in {*state, *expected} if n.startswith("frame.")} | {s.name for s in rule_slots(site, group)}
-    fits = all(name in state and tuple(state[name].shape) == expected[name].shape for name in moved if name in expected)
-    if not fits and site.projected:
-        _check_movable(state, site, group)
-        own = group["transport"].slots(group["rule"].slots)
-        if any(slot.name not in state for slot in own):
-            group["transport"].adopt(state, group["rule"].slots, Clock(state["step"], *group["betas"]))
-        # What a finder remembers may depend on the ranks, and then starts anew.
-        remembered = {name: part for name, part in expected.items() if name.startswith(_MEMORY)}
-        stale = {name for name, part in remembered.items() if name in state and tuple(state[name].shape) != part.shape}
-        stale |= {name for name in state if name.startswith(_MEMORY) and name not in remembered}
-        state = {name: value for name, value in state.items() if name not in stale}
-        anew = {name: part for name, part in remembered.items() if name not in state}
-        state |= zeros(anew, state[FIRST].device, state["step"].device)
-        residual = group["residual"].parts(group["codec"], site.view.shape, tuple(state[FIRST].shape), site.view.dtype)
-        expected = {name: part for name, part in (expected | residual).items() if name not in moved}
-        # Dense state has no feedback and no record of its error: both start at zero.
-        if not any(name.startswith("frame.") for name in state):
-            missing = {name: part for name, part in expected.items() if name not in state}
-            state |= zeros(missing, state[FIRST].device, state["step"].device)
-    return _checked(state, expected, site, ignore=("tick", "core", *moved))
-
-
-def _renamed(saved: Mapping[str, Any], site: Site) -> dict[str, Any]:
-    """Torch's names in ours; torch keeps a complex second moment as two real ones, of which |g|^2 is the sum."""
-    state = {_TORCH_NAMES.get(name, name): value for name, value in saved.items()}
-    dense = FIRST in state and not any(name.startswith("frame.") for name in state)
-    if not isinstance(state.get("step"), Tensor):
-        state["step"] = torch.tensor(float(state.get("step", 0)))
-    if dense and not site.plain and tuple(state[FIRST].shape) == site.view.stored_shape:
-        if SECOND_MAX in state:
-            raise ValueError(f"{site.name}: state of amsgrad has no meaning in a moving subspace")
-        state[FIRST] = site.view.see(state[FIRST])
-        state[SECOND] = _real_second(state[SECOND], site.view)
-    return state
-
-
-def _with_ranks(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> tuple[dict[str, Any], Site]:
-    """The state and site with the saved ranks where both sides adapt them, with this optimizer's own where not.
-
-    Raises:
-        ValueError: saved ranks that no frame of this parameter has.
-    """
-    own = _asked(site, group)
-    saved = {name: state.pop(name) for name in (RANKS, VALUE) if name in state}
-    if not own or saved.keys() != own.keys():
-        return state | own, site
-    sizes = [(-1, -1) if r is None else (1, d) for r, d in zip(site.ranks, site.view.shape, strict=True)]
-    ranks = saved[RANKS].tolist()
-    if len(ranks) != len(sizes) or not all(low <= r <= high for r, (low, high) in zip(ranks, sizes, strict=True)):
-        raise ValueError(
-            f"{site.name}: the checkpoint has ranks {ranks} (-1: whole), which do not fit a parameter of shape "
-            f"{site.view.shape} that was given ranks {site.ranks}"
-        )
-    return state | saved, current(site, group, saved)
-
-
-def _real_second(v: Tensor, view: View) -> Tensor:
-    if v.is_complex():
-        v = torch.view_as_real(v).sum(-1)
-    elif view.name == "pairs" and tuple(v.shape) == view.stored_shape:
-        v = v.sum(-1)
-    real = view.dtype.to_real() if view.dtype.is_complex else view.dtype
-    return v.to(real).reshape(view.shape)
-
-
-def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> None:
-    """Raise unless the state is a consistent frame of other ranks whose moments the transport can move here."""
-    missing = [name for name in (FIRST, SECOND) if name not in state]
-    if missing:
-        raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
-    layout, shape = group["frame"], site.view.shape
-    frame = layout.load(state, shape, state[FIRST])
-    core = layout.core_shape(shape, frame.ranks)
-    frame_shapes = {name: part.shape for name, part in layout.parts(shape, frame.ranks, site.view.dtype).items()}
-    found = {name: tuple(x.shape) for name, x in state.items() if name.startswith("frame.")}
-    if found != frame_shapes or tuple(state[FIRST].shape) != core or tuple(state[SECOND].shape) != core:
-        raise ValueError(
-            f"{site.name}: the checkpoint's moments have shape {tuple(state[FIRST].shape)}, which belongs to no frame "
-            f"of a parameter of shape {shape} laid out as {layout} (dense moments go into mode-wise frames only)"
-        )
-    if not group["transport"].resizes:
-        raise ValueError(
-            f"{site.name}: the checkpoint has ranks {frame.ranks}, this optimizer {site.ranks}, and transport "
-            f"{group['transport']} cannot take moments from one to the other: use Carry(), Rotate() or Reset(), or "
-            f"the saved rank"
-        )
-
-
-def _checked(
-    state: Mapping[str, Any], expected: Mapping[str, Part], site: Site, ignore: tuple[str, ...]
-) -> dict[str, Any]:
-    """The state with floating-point tensors in the dtype that they are worked on in; raises for what does not fit."""
-    missing = sorted(set(expected) - set(state))
-    surplus = sorted(set(state) - set(expected) - set(ignore))
-    if missing or surplus:
-        raise ValueError(f"{site.name}: the checkpoint's state does not fit: missing {missing}, unexpected {surplus}")
-    fitting = dict(state)
-    for name, part in expected.items():
-        value = state[name]
-        if tuple(value.shape) != part.shape:
-            raise ValueError(f"{site.name}: {name} has shape {tuple(value.shape)} in the checkpoint, {part.shape} here")
-        if value.dtype != part.dtype:
-            alike = value.dtype.is_complex == part.dtype.is_complex
-            if not (alike and value.dtype.is_floating_point == part.dtype.is_floating_point):
-                raise ValueError(f"{site.name}: {name} is {value.dtype} in the checkpoint, {part.dtype} here")
-            fitting[name] = value.to(part.dtype)
-    for name, value in fitting.items():
-        if name.startswith("frame.") and (value.is_floating_point() or value.is_complex()):
-            # As orthonormal as it was, or mended; transfer tensors are matrices by their last index.
-            basis = value.to(site.view.dtype)
-            fitting[name] = reorthonormalize(basis.flatten(0, -2)).view(basis.shape)
-    return fitting
-
-
-def unheard(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of a group whose ranks adapt, before any validation loss.
-
-    It is always there, since torch's flattened checkpoints restore keys that exist already, and no others.
-    """
-    return {VALIDATION: tuple(Record())} if group["ranks"].adaptive else {}
-
-
-def match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
-    """Parameter -> key of its saved state: by name where both sides have names, by place otherwise.
-
-    Raises:
-        ValueError: other names, or other group sizes.
-    """
-    keys = [key for group in saved for key in group["params"]]
-    params = [p for group in groups for p in group["params"]]
-    if all("param_names" in group for group in (*saved, *groups)):
-        by_name = dict(zip((n for g in saved for n in g["param_names"]), keys, strict=True))
-        names = [n for g in groups for n in g["param_names"]]
-        if set(names) != set(by_name):
-            raise ValueError(
-                f"the checkpoint holds other parameters: missing {sorted(set(names) - set(by_name))}, unexpected "
-                f"{sorted(set(by_name) - set(names))}"
-            )
-        return {p: by_name[name] for name, p in zip(names, params, strict=True)}
-    sizes, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes != here:
-        raise ValueError(
-            f"the checkpoint has groups of {sizes} parameters, this optimizer {here}: without names they can only be "
-            f"matched by place. Save from, and load into, optimizers that were given named_parameters()"
-        )
-    return dict(zip(params, keys, strict=True))
-
-
-def load_groups(
-    saved: list[dict[str, Any]], groups: list[dict[str, Any]], keys: Mapping[Tensor, Any]
-) -> list[dict[str, Any]]:
-    """The groups with what they take over from the saved groups that hold their parameters.
-
-    Where these disagree on a value (weight decay, say, if parameters were grouped otherwise), a group keeps its own.
-
-    Args:
-        saved: groups of the checkpoint.
-        groups: groups of this optimizer.
-        keys: parameter -> key of its saved state.
-
-    Raises:
-        ValueError: another recipe, or a saved value outside its interval.
-    """
-    holder = {key: group for group in saved for key in group["params"]}
-    loaded: list[dict[str, Any]] = []
-    for index, group in enumerate(groups):
-        sources = list({id(g): g for g in (holder[keys[p]] for p in group["params"])}.values())
-        for source in sources:
-            check_recipe(source, group, index)
-        schedules = [schedule_of(source) for source in sources]
-        agreed = {k: v for k, v in schedules[0].items() if all(k in s and s[k] == v for s in schedules)}
-        loaded.append({k: v for k, v in group.items() if k != VALIDATION} | unheard(group) | agreed)
-        check_options(loaded[-1])
-    return loaded
