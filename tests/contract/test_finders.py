@@ -48,6 +48,17 @@ def test_the_size_of_the_operand_does_not_matter(finder, side, dtype, size):
     assert gap.norm() <= (2e-3 if dtype in (torch.float32, torch.complex64) else 1e-6) * x.norm()
 
 
+@SEARCHERS
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("size", [1e-27, 1e27])
+def test_it_is_orthonormal_where_squares_leave_the_range(finder, warm, dtype, size):
+    for shape, ranks in SIDES.values():
+        _, frame = search(finder, randn(shape, dtype, 3) * size, ranks, warm)
+        assert frame.ranks == ranks
+        assert frame.defect() <= 100 * torch.finfo(dtype).eps
+
+
 @EVERY
 @pytest.mark.parametrize("side", [side for side in SIDES if side != "more than the columns"])
 @pytest.mark.parametrize("dtype", [REAL, COMPLEX])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comoving import explain, state_bytes
-from comoving.codecs import Int8, Part
+from comoving.codecs import Full, Int8, Part
 from comoving.finders import Operand
 from comoving.finders.base import Memoryless
 from comoving.frames import ModeFrame, Modes
@@ -142,7 +142,7 @@ PROMISES = {
     "keeps where nothing is seen": "a finder takes start's span where the operand is zero",
     "is drawn": "a layout draws from the seed what it starts with",
     "keeps the older span": "a layout's frame of no lower ranks holds all that the older one held",
-    "cuts within the older span": "a layout's frame of no higher ranks lies in the older one",
+    "cuts within the older span": "a layout's frame of no higher ranks takes the older one's leading directions",
 }
 EXCUSES = EXCUSED | {Axes: {"captures": "it looks along coordinate axes alone"}}
 
@@ -406,6 +406,8 @@ def test_a_start_of_lower_ranks_lies_in_the_older_frame(layout, case):
         older = random_frame(layout, shape, high, dtype, 1)
         frame = layout.start(torch.zeros(shape, dtype=dtype), low, older, 5)
         assert_holds(older, frame.lift(randn(layout.core_shape(shape, low), dtype, 2)), 100 * eps(dtype))
+        for r in frame.overlap(older):  # its leading directions, that is
+            assert r is None or (r - torch.eye(*r.shape)).abs().max() <= 100 * eps(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- frames
@@ -652,6 +654,45 @@ def test_it_trains_within_the_promised_bytes(finder, layout, case):
     ranks = problem.optimizer.sites[problem.p].ranks
     assert stored.keys() == layout.parts(tuple(problem.p.shape), ranks, problem.p.dtype).keys()
     assert problem.optimizer.diagnostics()[problem.optimizer.sites[problem.p].name]["defect"] <= 1e-4
+
+
+@over_pairs()
+@pytest.mark.parametrize("case", ["3-D", "5-D"])
+def test_momentum_moves_with_the_frame_and_feedback_keeps_the_rest(finder, layout, case):
+    """m <- b1 F'^H F m + (1 - b1) F'^H g~, and  sum F m + b1/(1 - b1) F m + e  is the sum of all gradients."""
+    problem = LeastSquares(finder, layout, case, codec=Full(), refresh_every=1)
+    p, optimizer = problem.p, problem.optimizer
+    shape, group, state, old = tuple(p.shape), optimizer.param_groups[0], optimizer.state[p], None
+    used, given, kept = (torch.zeros(shape, dtype=p.dtype) for _ in range(3))
+    turns = []
+    for t in range(6):
+        gradient = 3**t * randn(shape, p.dtype, 40 + t)  # growing, so that frames turn
+        step(optimizer, p, gradient)
+        m = state["moment.first"].clone()
+        frame = loaded(layout, {n: x for n, x in state.items() if n.startswith("frame.")}, shape, m)
+        expected = 0.2 * frame.project(gradient + kept)
+        if old is not None:
+            turns += [float((r - torch.eye(*r.shape)).abs().max()) for r in frame.overlap(old[0]) if r is not None]
+            expected += 0.8 * frame.project(old[0].lift(old[1]))
+        close(m, expected)
+        old, used, given = (frame, m), used + frame.lift(m), given + gradient
+        remembered = copies({n: x for n, x in state.items() if n.startswith("feedback.")})
+        zero = torch.zeros(shape, dtype=p.dtype)
+        kept = group["residual"].restore(zero, frame, m, remembered, group["codec"]).full()
+        close(used + 4 * frame.lift(m) + kept, given)
+    assert max(turns) > 0.01
+
+
+def test_a_memory_lives_from_step_to_step_and_in_checkpoints():
+    problem = LeastSquares(*AXES, "3-D")
+    state, energy = problem.optimizer.state[problem.p], 0.0
+    for t in range(5):
+        gradient = randn(problem.p.shape, problem.p.dtype, t)
+        step(problem.optimizer, problem.p, gradient)
+        energy = 0.9 * energy + 0.1 * gradient.movedim(2, 0).flatten(1).abs().square().sum(1)
+        close(state["finder.energy.2"], energy)
+    problem.optimizer.load_state_dict(problem.optimizer.state_dict())
+    close(problem.optimizer.state[problem.p]["finder.energy.2"], energy)
 
 
 @over_pairs()
