@@ -114,7 +114,7 @@ TASKS = {
             4,
             0.1,
             REAL[:2],
-            "adamw,tucker-adam,comoving",
+            "adamw,tucker-adam,tt-adam,ht-adam,comoving",
             {"tucker-adam": 8e-2, "comoving": 8e-2},
         ),  # fmt: skip
         TaskInfo(
