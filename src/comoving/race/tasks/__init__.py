@@ -87,7 +87,7 @@ TASKS = {
             0.25,
             REAL,
             MATRICES,
-            {"galore": 1e-2, "ldadam": 5e-3, "comoving": 8e-3},
+            {"adamw": 1e-3, "galore": 2e-2, "ldadam": 5e-3, "comoving": 8e-3},
         ),  # fmt: skip
         TaskInfo(
             "fno",
