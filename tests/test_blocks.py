@@ -217,6 +217,8 @@ def test_accumulation_windows_are_each_blocks_own():
     [
         ((8, 12), {"frame": Blocks()}, r"blocks along mode 0 need .* got shape \(8, 12\)"),
         ((4, 8, 12), {"frame": Blocks(3)}, r"blocks along mode 3 .* got shape \(4, 8, 12\)"),
+        ((0, 8, 12), {"frame": Blocks()}, r"blocks along mode 0 of shape \(0, 8, 12\) are empty"),
+        ((4, 0, 12), {"frame": Blocks()}, r"blocks along mode 0 of shape \(4, 0, 12\) are empty"),
         ((8, 12), {"view": Heads(5)}, r"heads of 5 rows do not fill a tensor of shape \(8, 12\)"),
         ((4, 8, 12), {"view": Heads(4)}, r"heads of 4 rows do not fill"),
         ((4, 8, 12), {"frame": Blocks(), "rank": (2, None, None)}, "has 3 entries, a tensor of shape .* needs 2"),

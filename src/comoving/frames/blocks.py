@@ -43,13 +43,15 @@ class Blocks:
         """The number of blocks.
 
         Raises:
-            ValueError: a mode that the tensor does not have, or blocks of fewer than two modes.
+            ValueError: a mode that the tensor does not have, blocks of fewer than two modes, or none, or empty ones.
         """
         if self.mode >= len(shape) or len(shape) < 3:
             raise ValueError(
                 f"blocks along mode {self.mode} need a tensor of that mode and two more, got shape {shape}; "
                 f"a matrix can be seen as heads"
             )
+        if 0 in shape:
+            raise ValueError(f"blocks along mode {self.mode} of shape {shape} are empty")
         return shape[self.mode]
 
     def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
