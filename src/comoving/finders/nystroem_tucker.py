@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
 from ..linalg import leading_directions, unit_size
 from ..validate import check_choice, check_float, check_int
-from .base import Memory, check_start
+from .base import DRAWS, Memory, check_start, counted, drawing
 from .operand import Operand
-from .randomized_tucker import next_generator
 
-_DRAWS, _ENERGY = "draws", "energy."
+_ENERGY = "energy."
 # Columns of little energy so far must not be lost for ever, nor get a boundless weight.
 _UNIFORM_EVERY = 5
 
@@ -58,7 +58,7 @@ class NystroemTucker:
 
     def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
         """The number of refreshes so far, "draws"; for "energy" also "energy.m", (d_m,), for each mode."""
-        parts = {_DRAWS: Part((), torch.int64, scalar=True)}
+        parts = {DRAWS: drawing}
         if self.fibres == "energy":
             parts |= {f"{_ENERGY}{m}": Part((d,), dtype.to_real()) for m, d in enumerate(shape)}
         return parts
@@ -84,14 +84,14 @@ class NystroemTucker:
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Draw and decompose anew; ``start`` only serves where all that was drawn is zero."""
         check_start(self, start)
-        generator = next_generator(self.seed, memory[_DRAWS])
+        source = generator(self.seed, counted(memory))
         shape, factors = tuple(operand.dense.shape), list(start.factors)
         needed = {n: self.count(shape, n, u.shape[-1]) for n, u in enumerate(factors) if u is not None}
-        drawn = self._indices(shape, max(needed.values()), generator, memory) if self.fibres == "energy" else None
+        drawn = self._indices(shape, max(needed.values()), source, memory) if self.fibres == "energy" else None
         for n, count in needed.items():
             u = factors[n]
             assert u is not None
-            columns, weights = self._columns(shape, n, count, generator, drawn)
+            columns, weights = self._columns(shape, n, count, source, drawn)
             x = unit_size(operand.sample(n, columns.to(u.device)))
             x = x if weights is None else x * weights.sqrt().to(u)
             factors[n] = torch.where(x.any(), leading_directions(x, 0, u.shape[-1]), u)
@@ -106,17 +106,17 @@ class NystroemTucker:
         )
 
     def draw(
-        self, shape: tuple[int, ...], mode: int, count: int, generator: torch.Generator, memory: Memory
+        self, shape: tuple[int, ...], mode: int, count: int, source: torch.Generator, memory: Memory
     ) -> tuple[Tensor, Tensor | None]:
         """Columns of the unfolding in ``mode``, (count,), and their weights; None where all are equal."""
-        drawn = self._indices(shape, count, generator, memory) if self.fibres == "energy" else None
-        return self._columns(shape, mode, count, generator, drawn)
+        drawn = self._indices(shape, count, source, memory) if self.fibres == "energy" else None
+        return self._columns(shape, mode, count, source, drawn)
 
     def _indices(
-        self, shape: tuple[int, ...], count: int, generator: torch.Generator, memory: Memory
+        self, shape: tuple[int, ...], count: int, source: torch.Generator, memory: Memory
     ) -> tuple[Tensor, Tensor]:
         """An index along each mode, (N, count), and its probability by energy; every fifth one is uniform."""
-        chances = torch.rand((len(shape), count), generator=generator, dtype=torch.float64)
+        chances = torch.rand((len(shape), count), generator=source, dtype=torch.float64)
         chances = chances.to(memory[f"{_ENERGY}0"].device)
         evenly = torch.arange(count, device=chances.device) % _UNIFORM_EVERY == 0
         indices: list[Tensor] = []
@@ -136,7 +136,7 @@ class NystroemTucker:
         shape: tuple[int, ...],
         mode: int,
         count: int,
-        generator: torch.Generator,
+        source: torch.Generator,
         drawn: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """What :meth:`draw` returns, from indices that all modes share."""
@@ -145,7 +145,7 @@ class NystroemTucker:
         if count >= total:
             return torch.arange(total), None
         if drawn is None:
-            return torch.randperm(total, generator=generator)[:count], None
+            return torch.randperm(total, generator=source)[:count], None
         indices, densities = (x[:, :count] for x in drawn)
         columns, density = torch.zeros_like(indices[0]), torch.ones_like(densities[0])
         for m in others:

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
 from ..linalg import leading_directions, unit_size
 from ..validate import check_float, check_int
-from .base import Memory, check_start
+from .base import DRAWS, Memory, check_start, counted, drawing
 from .kronecker import gaussians, widths
 from .operand import Operand
 from .sequential import by_shrinkage
-
-_DRAWS = "draws"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class RandomizedTucker:
 
     def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
         """The number of refreshes so far, "draws"."""
-        return {_DRAWS: Part((), torch.int64, scalar=True)}
+        return {DRAWS: drawing}
 
     def observe(self, gradient: Tensor, memory: Memory) -> None:
         """Nothing to note."""
@@ -60,24 +59,24 @@ class RandomizedTucker:
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Draw and decompose anew; ``start`` only serves where the operand is zero."""
         check_start(self, start)
-        generator = next_generator(self.seed, memory[_DRAWS])
+        source = generator(self.seed, counted(memory))
         factors, waiting = list(start.factors), by_shrinkage(start.factors)
         while waiting:
             n = waiting.pop(0)
             u = factors[n]
             assert u is not None
-            factors[n] = found = self._leading(operand, n, u, generator)
+            factors[n] = found = self._leading(operand, n, u, source)
             if waiting:
                 operand = Operand(operand.contract(n, found))
         return ModeFrame(tuple(factors))
 
-    def _leading(self, operand: Operand, mode: int, start: Tensor, generator: torch.Generator) -> Tensor:
+    def _leading(self, operand: Operand, mode: int, start: Tensor, source: torch.Generator) -> Tensor:
         (d, rank), shape = start.shape, tuple(operand.dense.shape)
         width = min(rank + self.oversampling, prod(shape) // d)
         if width >= d or width < rank:
             x = unit_size(operand.full())
             return torch.where(x.any(), leading_directions(x, mode, rank), start)
-        matrices = gaussians(shape, widths(shape, {mode: width}), generator, operand.dense)
+        matrices = gaussians(shape, widths(shape, {mode: width}), source, operand.dense)
         y = unit_size(operand.sketches(matrices, (mode,))[mode])
         seen, basis = y.any(), leading_directions(y, mode, width)
         small: Tensor | None = None
@@ -89,11 +88,3 @@ class RandomizedTucker:
                 basis = leading_directions(y, 0, width)
         found = basis[:, :rank].contiguous() if small is None else basis @ leading_directions(small, mode, rank)
         return torch.where(seen, found, start)
-
-
-def next_generator(seed: int, draws: Tensor) -> torch.Generator:
-    """A generator that seed and counter decide; the counter goes on."""
-    count = int(draws)
-    draws.add_(1)
-    # Neighbouring seeds must not share the draws of neighbouring refreshes.
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + count) % 2**63)
