@@ -61,6 +61,10 @@ def _in_words(part: Any) -> str:
     return f"{type(part).__name__}({', '.join(set_fields)})"
 
 
+_FOLLOWING: dict[str, Any] = dict(transport=Rotate(), residual=Feedback(), codec=Full(), refresh_every=4, scale="match")
+"""What the recipes share whose moments follow the frame, with error feedback; a "+ef" makes no difference to them."""
+_WITHOUT = _FOLLOWING | {"residual": Discard()}
+
 _RECIPES = (
     Recipe("adamw", "AdamW on every parameter: torch's own, |g|^2 for complex ones", "1711.05101", full_rank=True),
     Recipe(
@@ -108,82 +112,49 @@ _RECIPES = (
         "tucker-adam",
         "update-aware Tensor-GaLore: moments rotated through every change of factors, error feedback",
         "2501.02379 with 2410.16103, mode by mode",
-        dict(
-            finder=Power(momentum=0.9),
-            transport=Rotate(),
-            residual=Feedback(),
-            codec=Full(),
-            refresh_every=4,
-            scale="match",
-        ),  # fmt: skip
-    ),
-    *(
-        Recipe(
-            name,
-            f"moments rotated between {frames}, found by {how}",
-            paper,
-            dict(
-                frame=layout,
-                finder=finder,
-                transport=Rotate(),
-                residual=Discard(),
-                codec=Full(),
-                refresh_every=4,
-                scale="match",
-            ),  # fmt: skip
-        )
-        for name, frames, how, paper, layout, finder in (
-            ("tt-adam", "tensor trains", "TT-SVD", "Oseledets 2011", Trains(), TrainSVD(momentum=0.9)),
-            ("tt-ice-adam", "tensor trains", "increments", "2211.12487", Trains(), TrainIncrement(momentum=0.9)),
-            ("ht-adam", "hierarchical Tucker trees", "SVD", "Grasedyck 2010", Trees(), TreeSVD(momentum=0.9)),
-            (
-                "ht-rise-adam",
-                "hierarchical Tucker trees",
-                "increments",
-                "2412.16544",
-                Trees(),
-                TreeIncrement(momentum=0.9),
-            ),
-        )
+        _FOLLOWING | {"finder": Power(momentum=0.9)},
     ),
     Recipe(
         "nystrom-tucker-adam",
         "tucker-adam with factors from a small sample of fibres, drawn by the energy of their slices",
         "this package; sampling as in Drineas, Kannan and Mahoney, 2006",
-        dict(
-            finder=NystroemTucker(),
-            transport=Rotate(),
-            residual=Feedback(),
-            codec=Full(),
-            refresh_every=4,
-            scale="match",
-        ),  # fmt: skip
+        _FOLLOWING | {"finder": NystroemTucker()},
     ),
     Recipe(
         "streaming-tucker-adam",
         "tucker-adam with factors from sketches that every gradient is added to",
         "1904.10951 for the sketch",
-        dict(
-            finder=StreamingTucker(),
-            transport=Rotate(),
-            residual=Feedback(),
-            codec=Full(),
-            refresh_every=4,
-            scale="match",
-        ),  # fmt: skip
+        _FOLLOWING | {"finder": StreamingTucker()},
+    ),
+    Recipe(
+        "tt-adam",
+        "moments rotated between tensor trains, found by TT-SVD",
+        "Oseledets 2011",
+        _WITHOUT | {"frame": Trains(), "finder": TrainSVD(momentum=0.9)},
+    ),
+    Recipe(
+        "tt-ice-adam",
+        "moments rotated between tensor trains, found by increments",
+        "2211.12487",
+        _WITHOUT | {"frame": Trains(), "finder": TrainIncrement(momentum=0.9)},
+    ),
+    Recipe(
+        "ht-adam",
+        "moments rotated between hierarchical Tucker trees, found by SVD",
+        "Grasedyck 2010",
+        _WITHOUT | {"frame": Trees(), "finder": TreeSVD(momentum=0.9)},
+    ),
+    Recipe(
+        "ht-rise-adam",
+        "moments rotated between hierarchical Tucker trees, found by increments",
+        "2412.16544",
+        _WITHOUT | {"frame": Trees(), "finder": TreeIncrement(momentum=0.9)},
     ),
     Recipe(
         "comoving",
         "the default: warm power iteration every 4 steps, moments rotated along, 8-bit error feedback",
         "this package",
-        dict(
-            finder=Power(momentum=0.9),
-            transport=Rotate(),
-            residual=Feedback(),
-            codec=Int8(),
-            refresh_every=4,
-            scale="auto",
-        ),  # fmt: skip
+        _FOLLOWING | {"finder": Power(momentum=0.9), "codec": Int8(), "scale": "auto"},
         relative_rate=2.0,
     ),
 )
