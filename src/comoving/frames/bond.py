@@ -1,5 +1,6 @@
 """Frames by two interfaces at a bond, and what trains and trees have in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -99,7 +100,7 @@ class BondFrame:
         return self.left.rank * self.right.size <= self.left.size * self.right.rank
 
 
-class Bonded:
+class Bonded(ABC):
     """What the specifications of bond frames share; a subclass says where a shape is cut and which tree each side has.
 
     Frozen dataclasses derive from it. Ranks are given one per edge in the order of :attr:`BondFrame.ranks`.
@@ -107,9 +108,9 @@ class Bonded:
 
     makes: ClassVar[type[BondFrame]] = BondFrame
 
+    @abstractmethod
     def template(self, shape: tuple[int, ...]) -> BondFrame:
         """The whole frame of this shape: its two trees, without tensors."""
-        raise NotImplementedError
 
     def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> Ranks:
         """One rank per edge for a tensor of this shape; the bond's is r in the core (r, r).
