@@ -209,7 +209,8 @@ class LowRankOptimizer(Container):
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         z = z if site.projected else z.clone()  # the whole frame would hand on the caller's gradient
         state["core"] = z if opening else state["core"] + z
-        total = restored.norm() if refreshing and group["diagnostics"] else None
+        turned = refreshing and restored.core is not None  # else |g~|^2 = |z|^2 + |e|^2
+        total = restored.norm() if turned and group["diagnostics"] else None
         kept = residual.keep(restored.dense, state["core"], passage, opening, state, codec)
         if site.projected and group["diagnostics"]:
             own = norm(seen) if size is None else size
