@@ -1,7 +1,6 @@
 """Random test matrices that are Kronecker products of one small Gaussian matrix per mode."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -45,9 +44,8 @@ def gaussians(
     )
 
 
-@lru_cache(maxsize=32)
 def fixed_gaussians(
     shape: tuple[int, ...], widths: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, ...]:
-    """:func:`gaussians` that the seed alone decides; kept for the next call, shared by all tensors of a shape."""
+    """:func:`gaussians` that the seed alone decides: drawn anew at each call, so that nothing lives beside the state."""
     return gaussians(shape, widths, torch.Generator().manual_seed(seed), torch.empty((), dtype=dtype, device=device))
