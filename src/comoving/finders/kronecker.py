@@ -47,5 +47,5 @@ def gaussians(
 def fixed_gaussians(
     shape: tuple[int, ...], widths: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, ...]:
-    """:func:`gaussians` that the seed alone decides: drawn anew at each call, so that nothing lives beside the state."""
+    """:func:`gaussians` that the seed alone decides: drawn anew at each call, so nothing lives beside the state."""
     return gaussians(shape, widths, torch.Generator().manual_seed(seed), torch.empty((), dtype=dtype, device=device))
