@@ -135,6 +135,7 @@ def test_lion_by_hand():
     close(reference.p, torch.tensor([-0.2], dtype=REAL))
     reference.step(torch.tensor([-1000.0], dtype=REAL))
     close(reference.p, torch.tensor([-0.1], dtype=REAL))
+    close(reference.m, torch.tensor([0.99 * (0.99 - 0.08) - 10], dtype=REAL))
 
 
 def test_a_complex_lion_moves_along_the_phase():
@@ -437,6 +438,22 @@ def test_soap_sorts_and_permutes():
     close(reference.q[0].abs(), torch.eye(2, dtype=REAL).flip(1))
     close(reference.stats[1], 0.25 * first**2 + 0.5 * second**2)
     close(reference.v, 0.5 * torch.diag(torch.tensor([81.0, 1.0], dtype=REAL)))
+
+
+@pytest.mark.parametrize("dtype", [REAL, COMPLEX])
+def test_the_first_gradient_of_soap_counts_once(dtype):
+    """Skipped or not, it makes the same L_n and Q_n, which a frequency of 1 does not refresh; not skipped, it moves p."""
+    start, gradients = series((3, 3), dtype, steps=1)
+    g = gradients[0]
+    hyper = {"betas": (0.8, 0.9), "shampoo_beta": 0.7, "frequency": 1}
+    skipped, moved = run(SOAP(start, 0.1, **hyper), [g]), run(SOAP(start, 0.1, skip_first=False, **hyper), [g])
+    for n in range(2):
+        close(moved.stats[n], 0.3 * unfold(g, n) @ unfold(g, n).mH, 1e-13)
+        assert torch.equal(moved.stats[n], skipped.stats[n]) and torch.equal(moved.q[n], skipped.q[n])
+    assert torch.equal(skipped.p, start) and (skipped.t, moved.t) == (0, 1)
+    # |u'| is 1 on the diagonal of the singular basis, where all of g is; eps shrinks the zeros around it
+    moved = run(SOAP(start, 0.1, skip_first=False, eps=1e-7, **hyper), [g])
+    close(start - moved.p, 0.1 * polar(g), 1e-6)
 
 
 def test_the_eps_of_soap():
