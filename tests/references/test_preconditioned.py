@@ -442,7 +442,7 @@ def test_soap_sorts_and_permutes():
 
 @pytest.mark.parametrize("dtype", [REAL, COMPLEX])
 def test_the_first_gradient_of_soap_counts_once(dtype):
-    """Skipped or not, it makes the same L_n and Q_n, which a frequency of 1 does not refresh; not skipped, it moves p."""
+    """Skipped or not, it makes the same L_n and Q_n, not refreshed even with frequency 1; not skipped, it moves p."""
     start, gradients = series((3, 3), dtype, steps=1)
     g = gradients[0]
     hyper = {"betas": (0.8, 0.9), "shampoo_beta": 0.7, "frequency": 1}
