@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Part
+from .codecs import Full, Part
 from .groups import check_options
 from .linalg import reorthonormalize
 from .ranks.base import Record
@@ -23,7 +23,12 @@ from .state import (
     current,
     group_of_block,
     layout,
+    pack,
+    parts_of,
+    resized,
     rule_slots,
+    slot_part,
+    unpacked,
     zeros,
 )
 from .transport import Clock
@@ -32,7 +37,8 @@ from .views import View
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
 _STRUCTURE = (
-    "view", "side", "frame", "finder", "transport", "rule", "residual", "codec", "scale", "refresh_every", "amsgrad",
+    "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments", "scale",
+    "refresh_every", "amsgrad",
 )  # fmt: skip
 # Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
 _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
@@ -88,32 +94,51 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
         return {str(b): admit(own, site.block(b), inner) for b, own in _blocks_of(saved, site).items()}
     state = _renamed(saved, site)
     state, site = _with_ranks(state, site, group)
-    expected = layout(site, group)
+    expected, group = layout(site, group), parts_of(site, group)
     if site.plain:
         state = _checked(state, expected, site, ignore=("tick",))
         return {name: state[name] for name in expected}
     state.setdefault("tick", 0)
-    moved = {n for n in {*state, *expected} if n.startswith("frame.")} | {s.name for s in rule_slots(site, group)}
+    names = [slot.name for slot in rule_slots(site, group)]
+    if any(name in state and name not in expected for name in names):
+        state = _packed(state, site, group)
+    moved = {n for n in {*state, *expected} if n.startswith("frame.") or any(_is_of(n, name) for name in names)}
     fits = all(name in state and tuple(state[name].shape) == expected[name].shape for name in moved if name in expected)
     if not fits and site.projected:
+        state = dict(unpacked(site, group, state))
+        rule, momentum = group["rule"], group["rule"].momentum
         _check_movable(state, site, group)
-        own = group["transport"].slots(group["rule"].slots)
-        if any(slot.name not in state for slot in own):
-            group["transport"].adopt(state, group["rule"].slots, Clock(state["step"], *group["betas"]))
+        shape, device = tuple(state[momentum].shape), state[momentum].device
+        if any(slot.name not in state for slot in group["transport"].slots(rule.slots(shape))):
+            group["transport"].adopt(state, rule.slots(shape), Clock(state["step"], *group["betas"]))
         # What a finder remembers may depend on the ranks, and then starts anew.
         remembered = {name: part for name, part in expected.items() if name.startswith(MEMORY)}
         stale = {name for name, part in remembered.items() if name in state and tuple(state[name].shape) != part.shape}
         stale |= {name for name in state if name.startswith(MEMORY) and name not in remembered}
         state = {name: value for name, value in state.items() if name not in stale}
         anew = {name: part for name, part in remembered.items() if name not in state}
-        state |= zeros(anew, state[FIRST].device, state["step"].device)
-        residual = group["residual"].parts(group["codec"], site.view.shape, tuple(state[FIRST].shape), site.view.dtype)
+        state |= zeros(anew, device, state["step"].device)
+        residual = group["residual"].parts(group["codec"], site.view.shape, shape, site.view.dtype)
         expected = {name: part for name, part in (expected | residual).items() if name not in moved}
         # Dense state has no feedback and no record of its error: both start at zero.
         if not any(name.startswith("frame.") for name in state):
             missing = {name: part for name, part in expected.items() if name not in state}
-            state |= zeros(missing, state[FIRST].device, state["step"].device)
+            state |= zeros(missing, device, state["step"].device)
+        state = _packed(state, site, group)
     return _checked(state, expected, site, ignore=("tick", "core", *moved))
+
+
+def _is_of(name: str, slot: str) -> bool:
+    return name == slot or name.startswith(f"{slot}.")
+
+
+def _packed(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with its moments as they are stored here."""
+    stored: dict[str, Any] = {}
+    if isinstance(group["moments"], Full):
+        return state
+    pack(site, group, dict(state), stored)
+    return stored
 
 
 def _blocks_of(saved: Mapping[str, Any], site: Site) -> dict[int, dict[str, Any]]:
@@ -183,18 +208,20 @@ def _real_second(v: Tensor, view: View) -> Tensor:
 
 def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> None:
     """Raise unless the state is a consistent frame of other ranks whose moments the transport can move here."""
-    missing = [name for name in (FIRST, SECOND) if name not in state]
+    layout, shape, momentum = group["frame"], site.view.shape, group["rule"].momentum
+    frame = layout.load(state, shape, state.get(momentum))
+    core = layout.core_shape(shape, frame.ranks)
+    framed = resized(site, group, frame.ranks)
+    needed = {slot.name: slot_part(slot, framed, group) for slot in group["rule"].slots(core)}
+    missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
-    layout, shape = group["frame"], site.view.shape
-    frame = layout.load(state, shape, state[FIRST])
-    core = layout.core_shape(shape, frame.ranks)
     frame_shapes = {name: part.shape for name, part in layout.parts(shape, frame.ranks, site.view.dtype).items()}
     found = {name: tuple(x.shape) for name, x in state.items() if name.startswith("frame.")}
-    if found != frame_shapes or tuple(state[FIRST].shape) != core or tuple(state[SECOND].shape) != core:
+    if found != frame_shapes or any(tuple(state[name].shape) != part.shape for name, part in needed.items()):
         raise ValueError(
-            f"{site.name}: the checkpoint's moments have shape {tuple(state[FIRST].shape)}, which belongs to no frame "
-            f"of a parameter of shape {shape} laid out as {layout} (dense moments go into mode-wise frames only)"
+            f"{site.name}: the checkpoint's moments have shape {tuple(state[momentum].shape)}, which belongs to no "
+            f"frame of a parameter of shape {shape} laid out as {layout} (dense moments go into mode-wise frames only)"
         )
     if not group["transport"].resizes:
         raise ValueError(

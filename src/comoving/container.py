@@ -38,6 +38,14 @@ class Unit(NamedTuple):
             return ModeFrame((None,) * len(shape))
         return self.group["frame"].load(self.state, shape, self.state.get(self.group["rule"].momentum))
 
+    def unpacked(self) -> "Unit":
+        """The unit with its moments decoded."""
+        return self._replace(state=slots.unpacked(self.site, self.group, self.state))
+
+    def pack_into(self, state: dict[str, Any]) -> None:
+        """Encode the moments of an unpacked unit again, into the state that it came from."""
+        slots.pack(self.site, self.group, self.state, state)
+
 
 class Container(Optimizer):
     """Holds parameters in groups, each with its site and state, and loads and saves them; a subclass steps them.
@@ -140,12 +148,12 @@ class Container(Optimizer):
 
     # ----------------------------------------------------------------------------------------------------------- state
 
-    def _open(self, p: Tensor) -> tuple[Site, dict[str, Any], dict[str, Any]]:
+    def _open(self, p: Tensor) -> tuple[Site, Mapping[str, Any], dict[str, Any]]:
         """A parameter's site, group and state, with the slots that exist before the first frame."""
         site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
         if "step" not in state:
             state.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
-        return slots.current(site, group, state), group, state
+        return slots.current(site, group, state), slots.parts_of(site, group), state
 
     def _unit(self, p: Tensor, block: int) -> Unit:
         """A block of a parameter, opened where it was not."""
@@ -160,7 +168,8 @@ class Container(Optimizer):
         site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state.get(p, {})
         if site.blocks:
             return [self._unit(p, int(block)) for block in state]
-        return [Unit(slots.current(site, group, state), group, state)] if "step" in state else []
+        own = slots.parts_of(site, group)
+        return [Unit(slots.current(site, group, state), own, state)] if "step" in state else []
 
     def _with_gradient(self, p: Tensor, seen: Tensor) -> list[tuple[Unit, Tensor]]:
         """What a gradient belongs to: the parameter, or each block that it is not zero in."""

@@ -14,7 +14,7 @@ Everything is computed on the parameter's device, without reading it there.
 import torch
 from torch import Tensor
 
-from .frames.base import Overlap
+from .frames import Overlap
 from .linalg import norm
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -59,7 +59,6 @@ def measure(  # noqa: PLR0917
 
 def overlap_defect(overlap: Overlap) -> Tensor:
     """max_n || I - R_n^H R_n ||_F over the modes that are compressed in either frame, float32."""
-    defects = [
-        norm(torch.eye(r.shape[-1], dtype=r.dtype, device=r.device) - r.mH @ r) for r in overlap if r is not None
-    ]
+    turned = [r for r in overlap.matrices if r is not None]
+    defects = [norm(torch.eye(r.shape[-1], dtype=r.dtype, device=r.device) - r.mH @ r) for r in turned]
     return torch.stack(defects).amax() if defects else torch.zeros(())

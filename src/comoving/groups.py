@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .codecs import Full
 from .frames import Blocks
 from .frames.base import SIDES, Rank
 from .frames.modes import Modes, check_rank
+from .precondition import Plain
+from .rules import Adam
 from .sites import Site
 from .slots import Kind
 from .validate import check_choice, check_float, check_int
@@ -61,15 +64,17 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_choice("select", group["select"], ("auto", "shape"))
     roles = {
         "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
-        "transport": ("move", "age"), "rule": ("absorb", "direction"), "residual": ("restore", "keep"),
-        "codec": ("encode", "decode"), "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
+        "precondition": ("parts", "apply"), "transport": ("move", "age"), "rule": ("absorb", "direction"),
+        "residual": ("restore", "keep", "write"), "codec": ("encode", "decode"),
+        "moments": ("encode", "decode", "positive"), "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
     }  # fmt: skip
     for role, methods in roles.items():
         part = group[role]
         if isinstance(part, type) or not all(hasattr(part, method) for method in methods):
             hint = " (the number of directions is rank=)" if role == "ranks" else ""
+            kind = "codec" if role == "moments" else role
             raise TypeError(
-                f"{role} must be a {role} part, such as those in comoving's {role} modules{hint}, got {part!r}"
+                f"{role} must be a {kind} part, such as those in comoving's {kind} modules{hint}, got {part!r}"
             )
     makes, fills = getattr(group["frame"], "makes", None), getattr(group["finder"], "fills", None)
     if makes is not None and fills is not None and makes not in fills:
@@ -159,11 +164,13 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
     try:
         view = View(group["view"] if p.ndim > 1 else "tensor", tuple(p.shape), p.dtype)
         dense = Site(label, view, (None,) * len(view.shape), view.shape, "", index=index)
+        modes = sum(d > 1 for d in view.shape)
         given = (group["reasons"] or {}).get(name)
         reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)
         if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
-            return replace(dense, reason=reason or "rank 1.0")
-        if sum(d > 1 for d in view.shape) < 2:
+            whole = reason is None and modes > 1 and not _only_adam(group)
+            return replace(dense, reason=reason or "rank 1.0", whole=whole)
+        if modes < 2:
             return replace(dense, reason="fewer than two modes")
         ranks = group["frame"].ranks(view.shape, group["rank"], group["side"])
     except ValueError as error:
@@ -172,10 +179,15 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
     mode = layout.mode if isinstance(layout, Blocks) else None
     site = Site(label, view, ranks, layout.core_shape(view.shape, ranks), "projected", index=index, block_mode=mode)
     if not site.projected or prod(site.core_shape) >= prod(view.shape):
-        return replace(dense, reason="rank covers every mode, or no mode is long enough")
+        return replace(dense, reason="rank covers every mode, or no mode is long enough", whole=not _only_adam(group))
     if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(dense, group):
         return replace(dense, reason="too small to gain")
     return site
+
+
+def _only_adam(group: Mapping[str, Any]) -> bool:
+    """Whether a whole frame would be AdamW, which torch steps faster."""
+    return group["rule"] == Adam() and group["precondition"] == Plain() and isinstance(group["moments"], Full)
 
 
 def _without_the_small(sites: list[Site]) -> list[Site]:
@@ -195,7 +207,8 @@ def _dense(site: Site, reason: str) -> Site:
 def _reals(site: Site, group: Mapping[str, Any]) -> int:
     """Real numbers in moments and frame; the feedback buffer is a choice of its own and does not count here."""
     field = 2 if site.view.dtype.is_complex else 1
-    moments = sum(field if slot.kind is Kind.LINEAR else 1 for slot in group["rule"].slots)
+    slots = group["rule"].slots(site.core_shape)
+    moments = sum(field if slot.kind is Kind.LINEAR else 1 for slot in slots if slot.mode < 0)
     frame = group["frame"].parts(site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
     return moments * prod(site.core_shape) + field * sum(prod(part.shape) for part in frame.values())
 

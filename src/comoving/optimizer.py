@@ -1,6 +1,7 @@
 """The engine: one optimizer, seven steps."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -16,13 +17,15 @@ from .finders import Finder, Memory, Operand, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, update_scale
-from .linalg import multilinear, norm
+from .linalg import norm
+from .precondition import Plain, Precondition
 from .ranks import Fixed, Policy
 from .ranks import budget as budgets
 from .ranks.reading import leading, read
-from .residual import Discard, Passage, Residual
+from .residual import Discard, Passage, Residual, Update
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
+from .rules.base import averaged
 from .schedule import refresh_due
 from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_float, check_int
@@ -34,16 +37,18 @@ class LowRankOptimizer(Container):
 
     One step of a projected parameter p with gradient g, frame F (old) and F' (new):
 
-    1. see the gradient as it is best seen;
+    1. see the gradient as it is best seen, and precondition it;
     2. g~ = g + e, what the residual part kept;
     3. when due: F' from rho F m/c1 + (1 - rho) g~, and the moments carried from F to F';
     4. z = F'^H g~; the residual part keeps what is lost;
     5. the rule turns z into a direction d in the core;
-    6. lift: F' d, scaled;
+    6. lift: F' d, scaled; the residual part adds what it wants from outside the frame;
     7. p <- (1 - lr weight_decay) p - lr scale F' d.
 
     Steps 1-4 are :meth:`absorb`, 5-7 :meth:`apply`. Dense real parameters are stepped by torch's own AdamW, bit for
-    bit; dense complex ones by the same rule in a whole frame, with |g|^2 as second moment.
+    bit; dense complex ones by Adam in a whole frame, with |g|^2 as second moment. At rank 1.0 a group whose rule,
+    preconditioner or codec of moments is another than Adam's has whole frames instead, for parameters of two modes or
+    more: that is how full-rank methods are composed.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either; see :func:`comoving.param_groups`. With names,
@@ -55,7 +60,9 @@ class LowRankOptimizer(Container):
         weight_decay: >= 0, decoupled.
         side: "auto", "left", "right" or "both", for matrices.
         view: "tensor", "matrix", "pairs" or heads; see :class:`comoving.views.View`.
-        frame, finder, transport, rule, residual, codec: the parts; the codec stores the residual's buffer.
+        frame, finder, precondition, transport, rule, residual: the parts.
+        codec: stores the residual's buffer.
+        moments: a codec too, of the rule's moments and covariances.
         ranks: when ranks change: a policy of :mod:`comoving.ranks`, for frames of :class:`comoving.frames.Modes`.
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
             unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
@@ -93,10 +100,12 @@ class LowRankOptimizer(Container):
         view: ViewName | Heads = "tensor",
         frame: Layout = Modes(),  # noqa: B008  (frozen)
         finder: Finder = Power(),  # noqa: B008
+        precondition: Precondition = Plain(),  # noqa: B008
         transport: Transport = Rotate(),  # noqa: B008
         rule: Rule = Adam(),  # noqa: B008
         residual: Residual = Discard(),  # noqa: B008
         codec: Codec = Full(),  # noqa: B008
+        moments: Codec = Full(),  # noqa: B008
         ranks: Policy = Fixed(),  # noqa: B008
         scale: float | str = "auto",
         refresh_every: int = 1,
@@ -117,9 +126,9 @@ class LowRankOptimizer(Container):
             check_int("budget", budget, 1)
         defaults = dict(
             lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
-            finder=finder, transport=transport, rule=rule, residual=residual, codec=codec, ranks=ranks, scale=scale,
-            refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad, foreach=foreach, fused=fused,
-            diagnostics=diagnostics, select=select, reasons=reasons,
+            finder=finder, precondition=precondition, transport=transport, rule=rule, residual=residual, codec=codec,
+            moments=moments, ranks=ranks, scale=scale, refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad,
+            foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons,
         )  # fmt: skip
         check_options(defaults)
         super().__init__(params, defaults, on_nonfinite, seed, budget)
@@ -155,7 +164,7 @@ class LowRankOptimizer(Container):
             for p in ready:
                 if not self.sites[p].plain:
                     with self._undone_if(bad, [p]):
-                        self.absorb(p, gradients.usable(p.grad, bad))
+                        self._take(p, gradients.usable(p.grad, bad))
                         self.apply(p)
             dense = [p for p in ready if self.sites[p].plain]
             for device in {p.device for p in dense}:
@@ -171,8 +180,15 @@ class LowRankOptimizer(Container):
 
         Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only.
         """
-        if self.sites[p].plain:
-            raise RuntimeError(f"{self.sites[p].name} is stepped by torch's AdamW: only step() serves it")
+        site = self.sites[p]
+        if site.plain:
+            raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
+        # The caller may clear its gradient before apply().
+        held = not site.projected or self.param_groups[self._group_index[p]]["residual"].holds
+        self._take(p, gradient.clone() if held else gradient)
+
+    def _take(self, p: Tensor, gradient: Tensor) -> None:
+        """Steps 1-4 for one parameter, which may hold on to the gradient until step 7."""
         site, group, _ = self._open(p)
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
         for unit, part in self._with_gradient(p, seen):
@@ -191,15 +207,22 @@ class LowRankOptimizer(Container):
 
     def _absorb(self, p: Tensor, unit: Unit, seen: Tensor, size: Tensor | None) -> None:
         """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known."""
-        site, group, state = unit
-        residual, codec = group["residual"] if site.projected else Discard(), group["codec"]
+        site, group, stored = unit
+        given, seen = seen, group["precondition"].apply(seen, stored, stored["tick"] + 1)
+        size = size if seen is given else None
+        if not site.projected:
+            stored["core"] = stored["core"] + seen if "core" in stored else seen
+            return
+        unit = unit.unpacked()
+        residual, codec, state = group["residual"], group["codec"], unit.state
         opening = "core" not in state
         passage = self._standing(unit)
         memory = slots.memory_of(state)
-        if site.projected:
-            group["finder"].observe(seen, memory)
-        restored = residual.restore(seen, passage.frame, passage.old_momentum, state, codec)  # 2
+        group["finder"].observe(seen, memory)
         refreshing = opening and self._refresh_due(unit, passage.frame)
+        if refreshing:
+            residual.renew(seen, state, codec)
+        restored = residual.restore(seen, passage.frame, passage.old_momentum, state, codec)  # 2
         if refreshing:
             with self.refresh_scope():
                 restored = restored.measured() if group["diagnostics"] else restored
@@ -207,51 +230,55 @@ class LowRankOptimizer(Container):
                 passage = self._refresh(unit, restored, memory, kept)  # 3
         state.update(slots.remembered(memory))
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
-        z = z if site.projected else z.clone()  # the whole frame would hand on the caller's gradient
         state["core"] = z if opening else state["core"] + z
         turned = refreshing and restored.core is not None  # else |g~|^2 = |z|^2 + |e|^2
         total = restored.norm() if turned and group["diagnostics"] else None
         kept = residual.keep(restored.dense, state["core"], passage, opening, state, codec)
-        if site.projected and group["diagnostics"]:
+        if group["diagnostics"]:
             own = norm(seen) if size is None else size
             lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
             error_control.measure(state[error_control.SLOT], own, total, z, kept, rounded, lost, opening)
+        unit.pack_into(stored)
 
     def _apply(self, unit: Unit, weights: Tensor) -> None:
         """Steps 5-7 for a parameter or a block of it, on its weights in working precision."""
+        stored, unit = unit.state, unit.unpacked()
         site, group, state = unit
         rule: Rule = group["rule"]
         state["step"] += 1
         state["tick"] += 1
-        clock = Clock(state["step"], *group["betas"])
-        rule.absorb(state.pop("core"), state, clock)  # 5
+        clock, z = _clock(unit), state.pop("core")
+        rule.absorb(z, state, clock)  # 5
         if site.projected:
-            group["transport"].age(state, rule.slots, clock)
+            group["transport"].age(state, rule.slots(site.core_shape), clock)
         d = rule.direction(state, clock, group["eps"])
-        keep, alpha = 1 - group["lr"] * group["weight_decay"], -group["lr"] * update_scale(site, group["scale"])
-        unit.frame().add_lift(weights, d, alpha, beta=keep)  # 6, 7
+        rate, shrink = -group["lr"], 1 - group["lr"] * group["weight_decay"]
+        factor = rate * update_scale(site, group["scale"])
+        update = Update(unit.frame(), z, d, factor, shrink, rate, clock, group["eps"])
+        group["residual"].write(weights, update, state, group["codec"])  # 6, 7
+        unit.pack_into(stored)
 
     def _refresh(self, unit: Unit, seen: Operand, memory: Memory, kept: Frame | None) -> Passage:
         """Step 3: a new frame, searched from what is kept of the old one, and the moments in it."""
         site, group, state = unit
         spec, finder, rule, transport = group["frame"], group["finder"], group["rule"], group["transport"]
-        clock = Clock(state["step"], *group["betas"])
+        clock = _clock(unit)
         old = unit.frame() if rule.momentum in state else None
         start = spec.start(seen.dense, site.ranks, kept or old, self.seed + site.index)
-        looked_at = seen
+        looked_at = seen if old is None else replace(seen, past=(old, state[rule.momentum]))
         if old is not None and finder.momentum > 0:
-            core = (state[rule.momentum] * (finder.momentum / clock.weight1)).to(seen.dense.dtype)
-            looked_at = seen.mix(1 - finder.momentum, old, core)
+            core = (averaged(rule, state[rule.momentum], clock) * finder.momentum).to(seen.dense.dtype)
+            looked_at = looked_at.mix(1 - finder.momentum, old, core)
         warm = state["tick"] > 0 and old is not None and any(r is not None for r in old.ranks)
         new: Frame = finder.find(looked_at, start, warm, memory)
         if old is None:
             if not bool(seen.dense.any()):
                 state["tick"] = -1  # nothing was to be seen: look again at the next step
             state.update(new.tensors())
-            state.update(slots.zeros(slots.moments(site, group), seen.dense.device, state["step"].device))
+            state.update(slots.first_moments(site, group, seen.dense, state["step"].device))
             return self._standing(unit)
         overlap, momentum = new.overlap(old), state[rule.momentum]
-        moved = transport.move(state, rule.slots, overlap, clock)
+        moved = transport.move(state, rule.slots(tuple(momentum.shape)), overlap, clock)
         for name in old.tensors():
             del state[name]
         state.update(new.tensors())
@@ -259,7 +286,7 @@ class LowRankOptimizer(Container):
         if group["diagnostics"]:
             state[error_control.SLOT][1] = error_control.overlap_defect(overlap)
             state[error_control.SLOT][2] = new.defect()
-        image = moved[rule.momentum] if transport.projects else multilinear(momentum, overlap)
+        image = moved[rule.momentum] if transport.projects else overlap.move(momentum)
         decay, intake = rule.recursion(clock)
         return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image)
 
@@ -293,9 +320,8 @@ class LowRankOptimizer(Container):
 
     def _standing(self, unit: Unit) -> Passage:
         """The passage of a momentum whose frame stays as it is."""
-        _, group, state = unit
-        frame, rule = unit.frame(), group["rule"]
-        decay, intake = rule.recursion(Clock(state["step"], *group["betas"]))
+        frame, rule, state = unit.frame(), unit.group["rule"], unit.state
+        decay, intake = rule.recursion(_clock(unit))
         momentum: Any = state.get(rule.momentum)
         return Passage(frame, momentum, decay, intake, None if momentum is None else frame, momentum)
 
@@ -386,3 +412,8 @@ class LowRankOptimizer(Container):
             for unit in self._opened(p)
             if error_control.SLOT in unit.state
         }
+
+
+def _clock(unit: Unit) -> Clock:
+    beta1, beta2 = unit.group["betas"]
+    return Clock(unit.state["step"], beta1, beta2, unit.state["tick"])

@@ -25,6 +25,7 @@ from .finders import (
     TreeSVD,
 )
 from .frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
+from .precondition import Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .residual import Discard, Feedback
 from .rules import Adam
@@ -59,12 +60,14 @@ PARTS: dict[str, dict[str, type]] = {
         "nystrom_tucker": NystroemTucker,
         "streaming_tucker": StreamingTucker,
     },
+    "precondition": {"plain": Plain},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {"adam": Adam},
     "residual": {"discard": Discard, "feedback": Feedback},
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},
 }
+PARTS["moments"] = PARTS["codec"]
 
 
 def part(role: str, value: Any) -> Any:

@@ -20,6 +20,8 @@ class Site:
         index: its place among all parameters, from which its random directions are seeded.
         block_mode: the mode of the view along which every slice has a frame of its own; None for one frame.
         base: the ranks that the layout chose, where adaptive ones start from others.
+        whole: whether the group's rule steps it in the whole frame; what is neither projected nor whole is dense, and
+            gets AdamW whatever the rule.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Site:
     index: int = 0
     block_mode: int | None = None
     base: tuple[int | None, ...] = ()
+    whole: bool = False
 
     @property
     def blocks(self) -> int:
@@ -58,8 +61,13 @@ class Site:
 
     @property
     def plain(self) -> bool:
-        """Whether torch's own AdamW serves it: dense and real. A dense complex parameter has a whole frame."""
-        return not self.projected and not self.view.dtype.is_complex
+        """Whether torch's own AdamW serves it: dense and real. A dense complex parameter gets Adam in a whole frame."""
+        return not self.ruled and not self.view.dtype.is_complex
+
+    @property
+    def ruled(self) -> bool:
+        """Whether the group's own rule, preconditioner and codec of moments serve it."""
+        return self.projected or self.whole
 
     @property
     def gain(self) -> float:

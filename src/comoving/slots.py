@@ -13,14 +13,31 @@ class Kind(Enum):
     """Core-shaped and real; the second moment of a LINEAR slot's entries."""
     MASS = auto()
     """Real, core-shaped but of length 1 along whole modes; the total weight inside a VARIANCE."""
+    COVARIANCE = auto()
+    """(r_n, r_n), Hermitian: an average of Z_(n) Z_(n)^H over the core's unfoldings; L' = R_n L R_n^H."""
+    BASIS = auto()
+    """(r_n, r_n), orthonormal: directions Q of mode n of the core; the nearest orthonormal matrix to R_n Q."""
+    FACTORED = auto()
+    """(r_n,), real: mean squares of the slices of mode n, the diagonal of a COVARIANCE; moves by |R_n|^2."""
     SCALAR = auto()
     """One real number, beside the step count."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One slot: its name in the state, its kind, and for a VARIANCE the LINEAR slot of the same entries."""
+    """One slot of a rule or transport.
+
+    Args:
+        name: in the state.
+        kind: how it moves.
+        mean: for a VARIANCE, the LINEAR slot of the same entries.
+        mode: n, for the kinds that belong to one mode of the core.
+        bases: for a VARIANCE whose entries are those of z x_n Q_n^H: the BASIS slots, by their modes; empty for those
+            of z itself.
+    """
 
     name: str
     kind: Kind
     mean: str = ""
+    mode: int = -1
+    bases: tuple[tuple[int, str], ...] = ()

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .codecs import Part
+from .codecs import Codec, Full, Part
 from .diagnostics import FIELDS, SLOT
 from .frames.base import Ranks
+from .precondition import Plain
+from .residual import Discard
+from .rules import Adam
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind, Slot
+from .transport import initial
 
 SECOND_MAX = "moment.second.max"
 RANKS, VALUE = "ranks", "ranks.value"
@@ -26,9 +30,18 @@ MEMORY = "finder."
 """How the names of a finder's own slots begin."""
 # Hyper-parameters on which the sites and the shape of the state depend.
 FIXED = (
-    "rank", "view", "side", "frame", "finder", "transport", "rule", "residual", "codec", "amsgrad", "diagnostics",
-    "select", "reasons", "ranks",
+    "rank", "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments",
+    "amsgrad", "diagnostics", "select", "reasons", "ranks",
 )  # fmt: skip
+_DENSE = {"rule": Adam(), "precondition": Plain(), "moments": Full(), "residual": Discard()}
+_UNPROJECTED = {"residual": Discard()}
+
+
+def parts_of(site: Site, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group's hyper-parameters as they hold for one parameter: Adam alone for a dense one."""
+    if site.projected:
+        return group
+    return {**group, **(_UNPROJECTED if site.whole else _DENSE)}
 
 
 def resized(site: Site, group: Mapping[str, Any], ranks: Ranks) -> Site:
@@ -57,7 +70,7 @@ def at_its_ranks(site: Site, group: Mapping[str, Any], state: Mapping[str, Any])
 
 def rule_slots(site: Site, group: Mapping[str, Any]) -> tuple[Slot, ...]:
     """The slots of the rule, and of the transport where the parameter is projected."""
-    rule = group["rule"].slots
+    rule = group["rule"].slots(site.core_shape)
     return (*rule, *group["transport"].slots(rule)) if site.projected else rule
 
 
@@ -70,13 +83,77 @@ def slot_part(slot: Slot, site: Site, group: Mapping[str, Any]) -> Part:
     if slot.kind is Kind.VARIANCE:
         return Part(core, real)
     if slot.kind is Kind.MASS:
-        return Part(group["frame"].mass_shape(site.view.shape, site.ranks), real)
+        mass, turned = group["frame"].mass_shape(site.view.shape, site.ranks), dict(slot.bases)
+        return Part(tuple(d if n in turned else k for n, (d, k) in enumerate(zip(core, mass, strict=True))), real)
+    if slot.kind is Kind.FACTORED:
+        return Part((core[slot.mode],), real)
+    if slot.kind in {Kind.COVARIANCE, Kind.BASIS}:
+        return Part((core[slot.mode], core[slot.mode]), site.view.dtype)
     return Part((), torch.float32, scalar=True)
+
+
+def _store(slot: Slot, codec: Codec) -> Codec | None:
+    """What stores a slot; None for plain tensors."""
+    if isinstance(codec, Full) or slot.kind not in {Kind.LINEAR, Kind.VARIANCE, Kind.COVARIANCE}:
+        return None
+    return codec.positive if slot.kind is Kind.VARIANCE else codec
+
+
+def _stored(slot: Slot, site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
+    part, store = slot_part(slot, site, group), _store(slot, group["moments"])
+    if store is None:
+        return {slot.name: part}
+    return {f"{slot.name}.{name}": p for name, p in store.parts(part.shape, part.dtype).items()}
 
 
 def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     """The slots of rule and transport as stored tensors."""
-    return {slot.name: slot_part(slot, site, group) for slot in rule_slots(site, group)}
+    return {name: part for slot in rule_slots(site, group) for name, part in _stored(slot, site, group).items()}
+
+
+def first_moments(site: Site, group: Mapping[str, Any], like: Tensor, scalars: torch.device) -> dict[str, Tensor]:
+    """The slots of rule and transport before the first gradient, decoded."""
+    slots = rule_slots(site, group)
+    parts = {slot.name: slot_part(slot, site, group) for slot in slots}
+    fresh = zeros(parts, like.device, scalars)
+    return {slot.name: initial(slot, fresh[slot.name]) for slot in slots}
+
+
+def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """The state with its moments decoded; the state itself where they are stored plainly."""
+    if isinstance(group["moments"], Full):
+        return state
+    working = dict(state)
+    if site.projected:
+        site = resized(site, group, group["frame"].load(state, site.view.shape).ranks)
+    for slot in rule_slots(site, group):
+        part, store, names = slot_part(slot, site, group), _store(slot, group["moments"]), _stored(slot, site, group)
+        if store is not None and all(name in working for name in names):
+            coded = {name.removeprefix(f"{slot.name}."): working.pop(name) for name in names}
+            working[slot.name] = store.decode(coded, part.shape, part.dtype)
+    return working
+
+
+def pack(site: Site, group: Mapping[str, Any], working: dict[str, Any], state: dict[str, Any]) -> None:
+    """Bring the state up to date with its unpacked form; coded tensors are overwritten in place where shapes agree."""
+    if working is state:
+        return
+    coded: dict[str, Tensor] = {}
+    for slot in rule_slots(site, group):
+        store = _store(slot, group["moments"])
+        if store is None or slot.name not in working:
+            continue
+        value = working.pop(slot.name)
+        own: dict[str, Tensor] = {}
+        for name, part in store.parts(tuple(value.shape), value.dtype).items():
+            held = state.get(f"{slot.name}.{name}", value)
+            fits = held is not value and tuple(held.shape) == part.shape
+            own[name] = held if fits else value.new_zeros(part.shape, dtype=part.dtype)
+        store.encode(value, own)
+        coded |= {f"{slot.name}.{name}": x for name, x in own.items()}
+    for name in set(state) - set(working) - set(coded):
+        del state[name]
+    state.update(working | coded)
 
 
 def zeros(parts: Mapping[str, Part], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
@@ -101,14 +178,18 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
     """
     if site.blocks:
         return {}
-    parts = layout(site, group)
+    parts, group = layout(site, group), parts_of(site, group)
     if site.plain:
         step = zeros({"step": parts.pop("step")}, p.device, scalars)
         return step | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in parts}
+    later = set(moments(site, group))
     if site.projected:
-        later = {*moments(site, group), *group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)}
-        parts = {name: part for name, part in parts.items() if name not in (*later, RANKS, VALUE)}
-    return {"tick": 0, **zeros(parts, p.device, scalars), **asked(site, group)}
+        later |= {*group["frame"].parts(site.view.shape, site.ranks, site.view.dtype), RANKS, VALUE}
+    state = {"tick": 0, **zeros({n: x for n, x in parts.items() if n not in later}, p.device, scalars)}
+    if not site.projected:
+        working = state | first_moments(site, group, p, scalars)
+        pack(site, group, working, state)
+    return {**state, **asked(site, group)}
 
 
 def asked(site: Site, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -130,9 +211,11 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     if site.plain:
         names = (FIRST, SECOND, SECOND_MAX) if group["amsgrad"] else (FIRST, SECOND)
         return parts | {name: Part(site.view.stored_shape, site.view.stored_dtype) for name in names}
+    shape, dtype = site.view.shape, site.view.dtype
+    group = parts_of(site, group)
     parts |= moments(site, group)
+    parts |= group["precondition"].parts(shape, dtype)
     if site.projected:
-        shape, dtype = site.view.shape, site.view.dtype
         parts |= group["frame"].parts(shape, site.ranks, dtype)
         remembered = group["finder"].parts(shape, site.ranks, dtype)
         parts |= {MEMORY + name: part for name, part in remembered.items()}

@@ -5,7 +5,7 @@ the old frame in mode n (None where both are whole), |R|^2 is taken entry by ent
 1 - b1^t and 1 - b2^t that the moments have given to past gradients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .frames.base import Overlap
-from .linalg import abs_squared, multilinear
+from .frames import Overlap
+from .linalg import abs_squared, multilinear, orthonormalize
 from .slots import Kind, Slot
+from .validate import check_choice
 
 State = dict[str, Tensor]
 
@@ -24,24 +25,30 @@ _TINY = 1e-15  # its square is still a normal float32
 
 @dataclass(frozen=True)
 class Clock:
-    """Where Adam's averages stand: the decay rates and the number t of finished steps, a 0-dimensional tensor.
+    """Where the averages stand: the decay rates and the number t of finished steps, a 0-dimensional tensor.
 
-    A reading, not a running clock: make a new one when t has moved.
+    A reading, not a running clock: make a new one when t has moved. ``tick`` is the number of finished steps too, but
+    known to the host, and no change of frame sets it back.
     """
 
     t: Tensor
     beta1: float
     beta2: float
+    tick: int = 0
 
     @cached_property
     def weight1(self) -> Tensor:
-        """c1 = 1 - b1^t, float64: 1 - 0.999 in float32 is off by 5e-5. Positive also before the first step."""
-        return (1 - self.beta1 ** self.t.double()).clamp_min(_TINY)
+        """c1 = 1 - b1^t."""
+        return self.weight(self.beta1)
 
     @cached_property
     def weight2(self) -> Tensor:
-        """c2 = 1 - b2^t, float64. Positive also before the first step."""
-        return (1 - self.beta2 ** self.t.double()).clamp_min(_TINY)
+        """c2 = 1 - b2^t."""
+        return self.weight(self.beta2)
+
+    def weight(self, decay: float) -> Tensor:
+        """1 - decay^t, float64: 1 - 0.999 in float32 is off by 5e-5. Positive also before the first step."""
+        return (1 - decay ** self.t.double()).clamp_min(_TINY)
 
 
 class Transport(Protocol):
@@ -101,45 +108,81 @@ class Keep(_Slotless):
 
 @dataclass(frozen=True)
 class Reset(_Slotless):
-    """All moments start again at zero, and so does the step count of the bias correction."""
+    """All moments start again at zero, bases at the identity, and the step count of the bias correction at zero."""
 
     resizes, projects = True, False
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """Zeros in the new shape, and t = 0 in place."""
         clock.t.zero_()
-        return {slot.name: state[slot.name].new_zeros(_moved_shape(state[slot.name], overlap)) for slot in rule}
+        return {slot.name: _anew(slot, state[slot.name], overlap) for slot in rule}
 
 
 @dataclass(frozen=True)
-class Rotate(_Slotless):
+class _Following:
+    """What transports share that move linear slots, and statistics of single modes, along with the frame.
+
+    Args:
+        statistics: of COVARIANCE, BASIS and FACTORED slots: "carry" moves them by R_n, "keep" leaves their numbers in
+            coordinates that have changed, "reset" starts them anew.
+    """
+
+    statistics: str = "carry"
+
+    projects = True
+
+    def __post_init__(self) -> None:
+        check_choice("statistics", self.statistics, ("carry", "keep", "reset"))
+
+    @property
+    def resizes(self) -> bool:
+        """Unless statistics keep their numbers, and with them their shape."""
+        return self.statistics != "keep"
+
+    def _move_most(self, state: State, rule: Sequence[Slot], overlap: Overlap) -> State:
+        """Every slot but variances."""
+        moved: State = {}
+        for slot in rule:
+            x = state[slot.name]
+            if slot.kind is Kind.LINEAR:
+                moved[slot.name] = overlap.move(x)
+            elif slot.kind is Kind.SCALAR:
+                moved[slot.name] = x.clone()
+            elif slot.kind is not Kind.VARIANCE and self.statistics == "carry":
+                moved[slot.name] = _carried(slot, x, overlap)
+            elif slot.kind is not Kind.VARIANCE:
+                moved[slot.name] = x if self.statistics == "keep" else _anew(slot, x, overlap)
+        return moved
+
+
+@dataclass(frozen=True)
+class Rotate(_Following, _Slotless):
     """LDAdam's projection-aware change of frame (arXiv 2410.16103), mode by mode.
 
     m' = m x_n R_n
     s  = v/c2 - |m|^2/c1^2
     v' = c2 | s x_n |R_n|^2 + |m'|^2/c1^2 |
 
-    Since |R_1 (x) R_2|^2 = |R_1|^2 (x) |R_2|^2, the modes separate for the variance too.
+    Since |R_1 (x) R_2|^2 = |R_1|^2 (x) |R_2|^2, the modes separate for the variance too. Statistics of single modes
+    follow as their kinds say (:class:`comoving.slots.Kind`); variances in a basis Q move by Q'^H R Q.
     """
-
-    resizes = projects = True
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The formula above for each slot by its kind."""
-        moved = _move_linear(state, rule, overlap)
-        squared = _squared(overlap)
+        moved = self._move_most(state, rule, overlap)
         c1_squared, c2 = clock.weight1.square(), clock.weight2
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
+                turn, mean, mean_moved = _in_bases(slot, state, moved, overlap)
                 # All of it times c2, which saves a pass over the core and changes nothing.
                 ratio = c2 / c1_squared
-                spread = state[slot.name] - abs_squared(state[slot.mean]).mul_(ratio)
-                moved[slot.name] = multilinear(spread, squared).add_(abs_squared(moved[slot.mean]).mul_(ratio)).abs_()
+                spread = state[slot.name] - mean.mul_(ratio)
+                moved[slot.name] = turn.move_squares(spread).add_(mean_moved.mul_(ratio)).abs_()
         return moved
 
 
 @dataclass(frozen=True)
-class Carry:
+class Carry(_Following):
     """Carries the mass of v beside it, so that v loses none where the new frame leaves the old one; ours.
 
     Every step  kappa <- b2 kappa + (1 - b2)  and  K <- (b1^2/b2) K + (1 - b1)^2/(1 - b2);  the rule divides v by
@@ -153,17 +196,17 @@ class Carry:
     K is Adam's own bound on |m|^2/v (Cauchy-Schwarz over the two averages). The floor puts the moments back within it,
     and both recursions then keep |m|^2 <= K v; since kappa <= c2, every later direction obeys Adam's bound too. (A
     floor on v'/kappa' instead of v' would hold at the refresh only: where kappa' is small, v/kappa can fall faster than
-    |m|^2.) kappa is real, core-sized but of length 1 along whole modes, where it is constant. K is one number.
+    |m|^2.) kappa is real, core-sized but of length 1 along whole modes, where it is constant; core-sized in every mode
+    for variances in a basis. K is one number.
     """
-
-    resizes = projects = True
 
     def slots(self, rule: Sequence[Slot]) -> tuple[Slot, ...]:
         """kappa as "<v>.mass" and K as "<v>.bound" for every variance v."""
         own: list[Slot] = []
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
-                own += [Slot(mass_of(slot.name), Kind.MASS), Slot(_bound_of(slot.name), Kind.SCALAR)]
+                mass = Slot(mass_of(slot.name), Kind.MASS, bases=slot.bases)
+                own += [mass, Slot(_bound_of(slot.name), Kind.SCALAR)]
         return tuple(own)
 
     def age(self, state: State, rule: Sequence[Slot], clock: Clock) -> None:
@@ -186,17 +229,16 @@ class Carry:
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The formula above for each slot by its kind."""
-        moved = _move_linear(state, rule, overlap)
-        squared = _squared(overlap)
+        moved = self._move_most(state, rule, overlap)
         c1_squared = clock.weight1.square()
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
                 v, mass, bound = state[slot.name], state[mass_of(slot.name)], state[_bound_of(slot.name)]
-                mean, mean_moved = abs_squared(state[slot.mean]), abs_squared(moved[slot.mean])
+                turn, mean, mean_moved = _in_bases(slot, state, moved, overlap)
                 spread = v - mass * mean / c1_squared  # kappa s
-                mass_moved = multilinear(_expand(mass, overlap), squared)
+                mass_moved = turn.move_squares(turn.spread(mass))
                 present = mass_moved > 0
-                variance = torch.where(present, multilinear(spread, squared) / mass_moved, 0)
+                variance = torch.where(present, turn.move_squares(spread) / mass_moved, 0)
                 estimate = mass_moved * (variance + mean_moved / c1_squared)
                 moved[slot.name] = torch.maximum(estimate, mean_moved / bound.clamp_min(_TINY))
                 moved[mass_of(slot.name)] = mass_moved.contiguous()
@@ -213,18 +255,53 @@ def _bound_of(variance: str) -> str:
     return f"{variance}.bound"
 
 
-def _move_linear(state: Mapping[str, Tensor], rule: Sequence[Slot], overlap: Overlap) -> State:
-    return {slot.name: multilinear(state[slot.name], overlap) for slot in rule if slot.kind is Kind.LINEAR}
+def initial(slot: Slot, x: Tensor) -> Tensor:
+    """What a slot starts from, in place: the identity for a basis, else zero."""
+    return x.copy_(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)) if slot.kind is Kind.BASIS else x.zero_()
 
 
-def _squared(overlap: Overlap) -> list[Tensor | None]:
-    return [None if r is None else abs_squared(r) for r in overlap]
+def _anew(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:
+    """The slot's first value in the new core's shape."""
+    if slot.kind is Kind.SCALAR:
+        return torch.zeros_like(x)
+    if slot.mode < 0:
+        return x.new_zeros(overlap.moved_shape(x))
+    r = overlap.matrices[slot.mode]
+    size = x.shape[-1] if r is None else r.shape[-2]
+    return initial(slot, x.new_empty((size,) * x.ndim))
 
 
-def _expand(mass: Tensor, overlap: Overlap) -> Tensor:
-    """Repeat kappa along modes that were whole, hence of length 1, and are compressed now."""
-    return mass.expand([d if r is None else r.shape[-1] for d, r in zip(mass.shape, overlap, strict=True)])
+def _carried(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:
+    """A statistic of one mode in the new frame."""
+    r = overlap.matrices[slot.mode]
+    if r is None:
+        return x
+    if slot.kind is Kind.FACTORED:
+        return abs_squared(r) @ x
+    if slot.kind is Kind.COVARIANCE:
+        return r @ x @ r.mH
+    return _aligned(r @ x)
 
 
-def _moved_shape(x: Tensor, overlap: Overlap) -> list[int]:
-    return [d if r is None else r.shape[-2] for d, r in zip(x.shape, overlap, strict=True)]
+def _aligned(turned: Tensor) -> Tensor:
+    """An orthonormal (r', r') basis that begins with the columns of R Q, of shape (r', r)."""
+    rows, columns = turned.shape
+    if columns < rows:
+        turned = torch.cat([turned, torch.eye(rows, dtype=turned.dtype, device=turned.device)], dim=-1)
+    # QR keeps every column as near to the span of those before it as it can; columns beyond the square are dropped.
+    return orthonormalize(turned[:, :rows])
+
+
+def _in_bases(slot: Slot, state: State, moved: State, overlap: Overlap) -> tuple[Overlap, Tensor, Tensor]:
+    """The overlap that a variance moves by, and |m|^2 and |m'|^2 in its coordinates."""
+    mean, mean_moved = state[slot.mean], moved[slot.mean]
+    if not slot.bases:
+        return overlap, abs_squared(mean), abs_squared(mean_moved)
+    old, new = list[Tensor | None]([None] * mean.ndim), list[Tensor | None]([None] * mean.ndim)
+    turns = list(overlap.matrices)
+    for mode, name in slot.bases:
+        q, q_moved, r = state[name], moved[name], turns[mode]
+        old[mode], new[mode] = q.mH, q_moved.mH
+        turns[mode] = None if q is q_moved and r is None else q_moved.mH @ (q if r is None else r @ q)
+    turn = Overlap(tuple(turns))
+    return turn, abs_squared(multilinear(mean, old)), abs_squared(multilinear(mean_moved, new))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from comoving import LowRankOptimizer
-from comoving.codecs import BFloat16, Full, Int8
+from comoving.codecs import BFloat16, Full, Int8, Root
 from comoving.finders import (
     HOOI,
     CosineSelection,
@@ -29,7 +29,9 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, Trains, Trees
+from comoving.precondition import Plain
 from comoving.residual import Discard, Feedback
+from comoving.rules import Adam
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
 
@@ -94,7 +96,11 @@ EXCUSED = {
 PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
 """Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
+PRECONDITIONERS = [Plain()]
+RULES = [Adam()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
+POSITIVE = [Root(), Root(block=8)]
+"""Codecs of second moments alone."""
 RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
 
 

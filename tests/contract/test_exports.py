@@ -5,8 +5,8 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 
-from comoving import codecs, finders, frames, ranks, residual, rules, transport
-from comoving.codecs import Int8
+from comoving import codecs, finders, frames, precondition, ranks, residual, rules, transport
+from comoving.codecs import Int8, Root
 from comoving.finders import (
     HOOI,
     CosineSelection,
@@ -29,19 +29,30 @@ from comoving.finders import (
 from comoving.frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Feedback
-from comoving.rules import Adam
-from contract.support import BOND_FINDERS, CODECS, FINDERS, RESIDUALS, SAMPLED, TRANSPORTS
+from comoving.transport import Carry, Rotate
+from contract.support import (
+    BOND_FINDERS,
+    CODECS,
+    FINDERS,
+    POSITIVE,
+    PRECONDITIONERS,
+    RESIDUALS,
+    RULES,
+    SAMPLED,
+    TRANSPORTS,
+)
 
 SAMPLED_LAYOUTS = [layout for _, layout in SAMPLED]
-RULES, FRAMES = [Adam()], [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees(), *SAMPLED_LAYOUTS]
+FRAMES = [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees(), *SAMPLED_LAYOUTS]
 RANKS = [Fixed(), Energy(), Tolerance(minimum=2, maximum=0.5), Temperature(curve="exponential")]
 ROLES = {
     "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in SAMPLED)], {"Operand"}),
-    "transport": (transport, TRANSPORTS, {"Clock", "Slot"}),
-    "codec": (codecs, CODECS, set()),
-    "residual": (residual, RESIDUALS, {"Passage"}),
+    "transport": (transport, TRANSPORTS, {"Clock", "Overlap", "Slot"}),
+    "codec": (codecs, [*CODECS, *POSITIVE], set()),
+    "residual": (residual, RESIDUALS, {"Passage", "Update"}),
+    "precondition": (precondition, PRECONDITIONERS, set()),
     "rule": (rules, RULES, set()),
-    "frame": (frames, FRAMES, {"ModeFrame", "BondFrame", "CosineFrame", "SeededFrame"}),
+    "frame": (frames, FRAMES, {"ModeFrame", "BondFrame", "CosineFrame", "SeededFrame", "Overlap"}),
     "ranks": (ranks, RANKS, {"Reading"}),
 }
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
@@ -123,7 +134,8 @@ def test_parts_are_frozen_values(part):
         (StreamingTucker, "oversampling", -1, ">= 0"),
         (StreamingTucker, "newest", -0.5, r"\[0, inf\)"),
         (StreamingTucker, "seed", -1, ">= 0"),
-        (Int8, "block", 7, ">= 8"),
+        *((kind, "block", 7, ">= 8") for kind in (Int8, Root)),
+        *((kind, "statistics", "move", "'carry', 'keep', 'reset'") for kind in (Rotate, Carry)),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),

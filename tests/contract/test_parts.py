@@ -62,7 +62,7 @@ def test_overlap_is_that_of_the_explicit_bases(older, shape, ranks, dtype):
     old_ranks = {"same ranks": ranks, "fewer": tuple(r and 1 for r in ranks), "whole": (None,) * len(shape)}[older]
     new, old = random_frame(shape, ranks, dtype, 1), random_frame(shape, old_ranks, dtype, 2)
     for a, b in ((new, old), (old, new)):
-        small = ModeFrame(tuple(a.overlap(b)))
+        small = ModeFrame(tuple(a.overlap(b).matrices))
         size = core_of(shape, b.ranks)
         expected = explicit(a, shape, dtype).mH @ explicit(b, shape, dtype)
         factors = [torch.eye(d, dtype=dtype) if r is None else r for r, d in zip(small.factors, size, strict=True)]
@@ -120,13 +120,13 @@ def moments(transport, ranks, core, dtype, size):
     real = torch.zeros((), dtype=dtype).real.dtype if dtype.is_complex else dtype
     shapes = {"LINEAR": (core, dtype), "VARIANCE": (core, real), "SCALAR": ((), torch.float32)}
     shapes["MASS"] = (tuple(1 if r is None else r for r in ranks), real)
-    for slot in (*RULE.slots, *transport.slots(RULE.slots)):
+    for slot in (*RULE.slots(()), *transport.slots(RULE.slots(()))):
         shape, kind = shapes[slot.kind.name]
         state[slot.name] = torch.zeros(shape, dtype=kind)
     for t in range(5):
         clock.t.add_(1)
         RULE.absorb(randn(core, dtype, t) * size, state, clock)
-        transport.age(state, RULE.slots, clock)
+        transport.age(state, RULE.slots(()), clock)
     return clock, state
 
 
@@ -140,11 +140,11 @@ def test_transports(transport, shape, ranks, size, dtype):
     clock, state = moments(transport, ranks, core_of(shape, ranks), dtype, size)
     old, new = random_frame(shape, ranks, dtype, 1), random_frame(shape, new_ranks, dtype, 2)
     before, t = {n: x.clone() for n, x in state.items()}, clock.t.clone()
-    moved = transport.move(state, RULE.slots, new.overlap(old), clock)
+    moved = transport.move(state, RULE.slots(()), new.overlap(old), clock)
     assert all(torch.equal(state[name], x) for name, x in before.items())
     assert set(moved) == set(state)
     clock = Clock(t, 0.8, 0.95)
-    again = transport.move(state, RULE.slots, new.overlap(old), clock)
+    again = transport.move(state, RULE.slots(()), new.overlap(old), clock)
     for name, x in moved.items():
         assert x.isfinite().all()
         assert torch.equal(x, again[name])
@@ -156,7 +156,7 @@ def test_transports(transport, shape, ranks, size, dtype):
         assert not moved["moment.second"].any()
     clock.t.add_(1)
     RULE.absorb(torch.zeros_like(moved["moment.first"]), moved, clock)
-    transport.age(moved, RULE.slots, clock)
+    transport.age(moved, RULE.slots(()), clock)
     direction = RULE.direction(moved, clock, 1e-8)
     assert direction.isfinite().all()
     assert direction.abs().max() < 50
@@ -168,8 +168,8 @@ def test_slots_adopted_from_plain_adam_are_those_of_a_run_with_them(transport, d
     """AdamW's checkpoint, in a whole frame: the transport's own slots are reconstructed."""
     core = (4, 6)
     clock, state = moments(transport, (None, None), core, dtype, 1.0)
-    plain = {slot.name: state[slot.name].clone() for slot in RULE.slots}
-    transport.adopt(plain, RULE.slots, clock)
+    plain = {slot.name: state[slot.name].clone() for slot in RULE.slots(())}
+    transport.adopt(plain, RULE.slots(()), clock)
     assert set(plain) == set(state)
     for name, x in state.items():
         close(plain[name].to(x.dtype).expand(x.shape), x, 1e-6)

@@ -13,7 +13,7 @@ from comoving import explain, state_bytes
 from comoving.codecs import Full, Int8, Part
 from comoving.finders import Operand
 from comoving.finders.base import Memoryless
-from comoving.frames import ModeFrame, Modes
+from comoving.frames import ModeFrame, Modes, Overlap
 from comoving.linalg import multilinear, orthogonality_defect, orthonormalize
 from comoving.residual import Feedback
 from comoving.transport import Rotate
@@ -82,8 +82,8 @@ class Flat:
 
     def overlap(self, older):
         if self.basis is None:
-            return (older.basis,)
-        return (self.basis.mH if older.basis is None else self.basis.mH @ older.basis,)
+            return Overlap((older.basis,))
+        return Overlap((self.basis.mH if older.basis is None else self.basis.mH @ older.basis,))
 
     def defect(self):
         return torch.zeros(()) if self.basis is None else orthogonality_defect(self.basis)
@@ -328,7 +328,7 @@ def test_the_mass_is_single_where_no_frame_mixes(layout, case):
     shape, ranks, dtype = of_case(layout, case)
     core, mass = layout.core_shape(shape, ranks), layout.mass_shape(shape, ranks)
     new, old = (random_frame(layout, shape, ranks, dtype, seed) for seed in (1, 2))
-    for d, k, r in zip(core, mass, new.overlap(old), strict=True):
+    for d, k, r in zip(core, mass, new.overlap(old).matrices, strict=True):
         assert k == d or (k == 1 and r is None)
         assert r is None or r.shape == (d, d)
 
@@ -406,7 +406,7 @@ def test_a_start_of_lower_ranks_lies_in_the_older_frame(layout, case):
         older = random_frame(layout, shape, high, dtype, 1)
         frame = layout.start(torch.zeros(shape, dtype=dtype), low, older, 5)
         assert_holds(older, frame.lift(randn(layout.core_shape(shape, low), dtype, 2)), 100 * eps(dtype))
-        for r in frame.overlap(older):  # its leading directions, that is
+        for r in frame.overlap(older).matrices:  # its leading directions, that is
             assert r is None or (r - torch.eye(*r.shape)).abs().max() <= 100 * eps(dtype)
 
 
@@ -465,11 +465,12 @@ def test_the_overlap_takes_coordinates_from_frame_to_frame(layout, case, older):
         old = new if older == "the same" else random_frame(layout, shape, of_case(layout, case, rank)[1], dtype, 2)
     for a, b in ((new, old), (old, new)):
         z = b.project(randn(shape, dtype, 3))
-        moved = multilinear(z, a.overlap(b))
+        moved = a.overlap(b).move(z)
         assert moved.shape == a.project(b.lift(z)).shape
         close(moved, a.project(b.lift(z)), 200 * eps(dtype))
     if older == "the same":
-        assert all(r is None or (r - torch.eye(len(r))).abs().max() <= 100 * eps(dtype) for r in new.overlap(new))
+        turns = new.overlap(new).matrices
+        assert all(r is None or (r - torch.eye(len(r))).abs().max() <= 100 * eps(dtype) for r in turns)
 
 
 @over_layouts()
@@ -672,7 +673,8 @@ def test_momentum_moves_with_the_frame_and_feedback_keeps_the_rest(finder, layou
         frame = loaded(layout, {n: x for n, x in state.items() if n.startswith("frame.")}, shape, m)
         expected = 0.2 * frame.project(gradient + kept)
         if old is not None:
-            turns += [float((r - torch.eye(*r.shape)).abs().max()) for r in frame.overlap(old[0]) if r is not None]
+            overlap = frame.overlap(old[0]).matrices
+            turns += [float((r - torch.eye(*r.shape)).abs().max()) for r in overlap if r is not None]
             expected += 0.8 * frame.project(old[0].lift(old[1]))
         close(m, expected)
         old, used, given = (frame, m), used + frame.lift(m), given + gradient

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bonded import SHAPES, SPECS, explicit, matrix, random_frame
+from comoving.frames import Overlap
 from comoving.frames.bond import BondFrame
 from comoving.frames.interface import Interface
 from comoving.frames.train import Trains
@@ -54,7 +55,8 @@ def test_it_is_its_explicit_basis(spec, shape, dtype, rank):
     for out in (x.clone(), x.clone().transpose(0, 1).contiguous().transpose(0, 1)):
         assert frame.add_lift(out, z, -0.7, 0.3) is out
         same(out, 0.3 * x.to(COMPLEX).flatten() - 0.7 * lifted)
-    for new, old, r in zip((frame.left, frame.right), (older.left, older.right), frame.overlap(older), strict=True):
+    sides = (frame.left, frame.right), (older.left, older.right)
+    for new, old, r in zip(*sides, frame.overlap(older).matrices, strict=True):
         if r is None:
             assert new.basis is old.basis is None
         else:
@@ -214,7 +216,7 @@ def test_a_full_rank_is_whole_and_stores_nothing():
     x = randn((4, 4))
     assert torch.equal(everything.project(x), x)
     assert torch.equal(everything.lift(x), x)
-    assert everything.overlap(everything) == (None, None)
+    assert everything.overlap(everything).matrices == (None, None)
 
 
 @given(
@@ -296,7 +298,7 @@ def test_transports_run_on_its_overlap(spec, dtype, transport):
     assert moved["v"].shape == (frame.left.rank, frame.right.rank)
     sides = zip((frame.left, frame.right), (older.left, older.right), strict=True)
     bases = [matrix(a).mH @ matrix(b) for a, b in sides]
-    expected = transport.move(state, RULE, [r if dtype.is_complex else r.real for r in bases], clock)
+    expected = transport.move(state, RULE, Overlap([r if dtype.is_complex else r.real for r in bases]), clock)
     for name, x in moved.items():
         close(x, expected[name], 1e-10)
 

@@ -3,5 +3,6 @@
 from .base import Codec, Part
 from .full import BFloat16, Full
 from .int8 import Int8
+from .root import Root
 
-__all__ = ["BFloat16", "Codec", "Full", "Int8", "Part"]
+__all__ = ["BFloat16", "Codec", "Full", "Int8", "Part", "Root"]

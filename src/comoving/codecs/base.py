@@ -21,6 +21,11 @@ class Codec(Protocol):
     Complex tensors are stored as pairs of reals.
     """
 
+    @property
+    def positive(self) -> "Codec":
+        """The codec of this kind for second moments: real, not negative, and divided by, so that none may become 0."""
+        ...
+
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """The stored tensors for a tensor of this shape and dtype; all zero, they decode to zero."""
         ...

@@ -14,6 +14,11 @@ from .base import Part, as_real
 class Full:
     """The tensor itself, in its own dtype: lossless, and decoded without a copy."""
 
+    @property
+    def positive(self) -> "Full":
+        """Itself."""
+        return self
+
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """One tensor, "value"."""
         return {"value": Part(shape, dtype)}
@@ -40,6 +45,11 @@ class Full:
 @dataclass(frozen=True)
 class BFloat16:
     """The tensor rounded to bfloat16: 2 bytes a real number, relative error at most 2^-8 an entry."""
+
+    @property
+    def positive(self) -> "BFloat16":
+        """Itself: it has float32's exponents."""
+        return self
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """One tensor, "value"; complex as pairs."""

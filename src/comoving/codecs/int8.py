@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import sqrt
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..linalg import norm
 from ..validate import check_int
 from .base import Part, as_real
+from .grid import grid
+from .root import Root
 
 _CACHED = 2**18  # real numbers: a megabyte in float32
 
@@ -31,18 +32,21 @@ class Int8:
     def __post_init__(self) -> None:
         check_int("block", self.block, 8)
 
+    @property
+    def positive(self) -> Root:
+        """Roots in as many bits."""
+        return Root(self.block)
+
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """Tensors "codes" (rows, blocks, width) int8 and "step" (rows, blocks, 1) float32."""
-        rows, blocks, width, _ = self._grid(shape, dtype)
-        return {"codes": Part((rows, blocks, width), torch.int8), "step": Part((rows, blocks, 1), torch.float32)}
+        cut = grid(shape, dtype, self.block)
+        return {"codes": Part(cut.shape, torch.int8), "step": Part((cut.rows, cut.blocks, 1), torch.float32)}
 
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """step * codes, a new tensor."""
-        rows, _, _, length = self._grid(shape, dtype)
         real = dtype.to_real() if dtype.is_complex else dtype
         # Cast first: a product of mixed dtypes takes a path that is many times slower on the CPU.
-        values = parts["codes"].to(real).mul_(parts["step"]).view(rows, -1)[:, :length].contiguous()
-        return torch.view_as_complex(values.view(*shape, 2)) if dtype.is_complex else values.view(shape)
+        return grid(shape, dtype, self.block).join(parts["codes"].to(real).mul_(parts["step"]), shape, dtype)
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """x + step * codes, in one pass where rows are not padded."""
@@ -50,21 +54,19 @@ class Int8:
         real = as_real(x)
         if not real.is_contiguous() or codes.numel() != real.numel():
             return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
-        grid, out = real.view(codes.shape), torch.empty(codes.shape, dtype=real.dtype, device=x.device)
+        given, out = real.view(codes.shape), torch.empty(codes.shape, dtype=real.dtype, device=x.device)
         for rows in _row_slices(codes):
             values = out[rows].copy_(codes[rows])
-            torch.addcmul(grid[rows], values, step[rows].to(real.dtype), out=values)
+            torch.addcmul(given[rows], values, step[rows].to(real.dtype), out=values)
         return torch.view_as_complex(out.view(real.shape)) if x.is_complex() else out.view(x.shape)
 
     def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Round to the nearest code; overwrites x."""
         codes, step = parts["codes"], parts["step"]
-        values = as_real(x).reshape(codes.shape[0], -1)
-        missing = codes.shape[1] * codes.shape[2] - values.shape[1]
-        grid = (pad(values, (0, missing)) if missing else values).view(codes.shape)
+        values = grid(tuple(x.shape), x.dtype, self.block).cut(x)
         norms: list[Tensor] = []
         for rows in _row_slices(codes):
-            block, own = grid[rows], step[rows]
+            block, own = values[rows], step[rows]
             norms.append(norm(block))
             # Two reductions without a full-sized |x|. The floor keeps zero blocks and denormals out of the division; it
             # is stored, so that decoding agrees.
@@ -76,13 +78,6 @@ class Int8:
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """sqrt(sum over blocks of width * (step / 2)^2)."""
         return torch.linalg.vector_norm(parts["step"]) * (sqrt(parts["codes"].shape[-1]) / 2)
-
-    def _grid(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int, int]:
-        """Rows, blocks a row, width of a block, reals a row."""
-        rows = shape[0]
-        length = prod(shape[1:]) * (2 if dtype.is_complex else 1)
-        blocks = max(1, -(-length // self.block))
-        return rows, blocks, max(1, -(-length // blocks)), length
 
 
 def _row_slices(codes: Tensor) -> list[slice]:

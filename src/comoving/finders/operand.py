@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..draws import gaussian
-from ..frames import Frame, ModeFrame
-from ..frames.base import Overlap
+from ..frames import Frame, ModeFrame, Overlap
 from ..linalg import all_but_one, correlate, gram, inner, multilinear, norm
 
 
@@ -27,6 +26,8 @@ class Operand:
         frame: F, or None where there is no second term.
         core: w in F's coordinates, or None.
         inside: F^H x where it is known already, or None.
+        past: the frame so far and the rule's momentum in it, for finders that follow momentum in ways of their own;
+            None where the parameter had no frame before.
     """
 
     dense: Tensor
@@ -34,6 +35,7 @@ class Operand:
     frame: Frame | None = None
     core: Tensor | None = None
     inside: Tensor | None = None
+    past: tuple[Frame, Tensor] | None = None
 
     def mix(self, share: float, frame: Frame, core: Tensor) -> "Operand":
         """share * O + F core; the frame must be O's own where O has one."""
@@ -62,7 +64,7 @@ class Operand:
         z = frame.project(self.dense)
         if self.core is None:
             return z if self.share == 1.0 else z * self.share
-        return z.mul_(self.share).add_(self.core if overlap is None else multilinear(self.core, overlap))
+        return z.mul_(self.share).add_(self.core if overlap is None else overlap.move(self.core))
 
     @property
     def order(self) -> int:

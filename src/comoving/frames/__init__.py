@@ -4,6 +4,7 @@ from .base import Frame, Layout
 from .blocks import Blocks
 from .bond import BondFrame
 from .modes import ModeFrame, Modes
+from .overlap import Overlap
 from .sampled import CosineFrame, Cosines, Seeded, SeededFrame
 from .train import Trains
 from .tree import Trees
@@ -17,6 +18,7 @@ __all__ = [
     "Layout",
     "ModeFrame",
     "Modes",
+    "Overlap",
     "Seeded",
     "SeededFrame",
     "Trains",

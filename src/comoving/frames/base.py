@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from .overlap import Overlap
 
 Rank = int | float | tuple[int | None, ...]
 Side = Literal["auto", "left", "right", "both"]
 SIDES: tuple[Side, ...] = ("auto", "left", "right", "both")
 Ranks = tuple[int | None, ...]
-Overlap = tuple[Tensor | None, ...]
-"""One matrix R_n per mode of the core, (r'_n, r_n), None for the identity: coordinates move as m' = m x_n R_n."""
 
 
 class Frame(Protocol):
@@ -37,7 +36,7 @@ class Frame(Protocol):
         ...
 
     def overlap(self, older: Any) -> Overlap:
-        """F^H F_older, as a matrix for each mode of the core."""
+        """F^H F_older."""
         ...
 
     def defect(self) -> Tensor:

@@ -14,6 +14,7 @@ from ..validate import check_choice
 from .base import SIDES, Rank, Ranks, Side
 from .interface import Interface, fill
 from .modes import check_rank
+from .overlap import Overlap
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ class BondFrame:
             right.add_up(out.view(left.size, right.size, 1), half, alpha, beta)
         return out
 
-    def overlap(self, older: "BondFrame") -> tuple[Tensor | None, Tensor | None]:
+    def overlap(self, older: "BondFrame") -> Overlap:
         """R_1 = B_L'^H B_L and R_2 = B_R'^H B_R, this frame's bases against the older one's, contracted edge by edge.
 
         None where both are whole. F'^H F = R_1 (x) R_2, so that moments move as m' = m x_1 R_1 x_2 R_2.
         """
-        return self.left.overlap(older.left), self.right.overlap(older.right)
+        return Overlap((self.left.overlap(older.left), self.right.overlap(older.right)))
 
     def defect(self) -> Tensor:
         """The larger max |B^H B - I| of the two interfaces, a real scalar."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..codecs import Part
 from ..linalg import add_multilinear, multilinear, orthogonality_defect, orthonormalize
 from ..validate import check_choice, check_int
-from .base import SIDES, Overlap, Rank, Ranks, Side
+from .base import SIDES, Rank, Ranks, Side
+from .overlap import Overlap
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class ModeFrame:
         one is.
         """
         pairs = zip(self.factors, older.factors, strict=True)
-        return tuple(
-            (None if old is None else old)
-            if new is None
-            else (new.mH.resolve_conj().contiguous() if old is None else new.mH @ old)
-            for new, old in pairs
+        return Overlap(
+            tuple(
+                (None if old is None else old)
+                if new is None
+                else (new.mH.resolve_conj().contiguous() if old is None else new.mH @ old)
+                for new, old in pairs
+            )
         )
 
     def defect(self) -> Tensor:

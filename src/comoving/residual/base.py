@@ -1,16 +1,16 @@
 """What the engine asks of a residual."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..finders import Operand
-from ..frames import Frame
-from ..frames.base import Overlap
+from ..frames import Frame, Overlap
 from ..linalg import inner, norm
+from ..transport import Clock
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,44 @@ class Passage:
         return gap.clamp_min(0).add(before, alpha=8 * torch.finfo(torch.float32).eps).sqrt()
 
 
+@dataclass(frozen=True)
+class Update:
+    """Steps 6 and 7 of one parameter: w <- shrink w + factor F d, and what the residual wants beside it.
+
+    Args:
+        frame: F.
+        core: z, the coordinates of all gradients of this step.
+        direction: d.
+        factor: -lr scale.
+        shrink: 1 - lr weight_decay.
+        rate: -lr.
+        clock: that of the rule.
+        eps: likewise.
+    """
+
+    frame: Frame
+    core: Tensor
+    direction: Tensor
+    factor: float
+    shrink: float
+    rate: float
+    clock: Clock
+    eps: float
+
+    def write(self, weights: Tensor) -> None:
+        """w <- shrink w + factor F d, in place."""
+        self.frame.add_lift(weights, self.direction, self.factor, beta=self.shrink)
+
+
 class Residual(Protocol):
     """Keeps, or does not keep, what the frame cannot hold; a frozen dataclass without tensors."""
+
+    holds: ClassVar[bool]
+    """Whether :meth:`keep` may hold on to the gradient itself until :meth:`write`."""
+
+    def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
+        """A refresh comes: choose anew what lies outside the frame by choice. Before :meth:`restore`."""
+        ...
 
     def parts(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
@@ -94,6 +130,23 @@ class Residual(Protocol):
         """
         ...
 
+    def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
+        """The whole update, onto the weights in place: the lifted direction, and what belongs beside it."""
+        ...
+
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """An upper bound on the norm of what encoding lost, a real scalar."""
         ...
+
+
+class Inside:
+    """What residuals share that choose nothing themselves, and write nothing but the lifted direction."""
+
+    holds: ClassVar[bool] = False
+
+    def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
+        """Nothing is chosen."""
+
+    def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
+        """w <- shrink w + factor F d."""
+        update.write(weights)

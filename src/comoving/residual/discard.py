@@ -8,11 +8,11 @@ from torch import Tensor
 from ..codecs import Codec, Part
 from ..finders import Operand
 from ..frames import Frame
-from .base import Passage
+from .base import Inside, Passage
 
 
 @dataclass(frozen=True)
-class Discard:
+class Discard(Inside):
     """What lies outside the frame is lost (GaLore, arXiv 2403.03507). No state."""
 
     def parts(

@@ -10,14 +10,14 @@ from ..finders import Operand
 from ..frames import Frame
 from ..linalg import inner, norm
 from ..validate import check_choice
-from .base import Passage
+from .base import Inside, Passage
 
 _GRADIENTS, _MOMENTA, _WEIGHT = "feedback.gradients.", "feedback.momenta.", "feedback.weight"
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Feedback:
+class Feedback(Inside):
     """Generalized error feedback (LDAdam, arXiv 2410.16103), for any frame and refresh period.
 
     g~  = g + e_{t-1}

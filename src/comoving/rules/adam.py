@@ -22,8 +22,11 @@ class Adam:
     Where the transport carries a mass kappa of v, kappa stands in place of c2. m has z's dtype, v is real.
     """
 
-    slots = (Slot(FIRST, Kind.LINEAR), Slot(SECOND, Kind.VARIANCE, mean=FIRST))
     momentum = FIRST
+
+    def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
+        """m and v."""
+        return Slot(FIRST, Kind.LINEAR), Slot(SECOND, Kind.VARIANCE, mean=FIRST)
 
     def recursion(self, clock: Clock) -> tuple[float, float]:
         """(b1, 1 - b1)."""

@@ -12,13 +12,16 @@ class Rule(Protocol):
     """Turns the projected gradient into a direction; a frozen dataclass of hyper-parameters, without tensors."""
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
-        """The moments that the rule keeps."""
-        ...
-
-    @property
     def momentum(self) -> str:
         """The LINEAR slot that finders and error feedback look at."""
+        ...
+
+    def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
+        """The slots that the rule keeps for a core of this shape.
+
+        Raises:
+            ValueError: a core that the rule cannot serve.
+        """
         ...
 
     def recursion(self, clock: Clock) -> tuple[float, float]:
@@ -26,9 +29,18 @@ class Rule(Protocol):
         ...
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """Take z, the projected gradient, into the moments, in place; the clock already counts this step."""
+        """Take z, the projected gradient, into the slots, in place; the clock already counts this step.
+
+        z may be the caller's gradient, and is not changed.
+        """
         ...
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """The direction in the core, with entries of about unit size; a new tensor of z's shape and dtype."""
         ...
+
+
+def averaged(rule: Rule, momentum: Tensor, clock: Clock) -> Tensor:
+    """The momentum as a weighted mean of past gradients: m divided by b (1 - a^t) / (1 - a). For Adam m / c1."""
+    decay, intake = rule.recursion(clock)
+    return momentum * ((1 - decay) / (intake * clock.weight(decay)))

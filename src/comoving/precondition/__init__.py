@@ -1,0 +1,6 @@
+"""Preconditioners: what is done to a gradient in the full space, before it is projected."""
+
+from .base import Precondition
+from .plain import Plain
+
+__all__ = ["Plain", "Precondition"]

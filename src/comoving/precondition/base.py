@@ -1,0 +1,33 @@
+"""What the engine asks of a preconditioner."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..codecs import Part
+
+
+class Precondition(Protocol):
+    """Step 2b: turns a gradient into another of its shape; a frozen dataclass of hyper-parameters, without tensors.
+
+    Everything after it, error feedback included, lives in its coordinates.
+    """
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+        """Its slots for a tensor of this shape, by names that begin with "precondition."; all start at zero.
+
+        Raises:
+            ValueError: a tensor that it cannot serve.
+        """
+        ...
+
+    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """The preconditioned gradient, which may be the given one, which stays as it is.
+
+        Args:
+            gradient: of the view's shape and dtype.
+            state: of the parameter; the slots are updated in place.
+            step: the number of this step, from 1.
+        """
+        ...

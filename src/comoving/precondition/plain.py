@@ -1,0 +1,21 @@
+"""No preconditioner."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..codecs import Part
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The gradient as it is. No state."""
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+        """None."""
+        return {}
+
+    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """The gradient itself."""
+        return gradient
