@@ -63,7 +63,7 @@ class Contender:
         """
         if self.foreign is None:
             return comoving.build(
-                self.name, model, lr=lr, rank=rank, **{"weight_decay": weight_decay, **self.overrides}
+                self.name, model, lr=lr, **{"rank": rank, "weight_decay": weight_decay, **self.overrides}
             )
         try:
             return self.foreign.build(model, lr, rank, weight_decay, **self.overrides)

@@ -1,0 +1,232 @@
+"""Studies over many contenders, each at its own best learning rate, found by a climb.
+
+    python benchmarks/study.py ablation --task lm --out out/ablation-lm
+    python benchmarks/study.py frontier --task lm --out out/frontier-lm
+
+"ablation" changes one choice of `comoving.AdamW`'s defaults at a time. "frontier" sets recipes and codecs against each
+other at many budgets, and draws validation against the state of the projected parameters.
+
+Rates are tried from the contender's own default by factors of two until the best one has a worse one on both sides (at
+most --climb runs). The --finalists best, and the ones that are always named, then get --seeds seeds at their best rate.
+Every run is a process with one thread; finished runs are kept under --out and used again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from comoving.race.contenders import parse
+from comoving.race.settings import RaceSettings
+from comoving.race.sweep import Entry, Race, machine, versions
+from comoving.race.tasks import TASKS
+
+FACTOR = 2.0
+
+ABLATION = [
+    "adamw",
+    "comoving",
+    "comoving:finder=exact(momentum=0.9)",
+    "comoving:finder=randomized(momentum=0.9)",
+    "comoving:finder=nystrom_tucker(momentum=0.9)",
+    "comoving:finder=streaming_tucker",
+    "comoving:finder=power(momentum=0.5)",
+    "comoving:finder=power(momentum=0.0)",
+    "comoving:refresh_every=1",
+    "comoving:refresh_every=2",
+    "comoving:refresh_every=8",
+    "comoving:refresh_every=50",
+    "comoving:transport=keep",
+    "comoving:transport=reset",
+    "comoving:transport=carry",
+    "comoving:residual=discard",
+    "comoving:codec=full",
+    "comoving:scale=match",
+    "comoving:scale=0.5-match",
+    "comoving:scale=0.2-match",
+]
+"""Finder, momentum it looks at, refresh period, transport, residual, codec, scale; one at a time."""
+RULES = [
+    "comoving:rule=soap",
+    "comoving:rule=soap;transport=rotate(statistics='keep')",
+    "comoving:rule=soap;transport=rotate(statistics='reset')",
+    "comoving:rule=muon",
+    "comoving:rule=muon;residual=discard",
+    "comoving:rule=lion",
+    "comoving:rule=adafactor",
+]
+LOW_RANK = ["galore", "ldadam", "comoving", "fira", "apollo", "low-rank-soap", "dion"]
+FRACTIONS = {"lm": (1 / 32, 1 / 8, 1 / 4, 1 / 2), "vit": (1 / 32, 1 / 8, 1 / 4, 1 / 2), "fno": (0.01, 0.05, 0.1, 0.3)}
+WHOLE = ["muon", "soap"]
+CODECS = ["full", "int8", "int4"]
+
+
+def frontier(task: str) -> list[str]:
+    """Recipes at several ranks, Muon and SOAP in the whole frame under several codecs."""
+    low = LOW_RANK if task != "fno" else ["tensor-galore", "tucker-adam", "comoving", "tensorgrad", "low-rank-soap"]
+    points = [f"{name}:rank={share:g}" for name in low for share in FRACTIONS[task]]
+    points += [f"comoving:rank={share:g};moments=int8" for share in FRACTIONS[task]]
+    points += [f"comoving:rank={share:g};moments=int8;residual=discard" for share in FRACTIONS[task]]
+    return ["adamw", *(f"{name}:moments={codec}" for name in WHOLE for codec in CODECS), *points]
+
+
+class Study:
+    """The climbs and the seeds of one study."""
+
+    def __init__(self, labels: list[str], arguments: argparse.Namespace) -> None:
+        info = TASKS[arguments.task]
+        settings = RaceSettings(
+            task=arguments.task,
+            optimizers=tuple(labels),
+            steps=arguments.steps or info.steps,
+            seeds=1,
+            rates=(),
+            rank=info.rank,
+            out=arguments.out,
+            validations=4,
+        )
+        self.race, self.arguments = Race(settings), arguments
+
+    def value(self, entry: Entry, rate: float, seed: int = 0) -> float:
+        """Final validation of a run, infinite where it did not finish."""
+        label = entry.contender.label
+        run = self.race.settings.run(label, rate, seed, self.race.fingerprints[label])
+        record = self.race.finished(run)
+        if record is None:
+            self.race.one(entry, run)
+            record = entry.records[rate, seed]
+        entry.records[rate, seed] = record
+        value = record.get("final")
+        sys.stderr.write(f"{label} lr {rate:g} seed {seed}: {record['status']} {value}\n")
+        return float("inf") if value is None else value
+
+    def climb(self, entry: Entry) -> None:
+        """Rates by factors of two until the best is bracketed."""
+        start = entry.rates[0]
+        tried = {0: self.value(entry, start)}
+        if entry.refusal() is not None:
+            return
+        for _ in range(self.arguments.climb - 1):
+            best = min(tried, key=lambda k: tried[k])
+            step = next((k for k in (best + 1, best - 1) if k not in tried), None)
+            if step is None:
+                break
+            tried[step] = self.value(entry, float(f"{start * FACTOR**step:.4g}"))
+        best = min(tried, key=lambda k: tried[k])
+        entry.still_at_edge = best + 1 not in tried or best - 1 not in tried
+        entry.rates = [float(f"{start * FACTOR**best:.4g}")]
+
+    def run(self) -> dict[str, Any]:
+        """All climbs, then the finalists' seeds."""
+        entries = self.race.entries
+        with ThreadPoolExecutor(self.arguments.jobs) as pool:
+            list(pool.map(self.climb, entries))
+        alive = [e for e in entries if e.records.get((e.rates[0], 0), {}).get("final") is not None]
+        alive.sort(key=lambda e: e.records[e.rates[0], 0]["final"])
+        finalists = alive[: self.arguments.finalists]
+        finalists += [e for e in alive if e.contender.label in self.arguments.named and e not in finalists]
+        jobs = [(e, e.rates[0], seed) for e in finalists for seed in range(1, self.arguments.seeds)]
+        with ThreadPoolExecutor(self.arguments.jobs) as pool:
+            list(pool.map(lambda job: self.value(*job), jobs))
+        return self.results()
+
+    def results(self) -> dict[str, Any]:
+        """What is committed: no curves, every rate and every seed."""
+        return {
+            "command": "python benchmarks/study.py " + " ".join(sys.argv[1:]),
+            "task": self.race.settings.task,
+            "steps": self.race.settings.steps,
+            "machine": machine(self.race.settings),
+            "versions": versions(self.race.entries),
+            "contenders": [self.line(entry) for entry in self.race.entries],
+        }
+
+    def line(self, entry: Entry) -> dict[str, Any]:
+        """One contender."""
+        line: dict[str, Any] = {"contender": entry.contender.label}
+        if (reason := entry.refusal()) is not None:
+            return line | {"refused": reason}
+        best = entry.rates[0]
+        seeds = [r["final"] for (rate, _), r in sorted(entry.records.items()) if rate == best and "final" in r]
+        first = entry.records[best, 0]
+        done = [value for value in seeds if value is not None]
+        figures = ("state", "state_projected", "parameters", "parameters_projected", "optimizer_seconds")
+        return line | {
+            "rate": best,
+            "at_edge": entry.still_at_edge,
+            "rates": {f"{rate:g}": r.get("final") for (rate, seed), r in sorted(entry.records.items()) if seed == 0},
+            "seeds": seeds,
+            "mean": statistics.fmean(done) if done else None,
+            "deviation": statistics.stdev(done) if len(done) > 1 else None,
+            **{name: first.get(name) for name in figures},
+        }
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    """Validation against the state of the projected parameters, in shares of AdamW's."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(9, 6))
+    axes = figure.subplots()
+    families: dict[str, list[tuple[float, float, str]]] = {}
+    for line in found["contenders"]:
+        if line.get("mean") is None:
+            continue
+        label = line["contender"]
+        name, _, rest = label.partition(":")
+        options = [o for o in rest.split(";") if o and not o.startswith("rank=")]
+        whole = name in WHOLE
+        family = name if whole else " ".join([name, *options])
+        share = line["state_projected"] / (2 * line["parameters_projected"])
+        families.setdefault(family, []).append((share, line["mean"], " ".join(options) if whole else ""))
+    for family, points in families.items():
+        points.sort()
+        axes.plot([p[0] for p in points], [p[1] for p in points], "o-", ms=4, lw=1, label=family)
+        for share, value, note in points:
+            axes.annotate(note, (share, value), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("state of the projected parameters / AdamW's")
+    axes.set_ylabel(TASKS[found["task"]].metric)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130, bbox_inches="tight")
+
+
+def main() -> None:
+    """Run a study, print its table, write its JSON and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("ablation", "rules", "frontier"))
+    parser.add_argument("--task", required=True, choices=("lm", "fno", "vit"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--climb", type=int, default=5, help="most runs in the search for a rate")
+    parser.add_argument("--finalists", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--named", default="adamw,comoving", type=lambda text: text.split(","))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", default="", help="contenders whose label contains this")
+    arguments = parser.parse_args()
+    lists = {"ablation": ABLATION, "rules": ["comoving", *RULES], "frontier": frontier(arguments.task)}
+    labels = [label for label in lists[arguments.study] if arguments.only in label]
+    for label in labels:
+        parse(label)
+    found = Study(labels, arguments).run()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{arguments.study}_{arguments.task}.json").write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.study == "frontier":
+        draw(found, arguments.out / f"{arguments.study}_{arguments.task}.png")
+    for line in sorted(found["contenders"], key=lambda line: line.get("mean") or float("inf")):
+        if line.get("mean") is None:
+            print(f"{line['contender']:60s} {line.get('refused', 'diverged')}")
+            continue
+        share = line["state_projected"] / (2 * line["parameters_projected"])
+        spread = f" +- {line['deviation']:.4f}" if line["deviation"] is not None else ""
+        edge = " (rate at the edge)" if line["at_edge"] else ""
+        print(f"{line['contender']:60s} {line['mean']:.4f}{spread}  state {share:.3f}x  lr {line['rate']:g}{edge}")
+
+
+if __name__ == "__main__":
+    main()
