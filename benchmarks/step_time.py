@@ -3,15 +3,19 @@
 CPU:   python benchmarks/step_time.py --out benchmarks/results/step_time_cpu.json
 CUDA:  python benchmarks/step_time.py --device cuda --out benchmarks/results/step_time_cuda.json
 
-CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDAdam written plainly (plain_ldadam.py),
-and a complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10
-steps. CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
+CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDAdam written plainly (plain_ldadam.py);
+a complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10
+steps; and every recipe on 4 matrices 512x512 and 2 of 1408x512 at rank 64, beside each other's implementation that is
+installed and right, both refreshing equally often.
+
+CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
 
 Every contender steps once, then the next one, and so on, so that a drift of the machine's speed meets all alike. The
 first step, which makes the first frame, is left out of every figure. "mean" is what training pays, refreshes included.
 """
 
 import argparse
+import importlib
 import json
 import platform
 import sys
@@ -19,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +80,6 @@ def neuralop_tensor_galore(model: Weights, rank: float, every: int) -> Stepper:
 
 def peer(module: str, model: Weights, rank: int, **options: object) -> Stepper:
     """A step of galore-torch's or apollo-torch's AdamW."""
-    import importlib  # noqa: PLC0415
-
     kind = {"galore_torch": "GaLoreAdamW", "apollo_torch": "APOLLOAdamW"}[module]
     group = {"params": list(model.weights), "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
     optimizer = getattr(importlib.import_module(module), kind)([group | options], lr=1e-3)
@@ -151,6 +154,83 @@ def cpu_tensor(steps: int) -> dict[str, object]:
     return {"shapes": [shape], "rank": 0.25, "figures": figures, "mean / neuralop": _ratios(figures, base)}
 
 
+EVERY = 10
+"""Steps between refreshes, and between roots or eigenbases, of whoever has them, in the table of all recipes."""
+PERIODIC = {"galore", "tensor-galore", "fira", "apollo", "apollo-mini", "tensorgrad", "frugal", "flora", "coap"}
+"""Recipes whose refresh period is set to that; the others keep their own."""
+
+
+def _constructed(module: str, name: str, **options: Any) -> Callable[[Weights], Stepper]:
+    """Makes a step of an optimizer that takes parameters."""
+
+    def make(model: Weights) -> Stepper:
+        optimizer = getattr(importlib.import_module(module), name)(list(model.weights), lr=1e-3, **options)
+        return lambda step: optimizer.step()
+
+    return make
+
+
+def _plain_ldadam(model: Weights) -> Stepper:
+    optimizer = PlainLDAdam(model.parameters(), lr=1e-3, rank=64)
+    return lambda step: optimizer.step()
+
+
+RIVALS: dict[str, dict[str, Callable[[Weights], Stepper]]] = {
+    "adamw": {"torch": _constructed("torch.optim", "AdamW")},
+    "galore": {"galore-torch": lambda m: peer("galore_torch", m, 64, update_proj_gap=EVERY)},
+    "ldadam": {"written plainly": _plain_ldadam},
+    "apollo": {
+        "apollo-torch": lambda m: peer(
+            "apollo_torch", m, 64, proj="random", scale_type="channel", scale=1.0, update_proj_gap=EVERY
+        )
+    },
+    "apollo-mini": {
+        "apollo-torch": lambda m: peer(
+            "apollo_torch", m, 1, proj="random", scale_type="tensor", scale=128**0.5, update_proj_gap=EVERY
+        )
+    },
+    "muon": {"torch": _constructed("torch.optim", "Muon", adjust_lr_fn="match_rms_adamw")},
+    "soap": {"pytorch_optimizer": _constructed("pytorch_optimizer", "SOAP", precondition_frequency=EVERY)},
+    "shampoo": {
+        "pytorch_optimizer": _constructed("pytorch_optimizer", "Shampoo", preconditioning_compute_steps=EVERY),
+        "pytorch_optimizer scalable": _constructed(
+            "pytorch_optimizer", "ScalableShampoo", preconditioning_compute_steps=EVERY, start_preconditioning_step=1
+        ),
+    },
+    "lion": {"pytorch_optimizer": _constructed("pytorch_optimizer", "Lion")},
+    "adafactor": {"torch": _constructed("torch.optim", "Adafactor")},
+}
+"""Recipe -> others' implementations of the same method."""
+
+
+def cpu_recipes(steps: int) -> dict[str, object]:
+    """Every recipe, and whoever else does the same."""
+    shapes: list[tuple[int, ...]] = [(512, 512)] * 4 + [(1408, 512)] * 2
+    contenders: dict[str, tuple[Weights, Stepper]] = {}
+    for name, recipe in comoving.recipes().items():
+        model = Weights(shapes, torch.float32, "cpu")
+        options = {"refresh_every": EVERY} if name in PERIODIC else {}
+        rank = getattr(recipe, "rank", None) or 64
+        contenders[name] = (model, ours(name, model, rank, **options))
+        for rival, make in RIVALS.get(name, {}).items():
+            model = Weights(shapes, torch.float32, "cpu")
+            contenders[f"{name} ({rival})"] = (model, make(model))
+    figures = race(contenders, steps, "cpu")
+    fastest = {
+        name: min(figures[f"{name} ({rival})"]["mean"] for rival in rivals)
+        for name, rivals in RIVALS.items()
+        if name in figures
+    }
+    return {
+        "shapes": shapes,
+        "rank": 64,
+        "every": EVERY,
+        "figures": figures,
+        "mean / torch adamw": _ratios(figures, figures["adamw (torch)"]["mean"]),
+        "ours / fastest rival": {name: figures[name]["mean"] / seconds for name, seconds in fastest.items()},
+    }
+
+
 def cuda_llama(steps: int, device: str) -> dict[str, object]:
     """The matrices of LLaMA-1B (hidden 2048, MLP 5461, 24 layers) at rank 256."""
     shapes: list[tuple[int, ...]] = ([(2048, 2048)] * 4 + [(5461, 2048)] * 2 + [(2048, 5461)]) * 24
@@ -201,11 +281,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--tables", default="matrices,tensor,recipes", help="of the CPU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.device == "cpu":
-        results = {"matrices": cpu_matrices(options.steps), "tensor": cpu_tensor(options.steps)}
+        tables = {"matrices": cpu_matrices, "tensor": cpu_tensor, "recipes": cpu_recipes}
+        results = {name: table(options.steps) for name, table in tables.items() if name in options.tables.split(",")}
     else:
         results = {"llama-1b": cuda_llama(options.steps, options.device)}
     report = {"command": " ".join(["python", *sys.argv]), "machine": machine(options.device), **results}
@@ -215,7 +297,9 @@ def main() -> None:
             if "mean" in f:
                 ratio = next(v for k, v in result.items() if k.startswith("mean / "))[contender]
                 times = f"mean {1e3 * f['mean']:8.2f} ms  ratio {ratio:5.2f}  worst/median {f['worst/median']:.2f}"
-                print(f"  {contender:24s} {times}")
+                print(f"  {contender:36s} {times}")
+        for recipe, ratio in result.get("ours / fastest rival", {}).items():
+            print(f"  {recipe:36s} {ratio:.2f}x of the fastest rival")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
