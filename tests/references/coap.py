@@ -4,7 +4,7 @@
                                         (x = g when right, g^H when left; at step 0 of a random U, or the exact SVD)
     every other T_u steps:              one step of gradient descent on L, from U, with m of the last step,
         g^ = U U^H g  (or g U U^H),  m^ = U m  (or m U^H)
-        L(U) = mean |g^ - g|^2 (1 - mean_i Re <m^_i, g_i> / (|m^_i| |g_i|))     i: the rows when right, columns when left
+        L(U) = mean |g^ - g|^2 (1 - mean_i Re <m^_i, g_i> / (|m^_i| |g_i|))     i: rows when right, columns when left
         U = U - u_lr grad / max(1, |grad|)                                      u_lr = 0.1
     z = U^H g   (or g U)
     m = b1 m + (1-b1) z,  v = b2 v + (1-b2) |z|^2,  d = (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)

@@ -33,7 +33,7 @@ def rms(x):
 
 
 class Flora:
-    """step(grad) -> parameter, unchanged within a window; attributes p, u, m, row, column, accumulator_u, c, count, t."""
+    """step(grad) -> parameter (unchanged within a window); p, u, m, row, column, accumulator_u, c, count, t"""
 
     def __init__(
         self,

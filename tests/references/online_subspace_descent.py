@@ -7,7 +7,7 @@
     then, with x = g / |g| when left, g^H / |g| when right:
     L(U) = |U U^H x - x|^2 + penalty |U^H U - I|^2
     grad = -4 x x^H U + 2 x x^H U U^H U + 2 U U^H x x^H U + 4 penalty U (U^H U - I)
-    U = U (1 - u_lr u_wd) - u_lr adam(grad)          Adam with its own m, v and count of steps; or plain gradient descent
+    U = U (1 - u_lr u_wd) - u_lr adam(grad)          Adam with its own m, v and t; or plain gradient descent
 
 The moments stay as they are while U moves, and U is kept orthonormal by nothing but the loss. A complex grad is the
 direction of steepest ascent, dL/dRe U + i dL/dIm U. `advance(g, U) -> U` replaces the last lines (`oja` below returns

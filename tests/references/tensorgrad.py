@@ -31,7 +31,7 @@ def largest(operand, k):
 
 
 class TensorGRaD:
-    """step(grad) -> parameter; attributes p, factors, indices, low ([m, v] of the core), sparse ([m, v] on Omega), t."""
+    """step(grad) -> parameter; attributes p, factors, indices, low and sparse ([m, v] of the core, on Omega), t."""
 
     def __init__(
         self,
