@@ -648,8 +648,6 @@ def test_tensorgrad_of_whole_modes_is_adam_entry_by_entry(order, dtype, correcte
     adam = AdamW(torch.zeros_like(start), lr=0.1, betas=(0.8, 0.95), eps=options["eps"])
     factor = torch.full((24,), 0.5, dtype=REAL)
     factor[chosen] = {"sparse_first": 2.0, "low_rank_first": 0.5, "sum": 2.5}[order]
-    if order == "low_rank_first" and not corrected:
-        pytest.skip("0 / (0 + 1e-30) is fine, but what is left is rounding")
     close(run(reference, gradients).p, start + factor.reshape(3, 4, 2) * run(adam, gradients).p)
 
 
