@@ -12,7 +12,8 @@
 At a refresh the moments of the core stay as they are, and those of Omega too: the i-th smallest old index hands its
 moments to the i-th smallest new one ("keep", the published default), or they are zeroed ("reset", its option; t goes
 on), or they follow their entry, newcomers starting from zero ("match", not published). The published code takes
-k = max(1, floor(density x entries)), adds eps before the bias correction, m / (sqrt(v) + eps) (`corrected=False`), and
+k = max(1, floor(density x entries)), refreshes at steps 0, 1, 1 + T, 1 + 2T and so on, adds eps before the bias
+correction, m / (sqrt(v) + eps) (`corrected=False`), and
 where sparse_scale is not given takes the ratio of the parts' sizes, k / core entries (`sparse_scale=None`).
 """
 
