@@ -225,6 +225,18 @@ def test_against_tensorly():
     torch.testing.assert_close(contract(tt_svd(x, (3, 4, 3))), theirs, atol=1e-4, rtol=0)
 
 
+@DOUBLE
+def test_against_torchtt(dtype):
+    """On a tensor of known TT rank, with noise: the same approximation, core spaces included."""
+    torchtt = pytest.importorskip("torchtt")
+    x = known_train((6, 7, 5, 6), (3, 4, 3), dtype)
+    noisy = x + 0.01 * randn(x.shape, dtype, 5)
+    for tensor in (x, noisy):
+        theirs = torchtt.TT(tensor, eps=0, rmax=[1, 3, 4, 3, 1])
+        assert theirs.R == [1, 3, 4, 3, 1]
+        torch.testing.assert_close(contract(tt_svd(tensor, (3, 4, 3))), theirs.full(), atol=1e-12, rtol=0)
+
+
 def test_errors_state_the_interval():
     x = randn((3, 4, 5))
     with pytest.raises(ValueError, match="ranks, tolerance or both"):
