@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from comoving import AdamW, LowRankOptimizer, build, explain, recipes, state_bytes
+from comoving import AdamW, LowRankOptimizer, build, explain, param_groups, recipes, state_bytes
+from comoving.codecs import Int8
 
 
 class Net(nn.Module):
@@ -113,3 +114,15 @@ def test_parameters_without_names_are_numbered():
     rows = explain(LowRankOptimizer([nn.Parameter(torch.zeros(16, 24)), nn.Parameter(torch.zeros(7))], rank=4)).rows
     assert [row.parameter for row in rows] == ["parameter 0", "parameter 1"]
     assert [row.projected for row in rows] == [True, False]
+
+
+def test_whole_frames_are_told_from_dense_parameters():
+    model = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8))
+    optimizer = LowRankOptimizer(param_groups(model, rank=1.0), moments=Int8())
+    rows = {row.parameter: row for row in explain(optimizer).rows}
+    assert rows["0.weight"].whole
+    assert not rows["0.weight"].projected
+    assert not rows["0.bias"].whole
+    lines = {line.split()[0]: line for line in str(explain(optimizer)).splitlines()[2:-2]}
+    assert " whole " in lines["0.weight"]
+    assert " dense " in lines["0.bias"]

@@ -12,7 +12,10 @@ from .state import current, layout, part_bytes
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its name and shape, how it is seen, the shape of its core, the bytes of its state, and why."""
+    """One parameter: its name and shape, how it is seen, the shape of its core, the bytes of its state, and why.
+
+    ``whole`` is set where the optimizer's own rule steps it in the whole frame, as full-rank methods do.
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -20,6 +23,7 @@ class Row:
     ranks: tuple[int | None, ...]
     bytes: int
     why: str
+    whole: bool = False
 
     @property
     def projected(self) -> bool:
@@ -82,13 +86,23 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
             view = "torch" if site.plain else str(site.view.name if isinstance(site.view.name, str) else "heads")
             view += f", {site.blocks} blocks" if site.blocks else ""
             rows.append(
-                Row(site.name, tuple(p.shape), view, site.ranks, size, site.reason if p.requires_grad else "frozen")
+                Row(
+                    site.name,
+                    tuple(p.shape),
+                    view,
+                    site.ranks,
+                    size,
+                    site.reason if p.requires_grad else "frozen",
+                    site.whole,
+                )
             )
     return Explanation((*rows, *frozen))
 
 
 def _rank_text(row: Row) -> str:
-    return " x ".join("-" if r is None else str(r) for r in row.ranks) if row.projected else "dense"
+    if not row.projected:
+        return "whole" if row.whole else "dense"
+    return " x ".join("-" if r is None else str(r) for r in row.ranks)
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:
