@@ -31,7 +31,7 @@ class BlockSelection:
 
     def __post_init__(self) -> None:
         fills = getattr(self.inner, "fills", (ModeFrame,))
-        if isinstance(self.inner, type) or not hasattr(self.inner, "find") or ModeFrame not in fills:
+        if isinstance(self.inner, type) or not hasattr(self.inner, "observe") or ModeFrame not in fills:
             raise ValueError(f"inner must be a finder that fills a ModeFrame, got {self.inner!r}")
 
     @property
@@ -54,8 +54,7 @@ class BlockSelection:
         modes: ModeFrame = self.inner.find(seen, start.modes, warm, memory)
         if start.kept is None:
             return SparseFrame(modes, None)
-        frame = seen.frame
-        core = seen.project(modes, None if frame is None else modes.overlap(frame))
+        core = seen.project(modes, modes.overlap(seen.frame) if isinstance(seen.frame, ModeFrame) else None)
         core = core / core.abs().amax().clamp_min(torch.finfo(core.dtype).tiny)  # squares stay in float32's range
         energies, before = start.kept.energies(core), start.kept.blocks
         every = torch.arange(energies.shape[0], device=before.device)

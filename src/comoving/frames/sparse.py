@@ -13,7 +13,7 @@ from ..codecs import Part
 from ..linalg import abs_squared, add_multilinear, gram, multilinear
 from ..validate import check_float, check_int
 from .base import Rank, Ranks, Side
-from .modes import ModeFrame, Modes
+from .modes import ModeFrame, Modes, check_rank
 from .overlap import Overlap
 
 _BLOCKS = "frame.blocks"
@@ -161,9 +161,9 @@ class SparseModes:
     """Which modes are compressed, to how many directions, and how many blocks of the core between them are kept.
 
     The core is cut along every mode, whole ones too, into blocks of b_n entries: the largest divisor of r_n (of d_n
-    where the mode is whole) that is at most ``block``. Of the K blocks, count = max(1, round(density K)) are kept; state
-    holds moments of (count, b_1, ..., b_N), the factors, and which blocks they are. At the numbers of a dense core this
-    allows 1/density times as many combinations of directions to choose from.
+    where the mode is whole) that is at most ``block``. Of the K blocks, count = max(1, round(density K)) are kept. The
+    state holds moments of (count, b_1, ..., b_N), the factors, and which blocks they are. At the numbers of a dense
+    core there are 1/density times as many combinations of directions to choose from.
 
     Args:
         block: longest side of a block, >= 1.
@@ -173,7 +173,7 @@ class SparseModes:
 
     makes: ClassVar[type[SparseFrame]] = SparseFrame
 
-    block: int = 4
+    block: int = 2
     density: float = 0.5
     min_size: int = 8
 
@@ -192,6 +192,7 @@ class SparseModes:
         Raises:
             ValueError: also for such a share of the density or more.
         """
+        check_rank(rank)
         dense = Modes(self.min_size)
         if not isinstance(rank, float) or rank == 1.0 or self.density == 1.0:
             return dense.ranks(shape, rank, side)
@@ -200,14 +201,11 @@ class SparseModes:
                 f"rank {rank} at density {self.density} asks for more blocks than there are: use a rank below the "
                 f"density, or a higher density"
             )
-        near = dense.ranks(shape, rank / self.density, side)
+        near, target = dense.ranks(shape, rank / self.density, side), rank * prod(shape)
         options = [self._multiples(r, d) for r, d in zip(near, shape, strict=True)]
         choices = [ranks for ranks in product(*options) if any(r is not None for r in ranks)]
-        return min(
-            choices,
-            key=lambda ranks: abs(log(prod(self.core_shape(shape, ranks)) / (rank * prod(shape)))),
-            default=near,
-        )
+        choices.append(dense.ranks(shape, rank, side))  # one block of near's ranks may be too large
+        return min(choices, key=lambda ranks: abs(log(prod(self.core_shape(shape, ranks)) / target)))
 
     def core_shape(self, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, ...]:
         """(count, b_1, ..., b_N); the tensor's shape where all is whole."""
