@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .codecs import Full
-from .frames import Blocks
+from .frames import Blocks, SparseFrame
 from .frames.base import SIDES, Rank
 from .frames.modes import Modes, check_rank
 from .precondition import Plain
@@ -142,12 +142,19 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
             refused = "ranks", f"and transport {group['transport']} cannot take moments from one rank to another"
         elif site.projected and group["ranks"].adaptive and type(group["frame"]) is not Modes:
             refused = "ranks", f"and frame {group['frame']} has no spectrum for each mode to choose ranks by"
+        elif site.projected and getattr(group["frame"], "makes", None) is SparseFrame and _by_modes(site, group):
+            refused = "rule", f"and in the sparse cores of {group['frame']} statistics of single modes cannot follow it"
         if refused is not None:
             kind = "projected" if site.projected else "complex"
             raise ValueError(
                 f"{refused[0]}={group.get(refused[0], 0)!r} is refused: {site.name} is {kind}, {refused[1]}"
             )
     return [_opening(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
+
+
+def _by_modes(site: Site, group: Mapping[str, Any]) -> bool:
+    """Whether the rule keeps statistics of single modes of the core, or moments in bases of them."""
+    return any(slot.mode >= 0 or slot.bases for slot in group["rule"].slots(site.core_shape))
 
 
 def _opening(site: Site, group: Mapping[str, Any]) -> Site:

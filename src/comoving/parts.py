@@ -6,6 +6,7 @@ from typing import Any
 from .codecs import BFloat16, Full, Int8
 from .finders import (
     HOOI,
+    BlockSelection,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -24,7 +25,7 @@ from .finders import (
     TreeIncrement,
     TreeSVD,
 )
-from .frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
+from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from .precondition import Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .residual import Discard, Feedback
@@ -39,6 +40,7 @@ PARTS: dict[str, dict[str, type]] = {
         "seeded": Seeded,
         "trains": Trains,
         "trees": Trees,
+        "sparse": SparseModes,
     },
     "finder": {
         "exact": Exact,
@@ -59,6 +61,7 @@ PARTS: dict[str, dict[str, type]] = {
         "randomized_tucker": RandomizedTucker,
         "nystrom_tucker": NystroemTucker,
         "streaming_tucker": StreamingTucker,
+        "block_selection": BlockSelection,
     },
     "precondition": {"plain": Plain},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},

@@ -9,6 +9,7 @@ from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8, Root
 from comoving.finders import (
     HOOI,
+    BlockSelection,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -28,7 +29,7 @@ from comoving.finders import (
     TreeIncrement,
     TreeSVD,
 )
-from comoving.frames import Cosines, ModeFrame, Modes, Seeded, Trains, Trees
+from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Plain
 from comoving.residual import Discard, Feedback
 from comoving.rules import Adam
@@ -73,9 +74,14 @@ BOND_FINDERS = [
     TreeIncrement(),
 ]
 SAMPLED = [(CosineSelection(), Cosines()), (RandomProjection(), Seeded())]
+SPARSE = [
+    (BlockSelection(), SparseModes(block=2)),
+    (BlockSelection(Exact()), SparseModes(block=3, density=0.3)),
+]
 SUBSPACES = [
     *((finder, Modes()) for finder in FINDERS),
     *SAMPLED,
+    *SPARSE,
     *((finder, layout) for finder in BOND_FINDERS for layout in (Trains(), Trees())),
     (TrainSVD(), Trains(bond=1)),
     (TrainIncrement(), Trees(bond=1)),
@@ -89,6 +95,12 @@ EXCUSED = {
         "keeps the older span": "the state holds one seed, from which all directions are drawn at once",
         "cuts within the older span": "likewise",
     },
+    SparseModes: {
+        "is drawn": "the factors are, but it starts with the first blocks",
+        "keeps the older span": "a core of other ranks is cut elsewhere",
+        "cuts within the older span": "likewise",
+    },
+    BlockSelection: {"captures": "a core that is sparse between some directions is not between others of their span"},
     CosineSelection: {"captures": "it looks along fixed columns alone"},
     RandomProjection: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
 }

@@ -9,6 +9,7 @@ from comoving import codecs, finders, frames, precondition, ranks, residual, rul
 from comoving.codecs import Int8, Root
 from comoving.finders import (
     HOOI,
+    BlockSelection,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -26,7 +27,7 @@ from comoving.finders import (
     TreeIncrement,
     TreeSVD,
 )
-from comoving.frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
+from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Feedback
 from comoving.transport import Carry, Rotate
@@ -39,20 +40,25 @@ from contract.support import (
     RESIDUALS,
     RULES,
     SAMPLED,
+    SPARSE,
     TRANSPORTS,
 )
 
 SAMPLED_LAYOUTS = [layout for _, layout in SAMPLED]
-FRAMES = [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees(), *SAMPLED_LAYOUTS]
+FRAMES = [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees(), *SAMPLED_LAYOUTS, *(layout for _, layout in SPARSE)]
 RANKS = [Fixed(), Energy(), Tolerance(minimum=2, maximum=0.5), Temperature(curve="exponential")]
 ROLES = {
-    "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in SAMPLED)], {"Operand"}),
+    "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in (*SAMPLED, *SPARSE))], {"Operand"}),
     "transport": (transport, TRANSPORTS, {"Clock", "Overlap", "Slot"}),
     "codec": (codecs, [*CODECS, *POSITIVE], set()),
     "residual": (residual, RESIDUALS, {"Passage", "Update"}),
     "precondition": (precondition, PRECONDITIONERS, set()),
     "rule": (rules, RULES, set()),
-    "frame": (frames, FRAMES, {"ModeFrame", "BondFrame", "CosineFrame", "SeededFrame", "Overlap"}),
+    "frame": (
+        frames,
+        FRAMES,
+        {"ModeFrame", "BondFrame", "CosineFrame", "SeededFrame", "SparseFrame", "Overlap", "SparseOverlap"},
+    ),
     "ranks": (ranks, RANKS, {"Reading"}),
 }
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
@@ -139,6 +145,11 @@ def test_parts_are_frozen_values(part):
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),
+        (BlockSelection, "inner", BlockSelection(), "fills a ModeFrame"),
+        (SparseModes, "block", 0, ">= 1"),
+        (SparseModes, "density", 0.0, r"\(0, 1\]"),
+        (SparseModes, "density", 1.1, r"\(0, 1\]"),
+        (SparseModes, "min_size", 1, ">= 2"),
         (Trains, "bond", 0, ">= 1"),
         (Trees, "bond", 0, ">= 1"),
         (Trees, "tree", (0, 2), "nested pairs"),

@@ -45,6 +45,7 @@ CONTENDERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("NystroemTucker", "NystroemTucker", "Modes", {}),
     ("NystroemTucker, uniform", "NystroemTucker", "Modes", {"fibres": "uniform"}),
     ("StreamingTucker", "StreamingTucker", "Modes", {}),
+    ("BlockSelection", "BlockSelection", "SparseModes", {}),
     ("TrainSVD", "TrainSVD", "Trains", {}),
     ("TrainRandomized", "TrainRandomized", "Trains", {}),
     ("TrainIncrement", "TrainIncrement", "Trains", {}),

@@ -6,6 +6,7 @@ from .bond import BondFrame
 from .modes import ModeFrame, Modes
 from .overlap import Overlap
 from .sampled import CosineFrame, Cosines, Seeded, SeededFrame
+from .sparse import SparseFrame, SparseModes, SparseOverlap
 from .train import Trains
 from .tree import Trees
 
@@ -21,6 +22,9 @@ __all__ = [
     "Overlap",
     "Seeded",
     "SeededFrame",
+    "SparseFrame",
+    "SparseModes",
+    "SparseOverlap",
     "Trains",
     "Trees",
 ]
