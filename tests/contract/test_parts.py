@@ -11,6 +11,7 @@ from comoving.transport import Clock, Keep
 from contract.support import (
     CODECS,
     COMPLEX,
+    LOSS,
     REAL,
     RESIDUALS,
     TRANSPORTS,
@@ -198,7 +199,7 @@ def test_codecs(codec, shape, dtype, size):
         error = codec.error(parts)
         assert error.shape == ()
         assert (decoded - x).norm() <= error * (1 + 1e-5) + 1e-6 * x.norm() * (codec != Full())
-        assert (decoded - x).norm() <= 0.02 * x.norm()
+        assert (decoded - x).norm() <= LOSS.get(type(codec), 0.02) * x.norm()
     codec.encode(decoded.clone(), parts)
     close(
         codec.decode(parts, shape, dtype) / (size or 1.0), decoded / (size or 1.0), 1e-6

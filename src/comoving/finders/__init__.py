@@ -1,5 +1,6 @@
 """Finders: what a frame is made from, and how."""
 
+from .amortized import Amortized
 from .base import Finder, Memory, Memoryless
 from .cosine import CosineSelection
 from .exact import Exact
@@ -20,6 +21,7 @@ from .tree import TreeIncrement, TreeSVD
 
 __all__ = [
     "HOOI",
+    "Amortized",
     "CosineSelection",
     "Exact",
     "Finder",
