@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .codecs import Full
-from .finders import Amortized
 from .frames import Blocks
 from .frames.base import SIDES, Rank
 from .frames.modes import Modes, check_rank
@@ -20,7 +19,6 @@ from .residual import Feedback
 from .rules import Adam
 from .sites import Site
 from .slots import Kind
-from .transport import Clock
 from .validate import check_choice, check_float, check_int
 from .views import Heads, View, check_view
 
@@ -177,8 +175,6 @@ def _misfit(site: Site, group: Mapping[str, Any]) -> tuple[str, str] | None:
         return "residual", f"and the momentum of {rule} is no average of gradients, in which lost momentum could return"
     if not getattr(rule, "linear", True) and group["finder"].momentum > 0:
         return "finder", f"and the momentum of {rule} is no average of gradients that it could look at"
-    if isinstance(group["finder"], Amortized) and rule.recursion(Clock(torch.ones(()), 0.5, 0.5, 1)) != (0.0, 1.0):
-        return "finder", f"and {rule} does not keep the last core as its momentum, which it starts from"
     return None
 
 

@@ -11,7 +11,7 @@ from comoving.frames import Modes
 from comoving.residual import Feedback, Momentum
 from comoving.rules import Adafactor, Columns, Lion, Muon, Scheduled
 from comoving.rules.muon import newton_schulz, polar
-from contract.support import COMPLEX, REAL, Holder, close, lone, randn, step
+from contract.support import COMPLEX, REAL, Holder, close, known_rank, lone, randn, step
 from references import adafactor, dion, lion, muon, smmf
 from references.algebra import unfold
 
@@ -103,7 +103,6 @@ def test_muon_is_torchs(match):
     for g in gradients((12, 20), torch.float32)[:7]:
         step(optimizer, p, g)
         step(theirs, q, g)
-        print((p - q).norm() / (p - start).norm())
     assert (p - q).norm() < 0.03 * (q - start).norm()
 
 
@@ -243,10 +242,11 @@ def test_dion_with_a_coded_buffer_stays_close(codec):
     start = randn((24, 40), torch.float32, 9)
     options = dict(comoving.recipes()["dion"].options) | {"rank": 6, "lr": 0.02}
     (p, exact), (q, coded) = lone(start, **options), lone(start, **(options | {"codec": codec}))
+    low = known_rank((24, 40), (6, None), torch.float32, 1)  # in noise alone any frame is as good as another
     for g in gradients((24, 40), torch.float32):
-        step(exact, p, g)
-        step(coded, q, g)
-    assert (p - q).norm() < (0.05 if isinstance(codec, Int8) else 0.4) * (p - start).norm()
+        step(exact, p, low + 0.1 * g)
+        step(coded, q, low + 0.1 * g)
+    assert (p - q).norm() < (0.02 if isinstance(codec, Int8) else 0.2) * (p - start).norm()
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,6 @@ def test_dion_with_a_coded_buffer_stays_close(codec):
             "residual=.*no average of gradients",
         ),
         ({"rule": Adafactor(average="update"), "finder": comoving.finders.Power(momentum=0.5)}, "finder=.*look at"),
-        ({"rule": Muon(), "finder": comoving.finders.Amortized()}, "finder=.*last core"),
     ],
     ids=str,
 )

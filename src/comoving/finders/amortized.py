@@ -17,9 +17,9 @@ from .operand import Operand
 class Amortized(Memoryless):
     """P = orth(B Q) with Q = R of the last step, R = B^H P (Dion, arXiv 2504.05295).
 
-    R^H is the core z of the last step, which a rule of recursion (0, 1) such as :class:`comoving.rules.Columns` has for
-    its momentum. Mode by mode U_n = orth( B_(n) Z_(n)^H ), where z is lifted in all modes but n. The lengths of Q's
-    columns do not matter to the span, nor to P. The first Q is B^H U of a seeded orthonormal U.
+    R^H is the core z of the last step: the momentum of :class:`comoving.rules.Columns`. That of any other rule does as
+    well, for an average. Mode by mode U_n = orth( B_(n) Z_(n)^H ), where z is lifted in all modes but n. The lengths of
+    Q's columns do not matter to the span, nor to P. The first Q is B^H U of a seeded orthonormal U.
 
     Args:
         iterations: power iterations per refresh, >= 1: the second starts from R of the first.

@@ -61,9 +61,8 @@ class Muon:
             check_choice(name, getattr(self, name), (True, False))
         check_choice("method", self.method, ("newton-schulz", "polar"))
         check_int("steps", self.steps, 1)
-        given: object = self.coefficients
-        if not isinstance(given, tuple) or len(self.coefficients) != 3:
-            raise ValueError(f"coefficients must be a tuple of three numbers, got {given!r}")
+        if type(self.coefficients) is not tuple or len(self.coefficients) != 3:
+            raise ValueError(f"coefficients must be a tuple of three numbers, got {self.coefficients!r}")
         for i, c in enumerate(self.coefficients):
             check_float(f"coefficients[{i}]", c, float("-inf"))
         if isinstance(self.scale, str):
