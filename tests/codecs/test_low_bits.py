@@ -76,7 +76,7 @@ def test_every_root_gets_the_nearest_code(codec, shape, dtype):
 @pytest.mark.parametrize("codec", UNSIGNED, ids=str)
 @DTYPES
 @SHAPES
-@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e15])
 def test_second_moments_stay_positive(codec, shape, dtype, size):
     """Positive where they were, whatever else is in the block; what is lost is bounded; a second time nothing is."""
     x = randn(shape, dtype, 3).square()
@@ -100,7 +100,7 @@ def test_larger_moments_never_come_out_smaller(codec, dtype):
     assert (decoded.diff(dim=-1) >= 0).all()
 
 
-@pytest.mark.parametrize("codec", UNSIGNED, ids=str)
+@pytest.mark.parametrize("codec", POSITIVE, ids=str)
 @DTYPES
 def test_zero_blocks_stay_zero_beside_others(codec, dtype):
     x = randn((4, 600), dtype, 3).square()
@@ -120,7 +120,7 @@ def test_denormal_moments_stay_positive_and_small(codec):
     assert 0 < lone[0, 0] <= (1 / (2**codec.bits - 1)) ** 2 * 1.01
 
 
-@pytest.mark.parametrize("codec", UNSIGNED, ids=str)
+@pytest.mark.parametrize("codec", POSITIVE, ids=str)
 def test_directions_are_never_larger_for_the_rounding(codec):
     """m / sqrt(v) with v far below its block's largest: the codec takes v up, not down to 0."""
     m = torch.full((1, 64), 1e-4)

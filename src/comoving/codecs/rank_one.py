@@ -64,7 +64,8 @@ class RankOne:
         matrix = as_real(x).reshape(a, b)
         sizes = matrix.abs() if self.signed else matrix
         rows, columns = parts["rows"].copy_(sizes.sum(1)), parts["columns"].copy_(sizes.sum(0))
-        columns.div_(rows.sum().clamp_min(torch.finfo(rows.dtype).tiny))
+        total = rows.sum()
+        columns.div_(torch.where(total > 0, total, 1))
         if self.signed:
             parts["signs"].copy_(_packed(matrix.reshape(-1) > 0))
         return norm(x)
