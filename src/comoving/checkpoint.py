@@ -149,7 +149,7 @@ def _blocks_of(saved: Mapping[str, Any], site: Site) -> dict[int, dict[str, Any]
     """
     state = _renamed(saved, site)
     if FIRST in state and tuple(state[FIRST].shape) == site.view.shape and site.block_mode is not None:
-        cut = {name: state[name].unbind(site.block_mode) for name in (FIRST, SECOND)}
+        cut = {name: state[name].unbind(site.block_mode) for name in (FIRST, SECOND) if name in state}
         return {
             b: {"step": state["step"].clone(), **{name: parts[b] for name, parts in cut.items()}}
             for b in range(site.blocks)
@@ -173,7 +173,8 @@ def _renamed(saved: Mapping[str, Any], site: Site) -> dict[str, Any]:
         if SECOND_MAX in state:
             raise ValueError(f"{site.name}: state of amsgrad has no meaning in a moving subspace")
         state[FIRST] = site.view.see(state[FIRST])
-        state[SECOND] = _real_second(state[SECOND], site.view)
+        if SECOND in state:
+            state[SECOND] = _real_second(state[SECOND], site.view)
     return state
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .frames import Blocks, SparseFrame
 from .frames.base import SIDES, Rank
 from .frames.modes import Modes, check_rank
 from .precondition import Plain
+from .residual import Feedback
 from .rules import Adam
 from .sites import Site
 from .slots import Kind
@@ -85,9 +86,16 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 
 def update_scale(site: Site, scale: float | str) -> float:
-    """The factor of a lifted direction: a number as it is, "<c>-match" c sqrt(full/core), 1 for a whole frame."""
+    """The factor of a lifted direction: a number as it is, "<c>-match" c sqrt(full/core), 1 for a whole frame.
+
+    "spectral" makes of r orthogonal rows of unit RMS an update with all singular values sqrt(d_1/d_2).
+    """
     if not site.projected:
         return 1.0
+    if scale == "spectral":
+        rows, columns = (d for d in site.view.shape if d > 1)
+        rank = next(r for r in site.ranks if r is not None)
+        return sqrt(rows / columns * rank / prod(site.core_shape))
     factor = _match_factor(scale, matrix=sum(d > 1 for d in site.view.shape) == 2)
     return scale if not isinstance(scale, str) else factor * site.gain
 
@@ -100,6 +108,8 @@ def _match_factor(scale: float | str, matrix: bool) -> float:
     """
     if scale == "auto":
         return _AUTO_MATRIX if matrix else _AUTO_TENSOR
+    if scale == "spectral":
+        return 1.0
     if isinstance(scale, str):
         try:
             factor = 1.0 if scale == "match" else float(scale.removesuffix("-match") if "-match" in scale else "")
@@ -142,14 +152,32 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
             refused = "ranks", f"and transport {group['transport']} cannot take moments from one rank to another"
         elif site.projected and group["ranks"].adaptive and type(group["frame"]) is not Modes:
             refused = "ranks", f"and frame {group['frame']} has no spectrum for each mode to choose ranks by"
-        elif site.projected and getattr(group["frame"], "makes", None) is SparseFrame and _by_modes(site, group):
-            refused = "rule", f"and in the sparse cores of {group['frame']} statistics of single modes cannot follow it"
+        elif site.projected:
+            refused = _misfit(site, group)
         if refused is not None:
             kind = "projected" if site.projected else "complex"
             raise ValueError(
                 f"{refused[0]}={group.get(refused[0], 0)!r} is refused: {site.name} is {kind}, {refused[1]}"
             )
     return [_opening(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
+
+
+def _misfit(site: Site, group: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The option of a projected site that does not go with its rule or shape, and why."""
+    rule, transport = group["rule"], group["transport"]
+    if getattr(group["frame"], "makes", None) is SparseFrame and _by_modes(site, group):
+        return "rule", f"and in the sparse cores of {group['frame']} statistics of single modes cannot follow it"
+    if group["scale"] == "spectral" and not (
+        sum(d > 1 for d in site.view.shape) == 2 and sum(r is not None for r in site.ranks) == 1
+    ):
+        return "scale", 'it is for one compressed side of a matrix, as view="matrix" makes of any tensor'
+    if not getattr(rule, "corrected", True) and transport.projects:
+        return "transport", f"and it would undo a bias correction that {rule} does not make: use Keep() or Reset()"
+    if not getattr(rule, "linear", True) and isinstance(group["residual"], Feedback):
+        return "residual", f"and the momentum of {rule} is no average of gradients, in which lost momentum could return"
+    if not getattr(rule, "linear", True) and group["finder"].momentum > 0:
+        return "finder", f"and the momentum of {rule} is no average of gradients that it could look at"
+    return None
 
 
 def _by_modes(site: Site, group: Mapping[str, Any]) -> bool:

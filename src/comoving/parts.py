@@ -3,9 +3,10 @@
 import ast
 from typing import Any
 
-from .codecs import BFloat16, Full, Int8
+from .codecs import BFloat16, Full, Int4, Int8, RankOne
 from .finders import (
     HOOI,
+    Amortized,
     BlockSelection,
     CosineSelection,
     Exact,
@@ -28,8 +29,8 @@ from .finders import (
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from .precondition import Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
-from .residual import Discard, Feedback
-from .rules import Adam
+from .residual import Discard, Feedback, Momentum
+from .rules import Adafactor, Adam, Columns, Lion, Muon, Scheduled
 from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
@@ -44,6 +45,7 @@ PARTS: dict[str, dict[str, type]] = {
     },
     "finder": {
         "exact": Exact,
+        "amortized": Amortized,
         "power": Power,
         "randomized": Randomized,
         "nystroem": Nystroem,
@@ -65,10 +67,17 @@ PARTS: dict[str, dict[str, type]] = {
     },
     "precondition": {"plain": Plain},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
-    "rule": {"adam": Adam},
-    "residual": {"discard": Discard, "feedback": Feedback},
+    "rule": {
+        "adam": Adam,
+        "scheduled": Scheduled,
+        "adafactor": Adafactor,
+        "lion": Lion,
+        "muon": Muon,
+        "columns": Columns,
+    },
+    "residual": {"discard": Discard, "feedback": Feedback, "momentum": Momentum},
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
-    "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},
+    "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8, "int4": Int4, "rank_one": RankOne},
 }
 PARTS["moments"] = PARTS["codec"]
 

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from .adamw import AdamW
-from .codecs import Full, Int8
+from .codecs import Full, Int8, RankOne
 from .finders import (
+    Amortized,
     Exact,
     NystroemTucker,
     Power,
@@ -23,7 +24,8 @@ from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
 from .parts import part
-from .residual import Discard, Feedback
+from .residual import Discard, Feedback, Momentum
+from .rules import Adafactor, Columns, Lion, Muon, Scheduled
 from .transport import Keep, Rotate
 
 
@@ -149,6 +151,51 @@ _RECIPES = (
         "moments rotated between hierarchical Tucker trees, found by increments",
         "2412.16544",
         _WITHOUT | {"frame": Trees(), "finder": TreeIncrement(momentum=0.9)},
+    ),
+    Recipe(
+        "muon",
+        "orthogonalized momentum with an update of RMS 0.2; one matrix per frequency for complex tensors",
+        "2502.16982",
+        dict(rule=Muon()),
+        full_rank=True,
+    ),
+    Recipe(
+        "dion",
+        "orthonormalized updates of low rank by one amortized power iteration, momentum and feedback in one buffer",
+        "2504.05295",
+        dict(
+            view="matrix",
+            finder=Amortized(),
+            transport=Rotate(),
+            rule=Columns(),
+            residual=Momentum(),
+            codec=Full(),
+            refresh_every=1,
+            scale="spectral",
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "smmf",
+        "Adam whose moments are stored as rank-one matrices and signs",
+        "2412.08894",
+        dict(rule=Scheduled(), moments=RankOne()),
+        full_rank=True,
+    ),
+    Recipe(
+        "lion",
+        "signs of interpolated momentum",
+        "2302.06675",
+        dict(rule=Lion(), betas=(0.9, 0.99)),
+        relative_rate=0.3,
+        full_rank=True,
+    ),
+    Recipe(
+        "adafactor",
+        "second moments as a product of the means of slices, clipped updates, momentum",
+        "1804.04235",
+        dict(rule=Adafactor(), betas=(0.9, 0.999)),
+        full_rank=True,
     ),
     Recipe(
         "comoving",

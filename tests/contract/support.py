@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from comoving import LowRankOptimizer
-from comoving.codecs import BFloat16, Full, Int8, Root
+from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root
 from comoving.finders import (
     HOOI,
+    Amortized,
     BlockSelection,
     CosineSelection,
     Exact,
@@ -31,8 +32,8 @@ from comoving.finders import (
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Plain
-from comoving.residual import Discard, Feedback
-from comoving.rules import Adam
+from comoving.residual import Discard, Feedback, Momentum
+from comoving.rules import Adafactor, Adam, Columns, Lion, Muon, Scheduled
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
 
@@ -50,6 +51,8 @@ FINDERS = [
     Randomized(momentum=0.0, oversampling=2, passes=0, seed=3),
     Nystroem(),
     Nystroem(columns="energy"),
+    Amortized(),
+    Amortized(iterations=2),
     Oja(),
     IncrementalSVD(),
     SequentialHOSVD(),
@@ -109,11 +112,31 @@ PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
 """Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 PRECONDITIONERS = [Plain()]
-RULES = [Adam()]
-CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
-POSITIVE = [Root(), Root(block=8)]
+RULES = [
+    Adam(),
+    Scheduled(),
+    Scheduled(growth=0.9, decay=-0.8),
+    Adafactor(),
+    Adafactor(decay=None, clip=None),
+    Adafactor(average="update"),
+    Lion(),
+    Lion(b1=0.8, b2=0.9),
+    Muon(),
+    Muon(nesterov=False, ema=True, method="polar", over="each"),
+    Muon(scale="spectral", over="flat"),
+    Columns(),
+    Columns(along="right"),
+]
+CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="normal")]
+COARSE = [RankOne(), RankOne(signed=False)]
+"""Codecs that promise nothing of single entries."""
+POSITIVE = [Root(), Root(block=8), Root(bits=4), Root(block=8, bits=4)]
 """Codecs of second moments alone."""
+LOSS = {Int4: 0.15}
+"""Share of a normal tensor's norm that a codec may lose, where that is more than 2%."""
 RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
+MOVING = [Momentum(), Momentum(decay=0.5)]
+"""Residuals that keep part of what the frame holds."""
 
 
 def randn(shape, dtype=REAL, seed=0):

@@ -6,9 +6,10 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 import pytest
 
 from comoving import codecs, finders, frames, precondition, ranks, residual, rules, transport
-from comoving.codecs import Int8, Root
+from comoving.codecs import Int4, Int8, RankOne, Root
 from comoving.finders import (
     HOOI,
+    Amortized,
     BlockSelection,
     CosineSelection,
     Exact,
@@ -29,12 +30,15 @@ from comoving.finders import (
 )
 from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
-from comoving.residual import Feedback
+from comoving.residual import Feedback, Momentum
+from comoving.rules import Adafactor, Columns, Lion, Muon, Scheduled
 from comoving.transport import Carry, Rotate
 from contract.support import (
     BOND_FINDERS,
+    COARSE,
     CODECS,
     FINDERS,
+    MOVING,
     POSITIVE,
     PRECONDITIONERS,
     RESIDUALS,
@@ -50,8 +54,8 @@ RANKS = [Fixed(), Energy(), Tolerance(minimum=2, maximum=0.5), Temperature(curve
 ROLES = {
     "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in (*SAMPLED, *SPARSE))], {"Operand"}),
     "transport": (transport, TRANSPORTS, {"Clock", "Overlap", "Slot"}),
-    "codec": (codecs, [*CODECS, *POSITIVE], set()),
-    "residual": (residual, RESIDUALS, {"Passage", "Update"}),
+    "codec": (codecs, [*CODECS, *COARSE, *POSITIVE], set()),
+    "residual": (residual, [*RESIDUALS, *MOVING], {"Passage", "Update"}),
     "precondition": (precondition, PRECONDITIONERS, set()),
     "rule": (rules, RULES, set()),
     "frame": (
@@ -140,7 +144,28 @@ def test_parts_are_frozen_values(part):
         (StreamingTucker, "oversampling", -1, ">= 0"),
         (StreamingTucker, "newest", -0.5, r"\[0, inf\)"),
         (StreamingTucker, "seed", -1, ">= 0"),
-        *((kind, "block", 7, ">= 8") for kind in (Int8, Root)),
+        *((kind, "block", 7, ">= 8") for kind in (Int4, Int8, Root)),
+        (Int4, "table", "log", "'linear', 'normal'"),
+        (Root, "bits", 5, "8, 4"),
+        (RankOne, "signed", 2, "True, False"),
+        (Amortized, "iterations", 0, ">= 1"),
+        (Momentum, "decay", 1.1, r"\[0, 1\]"),
+        *((Lion, field, 1.0, r"\[0, 1\)") for field in ("b1", "b2")),
+        (Muon, "decay", 1.0, r"\[0, 1\)"),
+        *((Muon, field, 2, "True, False") for field in ("nesterov", "ema", "bf16")),
+        (Muon, "method", "qr", "'newton-schulz', 'polar'"),
+        (Muon, "steps", 0, ">= 1"),
+        (Muon, "coefficients", (1.0, 2.0), "a tuple of three numbers"),
+        (Muon, "scale", "shape", r"\(0, inf\)"),
+        (Muon, "scale", 0.0, r"\(0, inf\)"),
+        (Muon, "over", "all", "'auto', 'flat', 'each'"),
+        (Adafactor, "decay", 0.0, r"\[-inf, 0\)"),
+        (Adafactor, "floor", -1e-30, r"\[0, inf\)"),
+        (Adafactor, "clip", 0.0, r"\(0, inf\)"),
+        (Adafactor, "average", "both", "'gradient', 'update'"),
+        (Scheduled, "growth", 0.0, r"\(0, 1\]"),
+        (Scheduled, "decay", 0.1, r"\[-inf, 0\)"),
+        (Columns, "along", "both", "'auto', 'left', 'right'"),
         *((kind, "statistics", "move", "'carry', 'keep', 'reset'") for kind in (Rotate, Carry)),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),

@@ -2,7 +2,9 @@
 
 from .base import Codec, Part
 from .full import BFloat16, Full
+from .int4 import Int4
 from .int8 import Int8
+from .rank_one import RankOne
 from .root import Root
 
-__all__ = ["BFloat16", "Codec", "Full", "Int8", "Part", "Root"]
+__all__ = ["BFloat16", "Codec", "Full", "Int4", "Int8", "Part", "RankOne", "Root"]

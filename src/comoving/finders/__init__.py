@@ -1,5 +1,6 @@
 """Finders: what a frame is made from, and how."""
 
+from .amortized import Amortized
 from .base import Finder, Memory, Memoryless
 from .block_selection import BlockSelection
 from .cosine import CosineSelection
@@ -22,6 +23,7 @@ from .tree import TreeIncrement, TreeSVD
 __all__ = [
     "HOOI",
     "BlockSelection",
+    "Amortized",
     "CosineSelection",
     "Exact",
     "Finder",

@@ -3,5 +3,6 @@
 from .base import Inside, Passage, Residual, Update
 from .discard import Discard
 from .feedback import Feedback
+from .momentum import Momentum
 
-__all__ = ["Discard", "Feedback", "Inside", "Passage", "Residual", "Update"]
+__all__ = ["Discard", "Feedback", "Inside", "Momentum", "Passage", "Residual", "Update"]

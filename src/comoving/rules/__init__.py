@@ -1,6 +1,11 @@
 """Update rules: what turns core coordinates into a direction."""
 
+from .adafactor import Adafactor
 from .adam import Adam
 from .base import Rule
+from .columns import Columns
+from .lion import Lion
+from .muon import Muon
+from .scheduled import Scheduled
 
-__all__ = ["Adam", "Rule"]
+__all__ = ["Adafactor", "Adam", "Columns", "Lion", "Muon", "Rule", "Scheduled"]

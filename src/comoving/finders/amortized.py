@@ -1,0 +1,57 @@
+"""One power iteration, of which the rule has already done the first half."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..frames import ModeFrame
+from ..linalg import multilinear, orthonormalize, to_unit
+from ..validate import check_int
+from .base import Memory, Memoryless, check_start
+from .operand import Operand
+
+
+@dataclass(frozen=True)
+class Amortized(Memoryless):
+    """P = orth(B Q) with Q = R of the last step, R = B^H P (Dion, arXiv 2504.05295).
+
+    R^H is the core z of the last step: the momentum of :class:`comoving.rules.Columns`. That of any other rule does as
+    well, for an average. Mode by mode U_n = orth( B_(n) Z_(n)^H ), where z is lifted in all modes but n. The lengths of
+    Q's columns do not matter to the span, nor to P. The first Q is B^H U of a seeded orthonormal U.
+
+    Args:
+        iterations: power iterations per refresh, >= 1: the second starts from R of the first.
+    """
+
+    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    momentum: ClassVar[float] = 0.0
+
+    iterations: int = 1
+
+    def __post_init__(self) -> None:
+        check_int("iterations", self.iterations, 1)
+
+    def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
+        """Iterate from the last core where there is one of these ranks, else from ``start``."""
+        check_start(self, start)
+        old, last = operand.past if operand.past is not None else (None, None)
+        follows = warm and isinstance(old, ModeFrame) and old.ranks == start.ranks
+        found = list[Tensor | None](start.factors)
+        for n, u in enumerate(start.factors):
+            if u is None:
+                continue
+            others = [None if m == n else f for m, f in enumerate(start.factors)]
+            right = multilinear(last, others) if follows and last is not None else operand.contract(n, u)
+            left = _left(operand, n, right, u)
+            for _ in range(1, self.iterations):
+                left = _left(operand, n, operand.contract(n, left), left)
+            found[n] = left
+        return ModeFrame(tuple(found))
+
+
+def _left(operand: Operand, mode: int, right: Tensor, u: Tensor) -> Tensor:
+    """orth(B Q); the trace of U holds the directions that B leaves open."""
+    product = to_unit(operand.correlate(mode, right / right.abs().amax().clamp_min(torch.finfo(right.dtype).tiny)))
+    return orthonormalize(product.add_(u, alpha=4 * torch.finfo(product.dtype).eps))

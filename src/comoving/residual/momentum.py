@@ -1,0 +1,68 @@
+"""Error feedback and momentum in one buffer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..codecs import Codec, Part
+from ..finders import Operand
+from ..frames import Frame
+from ..linalg import norm
+from ..validate import check_float
+from .base import Inside, Passage
+
+_BUFFER = "feedback.momentum."
+
+
+@dataclass(frozen=True)
+class Momentum(Inside):
+    """The buffer of Dion (arXiv 2504.05295): what the frame misses stays, what it holds decays.
+
+    B = g + M
+    M = B - (1 - mu) F F^H B
+
+    Inside the frame M is heavy-ball momentum, outside it is error feedback: the rule sees the momentum already, and
+    should average no more itself (:class:`comoving.rules.Columns`). M is as large as the gradient, and stored through
+    the codec. Of the diagnostics, the bound does not count what M keeps inside the frame.
+
+    Args:
+        decay: mu in [0, 1].
+    """
+
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_float("decay", self.decay, 0.0, 1.0)
+
+    def parts(
+        self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> dict[str, Part]:
+        """The codec's parts of a tensor of the gradient's size."""
+        return {_BUFFER + name: part for name, part in codec.parts(shape, dtype).items()}
+
+    def restore(
+        self, gradient: Tensor, frame: Frame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+    ) -> Operand:
+        """B, in M's own storage where the codec stores it plainly."""
+        return Operand(codec.decode_onto(gradient, _stored(state)))
+
+    def keep(
+        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
+    ) -> Tensor:
+        """M; returns the norm of B outside the frame."""
+        frame = passage.frame
+        # A later gradient of the window meets M instead of B: what the frame holds of it becomes mu z of all of them.
+        surplus = core * (1 - self.decay) if opening else frame.project(dense).sub_(core, alpha=self.decay)
+        frame.add_lift(dense, surplus, -1.0)
+        size = codec.encode(dense, _stored(state))
+        whole = size.clamp_min(torch.finfo(torch.float32).tiny)
+        return size * (1 - (norm(core) * (self.decay / whole)).square()).clamp_min(0).sqrt()
+
+    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+        """The codec's own bound."""
+        return codec.error(_stored(state))
+
+
+def _stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_BUFFER): part for name, part in state.items() if name.startswith(_BUFFER)}

@@ -1,0 +1,111 @@
+"""Second moments by the means of slices."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..linalg import abs_squared
+from ..slots import Kind, Slot
+from ..transport import Clock
+from ..validate import check_choice, check_float
+from .adam import FIRST
+
+_FACTOR = "factor."
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (arXiv 1804.04235, Algorithms 4 and 5) for a tensor of any order, real or complex.
+
+    s   = |z|^2 + floor
+    r_n <- b2_t r_n + (1 - b2_t) mean of s over all modes but n
+    V   = r_1 (x) ... (x) r_N / mean^(N-1),  mean that of any r_n
+    u   = z / sqrt(V)                       0 where V = 0
+    d   = u / max(1, RMS(u) / clip)
+
+    With momentum b1, the group's first, either of what is given, or of what would be written:
+
+    "gradient"      m <- b1 m + (1 - b1) z,  and m / (1 - b1^t) stands in z's place in u
+    "update"        m <- b1 m + (1 - b1) d,  and m is the direction, without bias correction
+
+    r_n has d_n entries, real, in the slot "factor.n"; a vector keeps all of V. m is kept for b1 = 0 too, where it is
+    the last gradient or direction. The second kind is no average of gradients: error feedback, and finders that look
+    at momentum, are refused with it. The relative step size of the paper, by the weights' RMS, is left out.
+
+    Args:
+        decay: b2_t = 1 - t^decay, decay < 0; None for a constant b2, the group's second, with V / (1 - b2^t).
+        floor: added to the squares, >= 0.
+        clip: of the update's RMS, > 0, or None.
+        average: "gradient" or "update".
+    """
+
+    decay: float | None = -0.8
+    floor: float = 1e-30
+    clip: float | None = 1.0
+    average: Literal["gradient", "update"] = "gradient"
+
+    momentum = FIRST
+
+    def __post_init__(self) -> None:
+        if self.decay is not None:
+            check_float("decay", self.decay, float("-inf"), 0.0, open_high=True)
+        check_float("floor", self.floor, 0.0)
+        if self.clip is not None:
+            check_float("clip", self.clip, 0.0, open_low=True)
+        check_choice("average", self.average, ("gradient", "update"))
+
+    @property
+    def linear(self) -> bool:
+        """Whether m is an average of gradients."""
+        return self.average == "gradient"
+
+    def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
+        """m, and r_n for each mode."""
+        factors = (Slot(f"{_FACTOR}{n}", Kind.FACTORED, mode=n) for n in range(len(shape)))
+        return Slot(FIRST, Kind.LINEAR), *factors
+
+    def recursion(self, clock: Clock) -> tuple[float, float]:
+        """(b1, 1 - b1)."""
+        return clock.beta1, 1 - clock.beta1
+
+    def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
+        """The means and m, in place."""
+        squares = abs_squared(z).add_(self.floor)
+        t = clock.t.double()
+        # After a restart of t the means begin anew with it, which the host's count would not.
+        decay: Tensor | float = clock.beta2 if self.decay is None else (1 - t.clamp_min(1) ** self.decay)
+        for n in range(z.ndim):
+            others = tuple(m for m in range(z.ndim) if m != n)
+            mean = squares.mean(others) if others else squares
+            state[f"{_FACTOR}{n}"].mul_(decay).add_(mean * (1 - decay))
+        if self.linear:
+            state[FIRST].lerp_(z, 1 - clock.beta1)
+        else:
+            state[FIRST].lerp_(self._clipped(z, state, clock), 1 - clock.beta1)
+
+    def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
+        """d, a new tensor; eps does not count."""
+        if not self.linear:
+            return state[FIRST].clone()
+        return self._clipped(state[FIRST] / clock.weight1, state, clock)
+
+    def _clipped(self, top: Tensor, state: dict[str, Tensor], clock: Clock) -> Tensor:
+        """top / sqrt(V) at no more than the RMS allowed, a new tensor."""
+        factors = [state[f"{_FACTOR}{n}"] for n in range(top.ndim)]
+        mean = factors[0].mean()
+        tiny = torch.finfo(mean.dtype).tiny
+        root = mean.clamp_min(tiny).rsqrt()
+        if self.decay is None:
+            root = root * clock.weight2.sqrt()
+        u = top * root
+        for n, r in enumerate(factors):
+            share = r / mean.clamp_min(tiny)
+            inverse = torch.where(share > 0, share.clamp_min(tiny).rsqrt(), 0)
+            u.mul_(inverse.view((-1,) + (1,) * (top.ndim - 1 - n)))
+        if self.clip is None:
+            return u
+        rms = torch.linalg.vector_norm(u) / sqrt(max(1, u.numel()))
+        return u.div_((rms / self.clip).clamp_min(1))
