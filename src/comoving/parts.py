@@ -27,7 +27,7 @@ from .finders import (
 from .frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
 from .precondition import Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
-from .residual import Discard, Feedback
+from .residual import Channel, Discard, Feedback, Fira, Sign, Sparse
 from .rules import Adam
 from .transport import Carry, Keep, Reset, Rotate
 
@@ -63,7 +63,14 @@ PARTS: dict[str, dict[str, type]] = {
     "precondition": {"plain": Plain},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {"adam": Adam},
-    "residual": {"discard": Discard, "feedback": Feedback},
+    "residual": {
+        "discard": Discard,
+        "feedback": Feedback,
+        "fira": Fira,
+        "channel": Channel,
+        "sparse": Sparse,
+        "sign": Sign,
+    },
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},
 }
@@ -72,6 +79,8 @@ PARTS["moments"] = PARTS["codec"]
 
 def part(role: str, value: Any) -> Any:
     """A part from its text, ``name`` or ``name(field=literal, ...)``; anything but text is returned as it is.
+
+    A field that is a part itself is given by its text too: ``"sparse(rule='adam')"``.
 
     Raises:
         ValueError: text of another form, or an unknown name.
@@ -89,4 +98,4 @@ def part(role: str, value: Any) -> Any:
         name, fields, call = "", {}, ast.Call(ast.Name(""), [], [])
     if name.lower() not in known or call.args:
         raise ValueError(f"{role} must be one of {', '.join(known)}, as name or name(field=value), got {value!r}")
-    return known[name.lower()](**fields)
+    return known[name.lower()](**{field: part(field, given) for field, given in fields.items()})

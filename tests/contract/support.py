@@ -30,7 +30,7 @@ from comoving.finders import (
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, Trains, Trees
 from comoving.precondition import Plain
-from comoving.residual import Discard, Feedback
+from comoving.residual import Channel, Discard, Feedback, Fira, Sign, Sparse
 from comoving.rules import Adam
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
@@ -101,7 +101,22 @@ RULES = [Adam()]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
 POSITIVE = [Root(), Root(block=8)]
 """Codecs of second moments alone."""
-RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
+RESIDUALS = [
+    Discard(),
+    Feedback(),
+    Feedback(lazy=False),
+    Feedback(decay=0.7, window=3),
+    Feedback(lazy=False, decay=0.7),
+    Fira(),
+    Fira(per="tensor", growth=None),
+    Channel(),
+    Channel(per="tensor", growth=None),
+    Sign(),
+    Sparse(),
+    Sparse(fraction=0.2, choose="random", first=False, statistics="keep"),
+    Sparse(choose="probabilistic", scale=0.5, statistics="reset", seed=3),
+    Sparse(first=False),
+]
 
 
 def randn(shape, dtype=REAL, seed=0):
@@ -161,7 +176,7 @@ def feedback_of(optimizer, p):
     group, state = optimizer.param_groups[0], optimizer.state[p]
     shape, m = tuple(p.shape), state["moment.first"]
     used = m * state["feedback.weight"]
-    if group["residual"].window:
+    if group["residual"].lazy:
         used = used + group["codec"].decode(stored(state, "feedback.momenta."), tuple(m.shape), m.dtype)
     gradients = group["codec"].decode(stored(state, "feedback.gradients."), shape, m.dtype)
     return gradients - frame_of(optimizer, p).lift(used)

@@ -1,7 +1,23 @@
 """Residuals: what becomes of the part of the gradient that lies outside the frame."""
 
-from .base import Inside, Passage, Residual, Update
+from .base import Holding, Inside, Passage, Residual, Update
+from .channel import Channel
 from .discard import Discard
 from .feedback import Feedback
+from .fira import Fira
+from .sign import Sign
+from .sparse import Sparse
 
-__all__ = ["Discard", "Feedback", "Inside", "Passage", "Residual", "Update"]
+__all__ = [
+    "Channel",
+    "Discard",
+    "Feedback",
+    "Fira",
+    "Holding",
+    "Inside",
+    "Passage",
+    "Residual",
+    "Sign",
+    "Sparse",
+    "Update",
+]
