@@ -58,8 +58,8 @@ class Sums:
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("period", [1, 3])
 @pytest.mark.parametrize("finder", [Power(momentum=0.5), Exact()], ids=["power", "exact"])
-@pytest.mark.parametrize("window", [True, False])
-def test_telescopes(shape, ranks, transport, period, finder, window, dtype):
+@pytest.mark.parametrize("lazy", [True, False])
+def test_telescopes(shape, ranks, transport, period, finder, lazy, dtype):
     sums = Sums(
         randn(shape, dtype),
         rank=ranks,
@@ -68,7 +68,7 @@ def test_telescopes(shape, ranks, transport, period, finder, window, dtype):
         refresh_every=period,
         betas=(0.8, 0.95),
         codec=Full(),
-        residual=Feedback(window),
+        residual=Feedback(lazy),
     )
     for t in range(11):
         sums.step(randn(shape, dtype, 30 + t))
@@ -92,11 +92,11 @@ def test_a_codec_loses_no_more_than_it_says(shape, ranks, codec, dtype):
 
 @FIELDS
 @SHAPES
-@pytest.mark.parametrize("window", [True, False])
+@pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
-def test_a_changing_decay_rate_loses_nothing(shape, ranks, window, beta1, dtype):
+def test_a_changing_decay_rate_loses_nothing(shape, ranks, lazy, beta1, dtype):
     """OneCycleLR turns b1 at every step; e then telescopes with the recursion m <- b1 m + (1 - b1) z as it was."""
-    p, optimizer = lone(randn(shape, dtype), rank=ranks, residual=Feedback(window), refresh_every=3, eps=1e-3)
+    p, optimizer = lone(randn(shape, dtype), rank=ranks, residual=Feedback(lazy), refresh_every=3, eps=1e-3)
     before = torch.zeros(shape, dtype=dtype)
     for t in range(9):
         b1 = beta1 if t % 2 else 0.7
@@ -113,16 +113,16 @@ def test_a_changing_decay_rate_loses_nothing(shape, ranks, window, beta1, dtype)
 
 
 @FIELDS
-@pytest.mark.parametrize("window", [True, False])
+@pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_the_lost_momentum_enters_raw(codec, window, dtype):
+def test_the_lost_momentum_enters_raw(codec, lazy, dtype):
     """e = g~ - F' z + a/b (F m - F' m'), for any momentum handed over: no bias correction of m."""
-    shape, residual = (6, 9), Feedback(window)
+    shape, residual = (6, 9), Feedback(lazy)
     old, new = random_frame(shape, (2, None), dtype, 1), random_frame(shape, (3, None), dtype, 2)
     g, m, m_new = randn(shape, dtype, 3), randn((2, 9), dtype, 4), randn((3, 9), dtype, 5)
     parts = residual.parts(codec, shape, (2, 9), dtype)
     state = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
-    seen = residual.restore(g, old, m, state, codec)
+    seen = residual.restore(g, Passage(old, m, 0.8, 0.2, old, m), True, state, codec)
     close(seen.full(), g)
     z, overlap = new.project(g), new.overlap(old)
     passage = Passage(new, m_new, 0.8, 0.2, old, m, overlap, new.project(old.lift(m)))
@@ -130,7 +130,8 @@ def test_the_lost_momentum_enters_raw(codec, window, dtype):
     expected = g - new.lift(z) + 4.0 * (old.lift(m) - new.lift(m_new))
     size = residual.keep(seen.dense.clone(), z, passage, True, state, codec)
     close(size.double(), expected.norm(), 1e-6)
-    again = residual.restore(g, new, 0.8 * m_new + 0.2 * z, state, codec)
+    then = 0.8 * m_new + 0.2 * z
+    again = residual.restore(g, Passage(new, then, 0.8, 0.2, new, then), True, state, codec)
     assert (again.full() - g - expected).norm() <= residual.error(state, codec) * (1 + 1e-5) + 1e-12
 
 

@@ -246,13 +246,13 @@ def test_shrinking_drops_the_least_energetic_directions(shape, dtype):
 
 
 @FIELDS
-@pytest.mark.parametrize("window", [True, False])
+@pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("transport", [Carry(), Rotate(), Reset()], ids=["carry", "rotate", "reset"])
 @pytest.mark.parametrize(("shape", "ranks"), [((12, 9), (4, None)), ((9, 8, 10), (2, 4, None))], ids=["2-D", "3-D"])
-def test_error_feedback_telescopes_across_changes_of_rank(shape, ranks, transport, window, dtype):
+def test_error_feedback_telescopes_across_changes_of_rank(shape, ranks, transport, lazy, dtype):
     sums = Sums(
         randn(shape, dtype), rank=ranks, transport=transport, refresh_every=2, betas=(0.8, 0.95),
-        residual=Feedback(window), ranks=Temperature(start=2.0, end=0.25, steps=9, step=1, patience=1),
+        residual=Feedback(lazy), ranks=Temperature(start=2.0, end=0.25, steps=9, step=1, patience=1),
     )  # fmt: skip
     for t in range(16):
         sums.step(randn(shape, dtype, 30 + t))

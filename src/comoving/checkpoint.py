@@ -1,7 +1,7 @@
 """What a checkpoint holds beside tensors, and what it becomes in an optimizer of other ranks, groups or blocks."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from .codecs import Full, Part
 from .groups import check_options
 from .linalg import reorthonormalize
 from .ranks.base import Record
+from .residual.base import HELD
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .state import (
@@ -48,7 +49,7 @@ _OURS = {*_STRUCTURE, "rank", "ranks", "select", "reasons", "diagnostics", "para
 def describe(value: Any) -> Any:
     """A hyper-parameter as plain data, which loads with ``weights_only=True``: a part as its name and fields."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {"part": type(value).__name__, **asdict(value)}
+        return {"part": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
     return value
 
 
@@ -125,7 +126,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
             missing = {name: part for name, part in expected.items() if name not in state}
             state |= zeros(missing, device, state["step"].device)
         state = _packed(state, site, group)
-    return _checked(state, expected, site, ignore=("tick", "core", *moved))
+    return _checked(state, expected, site, ignore=("tick", "core", HELD, *moved))
 
 
 def _is_of(name: str, slot: str) -> bool:

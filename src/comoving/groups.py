@@ -15,10 +15,11 @@ from .frames import Blocks, SparseFrame
 from .frames.base import SIDES, Rank
 from .frames.modes import Modes, check_rank
 from .precondition import Plain
-from .residual import Feedback
+from .residual import Feedback, Sparse
 from .rules import Adam
 from .sites import Site
 from .slots import Kind
+from .transport import Reset
 from .validate import check_choice, check_float, check_int
 from .views import Heads, View, check_view
 
@@ -77,6 +78,12 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{role} must be a {kind} part, such as those in comoving's {kind} modules{hint}, got {part!r}"
             )
+    residual = group["residual"]
+    if isinstance(residual, Sparse) and isinstance(group["transport"], Reset) and residual.statistics != "reset":
+        raise ValueError(
+            f"residual {residual} is refused: transport Reset() sets the rule's clock back at every refresh, and the "
+            f"bias correction of sparse moments that go on would be wrong; use statistics='reset'"
+        )
     makes, fills = getattr(group["frame"], "makes", None), getattr(group["finder"], "fills", None)
     if makes is not None and fills is not None and makes not in fills:
         raise TypeError(
@@ -139,6 +146,8 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
         if site.projected:
             try:
                 group["finder"].parts(site.view.shape, site.ranks, site.view.dtype)
+                one = site.block(0) if site.blocks else site
+                group["residual"].parts(group["codec"], one.view.shape, one.core_shape, one.view.dtype)
             except ValueError as error:
                 raise ValueError(f"{site.name}: {error}") from None
         refused = None

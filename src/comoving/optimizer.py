@@ -209,7 +209,6 @@ class LowRankOptimizer(Container):
         """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known."""
         site, group, stored = unit
         given, seen = seen, group["precondition"].apply(seen, stored, stored["tick"] + 1)
-        size = size if seen is given else None
         if not site.projected:
             stored["core"] = stored["core"] + seen if "core" in stored else seen
             return
@@ -218,11 +217,13 @@ class LowRankOptimizer(Container):
         opening = "core" not in state
         passage = self._standing(unit)
         memory = slots.memory_of(state)
-        group["finder"].observe(seen, memory)
         refreshing = opening and self._refresh_due(unit, passage.frame)
         if refreshing:
             residual.renew(seen, state, codec)
-        restored = residual.restore(seen, passage.frame, passage.old_momentum, state, codec)  # 2
+        seen = residual.split(seen, state)
+        size = size if seen is given else None
+        group["finder"].observe(seen, memory)
+        restored = residual.restore(seen, passage, opening, state, codec)  # 2
         if refreshing:
             with self.refresh_scope():
                 restored = restored.measured() if group["diagnostics"] else restored
@@ -288,7 +289,7 @@ class LowRankOptimizer(Container):
             state[error_control.SLOT][2] = new.defect()
         image = moved[rule.momentum] if transport.projects else overlap.move(momentum)
         decay, intake = rule.recursion(clock)
-        return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image)
+        return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image, state["tick"])
 
     def _adapt(self, p: Tensor, unit: Unit, seen: Tensor, memory: Memory) -> tuple[Unit, Frame | None]:
         """Before step 3: the ranks of the new frame, and what is kept of the old one; None for all of it, as it is."""
@@ -323,7 +324,8 @@ class LowRankOptimizer(Container):
         frame, rule, state = unit.frame(), unit.group["rule"], unit.state
         decay, intake = rule.recursion(_clock(unit))
         momentum: Any = state.get(rule.momentum)
-        return Passage(frame, momentum, decay, intake, None if momentum is None else frame, momentum)
+        older = frame if rule.momentum in state else None
+        return Passage(frame, momentum, decay, intake, older, momentum, tick=state["tick"])
 
     def _refresh_due(self, unit: Unit, frame: Frame) -> bool:
         site, group, state = unit

@@ -29,7 +29,7 @@ from .finders import (
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from .precondition import Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
-from .residual import Discard, Feedback, Momentum
+from .residual import Channel, Discard, Feedback, Fira, Momentum, Sign, Sparse
 from .rules import Adafactor, Adam, Columns, Lion, Muon, Scheduled
 from .transport import Carry, Keep, Reset, Rotate
 
@@ -75,7 +75,15 @@ PARTS: dict[str, dict[str, type]] = {
         "muon": Muon,
         "columns": Columns,
     },
-    "residual": {"discard": Discard, "feedback": Feedback, "momentum": Momentum},
+    "residual": {
+        "discard": Discard,
+        "feedback": Feedback,
+        "momentum": Momentum,
+        "fira": Fira,
+        "channel": Channel,
+        "sparse": Sparse,
+        "sign": Sign,
+    },
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8, "int4": Int4, "rank_one": RankOne},
 }
@@ -84,6 +92,8 @@ PARTS["moments"] = PARTS["codec"]
 
 def part(role: str, value: Any) -> Any:
     """A part from its text, ``name`` or ``name(field=literal, ...)``; anything but text is returned as it is.
+
+    A field that is a part itself is given by its text too: ``"sparse(rule='adam')"``.
 
     Raises:
         ValueError: text of another form, or an unknown name.
@@ -101,4 +111,4 @@ def part(role: str, value: Any) -> Any:
         name, fields, call = "", {}, ast.Call(ast.Name(""), [], [])
     if name.lower() not in known or call.args:
         raise ValueError(f"{role} must be one of {', '.join(known)}, as name or name(field=value), got {value!r}")
-    return known[name.lower()](**fields)
+    return known[name.lower()](**{field: part(field, given) for field, given in fields.items()})

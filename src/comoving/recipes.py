@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import sqrt
 from typing import Any
 
 from torch import nn
@@ -13,20 +14,21 @@ from .finders import (
     Exact,
     NystroemTucker,
     Power,
+    RandomProjection,
     StreamingTucker,
     TrainIncrement,
     TrainSVD,
     TreeIncrement,
     TreeSVD,
 )
-from .frames import Trains, Trees
+from .frames import Seeded, Trains, Trees
 from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
 from .parts import part
-from .residual import Discard, Feedback, Momentum
+from .residual import Channel, Discard, Feedback, Fira, Momentum, Sign, Sparse
 from .rules import Adafactor, Columns, Lion, Muon, Scheduled
-from .transport import Keep, Rotate
+from .transport import Keep, Reset, Rotate
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Recipe:
         options: hyper-parameters of :class:`comoving.LowRankOptimizer` that make the method.
         relative_rate: its usual learning rate as a multiple of AdamW's.
         full_rank: whether it ignores ``rank``.
+        rank: the rank where the user gives none.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=lambda: {})
     relative_rate: float = 1.0
     full_rank: bool = False
+    rank: Rank = 0.25
 
     @property
     def parts(self) -> dict[str, str]:
@@ -66,6 +70,11 @@ def _in_words(part: Any) -> str:
 _FOLLOWING: dict[str, Any] = dict(transport=Rotate(), residual=Feedback(), codec=Full(), refresh_every=4, scale="match")
 """What the recipes share whose moments follow the frame, with error feedback; a "+ef" makes no difference to them."""
 _WITHOUT = _FOLLOWING | {"residual": Discard()}
+
+_RANDOM: dict[str, Any] = dict(
+    frame=Seeded(), finder=RandomProjection(), codec=Full(), refresh_every=200, scale=1.0
+)  # fmt: skip
+"""What the recipes share that draw their frames."""
 
 _RECIPES = (
     Recipe("adamw", "AdamW on every parameter: torch's own, |g|^2 for complex ones", "1711.05101", full_rank=True),
@@ -90,11 +99,59 @@ _RECIPES = (
         dict(
             finder=Power(momentum=0.908, start="exact"),
             transport=Rotate(),
-            residual=Feedback(window=False),
+            residual=Feedback(lazy=False),
             codec=Full(),
             refresh_every=1,
             scale=1.0,
             betas=(0.908, 0.99),
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "fira",
+        "GaLore with the rest of the gradient, scaled as Adam scales what the frame holds",
+        "2410.01623",
+        dict(
+            finder=Exact(),
+            transport=Keep(),
+            residual=Fira(),
+            codec=Full(),
+            refresh_every=200,
+            scale=0.25,
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "apollo",
+        "the whole gradient, each channel scaled as Adam scales a random projection of it",
+        "2412.05270",
+        _RANDOM | dict(transport=Keep(), residual=Channel()),
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "apollo-mini",
+        "the whole gradient with one scale for the tensor, from a random projection of rank 1",
+        "2412.05270",
+        _RANDOM | dict(transport=Keep(), residual=Channel(per="tensor"), scale=sqrt(128)),
+        relative_rate=10.0,
+        rank=1,
+    ),
+    Recipe(
+        "frugal",
+        "Adam in a random frame, begun anew with each, and signSGD outside of it",
+        "2411.07837",
+        _RANDOM | dict(transport=Reset(), residual=Sign()),
+    ),
+    Recipe(
+        "tensorgrad",
+        "Tensor-GaLore beside the largest entries of the gradient, which have moments of their own",
+        "2501.02379 v2",
+        dict(
+            finder=Exact(sweeps=10),
+            transport=Keep(),
+            residual=Sparse(fraction=0.05, statistics="keep"),
+            codec=Full(),
+            refresh_every=1000,
+            scale=1.0,
         ),  # fmt: skip
     ),
     Recipe(
@@ -214,20 +271,24 @@ def recipes() -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in _RECIPES}
 
 
-def build(recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank = 0.25, **options: Any) -> LowRankOptimizer:
+def build(
+    recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank | None = None, **options: Any
+) -> LowRankOptimizer:
     """An optimizer for a model, by the name of its method.
 
     Args:
-        recipe: a name of :func:`recipes`, optionally with the suffix "+ef" for error feedback.
+        recipe: a name of :func:`recipes`, optionally with the suffix "+ef" for error feedback, where what lies outside
+            the frame has no other use.
         model: the model; :func:`comoving.param_groups` chooses what is projected.
         lr: learning rate.
-        rank: of the projected parameters; ignored by full-rank recipes.
+        rank: of the projected parameters; None for the recipe's own, 0.25 for most; ignored by full-rank recipes.
         **options: more hyper-parameters, over the recipe's own; ``dense``, ``project``, ``pairs``,
             ``experts`` and ``heads`` go to :func:`comoving.param_groups`. Parts may be given by name, such as
             ``transport="rotate"``.
 
     Raises:
-        ValueError: an unknown recipe or suffix, or a value outside its interval.
+        ValueError: an unknown recipe or suffix, a suffix that would replace what makes the recipe, or a value outside
+            its interval.
         TypeError: an unknown hyper-parameter.
     """
     name, plus, suffix = recipe.partition("+")
@@ -237,8 +298,14 @@ def build(recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank = 0.25, **
             f"unknown recipe {recipe!r}; known are {', '.join(known)}, with suffixes {', '.join(_SUFFIXES)}"
         )
     method = known[name]
+    own = method.options.get("residual", Discard())
+    if plus and not isinstance(own, Discard | Feedback):
+        raise ValueError(
+            f"{recipe!r} is refused: {name} is made by what it does outside the frame, residual {own}, and "
+            f"{plus}{suffix} would put error feedback in its place; pass residual= if that is meant"
+        )
     choice = {key: options.pop(key) for key in ("dense", "project", "pairs", "experts", "heads") if key in options}
-    groups = param_groups(model, rank=1.0 if method.full_rank else rank, **choice)
+    groups = param_groups(model, rank=1.0 if method.full_rank else method.rank if rank is None else rank, **choice)
     given = {role: part(role, value) for role, value in options.items()}
     settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}
     kind = AdamW if name == "comoving" else LowRankOptimizer

@@ -32,7 +32,7 @@ from comoving.finders import (
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Plain
-from comoving.residual import Discard, Feedback, Momentum
+from comoving.residual import Channel, Discard, Feedback, Fira, Momentum, Sign, Sparse
 from comoving.rules import Adafactor, Adam, Columns, Lion, Muon, Scheduled
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
@@ -134,9 +134,24 @@ POSITIVE = [Root(), Root(block=8), Root(bits=4), Root(block=8, bits=4)]
 """Codecs of second moments alone."""
 LOSS = {Int4: 0.15}
 """Share of a normal tensor's norm that a codec may lose, where that is more than 2%."""
-RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
 MOVING = [Momentum(), Momentum(decay=0.5)]
 """Residuals that keep part of what the frame holds."""
+RESIDUALS = [
+    Discard(),
+    Feedback(),
+    Feedback(lazy=False),
+    Feedback(decay=0.7, window=3),
+    Feedback(lazy=False, decay=0.7),
+    Fira(),
+    Fira(per="tensor", growth=None),
+    Channel(),
+    Channel(per="tensor", growth=None),
+    Sign(),
+    Sparse(),
+    Sparse(fraction=0.2, choose="random", first=False, statistics="keep"),
+    Sparse(choose="probabilistic", scale=0.5, statistics="reset", seed=3),
+    Sparse(first=False),
+]
 
 
 def randn(shape, dtype=REAL, seed=0):
@@ -196,7 +211,7 @@ def feedback_of(optimizer, p):
     group, state = optimizer.param_groups[0], optimizer.state[p]
     shape, m = tuple(p.shape), state["moment.first"]
     used = m * state["feedback.weight"]
-    if group["residual"].window:
+    if group["residual"].lazy:
         used = used + group["codec"].decode(stored(state, "feedback.momenta."), tuple(m.shape), m.dtype)
     gradients = group["codec"].decode(stored(state, "feedback.gradients."), shape, m.dtype)
     return gradients - frame_of(optimizer, p).lift(used)

@@ -1,7 +1,7 @@
 """Every exported part is in the lists that the contract runs over, and every field that can be wrong is checked."""
 
 import re
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
 
 import pytest
 
@@ -30,8 +30,9 @@ from comoving.finders import (
 )
 from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
-from comoving.residual import Feedback, Momentum
-from comoving.rules import Adafactor, Columns, Lion, Muon, Scheduled
+from comoving.residual import Channel, Feedback, Fira, Momentum, Sign, Sparse
+from comoving.rules import Adafactor, Adam, Columns, Lion, Muon, Scheduled
+from comoving.slots import Kind, Slot
 from comoving.transport import Carry, Rotate
 from contract.support import (
     BOND_FINDERS,
@@ -65,6 +66,20 @@ ROLES = {
     ),
     "ranks": (ranks, RANKS, {"Reading"}),
 }
+
+
+@dataclass(frozen=True)
+class Modal(Adam):
+    """A rule with a statistic of this kind for a mode; None: one that serves matrices alone."""
+
+    kind: Kind | None
+
+    def slots(self, shape):
+        if self.kind is None:
+            raise ValueError(f"a matrix is needed, got a core of shape {shape}")
+        return (*super().slots(shape), Slot("statistic", self.kind, mode=0))
+
+
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
 
 
@@ -168,7 +183,23 @@ def test_parts_are_frozen_values(part):
         (Columns, "along", "both", "'auto', 'left', 'right'"),
         *((kind, "statistics", "move", "'carry', 'keep', 'reset'") for kind in (Rotate, Carry)),
         (Modes, "min_size", 1, ">= 2"),
-        (Feedback, "window", 2, "True, False"),
+        (Feedback, "lazy", 2, "True, False"),
+        (Feedback, "decay", 0.0, r"\(0, 1\]"),
+        (Feedback, "decay", 1.1, r"\(0, 1\]"),
+        (Feedback, "window", 0, ">= 1"),
+        *((kind, "per", "row", "'channel', 'tensor'") for kind in (Fira, Channel)),
+        *((kind, "growth", 0.9, r"\[1, inf\)") for kind in (Fira, Channel)),
+        (Sign, "rate", 0.0, r"\(0, inf\)"),
+        (Sign, "floor", 1.0, r"\[0, 1\)"),
+        (Sparse, "fraction", 0.0, r"\(0, 1\)"),
+        (Sparse, "fraction", 1.0, r"\(0, 1\)"),
+        (Sparse, "choose", "largest", "'top', 'random', 'probabilistic'"),
+        (Sparse, "first", 2, "True, False"),
+        (Sparse, "scale", 0.0, r"\(0, inf\)"),
+        (Sparse, "statistics", "move", "'carry', 'keep', 'reset'"),
+        (Sparse, "rule", Modal(Kind.COVARIANCE), "elementwise, without statistics of modes"),
+        (Sparse, "rule", Modal(None), "elementwise"),
+        (Sparse, "seed", -1, ">= 0"),
         (Blocks, "mode", -1, ">= 0"),
         (BlockSelection, "inner", BlockSelection(), "fills a ModeFrame"),
         (SparseModes, "block", 0, ">= 1"),
@@ -216,7 +247,9 @@ def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, inter
      (RandomizedTucker, "seed", 1.0), (HOOI, "sweeps", True), (SequentialHOSVD, "momentum", None),
      (Power, "momentum", True), (Int8, "block", 64.0), (Modes, "min_size", "8"),
      (Energy, "minimum", "8"), (Energy, "step", 8.0), (Energy, "low", None), (Tolerance, "error", "0.1"),
-     (Temperature, "steps", 10.0), (Temperature, "patience", True)],
+     (Temperature, "steps", 10.0), (Temperature, "patience", True),
+     (Feedback, "window", 2.0), (Feedback, "decay", None), (Fira, "growth", "1"), (Sparse, "rule", "adam"),
+     (Sparse, "fraction", True), (Sparse, "seed", 1.0), (Sign, "rate", None)],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(kind, field, value):
     with pytest.raises(TypeError, match=f"{field} must be .*{value}"):

@@ -1,5 +1,7 @@
 """What every frame, transport, codec, residual and rule promises."""
 
+import io
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from comoving.codecs import Full
 from comoving.frames import ModeFrame, Modes
 from comoving.residual import Feedback, Passage
 from comoving.rules import Adam
+from comoving.state import layout
 from comoving.transport import Clock, Keep
 from contract.support import (
     CODECS,
@@ -19,8 +22,10 @@ from contract.support import (
     close,
     core_of,
     explicit,
+    lone,
     randn,
     random_frame,
+    step,
 )
 
 RULE = Adam()
@@ -222,23 +227,26 @@ def test_residuals(residual, codec, shape, ranks, size, turned, dtype):
     m = old.project(randn(shape, dtype, 4)) * size
     parts = residual.parts(codec, shape, tuple(m.shape), dtype)
     state = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in parts.items()}
-    seen = residual.restore(g, old, m, state, codec)
+    seen = residual.restore(g, Passage(old, m, 0.8, 0.2, old, m, tick=1), True, state, codec)
     assert torch.equal(seen.full(), g)
     close(seen.norm().double() / (size or 1), g.norm() / (size or 1), 1e-5)
     core, moved = frame.project(g), frame.project(old.lift(m))
     turn = {"overlap": frame.overlap(old), "image": moved} if turned else {}
     dense = seen.dense.clone() if seen.dense is g else seen.dense
-    size_kept = residual.keep(dense, core, Passage(frame, moved, 0.8, 0.2, old, m, **turn), True, state, codec)
+    size_kept = residual.keep(dense, core, Passage(frame, moved, 0.8, 0.2, old, m, **turn, tick=1), True, state, codec)
     assert torch.equal(g, before)
     expected = g - frame.lift(core) + (4.0 * (old.lift(m) - frame.lift(moved)) if turned else 0)
-    again = residual.restore(torch.zeros_like(g), frame, 0.8 * moved + 0.2 * core, state, codec)
+    then = 0.8 * moved + 0.2 * core
+    next_step = Passage(frame, then, 0.8, 0.2, frame, then, tick=2)
+    again = residual.restore(torch.zeros_like(g), next_step, True, state, codec)
     if isinstance(residual, Feedback):
         scale = (g.norm() + 10 * m.norm()) / (size or 1)
         close(size_kept.double() / (size or 1), expected.norm() / (size or 1), 1e-3 * float(scale))
+        expected = residual.decay * expected
         assert (again.full() - expected).norm() <= residual.error(state, codec) * (1 + 1e-5) + 1e-6 * expected.norm()
     else:
         assert size_kept is None
-        assert not state
+        assert state.keys() - parts.keys() <= {"held"}
         assert not again.full().any()
 
 
@@ -270,6 +278,131 @@ def test_a_buffer_that_keeps_part_of_what_the_frame_holds(residual, codec, shape
         now = residual.restore(torch.zeros_like(g), frame, core, state, codec).full()
         assert (now - kept).norm() <= slack * now.numel() ** 0.5
         assert residual.error(state, codec) <= slack * now.numel() ** 0.5
+
+
+class Stepped:
+    """A parameter alone, stepped with seeded gradients; refreshes before steps 0, 3, 6, ..."""
+
+    def __init__(self, residual, case, dtype, start=None):
+        self.shape, self.rank = CASES[case]
+        self.p, self.optimizer = lone(
+            randn(self.shape, dtype) if start is None else start, rank=self.rank, residual=residual, refresh_every=3,
+            betas=(0.8, 0.95), eps=1e-3, lr=0.1, scale=0.7,
+        )  # fmt: skip
+        assert self.optimizer.sites[self.p].projected
+
+    @property
+    def state(self):
+        return self.optimizer.state[self.p]
+
+    def gradient(self, t):
+        return randn(self.shape, self.p.dtype, 20 + t)
+
+    def run(self, first, last):
+        for t in range(first, last):
+            step(self.optimizer, self.p, self.gradient(t))
+        return self
+
+
+CASES = {
+    "rank 1": ((6, 10), 1),
+    "both sides": ((10, 6), (3, 2)),
+    "order 4": ((4, 3, 5, 3), (2, 2, 2, None)),
+    "a mode of 1": ((1, 9, 8), (None, 2, None)),
+}
+STEPPED = [
+    pytest.mark.parametrize("residual", RESIDUALS, ids=str),
+    pytest.mark.parametrize("case", CASES),
+    pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, REAL], ids=str),
+]
+
+
+def stepped(test, marks=STEPPED):
+    for mark in marks:
+        test = mark(test)
+    return test
+
+
+def exactly_stepped(test):
+    return stepped(test, [*STEPPED[:2], FIELDS])
+
+
+@stepped
+def test_a_residual_leaves_the_gradient_and_nothing_else(residual, case, dtype):
+    """p.grad is as it was; between two steps the state is what the layout says; same steps give the same bits."""
+    one, twin = Stepped(residual, case, dtype), Stepped(residual, case, dtype)
+    for t in range(7):
+        one.p.grad = one.gradient(t)
+        version = one.p.grad._version
+        one.optimizer.step()
+        assert one.p.grad._version == version
+        assert torch.equal(one.p.grad, one.gradient(t))
+        promised = layout(one.optimizer.sites[one.p], one.optimizer.param_groups[0])
+        found = {n: (tuple(x.shape), x.dtype) for n, x in one.state.items() if n != "tick"}
+        assert found == {n: (part.shape, part.dtype) for n, part in promised.items()}
+        assert one.p.isfinite().all()
+        assert all(torch.as_tensor(x).isfinite().all() for x in one.state.values())
+    assert torch.equal(twin.run(0, 7).p, one.p)
+
+
+@exactly_stepped
+def test_a_residual_adds_up_what_one_step_absorbs(residual, case, dtype):
+    """Between refreshes, parts of a gradient, each cleared after it was given, make the step of their sum."""
+    one, twin = Stepped(residual, case, dtype), Stepped(residual, case, dtype)
+    for t in range(8):
+        g, h = one.gradient(t), one.gradient(t + 50)
+        if t % 3:
+            for x in (g.clone(), h.clone()):
+                one.optimizer.absorb(one.p, x)
+                x.zero_()
+            one.optimizer.apply(one.p)
+        else:
+            step(one.optimizer, one.p, g + h)
+        step(twin.optimizer, twin.p, g + h)
+        close(one.p.detach(), twin.p.detach(), 1e-9)
+
+
+@stepped
+@pytest.mark.parametrize("at", [3, 4], ids=["refresh", "between"])
+def test_a_residual_resumes_bitwise(residual, case, dtype, at):
+    """From a file, before a refresh or not, also in the middle of a step."""
+    straight = Stepped(residual, case, dtype).run(0, at)
+    straight.optimizer.absorb(straight.p, straight.gradient(99))
+    file = io.BytesIO()
+    torch.save(straight.optimizer.state_dict(), file)
+    file.seek(0)
+    again = Stepped(residual, case, dtype, straight.p.detach())
+    again.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    for each in (straight, again):
+        each.optimizer.absorb(each.p, each.gradient(98))
+        each.optimizer.apply(each.p)
+        each.run(at + 1, 9)
+    assert torch.equal(straight.p, again.p)
+    assert straight.state.keys() == again.state.keys()
+    assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(again.state[n])) for n, x in straight.state.items())
+
+
+@stepped
+def test_a_residual_survives_zeros(residual, case, dtype):
+    """Zeros first, at a refresh and between; the first of them change nothing but for the decay of weights."""
+    one = Stepped(residual, case, dtype)
+    for t, size in enumerate([0, 0, 1, 0, 1, 1, 0, 0, 1]):
+        before = one.p.detach().clone()
+        step(one.optimizer, one.p, one.gradient(t) * size)
+        assert one.p.isfinite().all()
+        assert all(torch.as_tensor(x).isfinite().all() for x in one.state.values())
+        if t < 2:
+            close(one.p.detach(), before * (1 - 0.1 * 0.01), 1e-2 if dtype is torch.bfloat16 else 1e-6)
+    assert not torch.equal(one.p, before)
+
+
+@stepped
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+def test_a_residual_bears_any_size(residual, case, dtype, size):
+    one = Stepped(residual, case, dtype)
+    for t in range(5):
+        step(one.optimizer, one.p, one.gradient(t) * size)
+        assert one.p.isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------- rules

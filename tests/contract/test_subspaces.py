@@ -15,7 +15,7 @@ from comoving.finders import Operand
 from comoving.finders.base import Memoryless
 from comoving.frames import ModeFrame, Modes, Overlap
 from comoving.linalg import multilinear, orthogonality_defect, orthonormalize
-from comoving.residual import Feedback
+from comoving.residual import Feedback, Passage
 from comoving.transport import Rotate
 from contract.support import (
     BOND_FINDERS,
@@ -683,7 +683,8 @@ def test_momentum_moves_with_the_frame_and_feedback_keeps_the_rest(finder, layou
         old, used, given = (frame, m), used + frame.lift(m), given + gradient
         remembered = copies({n: x for n, x in state.items() if n.startswith("feedback.")})
         zero = torch.zeros(shape, dtype=p.dtype)
-        kept = group["residual"].restore(zero, frame, m, remembered, group["codec"]).full()
+        standing = Passage(frame, m, 0.8, 0.2, frame, m)
+        kept = group["residual"].restore(zero, standing, True, remembered, group["codec"]).full()
         close(used + 4 * frame.lift(m) + kept, given)
     assert max(turns) > 0.01
 

@@ -1,8 +1,25 @@
 """Residuals: what becomes of the part of the gradient that lies outside the frame."""
 
-from .base import Inside, Passage, Residual, Update
+from .base import Holding, Inside, Passage, Residual, Update
+from .channel import Channel
 from .discard import Discard
 from .feedback import Feedback
+from .fira import Fira
 from .momentum import Momentum
+from .sign import Sign
+from .sparse import Sparse
 
-__all__ = ["Discard", "Feedback", "Inside", "Momentum", "Passage", "Residual", "Update"]
+__all__ = [
+    "Channel",
+    "Discard",
+    "Feedback",
+    "Fira",
+    "Holding",
+    "Inside",
+    "Momentum",
+    "Passage",
+    "Residual",
+    "Sign",
+    "Sparse",
+    "Update",
+]

@@ -25,6 +25,7 @@ class Passage:
         old_momentum: m, or None.
         overlap: of F' and F; None while the frame stands, F' = F.
         image: F'^H F m, what m' would be if nothing of m inside F' were dropped; None while the frame stands.
+        tick: the number of finished steps.
     """
 
     frame: Frame
@@ -35,6 +36,7 @@ class Passage:
     old_momentum: Tensor | None = None
     overlap: Overlap | None = None
     image: Tensor | None = None
+    tick: int = 0
 
     @property
     def reentry(self) -> float:
@@ -82,6 +84,10 @@ class Update:
         self.frame.add_lift(weights, self.direction, self.factor, beta=self.shrink)
 
 
+HELD = "held"
+"""The slot for what a residual holds from :meth:`Residual.keep` to :meth:`Residual.write`; gone between two steps."""
+
+
 class Residual(Protocol):
     """Keeps, or does not keep, what the frame cannot hold; a frozen dataclass without tensors."""
 
@@ -89,7 +95,11 @@ class Residual(Protocol):
     """Whether :meth:`keep` may hold on to the gradient itself until :meth:`write`."""
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
-        """A refresh comes: choose anew what lies outside the frame by choice. Before :meth:`restore`."""
+        """A refresh comes: choose anew what lies outside the frame by choice. Before :meth:`split`."""
+        ...
+
+    def split(self, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """What the frame shall see of a gradient, which stays as it is; the residual takes the rest. At every call."""
         ...
 
     def parts(
@@ -99,14 +109,14 @@ class Residual(Protocol):
         ...
 
     def restore(
-        self, gradient: Tensor, frame: Frame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+        self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """g~, the gradient and what was kept. The gradient is not changed; without anything kept it is the operand.
 
         Args:
             gradient: of the view's shape and dtype.
-            frame: F, in which the last step was made.
-            momentum: m in it; None where the parameter had no frame before.
+            passage: that of a frame that stands: F, in which the last step was made, and m in it.
+            opening: whether this is the first gradient since then.
             state: of the parameter, with the slots of :meth:`parts`.
             codec: that stores them.
         """
@@ -147,6 +157,35 @@ class Inside:
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """Nothing is chosen."""
 
+    def split(self, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """All of it."""
+        return gradient
+
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor F d."""
         update.write(weights)
+
+
+class Holding(Inside):
+    """What residuals share that need the gradient itself in step 6, and encode nothing.
+
+    They hold it, or the sum of several, in the slot "held" until the update is written.
+    """
+
+    holds: ClassVar[bool] = True
+
+    def restore(
+        self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
+    ) -> Operand:
+        """The gradient itself: nothing comes from earlier steps."""
+        return Operand(gradient)
+
+    def keep(
+        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
+    ) -> None:
+        """Hold the gradient; a sum is a new tensor, since the first may be the caller's."""
+        state[HELD] = dense if opening else state[HELD] + dense
+
+    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+        """Zero."""
+        return torch.zeros(())

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..finders import Operand
-from ..frames import Frame
 from .base import Inside, Passage
 
 
@@ -22,7 +21,7 @@ class Discard(Inside):
         return {}
 
     def restore(
-        self, gradient: Tensor, frame: Frame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+        self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """The gradient itself."""
         return Operand(gradient)

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..finders import Operand
-from ..frames import Frame
 from ..linalg import inner, norm
-from ..validate import check_choice
+from ..validate import check_choice, check_float, check_int
 from .base import Inside, Passage
 
 _GRADIENTS, _MOMENTA, _WEIGHT = "feedback.gradients.", "feedback.momenta.", "feedback.weight"
@@ -36,36 +35,51 @@ class Feedback(Inside):
     Y = sum of the earlier momenta since the last refresh. A step then costs no product with F while the frame
     stands, and one when it changes: A <- A + g - F (C - a/b m), Y <- 0.
 
+    With a decay d every step starts from d e_{t-1} instead, that is from dA and dC, and (1 - d) of all earlier e is
+    missing in the sum above.
+
     Args:
-        window: whether Y is stored. Without, m + Y is taken out of A at every step, which costs that product but
+        lazy: whether Y is stored. Without, m + Y is taken out of A at every step, which costs that product but
             saves as many numbers as the core has.
+        decay: d in (0, 1].
+        window: what is kept is dropped before every step whose number is one more than a multiple of this; None: never.
 
     A and Y are stored through the codec, in the slots "feedback.gradients.<part>" and "feedback.momenta.<part>", and
     1/b in "feedback.weight".
     """
 
-    window: bool = True
+    lazy: bool = True
+    decay: float = 1.0
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("window", self.window, (True, False))
+        check_choice("lazy", self.lazy, (True, False))
+        check_float("decay", self.decay, 0.0, 1.0, open_low=True)
+        if self.window is not None:
+            check_int("window", self.window, 1)
 
     def parts(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
     ) -> dict[str, Part]:
-        """The codec's parts of a tensor of the gradient's size, with ``window`` of one of the core's; and 1/b."""
+        """The codec's parts of a tensor of the gradient's size, with ``lazy`` of one of the core's; and 1/b."""
         parts = {_GRADIENTS + name: part for name, part in codec.parts(shape, dtype).items()}
-        if self.window:
+        if self.lazy:
             parts |= {_MOMENTA + name: part for name, part in codec.parts(core_shape, dtype).items()}
         return parts | {_WEIGHT: Part((), dtype.to_real(), scalar=True)}
 
     def restore(
-        self, gradient: Tensor, frame: Frame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+        self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
-        """(g + A) - F C, in A's own storage where the codec stores it plainly."""
-        dense = codec.decode_onto(gradient, _stored(state, _GRADIENTS))
-        if momentum is None:
+        """(g + dA) - F dC, in A's own storage where the codec stores it plainly; d = 1 but at the first gradient."""
+        share = self._share(passage) if opening else 1.0
+        stored = _stored(state, _GRADIENTS)
+        if share == 1.0:
+            dense = codec.decode_onto(gradient, stored)
+        else:
+            dense = codec.decode(stored, tuple(gradient.shape), gradient.dtype).mul_(share).add_(gradient)
+        if passage.old_momentum is None:
             return Operand(dense)
-        return Operand(dense, 1.0, frame, self._used(momentum, state, codec).neg_())
+        return Operand(dense, 1.0, passage.frame, self._used(passage.old_momentum, state, codec).mul_(-share))
 
     def keep(
         self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
@@ -75,8 +89,9 @@ class Feedback(Inside):
         if not opening:
             used += self._earlier(used, state, codec)
         elif passage.old_frame is not None and passage.old_momentum is not None:
-            surplus = self._used(passage.old_momentum, state, codec).sub_(passage.old_momentum, alpha=passage.reentry)
-            if self.window and passage.overlap is None:
+            surplus = self._used(passage.old_momentum, state, codec).mul_(self._share(passage))
+            surplus.sub_(passage.old_momentum, alpha=passage.reentry)
+            if self.lazy and passage.overlap is None:
                 used += surplus
                 codec.encode(surplus, _stored(state, _MOMENTA))
             else:
@@ -95,7 +110,12 @@ class Feedback(Inside):
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """The codec's own bounds, of A and of Y."""
         bound = codec.error(_stored(state, _GRADIENTS))
-        return bound + codec.error(_stored(state, _MOMENTA)) if self.window else bound
+        return bound + codec.error(_stored(state, _MOMENTA)) if self.lazy else bound
+
+    def _share(self, passage: Passage) -> float:
+        """d of this step: 0 where what is kept is dropped."""
+        dropped = self.window is not None and passage.tick % self.window == 0
+        return 0.0 if dropped else float(self.decay)
 
     def _used(self, momentum: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """C, a new tensor."""
@@ -104,11 +124,11 @@ class Feedback(Inside):
 
     def _earlier(self, like: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor | float:
         """Y, in the core's shape and dtype."""
-        return codec.decode(_stored(state, _MOMENTA), tuple(like.shape), like.dtype) if self.window else 0.0
+        return codec.decode(_stored(state, _MOMENTA), tuple(like.shape), like.dtype) if self.lazy else 0.0
 
     def _forget(self, core: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """Y = 0, in the core's shape."""
-        if not self.window:
+        if not self.lazy:
             return
         for name, part in codec.parts(tuple(core.shape), core.dtype).items():
             y = state[_MOMENTA + name]

@@ -1,0 +1,58 @@
+"""By how much the rule scales a gradient, and how fast the norm of an update may grow."""
+
+import torch
+from torch import Tensor
+
+from ..codecs import Part
+from ..frames import Frame, ModeFrame
+from .base import Update
+
+PER = ("channel", "tensor")
+_SMALL = 1e-8
+
+
+def gains(update: Update, per: str, stretch: float = 1.0) -> Tensor:
+    """phi = |d| / (stretch |z| + 1e-8), real, with as many modes as z.
+
+    Args:
+        update: d and z, and the frame that they are coordinates in.
+        per: "channel", one phi for every index along the whole modes, each of norms over the compressed ones (for a
+            matrix with one compressed side GaLore's columns or rows); "tensor", one phi. Where no mode is whole, or
+            the frame is not mode-wise, both are one phi.
+        stretch: the factor of z.
+    """
+    d, z = update.direction, update.core
+    modes = _compressed(update.frame, z.ndim) if per == "channel" else tuple(range(z.ndim))
+    return _norms(d, modes) / (_norms(z, modes) * stretch + _SMALL)
+
+
+def _compressed(frame: Frame, order: int) -> tuple[int, ...]:
+    if not isinstance(frame, ModeFrame):
+        return tuple(range(order))
+    return tuple(n for n, u in enumerate(frame.factors) if u is not None)
+
+
+def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=modes, keepdim=True)
+
+
+def limit_parts(slot: str, dtype: torch.dtype) -> dict[str, Part]:
+    """The state of :func:`brake`: one real number."""
+    return {slot: Part((), dtype.to_real())}
+
+
+def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
+    """The factor that keeps the norm of an update below growth (last + 1e-8); ``last`` becomes the norm after it.
+
+    Before the first update that is not zero there is no limit, and one that is zero leaves the limit as it was: in the
+    papers a single zero gradient would stop all later steps, which could grow from 1e-8 by one percent each.
+
+    Args:
+        size: the norm before, a real scalar.
+        last: of the last update, 0 before the first; updated in place.
+        growth: >= 1.
+    """
+    over = torch.where(last > 0, (size / (last + _SMALL)).clamp_min(growth) / growth, torch.ones_like(last))
+    after = size / over
+    last.copy_(torch.where((after > 0) & after.isfinite(), after, last))
+    return 1 / over
