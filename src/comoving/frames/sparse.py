@@ -59,7 +59,8 @@ class SparseOverlap(Overlap):
     """S' (R_1 (x) ... (x) R_N) S^T of two frames that keep the blocks S' and S of their cores.
 
     S and S' are 0 or 1, so that entry by entry |S' R S^T|^2 = S' |R|^2 S^T: coordinates and variances both move as
-    between the whole cores, in which what is not kept counts as zero. Statistics of single modes do not move so.
+    between the whole cores, in which what is not kept counts as zero. Statistics of single modes do not move so, and
+    the overlap that diagnostics report is that of the factors alone.
 
     Args:
         matrices: the R_n, (r'_n, r_n), of the factors.
