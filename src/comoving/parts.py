@@ -6,6 +6,7 @@ from typing import Any
 from .codecs import BFloat16, Full, Int8
 from .finders import (
     HOOI,
+    Correlation,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -25,10 +26,10 @@ from .finders import (
     TreeSVD,
 )
 from .frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
-from .precondition import Plain
+from .precondition import Factored, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .residual import Discard, Feedback
-from .rules import Adam
+from .rules import Adam, Momentum
 from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
@@ -47,6 +48,7 @@ PARTS: dict[str, dict[str, type]] = {
         "nystroem": Nystroem,
         "oja": Oja,
         "incremental": IncrementalSVD,
+        "correlation": Correlation,
         "cosine": CosineSelection,
         "random": RandomProjection,
         "train_svd": TrainSVD,
@@ -60,9 +62,9 @@ PARTS: dict[str, dict[str, type]] = {
         "nystrom_tucker": NystroemTucker,
         "streaming_tucker": StreamingTucker,
     },
-    "precondition": {"plain": Plain},
+    "precondition": {"plain": Plain, "factored": Factored},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
-    "rule": {"adam": Adam},
+    "rule": {"adam": Adam, "momentum": Momentum},
     "residual": {"discard": Discard, "feedback": Feedback},
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},

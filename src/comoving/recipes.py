@@ -9,21 +9,27 @@ from torch import nn
 from .adamw import AdamW
 from .codecs import Full, Int8
 from .finders import (
+    Correlation,
+    CosineSelection,
     Exact,
     NystroemTucker,
+    Oja,
     Power,
+    RandomProjection,
     StreamingTucker,
     TrainIncrement,
     TrainSVD,
     TreeIncrement,
     TreeSVD,
 )
-from .frames import Trains, Trees
+from .frames import Cosines, Seeded, Trains, Trees
 from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
 from .parts import part
+from .precondition import Factored
 from .residual import Discard, Feedback
+from .rules import Momentum
 from .transport import Keep, Rotate
 
 
@@ -149,6 +155,64 @@ _RECIPES = (
         "moments rotated between hierarchical Tucker trees, found by increments",
         "2412.16544",
         _WITHOUT | {"frame": Trees(), "finder": TreeIncrement(momentum=0.9)},
+    ),
+    Recipe(
+        "flora",
+        "Adafactor's preconditioner, then momentum in a random subspace that is drawn anew from a seed now and then",
+        "2402.03293",
+        dict(
+            frame=Seeded(),
+            finder=RandomProjection(),
+            precondition=Factored(),
+            transport=Rotate(),
+            rule=Momentum(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=1000,
+            scale="match",
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "online-subspace-descent",
+        "a step of online PCA at every step, moments left in old coordinates",
+        "2408.12857",
+        dict(
+            finder=Oja(momentum=0.0, rate=0.1, start="exact"),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=1,
+            scale=0.25,
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "coap",
+        "descent on what the frame loses and how far the momentum disagrees, an SVD now and then, moments left",
+        "2412.00071",
+        dict(
+            finder=Correlation(),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=32,
+            scale=1.0,
+        ),  # fmt: skip
+        relative_rate=2.0,
+    ),
+    Recipe(
+        "dct-adamw",
+        "the columns of the cosine transform that hold most, at every step; moments follow them, 8-bit error feedback",
+        "2505.17967",
+        dict(
+            frame=Cosines(),
+            finder=CosineSelection(momentum=0.0, norm=1),
+            transport=Rotate(),
+            residual=Feedback(window=False, momentum=False),
+            codec=Int8(),
+            refresh_every=1,
+            scale=1.0,
+        ),  # fmt: skip
     ),
     Recipe(
         "comoving",

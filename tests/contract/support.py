@@ -9,6 +9,7 @@ from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8, Root
 from comoving.finders import (
     HOOI,
+    Correlation,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -29,9 +30,9 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, Trains, Trees
-from comoving.precondition import Plain
+from comoving.precondition import Factored, Plain
 from comoving.residual import Discard, Feedback
-from comoving.rules import Adam
+from comoving.rules import Adam, Momentum
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
 
@@ -50,6 +51,9 @@ FINDERS = [
     Nystroem(),
     Nystroem(columns="energy"),
     Oja(),
+    Oja(momentum=0.0, rate=0.5, start="exact"),
+    Correlation(),
+    Correlation(rate=0.5, recalibrate=2),
     IncrementalSVD(),
     SequentialHOSVD(),
     SequentialHOSVD(method="svd"),
@@ -72,7 +76,7 @@ BOND_FINDERS = [
     TreeSVD(),
     TreeIncrement(),
 ]
-SAMPLED = [(CosineSelection(), Cosines()), (RandomProjection(), Seeded())]
+SAMPLED = [(CosineSelection(), Cosines()), (CosineSelection(norm=1), Cosines()), (RandomProjection(), Seeded())]
 SUBSPACES = [
     *((finder, Modes()) for finder in FINDERS),
     *SAMPLED,
@@ -96,12 +100,12 @@ EXCUSED = {
 PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
 """Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
-PRECONDITIONERS = [Plain()]
-RULES = [Adam()]
+PRECONDITIONERS = [Plain(), Factored(), Factored(decay=0.5, floor=1e-6, clip=None)]
+RULES = [Adam(), Momentum(), Momentum(corrected=True)]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
 POSITIVE = [Root(), Root(block=8)]
 """Codecs of second moments alone."""
-RESIDUALS = [Discard(), Feedback(), Feedback(window=False)]
+RESIDUALS = [Discard(), Feedback(), Feedback(window=False), Feedback(momentum=False)]
 
 
 def randn(shape, dtype=REAL, seed=0):

@@ -9,6 +9,7 @@ from comoving import codecs, finders, frames, precondition, ranks, residual, rul
 from comoving.codecs import Int8, Root
 from comoving.finders import (
     HOOI,
+    Correlation,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -27,8 +28,10 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
+from comoving.precondition import Factored
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Feedback
+from comoving.rules import Momentum
 from comoving.transport import Carry, Rotate
 from contract.support import (
     BOND_FINDERS,
@@ -105,12 +108,20 @@ def test_parts_are_frozen_values(part):
         (Nystroem, "seed", -2, ">= 0"),
         (Oja, "momentum", 1.0, r"\[0, 1\)"),
         (Oja, "rate", 0.0, r"\(0, inf\)"),
+        (Oja, "start", "warm", "'random', 'exact'"),
+        (Correlation, "rate", 0.0, r"\(0, inf\)"),
+        (Correlation, "recalibrate", 0, ">= 1"),
+        (Factored, "decay", 0.0, r"\(0, 1\]"),
+        (Factored, "floor", 0.0, r"\(0, inf\)"),
+        (Factored, "clip", 0.0, r"\(0, inf\)"),
+        (Momentum, "corrected", 2, "True, False"),
         (IncrementalSVD, "momentum", 1.0, r"\[0, 1\)"),
         (IncrementalSVD, "forgetting", 0.0, r"\(0, 1\]"),
         (IncrementalSVD, "forgetting", 1.1, r"\(0, 1\]"),
         (IncrementalSVD, "add", 0, ">= 1"),
         (IncrementalSVD, "seed", -1, ">= 0"),
         (CosineSelection, "momentum", 1.0, r"\[0, 1\)"),
+        (CosineSelection, "norm", 3, "1, 2"),
         (Cosines, "min_size", 1, ">= 2"),
         (Seeded, "min_size", 0, ">= 2"),
         (SequentialHOSVD, "momentum", 1.0, r"\[0, 1\)"),
@@ -138,6 +149,7 @@ def test_parts_are_frozen_values(part):
         *((kind, "statistics", "move", "'carry', 'keep', 'reset'") for kind in (Rotate, Carry)),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
+        (Feedback, "momentum", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),
         (Trains, "bond", 0, ">= 1"),
         (Trees, "bond", 0, ">= 1"),

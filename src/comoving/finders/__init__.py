@@ -1,6 +1,7 @@
 """Finders: what a frame is made from, and how."""
 
 from .base import Finder, Memory, Memoryless
+from .correlation import Correlation
 from .cosine import CosineSelection
 from .exact import Exact
 from .hooi import HOOI
@@ -20,6 +21,7 @@ from .tree import TreeIncrement, TreeSVD
 
 __all__ = [
     "HOOI",
+    "Correlation",
     "CosineSelection",
     "Exact",
     "Finder",

@@ -39,15 +39,19 @@ class Feedback(Inside):
     Args:
         window: whether Y is stored. Without, m + Y is taken out of A at every step, which costs that product but
             saves as many numbers as the core has.
+        momentum: whether momentum that a change of frame loses comes again; without, e_t = g~ - F' F'^H g~, the plain
+            feedback of DCT-AdamW (arXiv 2505.17967), at one more product where the frame changes.
 
     A and Y are stored through the codec, in the slots "feedback.gradients.<part>" and "feedback.momenta.<part>", and
     1/b in "feedback.weight".
     """
 
     window: bool = True
+    momentum: bool = True
 
     def __post_init__(self) -> None:
         check_choice("window", self.window, (True, False))
+        check_choice("momentum", self.momentum, (True, False))
 
     def parts(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
@@ -75,19 +79,23 @@ class Feedback(Inside):
         if not opening:
             used += self._earlier(used, state, codec)
         elif passage.old_frame is not None and passage.old_momentum is not None:
-            surplus = self._used(passage.old_momentum, state, codec).sub_(passage.old_momentum, alpha=passage.reentry)
+            lost = 0.0 if self.momentum or passage.overlap is None else passage.reentry
+            surplus = self._used(passage.old_momentum, state, codec)
+            surplus.sub_(passage.old_momentum, alpha=passage.reentry - lost)
             if self.window and passage.overlap is None:
                 used += surplus
                 codec.encode(surplus, _stored(state, _MOMENTA))
             else:
                 passage.old_frame.add_lift(dense, surplus, -1.0)
+                if lost > 0:
+                    passage.frame.add_lift(dense, passage.momentum, lost)
                 self._forget(core, state, codec)
         state[_WEIGHT].fill_(1 / passage.intake)
         size = codec.encode(dense, _stored(state, _GRADIENTS))
         whole = size.clamp_min(_TINY)
         # |e|^2 = |A|^2 - |C|^2 - 2 Re <F'^H e, C>, and only a transport that drops momentum leaves any of e inside F'.
         share = (norm(used) / whole).square()
-        if passage.image is not None and passage.image is not passage.momentum:
+        if self.momentum and passage.image is not None and passage.image is not passage.momentum:
             inside = (passage.image - passage.momentum).div_(whole)
             share = share + 2 * passage.reentry * inner(inside, used / whole)
         return size * (1 - share).clamp_min(0).sqrt()

@@ -2,5 +2,6 @@
 
 from .adam import Adam
 from .base import Rule
+from .momentum import Momentum
 
-__all__ = ["Adam", "Rule"]
+__all__ = ["Adam", "Momentum", "Rule"]
