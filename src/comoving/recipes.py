@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import nn
 
+from . import state as slots
 from .adamw import AdamW
-from .codecs import Full, Int8
+from .codecs import Full, Int8, Part
 from .finders import (
     Correlation,
     CosineSelection,
@@ -22,6 +24,7 @@ from .finders import (
     TreeIncrement,
     TreeSVD,
 )
+from .formula import StateFormula, fit
 from .frames import Cosines, Seeded, Trains, Trees
 from .frames.base import Rank
 from .groups import param_groups
@@ -57,6 +60,19 @@ class Recipe:
     def parts(self) -> dict[str, str]:
         """Role -> part, in words, of what the recipe sets."""
         return {role: _in_words(value) for role, value in self.options.items()}
+
+    def state_formula(self) -> StateFormula | None:
+        """The state of an m x n matrix, m <= n, at rank r; None where it is no polynomial, or no matrix is taken."""
+
+        def layout(m: int, n: int, r: int) -> Mapping[str, Part]:
+            p = nn.Parameter(torch.empty(m, n, dtype=torch.float32, device="meta"))
+            optimizer = LowRankOptimizer([p], rank=1.0 if self.full_rank else r, **self.options)
+            return slots.layout(optimizer.sites[p], optimizer.param_groups[0])
+
+        try:
+            return fit(layout)
+        except ValueError:
+            return None
 
 
 def _in_words(part: Any) -> str:
