@@ -44,7 +44,9 @@ def application() -> Any:
         task: Annotated[str, typer.Option(help=f"One of: {', '.join(TASKS)}.")],
         optimizers: Annotated[
             str | None,
-            typer.Option(help="Names separated by commas, with overrides if wanted: name:key=value;key=value."),
+            typer.Option(
+                help="Names separated by commas, or all (every recipe), with overrides: name:key=value;key=value."
+            ),
         ] = None,
         steps: Annotated[int | None, typer.Option(help="Training steps of each run. [default: the task's]")] = None,
         seeds: Annotated[int, typer.Option(help="Runs per contender and rate: seeds 0, 1, ...")] = 1,
