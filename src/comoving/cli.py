@@ -44,7 +44,9 @@ def application() -> Any:
         task: Annotated[str, typer.Option(help=f"One of: {', '.join(TASKS)}.")],
         optimizers: Annotated[
             str | None,
-            typer.Option(help="Names separated by commas, with overrides if wanted: name:key=value;key=value."),
+            typer.Option(
+                help="Names separated by commas, or all (every recipe), with overrides: name:key=value;key=value."
+            ),
         ] = None,
         steps: Annotated[int | None, typer.Option(help="Training steps of each run. [default: the task's]")] = None,
         seeds: Annotated[int, typer.Option(help="Runs per contender and rate: seeds 0, 1, ...")] = 1,
@@ -89,9 +91,19 @@ def application() -> Any:
         raise typer.Exit(execute(settings, shlex.join(["comoving", *ARGUMENTS])))
 
     @app.command()
-    def recipes() -> None:  # pyright: ignore[reportUnusedFunction]
-        """List the recipes: every method as a composition of the engine's parts."""
-        show_recipes()
+    def recipes(  # pyright: ignore[reportUnusedFunction]
+        as_json: Annotated[bool, typer.Option("--json", help="Plain data instead of a table.")] = False,
+        as_markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/recipes.md.")] = False,
+    ) -> None:
+        """List the recipes: every method as a composition of the engine's parts, with its state as a formula."""
+        from comoving import catalogue  # noqa: PLC0415
+
+        if as_json and as_markdown:
+            raise typer.BadParameter("--json and --markdown are two forms of one list: choose one")
+        if as_json or as_markdown:
+            typer.echo(catalogue.as_json() if as_json else catalogue.as_markdown(), nl=as_json)
+        else:
+            show(catalogue.as_table())
 
     bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure the parts against each other.")
     app.add_typer(bench, name="bench")
@@ -117,21 +129,12 @@ ARGUMENTS: list[str] = []
 """What the command line was called with, for the record in ``results.json``."""
 
 
-def show_recipes() -> None:
-    """A table of :func:`comoving.recipes` on standard output."""
+def show(table: Any) -> None:
+    """A table of rich on standard output, of one width where that is no terminal."""
     from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
 
-    import comoving  # noqa: PLC0415
-
-    table = Table(show_lines=True)
-    for heading in ("recipe", "what it is", "paper", "parts"):
-        table.add_column(heading, overflow="fold")
-    for name, recipe in comoving.recipes().items():
-        parts = "\n".join(f"{part}: {choice}" for part, choice in recipe.parts.items())
-        table.add_row(name, recipe.summary, recipe.paper or "–", parts)
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=140).print(table)
+    console.print(table) if console.is_terminal else Console(width=160).print(table)
 
 
 def fail(message: str) -> NoReturn:

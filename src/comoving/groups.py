@@ -180,7 +180,8 @@ def _misfit(site: Site, group: Mapping[str, Any]) -> tuple[str, str] | None:
         sum(d > 1 for d in site.view.shape) == 2 and sum(r is not None for r in site.ranks) == 1
     ):
         return "scale", 'it is for one compressed side of a matrix, as view="matrix" makes of any tensor'
-    if not getattr(rule, "corrected", True) and transport.projects:
+    varying = any(slot.kind is Kind.VARIANCE for slot in rule.slots(site.core_shape))
+    if varying and not getattr(rule, "corrected", True) and transport.projects:
         return "transport", f"and it would undo a bias correction that {rule} does not make: use Keep() or Reset()"
     if not getattr(rule, "linear", True) and isinstance(group["residual"], Feedback):
         return "residual", f"and the momentum of {rule} is no average of gradients, in which lost momentum could return"

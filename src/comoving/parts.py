@@ -8,6 +8,7 @@ from .finders import (
     HOOI,
     Amortized,
     BlockSelection,
+    Correlation,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -27,10 +28,10 @@ from .finders import (
     TreeSVD,
 )
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
-from .precondition import Plain
+from .precondition import Factored, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
-from .residual import Channel, Discard, Feedback, Fira, Momentum, Sign, Sparse
-from .rules import Adafactor, Adam, Columns, Lion, Muon, Scheduled
+from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from .rules import Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled
 from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
@@ -51,6 +52,7 @@ PARTS: dict[str, dict[str, type]] = {
         "nystroem": Nystroem,
         "oja": Oja,
         "incremental": IncrementalSVD,
+        "correlation": Correlation,
         "cosine": CosineSelection,
         "random": RandomProjection,
         "train_svd": TrainSVD,
@@ -65,10 +67,11 @@ PARTS: dict[str, dict[str, type]] = {
         "streaming_tucker": StreamingTucker,
         "block_selection": BlockSelection,
     },
-    "precondition": {"plain": Plain},
+    "precondition": {"plain": Plain, "factored": Factored},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {
         "adam": Adam,
+        "momentum": Momentum,
         "scheduled": Scheduled,
         "adafactor": Adafactor,
         "lion": Lion,
@@ -78,7 +81,7 @@ PARTS: dict[str, dict[str, type]] = {
     "residual": {
         "discard": Discard,
         "feedback": Feedback,
-        "momentum": Momentum,
+        "momentum_buffer": MomentumBuffer,
         "fira": Fira,
         "channel": Channel,
         "sparse": Sparse,

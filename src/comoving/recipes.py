@@ -5,14 +5,19 @@ from dataclasses import dataclass, field, fields
 from math import sqrt
 from typing import Any
 
+import torch
 from torch import nn
 
+from . import state as slots
 from .adamw import AdamW
-from .codecs import Full, Int8, RankOne
+from .codecs import Full, Int8, Part, RankOne
 from .finders import (
     Amortized,
+    Correlation,
+    CosineSelection,
     Exact,
     NystroemTucker,
+    Oja,
     Power,
     RandomProjection,
     StreamingTucker,
@@ -21,13 +26,15 @@ from .finders import (
     TreeIncrement,
     TreeSVD,
 )
-from .frames import Seeded, Trains, Trees
+from .formula import StateFormula, fit
+from .frames import Cosines, Seeded, Trains, Trees
 from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
 from .parts import part
-from .residual import Channel, Discard, Feedback, Fira, Momentum, Sign, Sparse
-from .rules import Adafactor, Columns, Lion, Muon, Scheduled
+from .precondition import Factored
+from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from .rules import Adafactor, Columns, Lion, Momentum, Muon, Scheduled
 from .transport import Keep, Reset, Rotate
 
 
@@ -57,6 +64,19 @@ class Recipe:
     def parts(self) -> dict[str, str]:
         """Role -> part, in words, of what the recipe sets."""
         return {role: _in_words(value) for role, value in self.options.items()}
+
+    def state_formula(self) -> StateFormula | None:
+        """The state of an m x n matrix, m <= n, at rank r; None where it is no polynomial, or no matrix is taken."""
+
+        def layout(m: int, n: int, r: int) -> Mapping[str, Part]:
+            p = nn.Parameter(torch.empty(m, n, dtype=torch.float32, device="meta"))
+            optimizer = LowRankOptimizer([p], rank=1.0 if self.full_rank else r, **self.options)
+            return slots.layout(optimizer.sites[p], optimizer.param_groups[0])
+
+        try:
+            return fit(layout)
+        except ValueError:
+            return None
 
 
 def _in_words(part: Any) -> str:
@@ -225,10 +245,40 @@ _RECIPES = (
             finder=Amortized(),
             transport=Rotate(),
             rule=Columns(),
-            residual=Momentum(),
+            residual=MomentumBuffer(),
             codec=Full(),
             refresh_every=1,
             scale="spectral",
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "flora",
+        "Adafactor's preconditioner, then momentum in a random subspace that is drawn anew from a seed now and then",
+        "2402.03293",
+        dict(
+            frame=Seeded(),
+            finder=RandomProjection(),
+            precondition=Factored(),
+            transport=Rotate(),
+            rule=Momentum(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=1000,
+            scale="match",
+        ),  # fmt: skip
+    ),
+    Recipe(
+        "online-subspace-descent",
+        "a step of online PCA at every step, moments left in old coordinates",
+        "2408.12857",
+        dict(
+            finder=Oja(momentum=0.0, rate=0.1, start="exact"),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=1,
+            scale=0.25,
         ),  # fmt: skip
         relative_rate=10.0,
     ),
@@ -253,6 +303,34 @@ _RECIPES = (
         "1804.04235",
         dict(rule=Adafactor(), betas=(0.9, 0.999)),
         full_rank=True,
+    ),
+    Recipe(
+        "coap",
+        "descent on what the frame loses and how far the momentum disagrees, an SVD now and then, moments left",
+        "2412.00071",
+        dict(
+            finder=Correlation(),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=32,
+            scale=1.0,
+        ),  # fmt: skip
+        relative_rate=2.0,
+    ),
+    Recipe(
+        "dct-adamw",
+        "the columns of the cosine transform that hold most, at every step; moments follow them, 8-bit error feedback",
+        "2505.17967",
+        dict(
+            frame=Cosines(),
+            finder=CosineSelection(momentum=0.0, norm=1),
+            transport=Rotate(),
+            residual=Feedback(lazy=False, momentum=False),
+            codec=Int8(),
+            refresh_every=1,
+            scale=1.0,
+        ),  # fmt: skip
     ),
     Recipe(
         "comoving",

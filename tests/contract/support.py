@@ -11,6 +11,7 @@ from comoving.finders import (
     HOOI,
     Amortized,
     BlockSelection,
+    Correlation,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -31,9 +32,9 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
-from comoving.precondition import Plain
-from comoving.residual import Channel, Discard, Feedback, Fira, Momentum, Sign, Sparse
-from comoving.rules import Adafactor, Adam, Columns, Lion, Muon, Scheduled
+from comoving.precondition import Factored, Plain
+from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from comoving.rules import Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
 
@@ -54,6 +55,9 @@ FINDERS = [
     Amortized(),
     Amortized(iterations=2),
     Oja(),
+    Oja(momentum=0.0, rate=0.5, start="exact"),
+    Correlation(),
+    Correlation(rate=0.5, recalibrate=2),
     IncrementalSVD(),
     SequentialHOSVD(),
     SequentialHOSVD(method="svd"),
@@ -76,7 +80,7 @@ BOND_FINDERS = [
     TreeSVD(),
     TreeIncrement(),
 ]
-SAMPLED = [(CosineSelection(), Cosines()), (RandomProjection(), Seeded())]
+SAMPLED = [(CosineSelection(), Cosines()), (CosineSelection(norm=1), Cosines()), (RandomProjection(), Seeded())]
 SPARSE = [
     (BlockSelection(), SparseModes(block=2)),
     (BlockSelection(Exact()), SparseModes(block=3, density=0.3)),
@@ -111,9 +115,11 @@ EXCUSED = {
 PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
 """Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
-PRECONDITIONERS = [Plain()]
+PRECONDITIONERS = [Plain(), Factored(), Factored(decay=0.5, floor=1e-6, clip=None)]
 RULES = [
     Adam(),
+    Momentum(),
+    Momentum(corrected=True),
     Scheduled(),
     Scheduled(growth=0.9, decay=-0.8),
     Adafactor(),
@@ -134,12 +140,14 @@ POSITIVE = [Root(), Root(block=8), Root(bits=4), Root(block=8, bits=4)]
 """Codecs of second moments alone."""
 LOSS = {Int4: 0.15}
 """Share of a normal tensor's norm that a codec may lose, where that is more than 2%."""
-MOVING = [Momentum(), Momentum(decay=0.5)]
+MOVING = [MomentumBuffer(), MomentumBuffer(decay=0.5)]
 """Residuals that keep part of what the frame holds."""
 RESIDUALS = [
     Discard(),
     Feedback(),
     Feedback(lazy=False),
+    Feedback(momentum=False),
+    Feedback(lazy=False, decay=0.7, momentum=False),
     Feedback(decay=0.7, window=3),
     Feedback(lazy=False, decay=0.7),
     Fira(),

@@ -11,6 +11,7 @@ from comoving.finders import (
     HOOI,
     Amortized,
     BlockSelection,
+    Correlation,
     CosineSelection,
     Exact,
     IncrementalSVD,
@@ -29,9 +30,10 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
+from comoving.precondition import Factored
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
-from comoving.residual import Channel, Feedback, Fira, Momentum, Sign, Sparse
-from comoving.rules import Adafactor, Adam, Columns, Lion, Muon, Scheduled
+from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from comoving.rules import Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled
 from comoving.slots import Kind, Slot
 from comoving.transport import Carry, Rotate
 from contract.support import (
@@ -130,12 +132,20 @@ def test_parts_are_frozen_values(part):
         (Nystroem, "seed", -2, ">= 0"),
         (Oja, "momentum", 1.0, r"\[0, 1\)"),
         (Oja, "rate", 0.0, r"\(0, inf\)"),
+        (Oja, "start", "warm", "'random', 'exact'"),
+        (Correlation, "rate", 0.0, r"\(0, inf\)"),
+        (Correlation, "recalibrate", 0, ">= 1"),
+        (Factored, "decay", 0.0, r"\(0, 1\]"),
+        (Factored, "floor", 0.0, r"\(0, inf\)"),
+        (Factored, "clip", 0.0, r"\(0, inf\)"),
+        (Momentum, "corrected", 2, "True, False"),
         (IncrementalSVD, "momentum", 1.0, r"\[0, 1\)"),
         (IncrementalSVD, "forgetting", 0.0, r"\(0, 1\]"),
         (IncrementalSVD, "forgetting", 1.1, r"\(0, 1\]"),
         (IncrementalSVD, "add", 0, ">= 1"),
         (IncrementalSVD, "seed", -1, ">= 0"),
         (CosineSelection, "momentum", 1.0, r"\[0, 1\)"),
+        (CosineSelection, "norm", 3, "1, 2"),
         (Cosines, "min_size", 1, ">= 2"),
         (Seeded, "min_size", 0, ">= 2"),
         (SequentialHOSVD, "momentum", 1.0, r"\[0, 1\)"),
@@ -164,7 +174,7 @@ def test_parts_are_frozen_values(part):
         (Root, "bits", 5, "8, 4"),
         (RankOne, "signed", 2, "True, False"),
         (Amortized, "iterations", 0, ">= 1"),
-        (Momentum, "decay", 1.1, r"\[0, 1\]"),
+        (MomentumBuffer, "decay", 1.1, r"\[0, 1\]"),
         *((Lion, field, 1.0, r"\[0, 1\)") for field in ("b1", "b2")),
         (Muon, "decay", 1.0, r"\[0, 1\)"),
         *((Muon, field, 2, "True, False") for field in ("nesterov", "ema", "bf16")),
@@ -200,6 +210,7 @@ def test_parts_are_frozen_values(part):
         (Sparse, "rule", Modal(Kind.COVARIANCE), "elementwise, without statistics of modes"),
         (Sparse, "rule", Modal(None), "elementwise"),
         (Sparse, "seed", -1, ">= 0"),
+        (Feedback, "momentum", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),
         (BlockSelection, "inner", BlockSelection(), "fills a ModeFrame"),
         (SparseModes, "block", 0, ">= 1"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import comoving
 from comoving.race import contenders
 from comoving.race.contenders import Refused, hidden_weights, state_bytes, storage_bytes, tensors_in
 
@@ -152,4 +153,16 @@ def test_our_contender_steps_and_is_counted():
     model = Net()
     optimizer = contenders.parse("comoving").build(model, 1e-2, 4, 0.0)
     losses = steps(model, optimizer, torch.arange(10), 6)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", comoving.recipes())
+@pytest.mark.parametrize("kind", ["matrices", "complex tensors"])
+def test_every_recipe_trains_at_its_own_rate(kind, name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Net() if kind == "matrices" else Spectral()
+        x = torch.arange(10) if kind == "matrices" else torch.randn(2, 4, 6, 5, dtype=torch.complex64)
+    contender = contenders.parse(name)
+    losses = steps(model, contender.build(model, 3e-3 * contender.relative_rate, 0.25, 0.0), x, 8)
     assert losses[-1] < losses[0]

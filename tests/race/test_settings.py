@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import comoving
 from comoving.race import contenders
 from comoving.race.command import settings_from
 from comoving.race.settings import RaceSettings, SettingsError, parse_names, parse_rank, parse_rates
@@ -118,3 +119,19 @@ def test_every_measured_rate_belongs_to_a_known_contender():
         for name, rate in info.rates.items():
             assert contenders.parse(name).label == name
             assert rate > 0
+
+
+def test_all_is_every_recipe_once():
+    every = tuple(comoving.recipes())
+    assert contenders.named(("all",)) == every
+    assert contenders.named(("torch-muon", "all", "galore:scale=1.0")) == ("torch-muon", *every, "galore:scale=1.0")
+    chosen = contenders.named(("galore", "all"))
+    assert chosen[0] == "galore"
+    assert sorted(chosen) == sorted(every)
+    made = settings_from("vit", "all", steps=4, lr="", rank=None, out=None, seeds=1)
+    assert made.optimizers == every
+
+
+@pytest.mark.parametrize("name", comoving.recipes())
+def test_every_recipe_has_a_rate_to_start_from(name):
+    assert 0.1 <= contenders.parse(name).relative_rate <= 30

@@ -8,7 +8,7 @@ import torch
 import comoving
 from comoving.codecs import Int4, Int8
 from comoving.frames import Modes
-from comoving.residual import Feedback, Momentum
+from comoving.residual import Feedback, MomentumBuffer
 from comoving.rules import Adafactor, Columns, Lion, Muon, Scheduled
 from comoving.rules.muon import newton_schulz, polar
 from contract.support import COMPLEX, REAL, Holder, close, known_rank, lone, randn, step
@@ -201,7 +201,7 @@ def test_dion(shape, side, iterations, dtype):
 
     finder = comoving.finders.Amortized(iterations=iterations)
     optimizer, p = follow(
-        "dion", start, Turned(), finder=finder, residual=Momentum(decay=0.7), eps=1e-3, lr=0.03, weight_decay=0.1,
+        "dion", start, Turned(), finder=finder, residual=MomentumBuffer(decay=0.7), eps=1e-3, lr=0.03, weight_decay=0.1,
         rank=3, side=side, seed=seed,
     )  # fmt: skip
     close(turn(optimizer.state[p]["feedback.momentum.value"]), reference.m)

@@ -3,6 +3,7 @@
 from .amortized import Amortized
 from .base import Finder, Memory, Memoryless
 from .block_selection import BlockSelection
+from .correlation import Correlation
 from .cosine import CosineSelection
 from .exact import Exact
 from .hooi import HOOI
@@ -21,12 +22,13 @@ from .train import TrainIncrement, TrainRandomized, TrainSVD
 from .tree import TreeIncrement, TreeSVD
 
 __all__ = [
-    "HOOI",
-    "BlockSelection",
     "Amortized",
+    "BlockSelection",
+    "Correlation",
     "CosineSelection",
     "Exact",
     "Finder",
+    "HOOI",
     "IncrementalSVD",
     "Memory",
     "Memoryless",

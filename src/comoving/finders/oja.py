@@ -1,14 +1,14 @@
 """Oja's rule: a step of online PCA at each refresh."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
 from ..linalg import norm, orthonormalize
-from ..validate import check_float
+from ..validate import check_choice, check_float
 from .base import Memory, Memoryless, check_start
 from .operand import Operand
 from .power import Power
@@ -24,27 +24,30 @@ class Oja(Memoryless):
     of the rank: against directions without energy, one with the mean energy gains a factor of 1 + rate per refresh. The
     frame averages over about 1 / rate refreshes; a large rate is power iteration.
 
-    The first frame is made by three power iterations.
+    The first frame is made by three power iterations, or from the exact singular vectors.
 
     Args:
         momentum: rho of the operand, in [0, 1).
         rate: of the step, > 0.
+        start: where the first frame begins, "random" or "exact"; see :class:`Power`.
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
 
     momentum: float = 0.9
     rate: float = 1.0
+    start: Literal["random", "exact"] = "random"
 
     def __post_init__(self) -> None:
         check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
         check_float("rate", self.rate, 0.0, open_low=True)
+        check_choice("start", self.start, ("random", "exact"))
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """One step from ``start``."""
         check_start(self, start)
         if not warm:
-            return Power(start="random").find(operand, start, False, memory)
+            return Power(start=self.start).find(operand, start, False, memory)
         return ModeFrame(tuple(None if u is None else self._turned(operand, n, u) for n, u in enumerate(start.factors)))
 
     def _turned(self, operand: Operand, mode: int, u: Tensor) -> Tensor:

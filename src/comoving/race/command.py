@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from comoving.race import report, sweep
+from comoving.race import contenders, report, sweep
 from comoving.race.extras import require
 from comoving.race.settings import RaceSettings, RunSettings, SettingsError, parse_names, parse_rank, parse_rates
 from comoving.race.table import DASH, columns, remarks
@@ -29,7 +29,7 @@ def settings_from(
     info = TASKS[task]
     return RaceSettings(
         task=task,
-        optimizers=parse_names(info.optimizers if optimizers is None else optimizers),
+        optimizers=contenders.named(parse_names(info.optimizers if optimizers is None else optimizers)),
         steps=info.steps if steps is None else steps,
         rates=parse_rates(lr),
         rank=info.rank if rank is None else parse_rank(rank),

@@ -1,7 +1,8 @@
 """Who takes part: our recipes by their own names, other people's optimizers by foreign ones.
 
 A contender is written ``name`` or ``name:key=value;key=value``; the overrides go to :func:`comoving.build` (for
-a foreign contender: to its constructor), values read as Python literals where they are, as strings elsewhere.
+a foreign contender: to its constructor), values read as Python literals where they are, as strings elsewhere. "all" is
+every recipe of ours.
 """
 
 import hashlib
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 import comoving
 from comoving.race.extras import require
 from comoving.race.settings import Rank, SettingsError, literal
+
+ALL = "all"
+"""Every recipe of ours, in place of a name."""
 
 
 class Refused(Exception):
@@ -129,6 +133,13 @@ def parse(label: str) -> Contender:
             raise SettingsError(f"override {part!r} of {name!r} is not key=value")
         overrides[key.strip()] = literal(value)
     return Contender(label, name, overrides, FOREIGN.get(name))
+
+
+def named(labels: Iterable[str]) -> tuple[str, ...]:
+    """The labels, with "all" as every recipe, at its own relative rate, that is not in the list by itself."""
+    labels = tuple(labels)
+    others = [name for name in comoving.recipes() if name not in labels]
+    return tuple(name for label in labels for name in (others if label == ALL else [label]))
 
 
 def hidden_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,7 +5,7 @@ from .channel import Channel
 from .discard import Discard
 from .feedback import Feedback
 from .fira import Fira
-from .momentum import Momentum
+from .momentum_buffer import MomentumBuffer
 from .sign import Sign
 from .sparse import Sparse
 
@@ -16,7 +16,7 @@ __all__ = [
     "Fira",
     "Holding",
     "Inside",
-    "Momentum",
+    "MomentumBuffer",
     "Passage",
     "Residual",
     "Sign",

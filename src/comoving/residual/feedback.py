@@ -43,6 +43,8 @@ class Feedback(Inside):
             saves as many numbers as the core has.
         decay: d in (0, 1].
         window: what is kept is dropped before every step whose number is one more than a multiple of this; None: never.
+        momentum: whether momentum that a change of frame loses comes again; without, e_t = g~ - F' F'^H g~, the plain
+            feedback of DCT-AdamW (arXiv 2505.17967), at one more product where the frame changes.
 
     A and Y are stored through the codec, in the slots "feedback.gradients.<part>" and "feedback.momenta.<part>", and
     1/b in "feedback.weight".
@@ -51,9 +53,11 @@ class Feedback(Inside):
     lazy: bool = True
     decay: float = 1.0
     window: int | None = None
+    momentum: bool = True
 
     def __post_init__(self) -> None:
         check_choice("lazy", self.lazy, (True, False))
+        check_choice("momentum", self.momentum, (True, False))
         check_float("decay", self.decay, 0.0, 1.0, open_low=True)
         if self.window is not None:
             check_int("window", self.window, 1)
@@ -89,20 +93,23 @@ class Feedback(Inside):
         if not opening:
             used += self._earlier(used, state, codec)
         elif passage.old_frame is not None and passage.old_momentum is not None:
+            lost = 0.0 if self.momentum or passage.overlap is None else passage.reentry
             surplus = self._used(passage.old_momentum, state, codec).mul_(self._share(passage))
-            surplus.sub_(passage.old_momentum, alpha=passage.reentry)
+            surplus.sub_(passage.old_momentum, alpha=passage.reentry - lost)
             if self.lazy and passage.overlap is None:
                 used += surplus
                 codec.encode(surplus, _stored(state, _MOMENTA))
             else:
                 passage.old_frame.add_lift(dense, surplus, -1.0)
+                if lost > 0:
+                    passage.frame.add_lift(dense, passage.momentum, lost)
                 self._forget(core, state, codec)
         state[_WEIGHT].fill_(1 / passage.intake)
         size = codec.encode(dense, _stored(state, _GRADIENTS))
         whole = size.clamp_min(_TINY)
         # |e|^2 = |A|^2 - |C|^2 - 2 Re <F'^H e, C>, and only a transport that drops momentum leaves any of e inside F'.
         share = (norm(used) / whole).square()
-        if passage.image is not None and passage.image is not passage.momentum:
+        if self.momentum and passage.image is not None and passage.image is not passage.momentum:
             inside = (passage.image - passage.momentum).div_(whole)
             share = share + 2 * passage.reentry * inner(inside, used / whole)
         return size * (1 - share).clamp_min(0).sqrt()

@@ -5,7 +5,8 @@ from .adam import Adam
 from .base import Rule
 from .columns import Columns
 from .lion import Lion
+from .momentum import Momentum
 from .muon import Muon
 from .scheduled import Scheduled
 
-__all__ = ["Adafactor", "Adam", "Columns", "Lion", "Muon", "Rule", "Scheduled"]
+__all__ = ["Adafactor", "Adam", "Columns", "Lion", "Momentum", "Muon", "Rule", "Scheduled"]

@@ -24,7 +24,7 @@ class Columns:
 
     which has unit RMS; with the update scale "spectral" the lifted direction is Dion's sqrt(m/n) P Q^H. The momentum
     slot remembers the last z that was not zero, from which the finder ``Amortized`` starts; the averaging is the
-    residual's (:class:`comoving.residual.Momentum`).
+    residual's (:class:`comoving.residual.MomentumBuffer`).
 
     Args:
         along: the mode of the core whose slices are made equal: "left" the first, "right" the last, "auto" the shortest

@@ -16,7 +16,7 @@ _BUFFER = "feedback.momentum."
 
 
 @dataclass(frozen=True)
-class Momentum(Inside):
+class MomentumBuffer(Inside):
     """The buffer of Dion (arXiv 2504.05295): what the frame misses stays, what it holds decays.
 
     B = g + M

@@ -1,0 +1,60 @@
+"""Adafactor's second moment, factored over the modes."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from ..codecs import Part
+from ..linalg import abs_squared, norm
+from ..validate import check_float
+
+
+@dataclass(frozen=True)
+class Factored:
+    """g / sqrt(V), V a product of the mean squares of slices (Adafactor, arXiv 1804.04235), for any order N.
+
+    b_t <- 1 - t^-decay                                   (b_1 = 0: no bias to correct)
+    v_n <- b_t v_n + (1 - b_t) mean of |g|^2 + floor over every mode but n,       (d_n,), real, for each mode n
+    V    = v_1 (x) ... (x) v_N / mean^(N-1),              mean = that of any v_n, they agree
+    w    = g / sqrt(V),  then  w / max(1, RMS(w) / clip)
+
+    For a matrix V is the paper's R C / 1^T R; a vector keeps the whole V. w has entries of about unit size. Several
+    gradients that are absorbed for one step are preconditioned one by one.
+
+    Args:
+        decay: in (0, 1].
+        floor: added to the squares, > 0.
+        clip: largest root mean square of w, > 0; None for no limit.
+    """
+
+    decay: float = 0.8
+    floor: float = 1e-30
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        check_float("decay", self.decay, 0.0, 1.0, open_low=True)
+        check_float("floor", self.floor, 0.0, open_low=True)
+        if self.clip is not None:
+            check_float("clip", self.clip, 0.0, open_low=True)
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+        """The v_n."""
+        return {f"precondition.{n}": Part((d,), dtype.to_real()) for n, d in enumerate(shape)}
+
+    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """w, a new tensor."""
+        modes = range(gradient.ndim)
+        fresh = max(1, step) ** -self.decay  # 0 where an empty first gradient has set the count back
+        squares = abs_squared(gradient) + self.floor
+        w = gradient
+        for n in modes:
+            others = [m for m in modes if m != n]
+            v = state[f"precondition.{n}"].lerp_(squares.mean(others) if others else squares, fresh)
+            # V mode by mode, the mean once: the product of all v_n would leave the range of float32.
+            share = v if n == 0 else v / v.mean()
+            w = w * share.rsqrt().reshape([-1 if m == n else 1 for m in modes])
+        if self.clip is None:
+            return w
+        return w / (norm(w) / (sqrt(w.numel()) * self.clip)).clamp_min(1.0)
