@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comoving.draws import gaussian
 from comoving.linalg import (
     abs_squared,
     add_multilinear,
@@ -216,3 +217,13 @@ def test_abs_squared_is_real(dtype):
 def test_abs_squared_takes_conjugate_views():
     x = randn((4, 5), COMPLEX)
     close(abs_squared(x.mH), x.abs().mT ** 2, 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (64, 7), (200, 200)], ids=str)
+def test_a_trusted_gaussian_is_orthonormalized_as_any_matrix(shape, dtype):
+    for seed in range(5):
+        a = gaussian(shape, torch.zeros((), dtype=dtype), seed)
+        q = orthonormalize(a, trusted=True)
+        assert orthogonality_defect(q) <= 32 * torch.finfo(dtype).eps * shape[1] ** 0.5
+        assert (q - orthonormalize(a)).abs().max() <= 1e4 * torch.finfo(torch.float64).eps + torch.finfo(dtype).eps

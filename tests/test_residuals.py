@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import comoving
-from comoving.codecs import Full
+from comoving.codecs import Full, Int8
 from comoving.finders import Exact
 from comoving.frames import Seeded
-from comoving.residual import Channel, Feedback, Fira, Sign, Sparse
+from comoving.residual import Channel, Discard, Feedback, Fira, Sign, Sparse
 from comoving.residual.gains import brake
-from comoving.transport import Keep, Reset
-from contract.support import COMPLEX, REAL, Holder, close, feedback_of, frame_of, lone, randn, step
+from comoving.transport import Keep, Reset, Rotate
+from contract.support import COMPLEX, REAL, RESIDUALS, Holder, close, feedback_of, frame_of, lone, randn, step
 from references.algebra import every
 from references.apollo import Apollo
 from references.fira import Fira as FiraReference
@@ -21,6 +21,7 @@ from references.tensorgrad import TensorGRaD
 
 HYPER = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 STEPS = 50
+HOLDING = [residual for residual in RESIDUALS if not isinstance(residual, Discard | Feedback)]
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX])
 MATRICES = pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)], ids=["wide", "tall", "square"])
 
@@ -400,6 +401,112 @@ def test_parts_by_text():
     assert comoving.parts.part("residual", "fira(per='tensor')") == Fira(per="tensor")
 
 
-def test_a_checkpoint_of_another_rule_in_the_sparse_part_is_refused():
-    saved = comoving.checkpoint.describe(Sparse())
-    assert saved["rule"] == {"part": "Adam"}
+# ---------------------------------------------------------------------------------- beside the rest of the engine
+
+
+@pytest.mark.parametrize("residual", HOLDING, ids=str)
+def test_blocks_have_residuals_of_their_own(residual):
+    """Every expert is stepped as if it were alone; without a gradient it stays as it is."""
+    shape = (3, 12, 10)
+    options = {"rank": 2, "residual": residual, "lr": 0.1, "weight_decay": 0.0, "finder": Exact()}
+    p, optimizer = lone(randn(shape), frame=comoving.frames.Blocks(), **options)
+    alone = [lone(x, **options) for x in p.detach().clone()]
+    for t in range(5):
+        g = randn(shape, seed=t)
+        g[1] *= t != 2
+        step(optimizer, p, g)
+        for b, (q, other) in enumerate(alone):
+            if g[b].any():
+                step(other, q, g[b])
+    for b, (q, _) in enumerate(alone):
+        close(p.detach()[b], q.detach(), 1e-9)
+
+
+@pytest.mark.parametrize("residual", HOLDING, ids=str)
+def test_a_skipped_step_leaves_no_trace(residual):
+    """on_nonfinite="skip": parameters and state are those of a run without the bad gradient."""
+    options = {"rank": 2, "residual": residual, "refresh_every": 50, "on_nonfinite": "skip"}
+    p, optimizer = lone(randn((6, 10)), **options)
+    q, other = lone(randn((6, 10)), **options)
+    for t in range(5):
+        g = randn((6, 10), seed=t)
+        if t == 3:
+            step(optimizer, p, torch.full_like(g, float("nan")))
+        step(optimizer, p, g)
+        step(other, q, g)
+    assert torch.equal(p, q)
+    assert optimizer.skipped_steps == 1
+    ours, theirs = ({n: x for n, x in o.state[w].items() if n != "tick"} for o, w in ((optimizer, p), (other, q)))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[n]) for n, x in ours.items() if n != "diagnostics")
+
+
+@pytest.mark.parametrize("residual", HOLDING, ids=str)
+@pytest.mark.parametrize("strided", ["transposed", "matrix view", "maximize"])
+def test_the_way_weights_lie_does_not_matter(residual, strided):
+    shape = (8, 3, 2, 2)
+    options = {"rank": 2, "residual": residual, "lr": 0.1, "finder": Exact(), "view": "matrix"}
+    q, other = lone(randn(shape), **options)
+    start = randn(shape)
+    if strided == "transposed":
+        start = start.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    p = torch.nn.Parameter(start.clone(memory_format=torch.preserve_format))
+    if strided == "matrix view":
+        p, options["view"] = torch.nn.Parameter(start.reshape(8, 12).clone()), "tensor"
+    optimizer = comoving.LowRankOptimizer([p], **(options | {"maximize": strided == "maximize"}))
+    for t in range(4):
+        g = randn(shape, seed=t)
+        step(optimizer, p, (-g if strided == "maximize" else g).reshape(p.shape))
+        step(other, q, g)
+    close(p.detach().reshape(shape), q.detach(), 1e-9)
+
+
+@pytest.mark.parametrize("residual", HOLDING, ids=str)
+@pytest.mark.parametrize("layout", [comoving.frames.Trains(), comoving.frames.Trees()], ids=str)
+def test_frames_without_modes(residual, layout):
+    """A core of two bonds: one phi for all of it, and the rest as everywhere."""
+    finder = comoving.finders.TrainSVD() if isinstance(layout, comoving.frames.Trains) else comoving.finders.TreeSVD()
+    p, optimizer = lone(
+        randn((6, 5, 4, 3), COMPLEX), rank=3, frame=layout, finder=finder, residual=residual, refresh_every=2,
+        moments=Int8(), lr=0.01,
+    )  # fmt: skip
+    before = p.detach().clone()
+    for t in range(5):
+        step(optimizer, p, randn((6, 5, 4, 3), COMPLEX, t))
+    assert p.isfinite().all()
+    assert 0 < (p.detach() - before).norm() < 5
+    assert "held" not in optimizer.state[p]
+
+
+@pytest.mark.parametrize("residual", HOLDING, ids=str)
+def test_ranks_that_change(residual):
+    policy = comoving.ranks.Temperature(start=2.0, end=0.5, steps=6, step=1)
+    p, optimizer = lone(randn((16, 24)), rank=4, ranks=policy, residual=residual, refresh_every=2, transport=Rotate())
+    found = set()
+    for t in range(9):
+        step(optimizer, p, randn((16, 24), seed=t))
+        found.add(frame_of(optimizer, p).ranks)
+    assert len(found) > 1
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("residual", HOLDING, ids=str)
+def test_moments_of_adamw_are_taken_over(residual):
+    """From torch's AdamW, and from another rank, into the middle of a run."""
+    q = torch.nn.Parameter(randn((16, 24)))
+    dense = torch.optim.AdamW([q])
+    step(dense, q, randn((16, 24), seed=1))
+    p, optimizer = lone(q.detach(), rank=4, residual=residual, refresh_every=50, transport=Rotate())
+    optimizer.load_state_dict(dense.state_dict())
+    step(optimizer, p, randn((16, 24), seed=2))
+    w, other = lone(p.detach(), rank=3, residual=residual, refresh_every=50, transport=Rotate())
+    other.load_state_dict(optimizer.state_dict())
+    step(other, w, randn((16, 24), seed=3))
+    assert w.isfinite().all()
+    if isinstance(residual, Sparse):
+        assert len(set(other.state[w]["sparse.indices"].tolist())) == residual.count((16, 24))
+
+
+def test_a_rule_of_another_kind_in_the_sparse_part_is_another_recipe():
+    """Nested parts are saved by name."""
+    assert comoving.checkpoint.describe(Sparse())["rule"] == {"part": "Adam"}

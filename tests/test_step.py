@@ -297,8 +297,10 @@ def test_zero_gradients_at_zero_rate_create_all_slots_and_change_nothing(recipe,
 REACHED = {
     "adamw": 3e-5, "galore": 3e-4, "ldadam": 2e-3, "tensor-galore": 2e-2, "tucker-adam": 5e-4, "comoving": 6e-3,
     "nystrom-tucker-adam": 3e-4, "streaming-tucker-adam": 1.5e-3, "galore+ef": 6e-3, "tensor-galore+ef": 0.15,
+    "fira": 4e-6, "apollo": 1e-12, "apollo-mini": 1e-8, "frugal": 1e-6, "tensorgrad": 1e-2,
     "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
 }  # fmt: skip
+PERIODIC = ("galore", "tensor-galore", "fira", "apollo", "frugal", "tensorgrad")
 TWO_SIDED = ("tt-adam", "tt-ice-adam", "ht-adam", "ht-rise-adam")
 
 
@@ -312,7 +314,7 @@ def test_least_squares(recipe, complex_field):
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(16, 24, dtype=dtype))
     y = a @ torch.randn(16, 24, generator=generator, dtype=dtype)
-    options = {"refresh_every": 10} if recipe.startswith(("galore", "tensor-galore")) else {}
+    options = {"refresh_every": 10} if recipe.startswith(PERIODIC) else {}
     optimizer = build(
         recipe, model, 5e-2 * recipes()[recipe.split("+")[0]].relative_rate, rank=9 if recipe in TWO_SIDED else 0.5,
         weight_decay=0.0, **options
@@ -333,7 +335,7 @@ def test_least_squares(recipe, complex_field):
 
 
 class NoReads(TorchDispatchMode):
-    """Fails when a tensor on ``device`` is read from the host outside an allowed context."""
+    """Fails when a tensor is read outside an allowed context; seeds and counts, which live on the host, may be."""
 
     def __init__(self):
         super().__init__()
@@ -347,11 +349,9 @@ class NoReads(TorchDispatchMode):
         self.allowed = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-            torch.ops.aten.equal.default,
-        ):
+        single = func is torch.ops.aten._local_scalar_dense.default
+        on_host = single and args[0].dtype is torch.int64
+        if not on_host and (single or func in (torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)):
             self.reads += 1
             if not self.allowed:
                 raise AssertionError(f"{func} outside a refresh")

@@ -90,7 +90,7 @@ class SeededFrame(ModeFrame):
     def of(cls, seeds: tuple[int | None, ...], shape: tuple[int, ...], ranks: Ranks, like: Tensor) -> Self:
         """The frame of these seeds and ranks, drawn, in like's dtype and on its device."""
         factors = tuple(
-            None if seed is None or r is None else orthonormalize(gaussian((d, r), like, seed))
+            None if seed is None or r is None else orthonormalize(gaussian((d, r), like, seed), trusted=True)
             for seed, d, r in zip(seeds, shape, ranks, strict=True)
         )
         return cls(factors, seeds)

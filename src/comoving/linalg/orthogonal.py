@@ -16,7 +16,7 @@ def orthogonality_defect(u: Tensor) -> Tensor:
     return (u.mH @ u - identity).abs().amax((-2, -1))
 
 
-def orthonormalize(a: Tensor, tolerance: float | None = None) -> Tensor:
+def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = False) -> Tensor:
     """An orthonormal basis Q of the columns of A, the Q of A = QR with a positive diagonal in R.
 
     CholeskyQR: R^H R = A^H A, Q = A R^-1, in double the precision, so that one pass serves condition numbers up to
@@ -28,6 +28,8 @@ def orthonormalize(a: Tensor, tolerance: float | None = None) -> Tensor:
         a: (*batch, d, r) with r <= d, in float32, float64, complex64 or complex128 (half precision is cast up by the
             caller: no decomposition exists for it).
         tolerance: largest accepted defect; default 32 machine epsilons times sqrt(r).
+        trusted: A is known to have a condition number far below 1e7, as a Gaussian matrix has: two passes are then
+            enough, and nothing is read on the host.
 
     Returns:
         Q of a's shape and dtype, contiguous.
@@ -37,6 +39,8 @@ def orthonormalize(a: Tensor, tolerance: float | None = None) -> Tensor:
     for _ in range(2):
         factor, info = torch.linalg.cholesky_ex(q.mH @ q)
         q = torch.linalg.solve_triangular(factor.mH, q, upper=True, left=False)
+        if trusted:
+            continue
         narrow = q.to(a.dtype).contiguous()
         failed = (info != 0).any()
         done = ~failed & (orthogonality_defect(narrow) <= limit).all()
@@ -44,6 +48,8 @@ def orthonormalize(a: Tensor, tolerance: float | None = None) -> Tensor:
             return narrow
         if bool(failed):
             break
+    if trusted:
+        return q.to(a.dtype).contiguous()
     q, r = torch.linalg.qr(a)
     sign = r.diagonal(dim1=-2, dim2=-1).sgn()
     return (q * torch.where(sign == 0, torch.ones_like(sign), sign).unsqueeze(-2)).contiguous()
