@@ -153,7 +153,7 @@ def test_numbers_of_carry_with_each_codec(codec, buffer):
 
 def test_complex_second_moments_are_real():
     model = model_of(spectral=((16, 12, 9), torch.complex64), modes=((15,), torch.complex64))
-    for recipe in recipes():
+    for recipe in ("adamw", "galore", "ldadam", "tensor-galore", "tucker-adam", "tt-adam", "ht-adam", "comoving"):
         optimizer = build(recipe, model, 1e-3)
         step(model, optimizer, 2)
         for p in model.parameters():

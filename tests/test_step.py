@@ -319,7 +319,7 @@ def test_least_squares(recipe, complex_field):
         recipe, model, 5e-2 * recipes()[recipe.split("+")[0]].relative_rate, rank=9 if recipe in TWO_SIDED else 0.5,
         weight_decay=0.0, **options
     )  # fmt: skip
-    assert optimizer.sites[model.weight].projected == (recipe != "adamw")
+    assert optimizer.sites[model.weight].projected is not recipes()[recipe.split("+")[0]].full_rank
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 300)
     start = y.abs().square().sum().item()
     for _ in range(300):
@@ -408,7 +408,7 @@ def test_raise_reads_one_flag_a_step(recipe):
         with mode:
             optimizer.step()
         assert mode.reads == 1
-    assert refreshes
+    assert refreshes or recipes()[recipe.split("+")[0]].full_rank
 
 
 def test_raise_looks_at_each_gradient_only_after_a_bad_flag():

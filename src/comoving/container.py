@@ -42,9 +42,9 @@ class Unit(NamedTuple):
         """The unit with its moments decoded."""
         return self._replace(state=slots.unpacked(self.site, self.group, self.state))
 
-    def pack_into(self, state: dict[str, Any]) -> None:
-        """Encode the moments of an unpacked unit again, into the state that it came from."""
-        slots.pack(self.site, self.group, self.state, state)
+    def pack_into(self, state: dict[str, Any], moved: bool = True) -> None:
+        """Encode the moments of an unpacked unit again, where they have moved, into the state that it came from."""
+        slots.pack(self.site, self.group, self.state, state, moved)
 
 
 class Container(Optimizer):

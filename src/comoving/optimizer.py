@@ -239,7 +239,7 @@ class LowRankOptimizer(Container):
             own = norm(seen) if size is None else size
             lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
             error_control.measure(state[error_control.SLOT], own, total, z, kept, rounded, lost, opening)
-        unit.pack_into(stored)
+        unit.pack_into(stored, moved=refreshing)
 
     def _apply(self, unit: Unit, weights: Tensor) -> None:
         """Steps 5-7 for a parameter or a block of it, on its weights in working precision."""
@@ -339,8 +339,7 @@ class LowRankOptimizer(Container):
         if not site.projected:
             return not units
         return len(units) < max(1, site.blocks) or any(
-            unit.frame().ranks != unit.site.ranks
-            or (unit.group["ranks"].adaptive and self._refresh_due(unit, unit.frame()))
+            not slots.at_its_ranks(*unit) or (unit.group["ranks"].adaptive and self._refresh_due(unit, unit.frame()))
             for unit in units
         )
 

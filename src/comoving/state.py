@@ -63,9 +63,20 @@ def set_ranks(state: Mapping[str, Any], ranks: Ranks) -> None:
     state[RANKS].copy_(torch.tensor([-1 if r is None else r for r in ranks]))
 
 
+def ranks_in(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> Ranks:
+    """The ranks of the frame in the state; the site's own where neither frame nor moments, being coded, show them."""
+    momentum = state.get(group["rule"].momentum)
+    try:
+        return group["frame"].load(state, site.view.shape, momentum).ranks
+    except ValueError:
+        if momentum is not None:
+            raise
+        return site.ranks
+
+
 def at_its_ranks(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
     """Whether the frame in the state has the site's ranks."""
-    return group["frame"].load(state, site.view.shape).ranks == site.ranks
+    return ranks_in(site, group, state) == site.ranks
 
 
 def rule_slots(site: Site, group: Mapping[str, Any]) -> tuple[Slot, ...]:
@@ -125,17 +136,24 @@ def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any]) -> dic
         return state
     working = dict(state)
     if site.projected:
-        site = resized(site, group, group["frame"].load(state, site.view.shape).ranks)
+        site = resized(site, group, ranks_in(site, group, state))
     for slot in rule_slots(site, group):
         part, store, names = slot_part(slot, site, group), _store(slot, group["moments"]), _stored(slot, site, group)
         if store is not None and all(name in working for name in names):
+            if any(tuple(working[name].shape) != p.shape for name, p in names.items()):
+                raise ValueError(f"{site.name}: {slot.name}, as it is stored, belongs to no core of shape {part.shape}")
             coded = {name.removeprefix(f"{slot.name}."): working.pop(name) for name in names}
             working[slot.name] = store.decode(coded, part.shape, part.dtype)
     return working
 
 
-def pack(site: Site, group: Mapping[str, Any], working: dict[str, Any], state: dict[str, Any]) -> None:
-    """Bring the state up to date with its unpacked form; coded tensors are overwritten in place where shapes agree."""
+def pack(
+    site: Site, group: Mapping[str, Any], working: dict[str, Any], state: dict[str, Any], moved: bool = True
+) -> None:
+    """Bring the state up to date with its unpacked form; coded tensors are overwritten in place where shapes agree.
+
+    Unless the moments have ``moved``, they stay as they are stored.
+    """
     if working is state:
         return
     coded: dict[str, Tensor] = {}
@@ -149,7 +167,8 @@ def pack(site: Site, group: Mapping[str, Any], working: dict[str, Any], state: d
             held = state.get(f"{slot.name}.{name}", value)
             fits = held is not value and tuple(held.shape) == part.shape
             own[name] = held if fits else value.new_zeros(part.shape, dtype=part.dtype)
-        store.encode(value, own)
+        if moved:
+            store.encode(value, own)
         coded |= {f"{slot.name}.{name}": x for name, x in own.items()}
     for name in set(state) - set(working) - set(coded):
         del state[name]

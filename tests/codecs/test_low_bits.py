@@ -42,7 +42,7 @@ def test_the_normal_levels():
     assert _normal() == pytest.approx(printed, abs=1e-6)
 
 
-@pytest.mark.parametrize("codec", [Int4(), Int4(block=8), Int4(table="normal"), Int4(block=8, table="normal")], ids=str)
+@pytest.mark.parametrize("codec", [Int4(), Int4(block=8), Int4(table="linear"), Int4(block=8, table="linear")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, REAL, torch.complex64, COMPLEX], ids=str)
 @SHAPES
 def test_every_entry_gets_the_nearest_level(codec, shape, dtype):

@@ -133,7 +133,7 @@ RULES = [
     Columns(),
     Columns(along="right"),
 ]
-CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="normal")]
+CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 COARSE = [RankOne(), RankOne(signed=False)]
 """Codecs that promise nothing of single entries."""
 POSITIVE = [Root(), Root(block=8), Root(bits=4), Root(block=8, bits=4)]
