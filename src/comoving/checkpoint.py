@@ -13,6 +13,7 @@ from .linalg import reorthonormalize
 from .ranks.base import Record
 from .rules.adam import FIRST, SECOND
 from .sites import Site
+from .slots import Kind
 from .state import (
     MEMORY,
     RANKS,
@@ -95,6 +96,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     state = _renamed(saved, site)
     state, site = _with_ranks(state, site, group)
     expected, group = layout(site, group), parts_of(site, group)
+    caches = {slot.name for slot in rule_slots(site, group) if slot.kind is Kind.CACHE}
+    expected = {name: part for name, part in expected.items() if name in state or name not in caches}
     if site.plain:
         state = _checked(state, expected, site, ignore=("tick",))
         return {name: state[name] for name in expected}
@@ -212,7 +215,8 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     frame = layout.load(state, shape, state.get(momentum))
     core = layout.core_shape(shape, frame.ranks)
     framed = resized(site, group, frame.ranks)
-    needed = {slot.name: slot_part(slot, framed, group) for slot in group["rule"].slots(core)}
+    lasting = [slot for slot in group["rule"].slots(core) if slot.kind is not Kind.CACHE]
+    needed = {slot.name: slot_part(slot, framed, group) for slot in lasting}
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")

@@ -82,6 +82,11 @@ def check_options(group: Mapping[str, Any]) -> None:
             f"finder {group['finder']} cannot fill frame {group['frame']}: it finds a "
             f"{' or '.join(kind.__name__ for kind in fills)}, the frame is a {makes.__name__}"
         )
+    if getattr(group["rule"], "modal", False) and not getattr(group["frame"], "modal", True):
+        raise ValueError(
+            f"rule {group['rule']} keeps statistics of single modes of the core, and the core of frame "
+            f"{group['frame']} has none"
+        )
 
 
 def update_scale(site: Site, scale: float | str) -> float:

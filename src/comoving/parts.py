@@ -25,10 +25,10 @@ from .finders import (
     TreeSVD,
 )
 from .frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
-from .precondition import Plain
+from .precondition import Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .residual import Discard, Feedback
-from .rules import Adam
+from .rules import SOAP, Adam, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
@@ -60,9 +60,9 @@ PARTS: dict[str, dict[str, type]] = {
         "nystrom_tucker": NystroemTucker,
         "streaming_tucker": StreamingTucker,
     },
-    "precondition": {"plain": Plain},
+    "precondition": {"plain": Plain, "kronecker": Kronecker},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
-    "rule": {"adam": Adam},
+    "rule": {"adam": Adam, "shampoo": Shampoo, "soap": SOAP},
     "residual": {"discard": Discard, "feedback": Feedback},
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8},

@@ -23,7 +23,9 @@ from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
 from .parts import part
+from .precondition import Kronecker
 from .residual import Discard, Feedback
+from .rules import SOAP, Shampoo
 from .transport import Keep, Rotate
 
 
@@ -149,6 +151,32 @@ _RECIPES = (
         "moments rotated between hierarchical Tucker trees, found by increments",
         "2412.16544",
         _WITHOUT | {"frame": Trees(), "finder": TreeIncrement(momentum=0.9)},
+    ),
+    Recipe(
+        "shampoo",
+        "Kronecker-factored preconditioning of every mode, updates of Adam's length",
+        "1802.09568; grafting as in 2309.06497",
+        dict(rule=Shampoo(every=10)),
+        full_rank=True,
+    ),
+    Recipe(
+        "soap",
+        "Adam in the slowly turning eigenbases of Shampoo's factors",
+        "2409.11321",
+        dict(rule=SOAP(), betas=(0.95, 0.95)),
+        full_rank=True,
+    ),
+    Recipe(
+        "low-rank-soap",
+        "tucker-adam with SOAP instead of Adam in the core, its bases carried through every change of factors",
+        "2409.11321 in the core of 2501.02379",
+        _FOLLOWING | {"finder": Power(momentum=0.9), "rule": SOAP()},
+    ),
+    Recipe(
+        "shampoo-tucker",
+        "tucker-adam on gradients that Shampoo's factors have preconditioned in the full space",
+        "1802.09568 before 2501.02379",
+        _FOLLOWING | {"finder": Power(momentum=0.9), "precondition": Kronecker(every=4)},
     ),
     Recipe(
         "comoving",

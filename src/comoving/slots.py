@@ -19,6 +19,8 @@ class Kind(Enum):
     """(r_n, r_n), orthonormal: directions Q of mode n of the core; the nearest orthonormal matrix to R_n Q."""
     FACTORED = auto()
     """(r_n,), real: mean squares of the slices of mode n, the diagonal of a COVARIANCE; moves by |R_n|^2."""
+    CACHE = auto()
+    """(r_n, r_n): follows from other slots; where these have moved it is dropped, and the rule makes it anew."""
     SCALAR = auto()
     """One real number, beside the step count."""
 

@@ -29,9 +29,9 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, Trains, Trees
-from comoving.precondition import Plain
+from comoving.precondition import Kronecker, Plain
 from comoving.residual import Discard, Feedback
-from comoving.rules import Adam
+from comoving.rules import SOAP, Adam, Shampoo
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
 
@@ -96,8 +96,20 @@ EXCUSED = {
 PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
 """Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
-PRECONDITIONERS = [Plain()]
-RULES = [Adam()]
+PRECONDITIONERS = [
+    Plain(),
+    Kronecker(),
+    Kronecker(decay=0.5, exponent=0.5, eps=1e-3, every=3, max_size=4, above="none", norm_matched=False),
+    Kronecker(max_size=4, root="newton", every=2),
+]
+RULES = [
+    Adam(),
+    Shampoo(),
+    Shampoo(decay=0.9, exponent=0.3, eps=1e-3, every=3, max_size=4, graft=False),
+    Shampoo(average=False, root="newton"),
+    SOAP(),
+    SOAP(decay=0.8, every=2, max_size=4),
+]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
 POSITIVE = [Root(), Root(block=8)]
 """Codecs of second moments alone."""

@@ -27,8 +27,10 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Blocks, Cosines, Modes, Seeded, Trains, Trees
+from comoving.precondition import Kronecker
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Feedback
+from comoving.rules import SOAP, Shampoo
 from comoving.transport import Carry, Rotate
 from contract.support import (
     BOND_FINDERS,
@@ -136,6 +138,16 @@ def test_parts_are_frozen_values(part):
         (StreamingTucker, "seed", -1, ">= 0"),
         *((kind, "block", 7, ">= 8") for kind in (Int8, Root)),
         *((kind, "statistics", "move", "'carry', 'keep', 'reset'") for kind in (Rotate, Carry)),
+        *((kind, "decay", 1.0, r"\[0, 1\)") for kind in (Shampoo, SOAP, Kronecker)),
+        *((kind, "exponent", 0.0, r"\(0, inf\)") for kind in (Shampoo, Kronecker)),
+        *((kind, "eps", 0.0, r"\(0, inf\)") for kind in (Shampoo, Kronecker)),
+        *((kind, "every", 0, ">= 1") for kind in (Shampoo, SOAP, Kronecker)),
+        *((kind, "max_size", 0, ">= 1") for kind in (Shampoo, SOAP, Kronecker)),
+        *((kind, "root", "svd", "'eigh', 'newton'") for kind in (Shampoo, Kronecker)),
+        (Shampoo, "average", 2, "True, False"),
+        (Shampoo, "graft", "adam", "True, False"),
+        (Kronecker, "above", "matrix", "'diagonal', 'none'"),
+        (Kronecker, "norm_matched", None, "True, False"),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "window", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),
@@ -180,11 +192,19 @@ def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, inter
      (RandomizedTucker, "seed", 1.0), (HOOI, "sweeps", True), (SequentialHOSVD, "momentum", None),
      (Power, "momentum", True), (Int8, "block", 64.0), (Modes, "min_size", "8"),
      (Energy, "minimum", "8"), (Energy, "step", 8.0), (Energy, "low", None), (Tolerance, "error", "0.1"),
-     (Temperature, "steps", 10.0), (Temperature, "patience", True)],
+     (Temperature, "steps", 10.0), (Temperature, "patience", True),
+     (Shampoo, "every", 2.0), (SOAP, "decay", "b2"), (Kronecker, "exponent", "1/4"), (Kronecker, "max_size", True)],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(kind, field, value):
     with pytest.raises(TypeError, match=f"{field} must be .*{value}"):
         kind(**{field: value})
+
+
+@pytest.mark.parametrize("kind", [Shampoo, Kronecker])
+def test_newton_takes_integer_roots_only(kind):
+    with pytest.raises(ValueError, match="exponent must be 1/p .*'newton', got 0.3"):
+        kind(exponent=0.3, root="newton")
+    assert kind(exponent=1 / 3, root="newton").exponent == 1 / 3
 
 
 def test_every_field_is_covered():

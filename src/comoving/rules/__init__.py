@@ -2,5 +2,7 @@
 
 from .adam import Adam
 from .base import Rule
+from .shampoo import Shampoo
+from .soap import SOAP
 
-__all__ = ["Adam", "Rule"]
+__all__ = ["SOAP", "Adam", "Rule", "Shampoo"]

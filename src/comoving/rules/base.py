@@ -9,7 +9,11 @@ from ..transport import Clock
 
 
 class Rule(Protocol):
-    """Turns the projected gradient into a direction; a frozen dataclass of hyper-parameters, without tensors."""
+    """Turns the projected gradient into a direction; a frozen dataclass of hyper-parameters, without tensors.
+
+    A class attribute ``modal = True`` says that it keeps statistics of single modes of the core: layouts whose cores
+    have none say ``modal = False``, and are then refused at once.
+    """
 
     @property
     def momentum(self) -> str:
