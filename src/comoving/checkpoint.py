@@ -176,7 +176,8 @@ def _renamed(saved: Mapping[str, Any], site: Site) -> dict[str, Any]:
         if SECOND_MAX in state:
             raise ValueError(f"{site.name}: state of amsgrad has no meaning in a moving subspace")
         state[FIRST] = site.view.see(state[FIRST])
-        state[SECOND] = _real_second(state[SECOND], site.view)
+        if SECOND in state:
+            state[SECOND] = _real_second(state[SECOND], site.view)
     return state
 
 

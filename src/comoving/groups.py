@@ -87,6 +87,11 @@ def check_options(group: Mapping[str, Any]) -> None:
             f"rule {group['rule']} keeps statistics of single modes of the core, and the core of frame "
             f"{group['frame']} has none"
         )
+    if getattr(group["rule"], "definite", False) and not isinstance(group["moments"], Full):
+        raise ValueError(
+            f"moments={group['moments']} is refused: it rounds covariances, which may then have negative eigenvalues, "
+            f"and rule {group['rule']} takes their roots by an iteration that diverges on these"
+        )
 
 
 def update_scale(site: Site, scale: float | str) -> float:

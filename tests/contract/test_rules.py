@@ -141,7 +141,7 @@ def test_any_decay_rates(rule, betas):
 
 
 @EVERY
-@FIELDS
+@DTYPES
 @SHAPES
 def test_directions_are_of_adams_size(rule, shape, dtype):
     if rule in LEVELS:
@@ -149,20 +149,21 @@ def test_directions_are_of_adams_size(rule, shape, dtype):
     bare = Bare(rule, shape, dtype, (0.9, 0.999))
     for t in range(20):
         d = bare.take(randn(shape, dtype, t))
-    assert 0.05 < float(d.abs().square().mean().sqrt()) < 5
+        assert float(d.abs().square().mean().sqrt()) < 5
+    assert float(d.abs().square().mean().sqrt()) > 0.05
 
 
 @EVERY
 @FIELDS
-@pytest.mark.parametrize("size", [1e-3, 1e3])
+@pytest.mark.parametrize("size", [2.0**-12, 2.0**12])
 def test_directions_do_not_depend_on_the_size_of_gradients(rule, size, dtype):
-    """Up to what eps does: the rules of Adam's scale are free of units."""
+    """Up to what eps does: the rules of Adam's scale are free of units. Powers of 2 leave all rounding as it is."""
     if rule in LEVELS:
         pytest.skip("has no unit size, as published")
     small, large = Bare(rule, (6, 8), dtype), Bare(rule, (6, 8), dtype)
     for t in range(9):
         z = randn((6, 8), dtype, t)
-        close(large.take(z * size, 1e-16), small.take(z, 1e-16), 1e-3)
+        close(large.take(z * size, 1e-30), small.take(z, 1e-30), 1e-3)
 
 
 @EVERY
@@ -192,7 +193,12 @@ BOTH = pytest.mark.parametrize("way", WAYS)
 
 
 def start(rule, way, dtype=REAL, shape=(6, 8), **options):
-    return lone(randn(shape, dtype), rule=rule, lr=0.01, **(PROJECTED | WAYS[way] | options))
+    if "bits" in way and getattr(rule, "definite", False):
+        pytest.skip("refused: its covariances must not be rounded")
+    p, optimizer = lone(randn(shape, dtype), rule=rule, lr=0.01, **(PROJECTED | WAYS[way] | options))
+    if optimizer.sites[p].plain:
+        pytest.skip("torch's AdamW")
+    return p, optimizer
 
 
 @EVERY
@@ -297,3 +303,12 @@ def test_a_layout_without_modes_is_refused_where_modes_are_needed(rule):
             lone(randn((6, 8)), rule=rule, frame=Shapeless())
     else:
         lone(randn((6, 8)), rule=rule, frame=Shapeless())
+
+
+@EVERY
+def test_codecs_that_round_are_refused_where_covariances_must_stay_positive(rule):
+    if getattr(rule, "definite", False):
+        with pytest.raises(ValueError, match=r"moments=Int8.*negative eigenvalues"):
+            lone(randn((6, 8)), rule=rule, moments=Int8())
+    else:
+        lone(randn((6, 8)), rule=rule, moments=Int8())

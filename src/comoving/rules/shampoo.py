@@ -65,6 +65,11 @@ class Shampoo:
         check_int("max_size", self.max_size, 1)
         check_choice("graft", self.graft, (True, False))
 
+    @property
+    def definite(self) -> bool:
+        """Whether roots are taken by Newton's iteration."""
+        return self.root == "newton"
+
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m, v for grafting, L_n as "shampoo.n" and, where they are kept, A_n as "shampoo.n.root"."""
         slots = [Slot(FIRST, Kind.LINEAR)]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..linalg import abs_squared, add_gram, leading_basis, multilinear, turned_basis
@@ -28,6 +29,10 @@ class SOAP:
     Longer modes stay as they are: Q_n = I. Unlike the published code, the first gradient makes an update too: a frame's
     first gradient cannot be left out of error feedback. The step after which bases turn is made with the old ones, as
     published; that they turn at the start of the next one is not seen from outside.
+
+    The first bases hold directions in which there was no gradient at all, where m' and v are what rounding left of
+    turning z. So that this is not made as large as everything else, max(r_n) machine epsilons of the largest
+    sqrt(v / c2) are added to eps.
 
     m lives in the core and v in the bases, so that a change of frame moves m by R_n and v by Q'_n^H R_n Q_n, exactly
     (|R|^2 and all) where frames of one span follow each other. With :class:`comoving.transport.Keep` the numbers of all
@@ -87,7 +92,8 @@ class SOAP:
         m = state[FIRST]
         bases = self._bases(m, state)
         mass = state.get(mass_of(SECOND))
-        scale = (state[SECOND] / (clock.weight2 if mass is None else mass)).sqrt_().add_(eps).mul_(clock.weight1)
+        scale = (state[SECOND] / (clock.weight2 if mass is None else mass)).sqrt_()
+        scale.add_(scale.amax() * (max(m.shape) * torch.finfo(scale.dtype).eps)).add_(eps).mul_(clock.weight1)
         return multilinear(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, bases)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
