@@ -11,7 +11,7 @@ from comoving.codecs import Full
 from comoving.finders import Power
 from comoving.frames import ModeFrame
 from comoving.linalg import abs_squared
-from comoving.ranks import Energy
+from comoving.ranks import Energy, Tolerance
 from comoving.residual import Feedback
 from comoving.rules import SOAP, Adam, Shampoo
 from comoving.slots import Kind
@@ -452,9 +452,9 @@ def test_the_same_frame_leaves_statistics(statistics, rule, kind, shape, ranks, 
     before = core.move(core.frame)
     kept = {name: x for name, x in before.items() if statistics == "keep" or not name.endswith(".root")}
     assert core.state.keys() == kept.keys()
+    if bounded_by_carry(core):  # turning bases can have left the bound that carry's floor restores
+        kept[V] = torch.maximum(kept[V], squares_in_bases(core) / core.state[K])
     for name, x in kept.items():
-        if name == V and bounded_by_carry(core):  # turning bases can have left the bound that carry's floor restores
-            x = torch.maximum(x, squares_in_bases(core) / core.state[K])
         close(core.state[name].expand(x.shape), x, 1e-12)
 
 
@@ -719,3 +719,43 @@ def test_statistics_that_keep_their_shape_take_no_adaptive_ranks(rule, kind):
     with pytest.raises(ValueError, match=r"ranks=Energy.*statistics='keep'.* cannot take moments"):
         lone(randn((16, 24)), rule=rule, rank=4, transport=kind("keep"), ranks=Energy())
     lone(randn((16, 24)), rule=rule, rank=4, transport=kind(), ranks=Energy())
+
+
+@pytest.mark.parametrize("rule", [Shampoo(max_size=8), SOAP(max_size=8)], ids=["shampoo", "soap"])
+def test_ranks_that_would_change_the_kind_of_slots_are_refused(rule):
+    """Adaptive ones at construction, others when a checkpoint is loaded."""
+    with pytest.raises(ValueError, match=r"ranks=Energy.* slots of another kind for long modes"):
+        lone(randn((16, 24)), rule=rule, rank=4, ranks=Energy())
+    p, saved = lone(randn((16, 24)), rule=rule, rank=4)
+    step(saved, p, randn((16, 24)))
+    for rank in (9, 2):
+        q, other = lone(randn((16, 24)), rule=rule, rank=rank)
+        if rank == 9:
+            with pytest.raises(ValueError, match=r"slots of another kind.*use the saved rank"):
+                other.load_state_dict(saved.state_dict())
+        else:
+            other.load_state_dict(saved.state_dict())
+            step(other, q, randn((16, 24), seed=1))
+            assert other.state[q][M].shape == (2, 24)
+
+
+@pytest.mark.parametrize("rule", [Shampoo(every=3), SOAP(every=2)], ids=["shampoo", "soap"])
+@pytest.mark.parametrize("transport", [Reset(), Rotate(), Carry()], ids=str)
+@FIELDS
+def test_adaptive_ranks_in_the_engine(rule, transport, dtype):
+    """From rank 1 up to all of a mode and back; slots have the shapes of the core at every step."""
+    policy = Tolerance(error=0.3, margin=0.5, minimum=1, step=1)
+    p, optimizer = lone(randn((6, 9), dtype), rule=rule, rank=(2, 3), transport=transport, ranks=policy, scale=1.0)
+    seen = set()
+    for t in range(24):
+        rank = (1, 6, 3)[t // 8]
+        step(optimizer, p, randn((6, rank), dtype, t) @ randn((rank, 9), dtype, t + 99))
+        state = optimizer.state[p]
+        core = tuple(state[M].shape)
+        seen.add(core)
+        for slot in rule.slots(core):
+            size = core if slot.kind in (Kind.LINEAR, Kind.VARIANCE) else (core[slot.mode],) * 2
+            assert state[slot.name].shape == size
+        tensors = [x for name, x in state.items() if isinstance(x, torch.Tensor) and not name.startswith("ranks")]
+        assert all(x.isfinite().all() for x in (p, *tensors))
+    assert len(seen) > 2

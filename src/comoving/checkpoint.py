@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .codecs import Full, Part
-from .groups import check_options
+from .groups import check_options, kinds
 from .linalg import reorthonormalize
 from .ranks.base import Record
 from .rules.adam import FIRST, SECOND
@@ -227,6 +227,11 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
         raise ValueError(
             f"{site.name}: the checkpoint's moments have shape {tuple(state[momentum].shape)}, which belongs to no "
             f"frame of a parameter of shape {shape} laid out as {layout} (dense moments go into mode-wise frames only)"
+        )
+    if kinds(group["rule"], core) != kinds(group["rule"], site.core_shape):
+        raise ValueError(
+            f"{site.name}: the checkpoint has ranks {frame.ranks}, this optimizer {site.ranks}, and rule "
+            f"{group['rule']} has slots of another kind for long modes than for short ones: use the saved rank"
         )
     if not group["transport"].resizes:
         raise ValueError(

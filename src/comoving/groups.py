@@ -15,7 +15,7 @@ from .frames import Blocks
 from .frames.base import SIDES, Rank
 from .frames.modes import Modes, check_rank
 from .precondition import Plain
-from .rules import Adam
+from .rules import Adam, Rule
 from .sites import Site
 from .slots import Kind
 from .validate import check_choice, check_float, check_int
@@ -152,12 +152,26 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
             refused = "ranks", f"and transport {group['transport']} cannot take moments from one rank to another"
         elif site.projected and group["ranks"].adaptive and type(group["frame"]) is not Modes:
             refused = "ranks", f"and frame {group['frame']} has no spectrum for each mode to choose ranks by"
+        elif site.projected and group["ranks"].adaptive and not _same_slots(site, group):
+            refused = "ranks", f"and rule {group['rule']} has slots of another kind for long modes than for short ones"
         if refused is not None:
             kind = "projected" if site.projected else "complex"
             raise ValueError(
                 f"{refused[0]}={group.get(refused[0], 0)!r} is refused: {site.name} is {kind}, {refused[1]}"
             )
     return [_opening(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
+
+
+def _same_slots(site: Site, group: Mapping[str, Any]) -> bool:
+    """Whether the rule has slots of the same kinds for a core of any rank."""
+    compressed = [r is not None for r in site.ranks]
+    short = tuple(1 if c else d for c, d in zip(compressed, site.core_shape, strict=True))
+    return kinds(group["rule"], short) == kinds(group["rule"], site.view.shape)
+
+
+def kinds(rule: Rule, core: tuple[int, ...]) -> dict[str, Kind]:
+    """The kinds of a rule's slots for a core of this shape, by their names."""
+    return {slot.name: slot.kind for slot in rule.slots(core)}
 
 
 def _opening(site: Site, group: Mapping[str, Any]) -> Site:

@@ -168,9 +168,9 @@ _RECIPES = (
     ),
     Recipe(
         "low-rank-soap",
-        "tucker-adam with SOAP instead of Adam in the core, its bases carried through every change of factors",
+        "tucker-adam with SOAP instead of Adam in the core (one-sided for matrices), bases carried along",
         "2409.11321 in the core of 2501.02379",
-        _FOLLOWING | {"finder": Power(momentum=0.9), "rule": SOAP()},
+        _FOLLOWING | {"finder": Power(momentum=0.9), "rule": SOAP(one_sided=True)},
     ),
     Recipe(
         "shampoo-tucker",

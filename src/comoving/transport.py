@@ -124,7 +124,8 @@ class _Following:
 
     Args:
         statistics: of COVARIANCE, BASIS and FACTORED slots: "carry" moves them by R_n, "keep" leaves their numbers in
-            coordinates that have changed, "reset" starts them anew.
+            coordinates that have changed, "reset" starts them anew. What is reset every few steps sees few gradients:
+            roots of such covariances (Shampoo's) are mostly those of what they have not seen.
     """
 
     statistics: str = "carry"

@@ -109,6 +109,7 @@ RULES = [
     Shampoo(average=False, root="newton"),
     SOAP(),
     SOAP(decay=0.8, every=2, max_size=4),
+    SOAP(every=3, one_sided=True),
 ]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8)]
 POSITIVE = [Root(), Root(block=8)]

@@ -144,6 +144,7 @@ def test_parts_are_frozen_values(part):
         *((kind, "every", 0, ">= 1") for kind in (Shampoo, SOAP, Kronecker)),
         *((kind, "max_size", 0, ">= 1") for kind in (Shampoo, SOAP, Kronecker)),
         *((kind, "root", "svd", "'eigh', 'newton'") for kind in (Shampoo, Kronecker)),
+        (SOAP, "one_sided", 2, "True, False"),
         (Shampoo, "average", 2, "True, False"),
         (Shampoo, "graft", "adam", "True, False"),
         (Kronecker, "above", "matrix", "'diagonal', 'none'"),

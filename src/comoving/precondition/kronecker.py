@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..codecs import Part
 from ..linalg import InverseRoot, add_gram, inverse_root, multiply_factors, norm
-from ..rules.shampoo import check_exponent, power_of
+from ..rules.shampoo import check_exponent
 from ..validate import check_choice, check_float, check_int
 
 _WEIGHT = "precondition.weight"
@@ -17,7 +17,7 @@ _WEIGHT = "precondition.weight"
 class Kronecker:
     """Shampoo's Kronecker factors (arXiv 1802.09568) on the gradient, before it is projected.
 
-    For each mode n longer than 1, N of them, with G_(n) the unfolding of g, at every call:
+    For each mode n, N of them, with G_(n) the unfolding of g, at every call:
 
     L_n <- decay L_n + (1 - decay) G_(n) G_(n)^H,   w <- decay w + (1 - decay)
     A_n = (L_n / w + eps I)^-exponent
@@ -72,7 +72,7 @@ class Kronecker:
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """g', a new tensor."""
         weight = state[_WEIGHT].mul_(self.decay).add_(1 - self.decay)
-        power = power_of(self.exponent, tuple(gradient.shape))
+        power = self.exponent or 1 / (2 * gradient.ndim)
         roots: dict[int, Tensor] = {}
         for n in self._modes(tuple(gradient.shape)):
             factor = add_gram(state[_factor(n)], gradient, n, self.decay, 1 - self.decay)
@@ -89,7 +89,7 @@ class Kronecker:
         return turned * torch.where(length > 0, norm(gradient) / length, 0).to(turned.dtype)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
-        return [n for n, d in enumerate(shape) if 1 < d and (d <= self.max_size or self.above == "diagonal")]
+        return [n for n, d in enumerate(shape) if d <= self.max_size or self.above == "diagonal"]
 
 
 def _factor(mode: int) -> str:

@@ -17,7 +17,7 @@ from .adam import FIRST, SECOND
 class Shampoo:
     """Shampoo (arXiv 1802.09568), with averages and grafting (arXiv 2309.06497), of any order, real or complex.
 
-    For each mode n of the core that is longer than 1, N of them, with Z_(n) the unfolding of z:
+    For each mode n of the core, N of them, with Z_(n) the unfolding of z:
 
     m   <- b1 m + (1 - b1) z
     L_n <- decay L_n + (1 - decay) Z_(n) Z_(n)^H,   L^_n = L_n / (1 - decay^t)      (average=True)
@@ -76,10 +76,9 @@ class Shampoo:
         if self.graft:
             slots.append(Slot(SECOND, Kind.VARIANCE, mean=FIRST))
         for n, d in enumerate(shape):
-            if d > 1:
-                slots.append(Slot(_factor(n), Kind.COVARIANCE if d <= self.max_size else Kind.FACTORED, mode=n))
-                if self.every > 1 and d <= self.max_size:
-                    slots.append(Slot(_root(n), Kind.CACHE, mode=n))
+            slots.append(Slot(_factor(n), Kind.COVARIANCE if d <= self.max_size else Kind.FACTORED, mode=n))
+            if self.every > 1 and d <= self.max_size:
+                slots.append(Slot(_root(n), Kind.CACHE, mode=n))
         return tuple(slots)
 
     def recursion(self, clock: Clock) -> tuple[float, float]:
@@ -93,7 +92,7 @@ class Shampoo:
             state[SECOND].mul_(clock.beta2).add_(abs_squared(z), alpha=1 - clock.beta2)
         keep, add = (self.decay, 1 - self.decay) if self.average else (1.0, 1.0)
         due = (clock.tick - 1) % self.every == 0
-        for n in _modes(z):
+        for n in range(z.ndim):
             factor = add_gram(state[_factor(n)], z, n, keep, add)
             if self.every > 1 and factor.ndim == 2 and (due or _root(n) not in state):
                 root, held = self._root(factor, z, clock), state.get(_root(n))
@@ -103,7 +102,7 @@ class Shampoo:
         """d, a new tensor."""
         m = state[FIRST] / clock.weight1
         roots: dict[int, Tensor] = {}
-        for n in _modes(m):
+        for n in range(m.ndim):
             kept = state.get(_root(n))
             roots[n] = self._root(state[_factor(n)], m, clock) if kept is None else kept
         u = multiply_factors(m, roots)
@@ -117,12 +116,7 @@ class Shampoo:
     def _root(self, factor: Tensor, core: Tensor, clock: Clock) -> Tensor:
         if self.average:
             factor = factor / clock.weight(self.decay)
-        return inverse_root(factor, self.eps, power_of(self.exponent, tuple(core.shape)), self.root)
-
-
-def power_of(exponent: float | None, shape: tuple[int, ...]) -> float:
-    """The exponent itself, or 1/(2N) for N modes longer than 1."""
-    return exponent or 1 / (2 * max(1, sum(d > 1 for d in shape)))
+        return inverse_root(factor, self.eps, self.exponent or 1 / (2 * core.ndim), self.root)
 
 
 def check_exponent(exponent: float | None, root: str) -> None:
@@ -137,10 +131,6 @@ def check_exponent(exponent: float | None, root: str) -> None:
     check_float("exponent", exponent, 0.0, open_low=True)
     if root == "newton" and abs(round(1 / exponent) * exponent - 1) > 1e-9:
         raise ValueError(f"exponent must be 1/p with an integer p for root='newton', got {exponent!r}")
-
-
-def _modes(x: Tensor) -> list[int]:
-    return [n for n, d in enumerate(x.shape) if d > 1]
 
 
 def _factor(mode: int) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..linalg import abs_squared, add_gram, leading_basis, multilinear, turned_basis
 from ..slots import Kind, Slot
 from ..transport import Clock, mass_of
-from ..validate import check_float, check_int
+from ..validate import check_choice, check_float, check_int
 from .adam import FIRST, SECOND
 
 
@@ -17,7 +17,7 @@ from .adam import FIRST, SECOND
 class SOAP:
     """SOAP (arXiv 2409.11321): Adam in the eigenbases of Shampoo's factors, of any order, real or complex.
 
-    For each mode n of the core of 2 to ``max_size`` entries, with Z_(n) the unfolding of z and x' = x x_1 Q_1^H ... :
+    For each mode n of the core of at most ``max_size`` entries, with Z_(n) the unfolding of z and x' = x x_1 Q_1^H ...:
 
     Q_n = eigenvectors of the first L_n, largest eigenvalue first
     m   <- b1 m + (1 - b1) z,      v <- b2 v + (1 - b2) |z'|^2
@@ -28,7 +28,7 @@ class SOAP:
 
     Longer modes stay as they are: Q_n = I. Unlike the published code, the first gradient makes an update too: a frame's
     first gradient cannot be left out of error feedback. The step after which bases turn is made with the old ones, as
-    published; that they turn at the start of the next one is not seen from outside.
+    published; they turn at the start of the next one, after a change of frame where there is one.
 
     The first bases hold directions in which there was no gradient at all, where m' and v are what rounding left of
     turning z. So that this is not made as large as everything else, max(r_n) machine epsilons of the largest
@@ -42,6 +42,8 @@ class SOAP:
         decay: of L_n, in [0, 1); None for b2.
         every: steps between power iterations, >= 1.
         max_size: longest mode that is turned, >= 1.
+        one_sided: of a matrix, turn the shorter side alone, the first on a tie; in a frame of one
+            side that is the compressed one, so that L and Q are as small as its rank.
     """
 
     modal: ClassVar[bool] = True
@@ -50,12 +52,14 @@ class SOAP:
     decay: float | None = None
     every: int = 10
     max_size: int = 2048
+    one_sided: bool = False
 
     def __post_init__(self) -> None:
         if self.decay is not None:
             check_float("decay", self.decay, 0.0, 1.0, open_high=True)
         check_int("every", self.every, 1)
         check_int("max_size", self.max_size, 1)
+        check_choice("one_sided", self.one_sided, (True, False))
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m, v in the bases, L_n as "soap.n" and Q_n as "soap.n.basis"."""
@@ -97,7 +101,8 @@ class SOAP:
         return multilinear(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, bases)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
-        return [n for n, d in enumerate(shape) if 1 < d <= self.max_size]
+        sides = [shape.index(min(shape))] if self.one_sided and len(shape) == 2 else range(len(shape))
+        return [n for n in sides if shape[n] <= self.max_size]
 
     def _bases(self, x: Tensor, state: dict[str, Tensor]) -> list[Tensor | None]:
         return [state.get(_basis(n)) for n in range(x.ndim)]
