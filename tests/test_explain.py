@@ -92,8 +92,9 @@ def test_an_optimizer_is_not_touched():
 def test_views_and_reasons_of_each_recipe(recipe):
     rows = {row.parameter: row for row in explain(build(recipe, Net(), rank=4)).rows}
     assert rows["tokens.weight"].view == "torch"
-    assert rows["body.weight"].projected is (recipe != "adamw")
-    assert rows["body.weight"].why == ("rank 1.0" if recipe == "adamw" else "projected")
+    full_rank = recipes()[recipe].full_rank
+    assert rows["body.weight"].projected is not full_rank
+    assert rows["body.weight"].why == ("rank 1.0" if full_rank else "projected")
     assert rows["spectral"].view == "tensor"
 
 

@@ -10,7 +10,7 @@ from ..linalg import InverseRoot, add_gram, inverse_root, multiply_factors, norm
 from ..rules.shampoo import check_exponent
 from ..validate import check_choice, check_float, check_int
 
-_WEIGHT = "precondition.weight"
+_CALLS = "precondition.calls"
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Kronecker:
 
     For each mode n, N of them, with G_(n) the unfolding of g, at every call:
 
-    L_n <- decay L_n + (1 - decay) G_(n) G_(n)^H,   w <- decay w + (1 - decay)
-    A_n = (L_n / w + eps I)^-exponent
+    L_n <- decay L_n + (1 - decay) G_(n) G_(n)^H
+    A_n = (L_n / (1 - decay^k) + eps I)^-exponent,   k the number of calls so far
     g'  = g x_1 A_1 ... x_N A_N,  times |g| / |g'| with ``norm_matched``, which leaves the rule the gradient's size
 
     L_n counts g before its root is taken. The factors are as large as the modes squared: it is the modes of at most
@@ -57,8 +57,8 @@ class Kronecker:
         check_choice("norm_matched", self.norm_matched, (True, False))
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
-        """L_n as "precondition.n" and, where they are kept, A_n as "precondition.n.root"; w, one number."""
-        parts = {_WEIGHT: Part((), torch.float64, scalar=True)}
+        """L_n as "precondition.n" and, where they are kept, A_n as "precondition.n.root"; k, one number."""
+        parts = {_CALLS: Part((), torch.float32, scalar=True)}
         for n in self._modes(shape):
             d = shape[n]
             if d > self.max_size:
@@ -71,7 +71,7 @@ class Kronecker:
 
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """g', a new tensor."""
-        weight = state[_WEIGHT].mul_(self.decay).add_(1 - self.decay)
+        weight = 1 - self.decay ** state[_CALLS].add_(1).double()
         power = self.exponent or 1 / (2 * gradient.ndim)
         roots: dict[int, Tensor] = {}
         for n in self._modes(tuple(gradient.shape)):
