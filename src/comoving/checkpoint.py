@@ -11,9 +11,11 @@ from .codecs import Full, Part
 from .groups import check_options
 from .linalg import reorthonormalize
 from .ranks.base import Record
+from .refusals import kinds
 from .residual.base import HELD
 from .rules.adam import FIRST, SECOND
 from .sites import Site
+from .slots import Kind
 from .state import (
     MEMORY,
     RANKS,
@@ -96,6 +98,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     state = _renamed(saved, site)
     state, site = _with_ranks(state, site, group)
     expected, group = layout(site, group), parts_of(site, group)
+    caches = {slot.name for slot in rule_slots(site, group) if slot.kind is Kind.CACHE}
+    expected = {name: part for name, part in expected.items() if name in state or name not in caches}
     if site.plain:
         state = _checked(state, expected, site, ignore=("tick",))
         return {name: state[name] for name in expected}
@@ -214,7 +218,8 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     frame = layout.load(state, shape, state.get(momentum))
     core = layout.core_shape(shape, frame.ranks)
     framed = resized(site, group, frame.ranks)
-    needed = {slot.name: slot_part(slot, framed, group) for slot in group["rule"].slots(core)}
+    lasting = [slot for slot in group["rule"].slots(core) if slot.kind is not Kind.CACHE]
+    needed = {slot.name: slot_part(slot, framed, group) for slot in lasting}
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
@@ -224,6 +229,11 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
         raise ValueError(
             f"{site.name}: the checkpoint's moments have shape {tuple(state[momentum].shape)}, which belongs to no "
             f"frame of a parameter of shape {shape} laid out as {layout} (dense moments go into mode-wise frames only)"
+        )
+    if kinds(group["rule"], core) != kinds(group["rule"], site.core_shape):
+        raise ValueError(
+            f"{site.name}: the checkpoint has ranks {frame.ranks}, this optimizer {site.ranks}, and rule "
+            f"{group['rule']} has slots of another kind for long modes than for short ones: use the saved rank"
         )
     if not group["transport"].resizes:
         raise ValueError(

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .codecs import Full
-from .frames import Blocks, SparseFrame
+from .frames import Blocks
 from .frames.base import SIDES, Rank
-from .frames.modes import Modes, check_rank
+from .frames.modes import check_rank
 from .precondition import Plain
-from .residual import Feedback, Sparse
+from .refusals import check_composition, check_site
 from .rules import Adam
 from .sites import Site
 from .slots import Kind
-from .transport import Reset
 from .validate import check_choice, check_float, check_int
 from .views import Heads, View, check_view
 
@@ -78,18 +77,7 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{role} must be a {kind} part, such as those in comoving's {kind} modules{hint}, got {part!r}"
             )
-    residual = group["residual"]
-    if isinstance(residual, Sparse) and isinstance(group["transport"], Reset) and residual.statistics != "reset":
-        raise ValueError(
-            f"residual {residual} is refused: transport Reset() sets the rule's clock back at every refresh, and the "
-            f"bias correction of sparse moments that go on would be wrong; use statistics='reset'"
-        )
-    makes, fills = getattr(group["frame"], "makes", None), getattr(group["finder"], "fills", None)
-    if makes is not None and fills is not None and makes not in fills:
-        raise TypeError(
-            f"finder {group['finder']} cannot fill frame {group['frame']}: it finds a "
-            f"{' or '.join(kind.__name__ for kind in fills)}, the frame is a {makes.__name__}"
-        )
+    check_composition(group)
 
 
 def update_scale(site: Site, scale: float | str) -> float:
@@ -150,49 +138,8 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
                 group["residual"].parts(group["codec"], one.view.shape, one.core_shape, one.view.dtype)
             except ValueError as error:
                 raise ValueError(f"{site.name}: {error}") from None
-        refused = None
-        if not site.plain and group["amsgrad"]:
-            refused = "amsgrad", "a running maximum has no meaning in a moving subspace"
-        elif not site.projected and not site.plain and group["fused"]:
-            refused = "fused", "torch's kernel would keep two second moments for one complex number"
-        elif site.projected and group["betas"][1] == 0:
-            refused = "betas[1]", "0 leaves no second moment to carry"
-        elif site.projected and group["ranks"].adaptive and not group["transport"].resizes:
-            refused = "ranks", f"and transport {group['transport']} cannot take moments from one rank to another"
-        elif site.projected and group["ranks"].adaptive and type(group["frame"]) is not Modes:
-            refused = "ranks", f"and frame {group['frame']} has no spectrum for each mode to choose ranks by"
-        elif site.projected:
-            refused = _misfit(site, group)
-        if refused is not None:
-            kind = "projected" if site.projected else "complex"
-            raise ValueError(
-                f"{refused[0]}={group.get(refused[0], 0)!r} is refused: {site.name} is {kind}, {refused[1]}"
-            )
+        check_site(site, group)
     return [_opening(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
-
-
-def _misfit(site: Site, group: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The option of a projected site that does not go with its rule or shape, and why."""
-    rule, transport = group["rule"], group["transport"]
-    if getattr(group["frame"], "makes", None) is SparseFrame and _by_modes(site, group):
-        return "rule", f"and in the sparse cores of {group['frame']} statistics of single modes cannot follow it"
-    if group["scale"] == "spectral" and not (
-        sum(d > 1 for d in site.view.shape) == 2 and sum(r is not None for r in site.ranks) == 1
-    ):
-        return "scale", 'it is for one compressed side of a matrix, as view="matrix" makes of any tensor'
-    varying = any(slot.kind is Kind.VARIANCE for slot in rule.slots(site.core_shape))
-    if varying and not getattr(rule, "corrected", True) and transport.projects:
-        return "transport", f"and it would undo a bias correction that {rule} does not make: use Keep() or Reset()"
-    if not getattr(rule, "linear", True) and isinstance(group["residual"], Feedback):
-        return "residual", f"and the momentum of {rule} is no average of gradients, in which lost momentum could return"
-    if not getattr(rule, "linear", True) and group["finder"].momentum > 0:
-        return "finder", f"and the momentum of {rule} is no average of gradients that it could look at"
-    return None
-
-
-def _by_modes(site: Site, group: Mapping[str, Any]) -> bool:
-    """Whether the rule keeps statistics of single modes of the core, or moments in bases of them."""
-    return any(slot.mode >= 0 or slot.bases for slot in group["rule"].slots(site.core_shape))
 
 
 def _opening(site: Site, group: Mapping[str, Any]) -> Site:

@@ -280,7 +280,7 @@ class LowRankOptimizer(Container):
             return self._standing(unit)
         overlap, momentum = new.overlap(old), state[rule.momentum]
         moved = transport.move(state, rule.slots(tuple(momentum.shape)), overlap, clock)
-        for name in old.tensors():
+        for name in {*old.tensors(), *(slot.name for slot in slots.rule_slots(site, group))} & state.keys():
             del state[name]
         state.update(new.tensors())
         state.update(moved)

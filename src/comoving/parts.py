@@ -28,10 +28,10 @@ from .finders import (
     TreeSVD,
 )
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
-from .precondition import Factored, Plain
+from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from .rules import Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled
+from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
 
 PARTS: dict[str, dict[str, type]] = {
@@ -67,7 +67,7 @@ PARTS: dict[str, dict[str, type]] = {
         "streaming_tucker": StreamingTucker,
         "block_selection": BlockSelection,
     },
-    "precondition": {"plain": Plain, "factored": Factored},
+    "precondition": {"plain": Plain, "factored": Factored, "kronecker": Kronecker},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {
         "adam": Adam,
@@ -77,6 +77,8 @@ PARTS: dict[str, dict[str, type]] = {
         "lion": Lion,
         "muon": Muon,
         "columns": Columns,
+        "shampoo": Shampoo,
+        "soap": SOAP,
     },
     "residual": {
         "discard": Discard,

@@ -32,9 +32,9 @@ from .frames.base import Rank
 from .groups import param_groups
 from .optimizer import LowRankOptimizer
 from .parts import part
-from .precondition import Factored
+from .precondition import Factored, Kronecker
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from .rules import Adafactor, Columns, Lion, Momentum, Muon, Scheduled
+from .rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from .transport import Keep, Reset, Rotate
 
 
@@ -331,6 +331,32 @@ _RECIPES = (
             refresh_every=1,
             scale=1.0,
         ),  # fmt: skip
+    ),
+    Recipe(
+        "shampoo",
+        "Kronecker-factored preconditioning of every mode, updates of Adam's length",
+        "1802.09568; grafting as in 2309.06497",
+        dict(rule=Shampoo(every=10)),
+        full_rank=True,
+    ),
+    Recipe(
+        "soap",
+        "Adam in the slowly turning eigenbases of Shampoo's factors",
+        "2409.11321",
+        dict(rule=SOAP(), betas=(0.95, 0.95)),
+        full_rank=True,
+    ),
+    Recipe(
+        "low-rank-soap",
+        "tucker-adam with SOAP instead of Adam in the core (one-sided for matrices), bases carried along",
+        "2409.11321 in the core of 2501.02379",
+        _FOLLOWING | {"finder": Power(momentum=0.9), "rule": SOAP(one_sided=True)},
+    ),
+    Recipe(
+        "shampoo-tucker",
+        "tucker-adam on gradients that Shampoo's factors have preconditioned in the full space",
+        "1802.09568 before 2501.02379",
+        _FOLLOWING | {"finder": Power(momentum=0.9), "precondition": Kronecker(every=4)},
     ),
     Recipe(
         "comoving",

@@ -16,9 +16,11 @@ class Kind(Enum):
     COVARIANCE = auto()
     """(r_n, r_n), Hermitian: an average of Z_(n) Z_(n)^H over the core's unfoldings; L' = R_n L R_n^H."""
     BASIS = auto()
-    """(r_n, r_n), orthonormal: directions Q of mode n of the core; the nearest orthonormal matrix to R_n Q."""
+    """(r_n, r_n), orthonormal: directions Q of mode n of the core; R_n Q made orthonormal, earlier columns first."""
     FACTORED = auto()
     """(r_n,), real: mean squares of the slices of mode n, the diagonal of a COVARIANCE; moves by |R_n|^2."""
+    CACHE = auto()
+    """(r_n, r_n): follows from other slots; where these have moved it is dropped, and the rule makes it anew."""
     SCALAR = auto()
     """One real number, beside the step count."""
 

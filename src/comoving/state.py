@@ -98,7 +98,7 @@ def slot_part(slot: Slot, site: Site, group: Mapping[str, Any]) -> Part:
         return Part(tuple(d if n in turned else k for n, (d, k) in enumerate(zip(core, mass, strict=True))), real)
     if slot.kind is Kind.FACTORED:
         return Part((core[slot.mode],), real)
-    if slot.kind in {Kind.COVARIANCE, Kind.BASIS}:
+    if slot.kind in {Kind.COVARIANCE, Kind.BASIS, Kind.CACHE}:
         return Part((core[slot.mode], core[slot.mode]), site.view.dtype)
     return Part((), torch.float32, scalar=True)
 

@@ -77,7 +77,7 @@ class Transport(Protocol):
         ...
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
-        """The slots in the new frame, as new tensors; the given ones stay as they are."""
+        """The slots in the new frame, the given ones staying as they are; without CACHEs that are out of date."""
         ...
 
 
@@ -103,7 +103,7 @@ class Keep(_Slotless):
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The same tensors."""
-        return {slot.name: state[slot.name] for slot in rule}
+        return {slot.name: state[slot.name] for slot in rule if slot.name in state}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Reset(_Slotless):
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """Zeros in the new shape, and t = 0 in place."""
         clock.t.zero_()
-        return {slot.name: _anew(slot, state[slot.name], overlap) for slot in rule}
+        return {slot.name: _anew(slot, state[slot.name], overlap) for slot in rule if slot.kind is not Kind.CACHE}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class _Following:
 
     Args:
         statistics: of COVARIANCE, BASIS and FACTORED slots: "carry" moves them by R_n, "keep" leaves their numbers in
-            coordinates that have changed, "reset" starts them anew.
+            coordinates that have changed, "reset" starts them anew. What is reset every few steps sees few gradients:
+            roots of such covariances (Shampoo's) are mostly those of what they have not seen.
     """
 
     statistics: str = "carry"
@@ -140,9 +141,11 @@ class _Following:
         return self.statistics != "keep"
 
     def _move_most(self, state: State, rule: Sequence[Slot], overlap: Overlap) -> State:
-        """Every slot but variances."""
+        """Every slot but variances, and caches of what moves."""
         moved: State = {}
         for slot in rule:
+            if slot.kind is Kind.CACHE and (self.statistics != "keep" or slot.name not in state):
+                continue
             x = state[slot.name]
             if slot.kind is Kind.LINEAR:
                 moved[slot.name] = overlap.move(x)

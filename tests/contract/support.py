@@ -32,9 +32,9 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
-from comoving.precondition import Factored, Plain
+from comoving.precondition import Factored, Kronecker, Plain
 from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled
+from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from comoving.transport import Carry, Keep, Reset, Rotate
 from references.algebra import basis
 
@@ -115,7 +115,14 @@ EXCUSED = {
 PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
 """Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
-PRECONDITIONERS = [Plain(), Factored(), Factored(decay=0.5, floor=1e-6, clip=None)]
+PRECONDITIONERS = [
+    Plain(),
+    Factored(),
+    Factored(decay=0.5, floor=1e-6, clip=None),
+    Kronecker(),
+    Kronecker(decay=0.5, exponent=0.5, eps=1e-3, every=3, max_size=4, above="none", norm_matched=False),
+    Kronecker(max_size=4, root="newton", every=2),
+]
 RULES = [
     Adam(),
     Momentum(),
@@ -132,6 +139,12 @@ RULES = [
     Muon(scale="spectral", over="flat"),
     Columns(),
     Columns(along="right"),
+    Shampoo(),
+    Shampoo(decay=0.9, exponent=0.3, eps=1e-3, every=3, max_size=4, graft=False),
+    Shampoo(average=False, root="newton"),
+    SOAP(),
+    SOAP(decay=0.8, every=2, max_size=4),
+    SOAP(every=3, one_sided=True),
 ]
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 COARSE = [RankOne(), RankOne(signed=False)]

@@ -30,10 +30,10 @@ from comoving.finders import (
     TreeSVD,
 )
 from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
-from comoving.precondition import Factored
+from comoving.precondition import Factored, Kronecker
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled
+from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from comoving.slots import Kind, Slot
 from comoving.transport import Carry, Rotate
 from contract.support import (
@@ -192,6 +192,17 @@ def test_parts_are_frozen_values(part):
         (Scheduled, "decay", 0.1, r"\[-inf, 0\)"),
         (Columns, "along", "both", "'auto', 'left', 'right'"),
         *((kind, "statistics", "move", "'carry', 'keep', 'reset'") for kind in (Rotate, Carry)),
+        *((kind, "decay", 1.0, r"\[0, 1\)") for kind in (Shampoo, SOAP, Kronecker)),
+        *((kind, "exponent", 0.0, r"\(0, inf\)") for kind in (Shampoo, Kronecker)),
+        *((kind, "eps", 0.0, r"\(0, inf\)") for kind in (Shampoo, Kronecker)),
+        *((kind, "every", 0, ">= 1") for kind in (Shampoo, SOAP, Kronecker)),
+        *((kind, "max_size", 0, ">= 1") for kind in (Shampoo, SOAP, Kronecker)),
+        *((kind, "root", "svd", "'eigh', 'newton'") for kind in (Shampoo, Kronecker)),
+        (SOAP, "one_sided", 2, "True, False"),
+        (Shampoo, "average", 2, "True, False"),
+        (Shampoo, "graft", "adam", "True, False"),
+        (Kronecker, "above", "matrix", "'diagonal', 'none'"),
+        (Kronecker, "norm_matched", None, "True, False"),
         (Modes, "min_size", 1, ">= 2"),
         (Feedback, "lazy", 2, "True, False"),
         (Feedback, "decay", 0.0, r"\(0, 1\]"),
@@ -260,11 +271,19 @@ def test_a_value_outside_its_interval_is_named_with_it(kind, field, value, inter
      (Energy, "minimum", "8"), (Energy, "step", 8.0), (Energy, "low", None), (Tolerance, "error", "0.1"),
      (Temperature, "steps", 10.0), (Temperature, "patience", True),
      (Feedback, "window", 2.0), (Feedback, "decay", None), (Fira, "growth", "1"), (Sparse, "rule", "adam"),
-     (Sparse, "fraction", True), (Sparse, "seed", 1.0), (Sign, "rate", None)],
+     (Sparse, "fraction", True), (Sparse, "seed", 1.0), (Sign, "rate", None),
+     (Shampoo, "every", 2.0), (SOAP, "decay", "b2"), (Kronecker, "exponent", "1/4"), (Kronecker, "max_size", True)],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(kind, field, value):
     with pytest.raises(TypeError, match=f"{field} must be .*{value}"):
         kind(**{field: value})
+
+
+@pytest.mark.parametrize("kind", [Shampoo, Kronecker])
+def test_newton_takes_integer_roots_only(kind):
+    with pytest.raises(ValueError, match="exponent must be 1/p .*'newton', got 0.3"):
+        kind(exponent=0.3, root="newton")
+    assert kind(exponent=1 / 3, root="newton").exponent == 1 / 3
 
 
 def test_every_field_is_covered():

@@ -2,6 +2,7 @@
 
 from .cosine import cosine_columns, cosine_transform
 from .incremental import incremental_qr
+from .kronecker import InverseRoot, add_gram, inverse_root, leading_basis, multiply_factors, turned_basis
 from .leading import Method, leading_directions, unit_size
 from .multilinear import abs_squared, add_multilinear, all_but_one, correlate, gram, inner, multilinear, norm, unfold
 from .nystrom import nystrom_tucker
@@ -18,8 +19,10 @@ from .trains import tt_randomized, tt_svd
 from .tsqr import tsqr, tsqr_r
 
 __all__ = [
+    "InverseRoot",
     "Method",
     "abs_squared",
+    "add_gram",
     "add_multilinear",
     "all_but_one",
     "correlate",
@@ -28,11 +31,14 @@ __all__ = [
     "gram",
     "inner",
     "incremental_qr",
+    "inverse_root",
+    "leading_basis",
     "leading_directions",
     "leading_eigenvectors",
     "leading_left_vectors",
     "leading_singular",
     "multilinear",
+    "multiply_factors",
     "norm",
     "nystrom_tucker",
     "orthogonality_defect",
@@ -42,6 +48,7 @@ __all__ = [
     "tsqr_r",
     "tt_randomized",
     "tt_svd",
+    "turned_basis",
     "to_unit",
     "unfold",
     "unit_size",

@@ -2,6 +2,7 @@
 
 from .base import Precondition
 from .factored import Factored
+from .kronecker import Kronecker
 from .plain import Plain
 
-__all__ = ["Factored", "Plain", "Precondition"]
+__all__ = ["Factored", "Kronecker", "Plain", "Precondition"]

@@ -8,5 +8,7 @@ from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
 from .scheduled import Scheduled
+from .shampoo import Shampoo
+from .soap import SOAP
 
-__all__ = ["Adafactor", "Adam", "Columns", "Lion", "Momentum", "Muon", "Rule", "Scheduled"]
+__all__ = ["SOAP", "Adafactor", "Adam", "Columns", "Lion", "Momentum", "Muon", "Rule", "Scheduled", "Shampoo"]

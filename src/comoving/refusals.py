@@ -1,0 +1,107 @@
+"""Combinations of parts that make no sense, refused at construction with the reason."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .codecs import Full
+from .frames import Modes
+from .residual import Feedback, Sparse
+from .rules import Rule
+from .sites import Site
+from .slots import Kind
+from .transport import Reset
+
+Group = Mapping[str, Any]
+
+
+def check_composition(group: Group) -> None:
+    """Raise for parts that do not go together, whatever they are used on.
+
+    Raises:
+        TypeError: a finder that does not fill the frame.
+        ValueError: any other pair.
+    """
+    frame, finder, rule, residual = (group[role] for role in ("frame", "finder", "rule", "residual"))
+    makes, fills = getattr(frame, "makes", None), getattr(finder, "fills", None)
+    if makes is not None and fills is not None and makes not in fills:
+        raise TypeError(
+            f"finder {finder} cannot fill frame {frame}: it finds a "
+            f"{' or '.join(kind.__name__ for kind in fills)}, the frame is a {makes.__name__}"
+        )
+    if isinstance(residual, Sparse) and isinstance(group["transport"], Reset) and residual.statistics != "reset":
+        raise ValueError(
+            f"residual {residual} is refused: transport Reset() sets the rule's clock back at every refresh, and the "
+            f"bias correction of sparse moments that go on would be wrong; use statistics='reset'"
+        )
+    if getattr(rule, "modal", False) and not getattr(frame, "modal", True):
+        raise ValueError(
+            f"rule {rule} keeps statistics of single modes of the core, and the core of frame {frame} has none that "
+            f"could follow it"
+        )
+    if getattr(rule, "definite", False) and not isinstance(group["moments"], Full):
+        raise ValueError(
+            f"moments={group['moments']} is refused: it rounds covariances, which may then have negative eigenvalues, "
+            f"and rule {rule} takes their roots by an iteration that diverges on these"
+        )
+
+
+def check_site(site: Site, group: Group) -> None:
+    """Raise for hyper-parameters that do not go with how a parameter is stepped.
+
+    Raises:
+        ValueError: naming the parameter, the hyper-parameter, and why.
+    """
+    for role, applies, reason in _PROJECTED if site.projected else _WHOLE:
+        if applies(site, group):
+            kind = "projected" if site.projected else "stepped in the whole frame" if site.whole else "complex"
+            value = group["betas"][1] if role == "betas[1]" else group[role]
+            text = reason.format(**{name: group[name] for name in ("transport", "frame", "rule")})
+            raise ValueError(f"{role}={value!r} is refused: {site.name} is {kind}, {text}")
+
+
+def kinds(rule: Rule, core: tuple[int, ...]) -> dict[str, Kind]:
+    """The kinds of a rule's slots for a core of this shape, by their names."""
+    return {slot.name: slot.kind for slot in rule.slots(core)}
+
+
+def _one_side_of_a_matrix(site: Site) -> bool:
+    return sum(d > 1 for d in site.view.shape) == 2 and sum(r is not None for r in site.ranks) == 1
+
+
+def _slots_change_with_rank(site: Site, group: Group) -> bool:
+    compressed = [r is not None for r in site.ranks]
+    short = tuple(1 if c else d for c, d in zip(compressed, site.core_shape, strict=True))
+    return kinds(group["rule"], short) != kinds(group["rule"], site.view.shape)
+
+
+def _varies(site: Site, group: Group) -> bool:
+    return Kind.VARIANCE in kinds(group["rule"], site.core_shape).values()
+
+
+Refusal = tuple[str, Callable[[Site, Group], bool], str]
+
+_AMSGRAD: Refusal = ("amsgrad", lambda s, g: not s.plain and g["amsgrad"],
+                     "a running maximum has no meaning in a moving subspace")  # fmt: skip
+_WHOLE: tuple[Refusal, ...] = (
+    _AMSGRAD,
+    ("fused", lambda s, g: not s.plain and bool(g["fused"]),
+     "torch's kernel would keep two second moments for one complex number"),
+)  # fmt: skip
+_PROJECTED: tuple[Refusal, ...] = (
+    _AMSGRAD,
+    ("betas[1]", lambda s, g: g["betas"][1] == 0, "0 leaves no second moment to carry"),
+    ("ranks", lambda s, g: g["ranks"].adaptive and not g["transport"].resizes,
+     "and transport {transport} cannot take moments from one rank to another"),
+    ("ranks", lambda s, g: g["ranks"].adaptive and type(g["frame"]) is not Modes,
+     "and frame {frame} has no spectrum for each mode to choose ranks by"),
+    ("ranks", lambda s, g: g["ranks"].adaptive and _slots_change_with_rank(s, g),
+     "and rule {rule} has slots of another kind for long modes than for short ones"),
+    ("scale", lambda s, g: g["scale"] == "spectral" and not _one_side_of_a_matrix(s),
+     'it is for one compressed side of a matrix, as view="matrix" makes of any tensor'),
+    ("transport", lambda s, g: g["transport"].projects and _varies(s, g) and not getattr(g["rule"], "corrected", True),
+     "and it would undo a bias correction that {rule} does not make: use Keep() or Reset()"),
+    ("residual", lambda s, g: isinstance(g["residual"], Feedback) and not getattr(g["rule"], "linear", True),
+     "and the momentum of {rule} is no average of gradients, in which lost momentum could return"),
+    ("finder", lambda s, g: g["finder"].momentum > 0 and not getattr(g["rule"], "linear", True),
+     "and the momentum of {rule} is no average of gradients that it could look at"),
+)  # fmt: skip
