@@ -298,6 +298,7 @@ REACHED = {
     "adamw": 3e-5, "galore": 3e-4, "ldadam": 2e-3, "tensor-galore": 2e-2, "tucker-adam": 5e-4, "comoving": 6e-3,
     "nystrom-tucker-adam": 3e-4, "streaming-tucker-adam": 1.5e-3, "galore+ef": 6e-3, "tensor-galore+ef": 0.15,
     "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
+    "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 4e-12, "lion": 3e-2, "adafactor": 4e-13,
 }  # fmt: skip
 TWO_SIDED = ("tt-adam", "tt-ice-adam", "ht-adam", "ht-rise-adam")
 
