@@ -305,6 +305,7 @@ REACHED = {
     "fira": 4e-6, "apollo": 1e-12, "apollo-mini": 1e-8, "frugal": 1e-6, "tensorgrad": 1e-2,
     "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
     "shampoo": 1e-9, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
+    "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 4e-12, "lion": 3e-2, "adafactor": 4e-13,
 }  # fmt: skip
 PERIODIC = ("galore", "tensor-galore", "fira", "apollo", "frugal", "tensorgrad")
 TWO_SIDED = ("tt-adam", "tt-ice-adam", "ht-adam", "ht-rise-adam")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import multilinear, orthonormalize, to_unit
+from ..linalg import orthonormalize, to_unit
 from ..validate import check_int
 from .base import Memory, Memoryless, check_start
 from .operand import Operand
@@ -18,8 +18,9 @@ class Amortized(Memoryless):
     """P = orth(B Q) with Q = R of the last step, R = B^H P (Dion, arXiv 2504.05295).
 
     R^H is the core z of the last step: the momentum of :class:`comoving.rules.Columns`. That of any other rule does as
-    well, for an average. Mode by mode U_n = orth( B_(n) Z_(n)^H ), where z is lifted in all modes but n. The lengths of
-    Q's columns do not matter to the span, nor to P. The first Q is B^H U of a seeded orthonormal U.
+    well, for an average. The lengths of Q's columns do not matter to the span, nor to P. The first Q is B^H U of a
+    seeded orthonormal U. Where several modes are compressed, z has lost what the other modes' factors hide, and B^H U
+    is computed for each mode, as in :class:`comoving.finders.Power`.
 
     Args:
         iterations: power iterations per refresh, >= 1: the second starts from R of the first.
@@ -37,13 +38,13 @@ class Amortized(Memoryless):
         """Iterate from the last core where there is one of these ranks, else from ``start``."""
         check_start(self, start)
         old, last = operand.past if operand.past is not None else (None, None)
-        follows = warm and isinstance(old, ModeFrame) and old.ranks == start.ranks
+        single = sum(u is not None for u in start.factors) == 1
+        follows = single and warm and isinstance(old, ModeFrame) and old.ranks == start.ranks
         found = list[Tensor | None](start.factors)
         for n, u in enumerate(start.factors):
             if u is None:
                 continue
-            others = [None if m == n else f for m, f in enumerate(start.factors)]
-            right = multilinear(last, others) if follows and last is not None else operand.contract(n, u)
+            right = last if follows and last is not None else operand.contract(n, u)
             left = _left(operand, n, right, u)
             for _ in range(1, self.iterations):
                 left = _left(operand, n, operand.contract(n, left), left)
