@@ -58,19 +58,37 @@ RULES = [
     "comoving:rule=lion",
     "comoving:rule=adafactor",
 ]
-LOW_RANK = ["galore", "ldadam", "comoving", "fira", "apollo", "low-rank-soap", "dion"]
-FRACTIONS = {"lm": (1 / 32, 1 / 8, 1 / 4, 1 / 2), "vit": (1 / 32, 1 / 8, 1 / 4, 1 / 2), "fno": (0.01, 0.05, 0.1, 0.3)}
-WHOLE = ["muon", "soap"]
-CODECS = ["full", "int8", "int4"]
+WHOLE = [
+    *(f"{name}:moments={codec}" for name in ("muon", "soap") for codec in ("full", "int8", "int4")),
+    "smmf",
+    "adafactor",
+]
+"""Whole frames with a codec, the rivals of low rank at equal bytes."""
+MATRICES = [
+    *(f"comoving:rank={share}" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};moments=int8" for share in (1 / 8, 1 / 4)),
+    *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 16, 1 / 4)),
+    *(f"comoving:rank={share};rule=muon" for share in (1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
+    *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion", "tucker-adam")),
+    "apollo-mini:rank=1",
+]
+SPARSE = "frame=sparse(density=0.25);finder=block_selection"
+TENSORS = [
+    *(f"comoving:rank={share}" for share in (0.01, 0.05, 0.1, 0.3)),
+    *(f"comoving:rank={share};moments=int8" for share in (0.05, 0.1, 0.3)),
+    *(f"comoving:rank={share};residual=discard" for share in (0.01, 0.1)),
+    *(f"comoving:rank={share};{SPARSE};residual=discard" for share in (0.01, 0.1)),
+    f"comoving:rank=0.05;{SPARSE}",
+    *(f"comoving:rank={share};rule=muon" for share in (0.1, 0.3)),
+    "comoving:rank=0.1;rule=soap",
+    *(f"{name}:rank=0.1" for name in ("tensor-galore", "tensorgrad", "tucker-adam", "tt-adam")),
+]
 
 
 def frontier(task: str) -> list[str]:
-    """Recipes at several ranks, Muon and SOAP in the whole frame under several codecs."""
-    low = LOW_RANK if task != "fno" else ["tensor-galore", "tucker-adam", "comoving", "tensorgrad", "low-rank-soap"]
-    points = [f"{name}:rank={share:g}" for name in low for share in FRACTIONS[task]]
-    points += [f"comoving:rank={share:g};moments=int8" for share in FRACTIONS[task]]
-    points += [f"comoving:rank={share:g};moments=int8;residual=discard" for share in FRACTIONS[task]]
-    return ["adamw", *(f"{name}:moments={codec}" for name in WHOLE for codec in CODECS), *points]
+    """Recipes at several ranks, and Muon and SOAP in the whole frame under several codecs."""
+    return ["adamw", *WHOLE, *(TENSORS if task == "fno" else MATRICES)]
 
 
 class Study:
@@ -178,7 +196,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         label = line["contender"]
         name, _, rest = label.partition(":")
         options = [o for o in rest.split(";") if o and not o.startswith("rank=")]
-        whole = name in WHOLE
+        whole = label in WHOLE
         family = name if whole else " ".join([name, *options])
         share = line["state_projected"] / (2 * line["parameters_projected"])
         families.setdefault(family, []).append((share, line["mean"], " ".join(options) if whole else ""))
