@@ -59,30 +59,30 @@ RULES = [
     "comoving:rule=adafactor",
 ]
 WHOLE = [
-    *(f"{name}:moments={codec}" for name in ("muon", "soap") for codec in ("full", "int8", "int4")),
+    *(f"muon:moments={codec}" for codec in ("full", "int8", "int4")),
+    *(f"soap:moments={codec}" for codec in ("full", "int8")),
     "smmf",
-    "adafactor",
 ]
 """Whole frames with a codec, the rivals of low rank at equal bytes."""
 MATRICES = [
-    *(f"comoving:rank={share}" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};moments=int8" for share in (1 / 8, 1 / 4)),
-    *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 16, 1 / 4)),
-    *(f"comoving:rank={share};rule=muon" for share in (1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 2)),
+    "comoving:rank=0.125;moments=int8;residual=discard",
+    *(f"comoving:rank={share};rule=muon;scale=match" for share in (1 / 8, 1 / 2)),
     *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
-    *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion", "tucker-adam")),
+    *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion")),
     "apollo-mini:rank=1",
 ]
 SPARSE = "frame=sparse(density=0.25);finder=block_selection"
 TENSORS = [
-    *(f"comoving:rank={share}" for share in (0.01, 0.05, 0.1, 0.3)),
-    *(f"comoving:rank={share};moments=int8" for share in (0.05, 0.1, 0.3)),
+    *(f"comoving:rank={share}" for share in (0.01, 0.1, 0.3)),
+    "comoving:rank=0.3;moments=int8",
     *(f"comoving:rank={share};residual=discard" for share in (0.01, 0.1)),
     *(f"comoving:rank={share};{SPARSE};residual=discard" for share in (0.01, 0.1)),
-    f"comoving:rank=0.05;{SPARSE}",
-    *(f"comoving:rank={share};rule=muon" for share in (0.1, 0.3)),
+    f"comoving:rank=0.1;{SPARSE}",
+    "comoving:rank=0.1;rule=muon",
     "comoving:rank=0.1;rule=soap",
-    *(f"{name}:rank=0.1" for name in ("tensor-galore", "tensorgrad", "tucker-adam", "tt-adam")),
+    *(f"{name}:rank=0.1" for name in ("tensor-galore", "tensorgrad")),
 ]
 
 
@@ -123,7 +123,7 @@ class Study:
 
     def climb(self, entry: Entry) -> None:
         """Rates by factors of two until the best is bracketed."""
-        start = entry.rates[0]
+        start = self.race.settings.info.rates.get(entry.contender.name, entry.rates[0])
         tried = {0: self.value(entry, start)}
         if entry.refusal() is not None:
             return

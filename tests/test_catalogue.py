@@ -20,6 +20,14 @@ from contract.support import Holder, randn, step
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 
+IN_WORDS = {
+    "tensorgrad": (
+        "mr + 2 nr + 0.1 mn + 0.2 B mn", lambda m, n, r: 4 * (m * r + 2 * n * r) + 0.6 * m * n
+    ),
+}  # fmt: skip
+"""States that are no polynomials with whole numbers of entries."""
+
+
 @pytest.mark.parametrize("name", comoving.recipes())
 def test_a_formula_counts_the_bytes_that_are_held(name):
     m, n, r = 512, 768, 256
@@ -28,9 +36,15 @@ def test_a_formula_counts_the_bytes_that_are_held(name):
     optimizer = comoving.build(name, model, rank=r, **({"refresh_every": 1} if not known(name).full_rank else {}))
     for seed in (1, 2):
         step(optimizer, p, randn((m, n), torch.float32, seed))
-    formula = known(name).state_formula()
+    held, formula = comoving.state_bytes(optimizer), known(name).state_formula()
+    if name in IN_WORDS:
+        says, count = IN_WORDS[name]
+        assert formula is None
+        assert known(name).state == says
+        assert held == pytest.approx(count(m, n, r), rel=0.02)
+        return
     assert formula is not None
-    assert comoving.state_bytes(optimizer) == formula.total(m, n, r)
+    assert held == formula.total(m, n, r)
 
 
 def known(name):
@@ -63,7 +77,7 @@ def test_anybody_s_recipe_has_a_formula():
 
 def test_what_is_no_polynomial_has_none():
     assert fit(lambda m, n, r: {"x": Part((m * n * r,), torch.float32)}) is None
-    assert fit(lambda m, n, r: {"x": Part((min(m, 2304),), torch.int8)}) is None
+    assert fit(lambda m, n, r: {"x": Part((min(m, 1400),), torch.int8)}) is None
     assert (
         str(fit(lambda m, n, r: {"x": Part((2 * n - m,), torch.float32), "y": Part((), torch.int64)})) == "-1 m + 2 n"
     )

@@ -35,7 +35,7 @@ def _entry(recipe: Recipe) -> dict[str, Any]:
         "paper": recipe.paper,
         "full_rank": recipe.full_rank,
         "relative_rate": recipe.relative_rate,
-        "state": None if formula is None else str(formula),
+        "state": recipe.state or (None if formula is None else str(formula)),
         "parts": {role: recipe.parts[role] for role in sorted(recipe.parts, key=_place)},
     }
 

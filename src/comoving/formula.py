@@ -16,8 +16,9 @@ MONOMIALS = {
 }  # fmt: skip
 """Name -> exponents of m, n and r, in the order of printing."""
 _UNIT = 256  # so that no block of a codec is cut short
-# Three values for each of m, n and r tell all polynomials of degree two apart; the last one is a test.
-_POINTS = [*product((8, 9, 11), (16, 17, 19), (1, 2, 3)), (13, 31, 4)]
+# Enough to tell all polynomials of degree two apart, and more. No mode is longer than those that Shampoo and SOAP keep
+# a matrix for, no rank so high that projecting would save nothing.
+_POINTS = [*product((4, 5, 6), (6, 7, 8), (1, 2)), (6, 7, 3), (6, 8, 3), (7, 7, 3), (7, 8, 3)]
 
 Coefficients = dict[str, Fraction]
 

@@ -50,6 +50,7 @@ class Recipe:
         relative_rate: its usual learning rate as a multiple of AdamW's.
         full_rank: whether it ignores ``rank``.
         rank: the rank where the user gives none.
+        state: the formula of its state where that is no polynomial of m, n and r.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Recipe:
     relative_rate: float = 1.0
     full_rank: bool = False
     rank: Rank = 0.25
+    state: str = ""
 
     @property
     def parts(self) -> dict[str, str]:
@@ -173,6 +175,7 @@ _RECIPES = (
             refresh_every=1000,
             scale=1.0,
         ),  # fmt: skip
+        state="mr + 2 nr + 0.1 mn + 0.2 B mn",
     ),
     Recipe(
         "tensor-galore",

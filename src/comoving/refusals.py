@@ -33,11 +33,6 @@ def check_composition(group: Group) -> None:
             f"residual {residual} is refused: transport Reset() sets the rule's clock back at every refresh, and the "
             f"bias correction of sparse moments that go on would be wrong; use statistics='reset'"
         )
-    if getattr(rule, "modal", False) and not getattr(frame, "modal", True):
-        raise ValueError(
-            f"rule {rule} keeps statistics of single modes of the core, and the core of frame {frame} has none that "
-            f"could follow it"
-        )
     if getattr(rule, "definite", False) and not isinstance(group["moments"], Full):
         raise ValueError(
             f"moments={group['moments']} is refused: it rounds covariances, which may then have negative eigenvalues, "
@@ -68,6 +63,10 @@ def _one_side_of_a_matrix(site: Site) -> bool:
     return sum(d > 1 for d in site.view.shape) == 2 and sum(r is not None for r in site.ranks) == 1
 
 
+def _by_modes(site: Site, group: Group) -> bool:
+    return any(slot.mode >= 0 or slot.bases for slot in group["rule"].slots(site.core_shape))
+
+
 def _slots_change_with_rank(site: Site, group: Group) -> bool:
     compressed = [r is not None for r in site.ranks]
     short = tuple(1 if c else d for c, d in zip(compressed, site.core_shape, strict=True))
@@ -96,6 +95,8 @@ _PROJECTED: tuple[Refusal, ...] = (
      "and frame {frame} has no spectrum for each mode to choose ranks by"),
     ("ranks", lambda s, g: g["ranks"].adaptive and _slots_change_with_rank(s, g),
      "and rule {rule} has slots of another kind for long modes than for short ones"),
+    ("rule", lambda s, g: not getattr(g["frame"], "modal", True) and _by_modes(s, g),
+     "and it keeps statistics of single modes of the core, while that of frame {frame} has none that could follow it"),
     ("scale", lambda s, g: g["scale"] == "spectral" and not _one_side_of_a_matrix(s),
      'it is for one compressed side of a matrix, as view="matrix" makes of any tensor'),
     ("transport", lambda s, g: g["transport"].projects and _varies(s, g) and not getattr(g["rule"], "corrected", True),

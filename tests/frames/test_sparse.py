@@ -13,7 +13,7 @@ from comoving.codecs import Int8
 from comoving.finders import BlockSelection, Exact, Oja, Operand, Power, StreamingTucker, TrainSVD
 from comoving.frames import Blocks, ModeFrame, Modes, SparseFrame, SparseModes
 from comoving.ranks import Energy
-from comoving.residual import Discard, Feedback
+from comoving.residual import Discard, Feedback, Passage
 from comoving.rules import Adam
 from comoving.slots import Kind, Slot
 from comoving.transport import Carry, Clock, Reset, Rotate
@@ -258,7 +258,8 @@ def test_feedback_telescopes(transport):
         m, frame = state["moment.first"], layout.load(state, shape)
         used, given = used + frame.lift(m), given + gradient
         remembered = {n: x.clone() for n, x in state.items() if n.startswith("feedback.")}
-        kept = group["residual"].restore(zero, frame, m, remembered, group["codec"]).full()
+        passage = Passage(frame, m, 0.8, 0.2, frame, m, tick=t + 1)
+        kept = group["residual"].restore(zero, passage, True, remembered, group["codec"]).full()
         close(used + 4 * frame.lift(m) + kept, given)
 
 
@@ -383,7 +384,7 @@ class Factored(Adam):
     ("options", "error", "says"),
     [
         ({"ranks": Energy()}, ValueError, "no spectrum for each mode to choose ranks by"),
-        ({"rule": Factored()}, ValueError, "statistics of single modes cannot follow"),
+        ({"rule": Factored()}, ValueError, "statistics of single modes of the core"),
         ({"finder": Power()}, TypeError, "finds a ModeFrame, the frame is a SparseFrame"),
         ({"frame": Modes()}, TypeError, "finds a SparseFrame, the frame is a ModeFrame"),
         ({"rank": 0.5}, ValueError, "more blocks than there are"),

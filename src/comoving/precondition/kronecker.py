@@ -42,7 +42,7 @@ class Kronecker:
     exponent: float | None = None
     eps: float = 1e-12
     every: int = 1
-    max_size: int = 1024
+    max_size: int = 2048
     above: str = "diagonal"
     root: InverseRoot = "eigh"
     norm_matched: bool = True

@@ -11,10 +11,9 @@ from ..transport import Clock
 class Rule(Protocol):
     """Turns the projected gradient into a direction; a frozen dataclass of hyper-parameters, without tensors.
 
-    A class attribute ``modal = True`` says that it keeps statistics of single modes of the core: layouts whose cores
-    have none say ``modal = False``, and are then refused at once. An attribute ``definite = True`` says that its
-    covariances must stay positive semi-definite, as they do not where a codec rounds them. ``corrected = False``: its
-    direction divides by no c2, so that no transport may. ``linear = False``: its momentum is no average of gradients.
+    An attribute ``definite = True`` says that its covariances must stay positive semi-definite, as they do not where a codec
+    rounds them. ``corrected = False``: its direction divides by no c2, so that no transport may. ``linear = False``:
+    its momentum is no average of gradients.
     """
 
     @property

@@ -1,7 +1,6 @@
 """Shampoo in the core."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +43,6 @@ class Shampoo:
         graft: whether d has the length of Adam's direction.
     """
 
-    modal: ClassVar[bool] = True
     momentum = FIRST
 
     decay: float = 0.999

@@ -1,7 +1,6 @@
 """SOAP in the core."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +45,6 @@ class SOAP:
             side that is the compressed one, so that L and Q are as small as its rank.
     """
 
-    modal: ClassVar[bool] = True
     momentum = FIRST
 
     decay: float | None = None
