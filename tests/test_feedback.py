@@ -5,7 +5,7 @@ from math import ceil, prod
 import pytest
 import torch
 
-from comoving.codecs import BFloat16, Full, Int8
+from comoving.codecs import BFloat16, Full, Int4, Int8
 from comoving.finders import Exact, Power
 from comoving.residual import Feedback, Passage
 from contract.support import (
@@ -87,7 +87,7 @@ def test_a_codec_loses_no_more_than_it_says(shape, ranks, codec, dtype):
     for t in range(12):
         sums.step(randn(shape, dtype, 30 + t))
         assert 0 < sums.gap().norm() <= sums.codec_error * (1 + 1e-5)
-    assert sums.codec_error < 0.5 * sums.gradients.norm()
+    assert sums.codec_error < (2 if isinstance(codec, Int4) else 0.5) * sums.gradients.norm()
 
 
 @FIELDS

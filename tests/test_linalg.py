@@ -73,12 +73,13 @@ def test_the_result_is_contiguous_and_the_input_unchanged(size, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("batch", [(), (3,)])
-@pytest.mark.parametrize("kind", ["rank-deficient", "zero", "repeated", "zero column", "tiny", "huge"])
+@pytest.mark.parametrize("kind", ["rank-deficient", "zero", "repeated", "zero column", "equal rows", "tiny", "huge"])
 def test_orthonormalize_completes_what_has_no_full_rank(kind, batch, dtype):
     a = {
         "rank-deficient": lambda: randn((*batch, 9, 2), dtype) @ randn((*batch, 2, 4), dtype, 1),
         "zero": lambda: torch.zeros(*batch, 9, 4, dtype=dtype),
         "repeated": lambda: randn((*batch, 9, 1), dtype).expand(*batch, 9, 4).clone(),
+        "equal rows": lambda: randn((*batch, 1, 4), dtype).expand(*batch, 9, 4).clone(),  # R ends in denormals
         "zero column": lambda: randn((*batch, 9, 4), dtype) * torch.tensor([1, 0, 1, 1]),
         "tiny": lambda: randn((*batch, 9, 4), dtype) * 1e-30,
         "huge": lambda: randn((*batch, 9, 4), dtype) * 1e30,

@@ -13,7 +13,7 @@ from comoving.finders import Correlation, CosineSelection, Operand
 from comoving.finders.base import DRAWS
 from comoving.frames import Cosines, ModeFrame
 from comoving.precondition import Factored
-from comoving.residual import Feedback
+from comoving.residual import Feedback, Passage
 from comoving.rules import Momentum
 from contract.support import COMPLEX, REAL, Holder, close, frame_of, randn, random_frame, step
 from references.adafactor import Adafactor
@@ -337,17 +337,18 @@ def lost(optimizer, p):
     """e, as the next step will add it."""
     group, state = optimizer.param_groups[0], optimizer.state[p]
     frame = group["frame"].load(state, tuple(p.shape), state["moment.first"])
-    zero = torch.zeros_like(p)
+    zero, m = torch.zeros_like(p), state["moment.first"]
+    passage = Passage(frame, m, 0.8, 0.2, frame, m, tick=state["tick"])
     stored = {name: x.clone() for name, x in state.items() if isinstance(x, torch.Tensor)}
-    return group["residual"].restore(zero, frame, state["moment.first"], stored, group["codec"]).full()
+    return group["residual"].restore(zero, passage, True, stored, group["codec"]).full()
 
 
 @FIELDS
-@pytest.mark.parametrize("window", [True, False])
-def test_feedback_without_momentum_is_what_the_frame_lost(window, dtype):
-    """With any rule, window and period, in frames that turn: e = g~ - F F^H g~, and |e| is told right."""
+@pytest.mark.parametrize("lazy", [True, False])
+def test_feedback_without_momentum_is_what_the_frame_lost(lazy, dtype):
+    """With any rule and period, lazily or not, in frames that turn: e = g~ - F F^H g~, and |e| is told right."""
     p = torch.nn.Parameter(randn((9, 12), dtype, 1))
-    residual = Feedback(window=window, momentum=False)
+    residual = Feedback(lazy=lazy, momentum=False)
     optimizer = LowRankOptimizer([p], rank=3, residual=residual, refresh_every=3, **HYPER)
     e = torch.zeros_like(p)
     for g in gradients((9, 12), dtype, 20):

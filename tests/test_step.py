@@ -306,6 +306,7 @@ REACHED = {
     "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
     "shampoo": 1e-9, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
     "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 4e-12, "lion": 3e-2, "adafactor": 4e-13,
+    "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-6,
 }  # fmt: skip
 PERIODIC = ("galore", "tensor-galore", "fira", "apollo", "frugal", "tensorgrad")
 TWO_SIDED = ("tt-adam", "tt-ice-adam", "ht-adam", "ht-rise-adam")

@@ -49,7 +49,7 @@ class Recipe:
         options: hyper-parameters of :class:`comoving.LowRankOptimizer` that make the method.
         relative_rate: its usual learning rate as a multiple of AdamW's.
         full_rank: whether it ignores ``rank``.
-        rank: the rank where the user gives none.
+        rank: that of the method where it has one of its own, which a user may still override; None for 0.25.
         state: the formula of its state where that is no polynomial of m, n and r.
     """
 
@@ -59,7 +59,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=lambda: {})
     relative_rate: float = 1.0
     full_rank: bool = False
-    rank: Rank = 0.25
+    rank: Rank | None = None
     state: str = ""
 
     @property
@@ -412,7 +412,9 @@ def build(
             f"{plus}{suffix} would put error feedback in its place; pass residual= if that is meant"
         )
     choice = {key: options.pop(key) for key in ("dense", "project", "pairs", "experts", "heads") if key in options}
-    groups = param_groups(model, rank=1.0 if method.full_rank else method.rank if rank is None else rank, **choice)
+    if rank is None:
+        rank = 0.25 if method.rank is None else method.rank
+    groups = param_groups(model, rank=1.0 if method.full_rank else rank, **choice)
     given = {role: part(role, value) for role, value in options.items()}
     settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}
     kind = AdamW if name == "comoving" else LowRankOptimizer

@@ -1,6 +1,6 @@
 """Which finder fills which frame."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from comoving import finders, frames
@@ -35,6 +35,8 @@ CONTENDERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("Nystroem", "Nystroem", "Modes", {}),
     ("Nystroem, energy", "Nystroem", "Modes", {"columns": "energy"}),
     ("Oja", "Oja", "Modes", {}),
+    ("Correlation", "Correlation", "Modes", {}),
+    ("Amortized", "Amortized", "Modes", {}),
     ("IncrementalSVD", "IncrementalSVD", "Modes", {"momentum": 0.0}),
     ("IncrementalSVD, momentum", "IncrementalSVD", "Modes", {}),
     ("CosineSelection", "CosineSelection", "Cosines", {}),
@@ -80,6 +82,6 @@ def sampled() -> list[Contender]:
 def _finder(kind: str, options: dict[str, Any]) -> Any:
     """Finders without a momentum of their own choice say so by refusing the argument."""
     make = getattr(finders, kind)
-    if "momentum" in getattr(make, "__dataclass_fields__", {}):
+    if any(field.name == "momentum" for field in fields(make)):
         options = {"momentum": MOMENTUM} | options
     return make(**options)

@@ -51,8 +51,9 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
     if trusted:
         return q.to(a.dtype).contiguous()
     q, r = torch.linalg.qr(a)
-    sign = r.diagonal(dim1=-2, dim2=-1).sgn()
-    return (q * torch.where(sign == 0, torch.ones_like(sign), sign).unsqueeze(-2)).contiguous()
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    present = diagonal.abs() >= torch.finfo(a.dtype).tiny  # the sign of a complex denormal is NaN
+    return (q * torch.where(present, diagonal.sgn(), 1).unsqueeze(-2)).contiguous()
 
 
 def reorthonormalize(u: Tensor, tolerance: float | None = None) -> Tensor:

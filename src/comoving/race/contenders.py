@@ -59,16 +59,16 @@ class Contender:
         return "" if self.foreign is None else self.foreign.note
 
     def build(self, model: nn.Module, lr: float, rank: Rank, weight_decay: float) -> Any:
-        """The optimizer.
+        """The optimizer; a recipe with a rank of its own keeps it.
 
         Raises:
             Refused: if it cannot take these weights, or its package is missing.
             TypeError, ValueError: for overrides that it does not know.
         """
         if self.foreign is None:
-            return comoving.build(
-                self.name, model, lr=lr, **{"rank": rank, "weight_decay": weight_decay, **self.overrides}
-            )
+            own = comoving.recipes()[self.name.partition("+")[0]].rank
+            options = {"rank": rank if own is None else own, "weight_decay": weight_decay, **self.overrides}
+            return comoving.build(self.name, model, lr=lr, **options)
         try:
             return self.foreign.build(model, lr, rank, weight_decay, **self.overrides)
         except ImportError as error:
