@@ -12,8 +12,8 @@ class Rule(Protocol):
     """Turns the projected gradient into a direction; a frozen dataclass of hyper-parameters, without tensors.
 
     An attribute ``definite = True`` says that its covariances must stay positive semi-definite, as they do not where a
-    codec rounds them. ``corrected = False``: its direction divides by no c2, so that no transport may. ``linear = False``:
-    its momentum is no average of gradients.
+    codec rounds them. ``corrected = False``: its direction divides by no c2, so that no transport may either.
+    ``linear = False``: its momentum is no average of gradients.
     """
 
     @property
