@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_DRAWN = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
 def scramble(*numbers: int) -> int:
@@ -23,6 +24,9 @@ def generator(*key: int) -> torch.Generator:
 
 
 def gaussian(shape: tuple[int, ...], like: Tensor, *key: int) -> Tensor:
-    """Standard normal entries in like's dtype, real or complex, and on its device; drawn on the CPU."""
-    wide = torch.complex128 if like.is_complex() else torch.float64
-    return torch.randn(shape, dtype=wide, generator=generator(*key), device="cpu").to(like)
+    """Standard normal entries in like's dtype, real or complex, and on its device; drawn on the CPU, in like's dtype.
+
+    Half precision is drawn in single.
+    """
+    drawn = like.dtype if like.dtype in _DRAWN else torch.float32
+    return torch.randn(shape, dtype=drawn, generator=generator(*key), device="cpu").to(like)

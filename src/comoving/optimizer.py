@@ -255,7 +255,9 @@ class LowRankOptimizer(Container):
         d = rule.direction(state, clock, group["eps"])
         rate, shrink = -group["lr"], 1 - group["lr"] * group["weight_decay"]
         factor = rate * update_scale(site, group["scale"])
-        update = Update(unit.frame(), z, d, factor, shrink, rate, clock, group["eps"])
+        by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
+        compressed = by_modes if isinstance(group["frame"], Modes) else None
+        update = Update(unit.frame, compressed, z, d, factor, shrink, rate, clock, group["eps"])
         group["residual"].write(weights, update, state, group["codec"])  # 6, 7
         unit.pack_into(stored)
 

@@ -236,7 +236,7 @@ _RECIPES = (
         "muon",
         "orthogonalized momentum with an update of RMS 0.2; one matrix per frequency for complex tensors",
         "2502.16982",
-        dict(rule=Muon()),
+        dict(rule=Muon(bf16=True)),
         full_rank=True,
     ),
     Recipe(

@@ -1,6 +1,8 @@
 """What the engine asks of a residual."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -60,7 +62,8 @@ class Update:
     """Steps 6 and 7 of one parameter: w <- shrink w + factor F d, and what the residual wants beside it.
 
     Args:
-        frame: F.
+        load: returns F; it may have to be drawn first.
+        compressed: the modes along which F is compressed, None where it is not mode-wise.
         core: z, the coordinates of all gradients of this step.
         direction: d.
         factor: -lr scale.
@@ -70,7 +73,8 @@ class Update:
         eps: likewise.
     """
 
-    frame: Frame
+    load: Callable[[], Frame]
+    compressed: tuple[int, ...] | None
     core: Tensor
     direction: Tensor
     factor: float
@@ -78,6 +82,11 @@ class Update:
     rate: float
     clock: Clock
     eps: float
+
+    @cached_property
+    def frame(self) -> Frame:
+        """F."""
+        return self.load()
 
     def write(self, weights: Tensor) -> None:
         """w <- shrink w + factor F d, in place."""

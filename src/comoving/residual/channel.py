@@ -54,6 +54,9 @@ class Channel(Holding):
         """w <- shrink w + factor s."""
         gradient = state.pop(HELD)
         scaled = gradient * gains(update, self.per, sqrt(gradient.numel() / update.core.numel()))
-        if self.growth is not None:
-            scaled.mul_(brake(norm(scaled), state[_LAST], self.growth))
-        weights.mul_(update.shrink).add_(scaled, alpha=update.factor)
+        weights.mul_(update.shrink)
+        if self.growth is None:
+            weights.add_(scaled, alpha=update.factor)
+        else:
+            allowed = brake(norm(scaled), state[_LAST], self.growth)
+            weights.addcmul_(scaled, allowed.to(scaled.dtype), value=update.factor)

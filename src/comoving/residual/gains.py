@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
-from ..frames import Frame, ModeFrame
+from ..linalg import abs_squared
 from .base import Update
 
 PER = ("channel", "tensor")
@@ -22,18 +22,15 @@ def gains(update: Update, per: str, stretch: float = 1.0) -> Tensor:
         stretch: the factor of z.
     """
     d, z = update.direction, update.core
-    modes = _compressed(update.frame, z.ndim) if per == "channel" else tuple(range(z.ndim))
+    everything = tuple(range(z.ndim))
+    modes = everything if per == "tensor" or update.compressed is None else update.compressed
     return _norms(d, modes) / (_norms(z, modes) * stretch + _SMALL)
 
 
-def _compressed(frame: Frame, order: int) -> tuple[int, ...]:
-    if not isinstance(frame, ModeFrame):
-        return tuple(range(order))
-    return tuple(n for n, u in enumerate(frame.factors) if u is not None)
-
-
 def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=modes, keepdim=True)
+    unit = x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)  # squares of the entries may leave float32's range
+    # Torch's own norm along leading modes is many times slower on the CPU.
+    return abs_squared(x / unit).sum(modes, keepdim=True).sqrt_().mul_(unit)
 
 
 def limit_parts(slot: str, dtype: torch.dtype) -> dict[str, Part]:

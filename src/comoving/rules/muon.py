@@ -17,6 +17,9 @@ from .passing import hand_over, taken
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
+_SINGLE = {torch.float32, torch.bfloat16, torch.float16}
+
+
 @dataclass(frozen=True)
 class Muon:
     """Muon (Jordan, 2024; scaling of Moonlight, arXiv 2502.16982), real or complex.
@@ -40,7 +43,7 @@ class Muon:
         over: the matrix of a tensor: "flat" the first mode against all others; "each" the first two modes longer than
             1, for every index of the others (one matrix per frequency of a spectral weight (in, out, k_1, k_2)); "auto"
             is "each" for complex, "flat" for real tensors.
-        bf16: iterate in bfloat16 on CUDA devices; real matrices only.
+        bf16: iterate in bfloat16 where the core is real and of single or half precision, as the authors do.
     """
 
     decay: float = 0.95
@@ -107,7 +110,7 @@ class Muon:
         if self.method == "polar":
             result = polar(x)
         else:
-            low = self.bf16 and x.is_cuda and not x.is_complex()
+            low = self.bf16 and x.dtype in _SINGLE
             result = newton_schulz(x, self.steps, self.coefficients, eps, torch.bfloat16 if low else x.dtype)
         if self.scale == "match":
             return result.mul_(0.2 * sqrt(max(rows, columns)))
