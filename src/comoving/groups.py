@@ -160,8 +160,8 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         given = (group["reasons"] or {}).get(name)
         reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)
         if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
-            whole = reason is None and modes > 1 and not _only_adam(group)
-            return replace(dense, reason=reason or "rank 1.0", whole=whole)
+            at_full_rank = replace(dense, reason=reason or "rank 1.0")
+            return at_full_rank if reason is not None or modes < 2 else _whole(dense, "rank 1.0", group)
         if modes < 2:
             return replace(dense, reason="fewer than two modes")
         ranks = group["frame"].ranks(view.shape, group["rank"], group["side"])
@@ -171,10 +171,21 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
     mode = layout.mode if isinstance(layout, Blocks) else None
     site = Site(label, view, ranks, layout.core_shape(view.shape, ranks), "projected", index=index, block_mode=mode)
     if not site.projected or prod(site.core_shape) >= prod(view.shape):
-        return replace(dense, reason="rank covers every mode, or no mode is long enough", whole=not _only_adam(group))
+        return _whole(dense, "rank covers every mode, or no mode is long enough", group)
     if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(dense, group):
-        return replace(dense, reason="too small to gain")
+        return _whole(dense, "too small to gain", group)
     return site
+
+
+def _whole(dense: Site, reason: str, group: Mapping[str, Any]) -> Site:
+    """The site in the whole frame under the group's rule, block by block where it has blocks; dense for Adam alone."""
+    if _only_adam(group):
+        return replace(dense, reason=reason)
+    layout, shape = group["frame"], dense.view.shape
+    if not isinstance(layout, Blocks):
+        return replace(dense, reason=reason, whole=True)
+    core = (layout.count(shape), *layout.block_shape(shape))
+    return replace(dense, reason=reason, whole=True, block_mode=layout.mode, core_shape=core)
 
 
 def _only_adam(group: Mapping[str, Any]) -> bool:

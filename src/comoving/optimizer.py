@@ -75,7 +75,8 @@ class LowRankOptimizer(Container):
         select: "auto" lets names decide what stays dense, "shape" ignores them.
         reasons: parameter name -> why it stays dense, for those that shall.
         on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip"
-            leaves parameters and state as they were, decided on the device, and counts (:attr:`skipped_steps`).
+            leaves parameters and state as they were, but for the steps that refreshes are timed by, decided on
+            the device, and counts (:attr:`skipped_steps`).
         seed: of the random directions that a first frame may start from.
         budget: bytes that the state of all projected parameters together never exceeds; see
             :mod:`comoving.ranks.budget`. None for no limit.
@@ -274,9 +275,9 @@ class LowRankOptimizer(Container):
             looked_at = looked_at.mix(1 - finder.momentum, old, core)
         warm = state["tick"] > 0 and old is not None and any(r is not None for r in old.ranks)
         new: Frame = finder.find(looked_at, start, warm, memory)
+        if state["tick"] <= 0 and not bool(seen.dense.any()):
+            state["tick"] = -1  # nothing was to be seen so far: look again at the next step
         if old is None:
-            if not bool(seen.dense.any()):
-                state["tick"] = -1  # nothing was to be seen: look again at the next step
             state.update(new.tensors())
             state.update(slots.first_moments(site, group, seen.dense, state["step"].device))
             return self._standing(unit)

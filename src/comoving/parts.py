@@ -98,7 +98,7 @@ PARTS["moments"] = PARTS["codec"]
 def part(role: str, value: Any) -> Any:
     """A part from its text, ``name`` or ``name(field=literal, ...)``; anything but text is returned as it is.
 
-    A field that is a part itself is given by its text too: ``"sparse(rule='adam')"``.
+    A field that is a part itself is given by its text too: ``"sparse(rule='adam')"``, ``"blocks(inner='trains')"``.
 
     Raises:
         ValueError: text of another form, or an unknown name.
@@ -116,4 +116,6 @@ def part(role: str, value: Any) -> Any:
         name, fields, call = "", {}, ast.Call(ast.Name(""), [], [])
     if name.lower() not in known or call.args:
         raise ValueError(f"{role} must be one of {', '.join(known)}, as name or name(field=value), got {value!r}")
-    return known[name.lower()](**{field: part(field, given) for field, given in fields.items()})
+    return known[name.lower()](
+        **{name: part(role if name == "inner" else name, given) for name, given in fields.items()}
+    )

@@ -370,6 +370,10 @@ _RECIPES = (
     ),
 )
 
+_PROJECTING = {
+    "finder", "transport", "residual", "codec", "ranks", "scale", "refresh_every", "side", "budget", "+ef",
+}  # fmt: skip
+"""What concerns projected parameters alone."""
 _SUFFIXES: dict[str, dict[str, Any]] = {"+ef": {"residual": Feedback()}}
 
 
@@ -416,6 +420,10 @@ def build(
         rank = 0.25 if method.rank is None else method.rank
     groups = param_groups(model, rank=1.0 if method.full_rank else rank, **choice)
     given = {role: part(role, value) for role, value in options.items()}
+    if method.full_rank:
+        idle = sorted({*given, *(["+ef"] if plus else [])} & _PROJECTING)
+        if idle:
+            raise ValueError(f"{recipe} has full rank: {', '.join(idle)} would have nothing to act on")
     settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}
     kind = AdamW if name == "comoving" else LowRankOptimizer
     return kind(groups, lr, **settings)

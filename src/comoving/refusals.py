@@ -33,6 +33,9 @@ def check_composition(group: Group) -> None:
             f"residual {residual} is refused: transport Reset() sets the rule's clock back at every refresh, and the "
             f"bias correction of sparse moments that go on would be wrong; use statistics='reset'"
         )
+    for role in ("codec", "moments"):
+        if not getattr(group[role], "signed", True):
+            raise ValueError(f"{role}={group[role]} is refused: it stores no signs, and serves second moments alone")
     if getattr(rule, "definite", False) and not isinstance(group["moments"], Full):
         raise ValueError(
             f"moments={group['moments']} is refused: it rounds covariances, which may then have negative eigenvalues, "
@@ -60,6 +63,7 @@ def kinds(rule: Rule, core: tuple[int, ...]) -> dict[str, Kind]:
 
 
 def _one_side_of_a_matrix(site: Site) -> bool:
+    site = site.block(0) if site.blocks else site
     return sum(d > 1 for d in site.view.shape) == 2 and sum(r is not None for r in site.ranks) == 1
 
 
@@ -88,7 +92,7 @@ _WHOLE: tuple[Refusal, ...] = (
 )  # fmt: skip
 _PROJECTED: tuple[Refusal, ...] = (
     _AMSGRAD,
-    ("betas[1]", lambda s, g: g["betas"][1] == 0, "0 leaves no second moment to carry"),
+    ("betas[1]", lambda s, g: g["betas"][1] == 0 and _varies(s, g), "0 leaves no second moment to carry"),
     ("ranks", lambda s, g: g["ranks"].adaptive and not g["transport"].resizes,
      "and transport {transport} cannot take moments from one rank to another"),
     ("ranks", lambda s, g: g["ranks"].adaptive and type(g["frame"]) is not Modes,

@@ -124,8 +124,8 @@ class _Following:
 
     Args:
         statistics: of COVARIANCE, BASIS and FACTORED slots: "carry" moves them by R_n, "keep" leaves their numbers in
-            coordinates that have changed, "reset" starts them anew. What is reset every few steps sees few gradients:
-            roots of such covariances (Shampoo's) are mostly those of what they have not seen.
+            coordinates that have changed, "reset" forgets the directions alone: bases become the identity, the
+            others their mean in every direction, which keeps the weight that bias correction counts on.
     """
 
     statistics: str = "carry"
@@ -154,7 +154,7 @@ class _Following:
             elif slot.kind is not Kind.VARIANCE and self.statistics == "carry":
                 moved[slot.name] = _carried(slot, x, overlap)
             elif slot.kind is not Kind.VARIANCE:
-                moved[slot.name] = x if self.statistics == "keep" else _anew(slot, x, overlap)
+                moved[slot.name] = x if self.statistics == "keep" else _levelled(slot, x, overlap)
         return moved
 
 
@@ -272,6 +272,16 @@ def _anew(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:
     r = overlap.matrices[slot.mode]
     size = x.shape[-1] if r is None else r.shape[-2]
     return initial(slot, x.new_empty((size,) * x.ndim))
+
+
+def _levelled(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:
+    """A statistic that has forgotten all directions, but not its weight: its mean in each of them."""
+    fresh = _anew(slot, x, overlap)
+    if slot.kind is Kind.FACTORED:
+        return fresh.add_(x.mean())
+    if slot.kind is Kind.COVARIANCE:
+        return fresh.add_(torch.diag_embed(x.diagonal().mean().expand(fresh.shape[-1])))
+    return fresh
 
 
 def _carried(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:

@@ -1,7 +1,7 @@
 """Every exported part is in the lists that the contract runs over, and every field that can be wrong is checked."""
 
 import re
-from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 
@@ -33,8 +33,7 @@ from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains,
 from comoving.precondition import Factored, Kronecker
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
-from comoving.slots import Kind, Slot
+from comoving.rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from comoving.transport import Carry, Rotate
 from contract.support import (
     BOND_FINDERS,
@@ -68,18 +67,6 @@ ROLES = {
     ),
     "ranks": (ranks, RANKS, {"Reading"}),
 }
-
-
-@dataclass(frozen=True)
-class Modal(Adam):
-    """A rule with a statistic of this kind for a mode; None: one that serves matrices alone."""
-
-    kind: Kind | None
-
-    def slots(self, shape):
-        if self.kind is None:
-            raise ValueError(f"a matrix is needed, got a core of shape {shape}")
-        return (*super().slots(shape), Slot("statistic", self.kind, mode=0))
 
 
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
@@ -218,8 +205,8 @@ def test_parts_are_frozen_values(part):
         (Sparse, "first", 2, "True, False"),
         (Sparse, "scale", 0.0, r"\(0, inf\)"),
         (Sparse, "statistics", "move", "'carry', 'keep', 'reset'"),
-        (Sparse, "rule", Modal(Kind.COVARIANCE), "elementwise, without statistics of modes"),
-        (Sparse, "rule", Modal(None), "elementwise"),
+        (Sparse, "rule", SOAP(), "elementwise, without statistics of modes"),
+        (Sparse, "rule", Muon(), "elementwise"),
         (Sparse, "seed", -1, ">= 0"),
         (Feedback, "momentum", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Root:
     def __post_init__(self) -> None:
         check_int("block", self.block, 8)
         check_choice("bits", self.bits, (8, 4))
+
+    signed: ClassVar[bool] = False
 
     @property
     def positive(self) -> "Root":

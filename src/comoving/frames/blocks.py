@@ -39,6 +39,11 @@ class Blocks:
         """The type of each block's frame."""
         return getattr(self.inner, "makes", None)
 
+    @property
+    def modal(self) -> bool:
+        """Whether the modes of a block's core stay what they are."""
+        return getattr(self.inner, "modal", True)
+
     def count(self, shape: tuple[int, ...]) -> int:
         """The number of blocks.
 

@@ -24,7 +24,8 @@ def gains(update: Update, per: str, stretch: float = 1.0) -> Tensor:
     d, z = update.direction, update.core
     everything = tuple(range(z.ndim))
     modes = everything if per == "tensor" or update.compressed is None else update.compressed
-    return _norms(d, modes) / (_norms(z, modes) * stretch + _SMALL)
+    phi = _norms(d, modes) / (_norms(z, modes) * stretch + _SMALL)
+    return phi.reshape(()) if modes == everything else phi  # a core of blocks has another order than its tensor
 
 
 def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:

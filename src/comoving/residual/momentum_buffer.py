@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..codecs import Codec, Part
 from ..finders import Operand
-from ..frames import Frame
 from ..linalg import norm
 from ..validate import check_float
 from .base import Inside, Passage
@@ -42,7 +41,7 @@ class MomentumBuffer(Inside):
         return {_BUFFER + name: part for name, part in codec.parts(shape, dtype).items()}
 
     def restore(
-        self, gradient: Tensor, frame: Frame, momentum: Tensor | None, state: dict[str, Tensor], codec: Codec
+        self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """B, in M's own storage where the codec stores it plainly."""
         return Operand(codec.decode_onto(gradient, _stored(state)))

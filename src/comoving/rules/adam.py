@@ -1,6 +1,7 @@
 """Adam in the core."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class Adam:
     """
 
     momentum = FIRST
+    elementwise: ClassVar[bool] = True
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m and v."""

@@ -57,8 +57,8 @@ class Columns:
         z = taken(state)
         if not z.ndim:
             return z.sgn()
-        modes = {"left": 0, "right": z.ndim - 1, "auto": min(range(z.ndim), key=lambda n: z.shape[n])}
-        mode = modes[self.along]
+        long = [n for n, d in enumerate(z.shape) if d > 1] or [0]
+        mode = {"left": long[0], "right": long[-1], "auto": min(long, key=lambda n: z.shape[n])}[self.along]
         others = tuple(n for n in range(z.ndim) if n != mode)
         tiny = torch.finfo(z.dtype).tiny
         unit = z.abs().amax(others, keepdim=True).clamp_min(tiny) if others else z.abs().clamp_min(tiny)

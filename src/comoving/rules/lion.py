@@ -1,6 +1,7 @@
 """Signs of interpolated momentum."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class Lion:
     b2: float | None = None
 
     momentum = FIRST
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):

@@ -1,6 +1,7 @@
 """The average of gradients, and nothing else."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class Momentum:
     """
 
     momentum = FIRST
+    elementwise: ClassVar[bool] = True
 
     corrected: bool = False
 

@@ -94,7 +94,7 @@ class Muon:
         x = taken(state)
         modes = self._rows_and_columns(x)
         if modes is None:
-            rows = x.shape[0] if x.ndim else 1
+            rows = next((d for d in x.shape if d > 1), 1)
             return self._orthogonal(x.reshape(rows, -1), eps).reshape(x.shape).contiguous()
         cut = x.movedim(modes, (-2, -1))
         return self._orthogonal(cut, eps).movedim((-2, -1), modes).contiguous()

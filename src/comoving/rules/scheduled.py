@@ -32,6 +32,7 @@ class Scheduled:
     decay: float = -0.5
 
     momentum = FIRST
+    elementwise: ClassVar[bool] = True
     corrected: ClassVar[bool] = False
     """Not by the group's decay rates, on which transports that follow the frame would have to rely."""
 

@@ -95,11 +95,15 @@ class SOAP:
         bases = self._bases(m, state)
         mass = state.get(mass_of(SECOND))
         scale = (state[SECOND] / (clock.weight2 if mass is None else mass)).sqrt_()
-        scale.add_(scale.amax() * (max(m.shape) * torch.finfo(scale.dtype).eps)).add_(eps).mul_(clock.weight1)
+        turned = max((d for d, q in zip(m.shape, bases, strict=True) if q is not None), default=0)
+        if turned:
+            scale.add_(scale.amax() * (turned * torch.finfo(scale.dtype).eps))
+        scale.add_(eps).mul_(clock.weight1)
         return multilinear(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, bases)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
-        sides = [shape.index(min(shape))] if self.one_sided and len(shape) == 2 else range(len(shape))
+        long = [n for n, d in enumerate(shape) if d > 1]
+        sides = [min(long, key=lambda n: shape[n])] if self.one_sided and len(long) == 2 else range(len(shape))
         return [n for n in sides if shape[n] <= self.max_size]
 
     def _bases(self, x: Tensor, state: dict[str, Tensor]) -> list[Tensor | None]:
