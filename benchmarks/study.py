@@ -2,13 +2,15 @@
 
     python benchmarks/study.py ablation --task lm --out out/ablation-lm
     python benchmarks/study.py frontier --task lm --out out/frontier-lm
+    python benchmarks/study.py collect --task lm --from out/frontier-lm out/frontier-lm-2 --out benchmarks/results/study
 
 "ablation" changes one choice of `comoving.AdamW`'s defaults at a time. "frontier" sets recipes and codecs against each
 other at many budgets, and draws validation against the state of the projected parameters.
 
 Rates are tried from the contender's own default by factors of two until the best one has a worse one on both sides (at
 most --climb runs). The --finalists best, and the ones that are always named, then get --seeds seeds at their best rate.
-Every run is a process with one thread; finished runs are kept under --out and used again.
+Every run is a process with one thread; finished runs are kept under --out and used again. "collect" gathers finished
+runs, of several places and commits, into one table: the fingerprint of its code stands beside each run.
 """
 
 import argparse
@@ -185,12 +187,58 @@ class Study:
         }
 
 
+def collect(task: str, places: list[Path]) -> dict[str, Any]:
+    """The finished and diverged runs of several studies as one."""
+    records = [json.loads(file.read_text()) for place in places for file in sorted(place.glob("runs/*.json"))]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record.get("settings", {}).get("task") == task and record["status"] in {"finished", "diverged"}:
+            runs.setdefault(record["settings"]["contender"], []).append(record)
+    return {
+        "command": "python benchmarks/study.py " + " ".join(sys.argv[1:]),
+        "task": task,
+        "steps": sorted({record["settings"]["steps"] for own in runs.values() for record in own}),
+        "contenders": [collected(label, own) for label, own in runs.items()],
+    }
+
+
+def collected(label: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One contender, at the best of its rates on seed 0."""
+    first = {r["settings"]["rate"]: r for r in records if r["settings"]["seed"] == 0}
+    rates = {rate: r["final"] for rate, r in sorted(first.items())}
+    done = {rate: value for rate, value in rates.items() if value is not None}
+    line: dict[str, Any] = {"contender": label, "rates": {f"{rate:g}": value for rate, value in rates.items()}}
+    if not done:
+        return line
+    best = min(done, key=lambda rate: done[rate])
+    chosen = [r for r in records if r["settings"]["rate"] == best and r["final"] is not None]
+    seeds = {r["settings"]["seed"]: r["final"] for r in chosen}
+    figures = ("state", "state_projected", "parameters", "parameters_projected", "optimizer_seconds")
+    return line | {
+        "rate": best,
+        "at_edge": best in {min(rates), max(rates)},
+        "seeds": [seeds[k] for k in sorted(seeds)],
+        "mean": statistics.fmean(seeds.values()),
+        "deviation": statistics.stdev(seeds.values()) if len(seeds) > 1 else None,
+        **{name: first[best].get(name) for name in figures},
+        "fingerprints": sorted({r["settings"]["fingerprint"] for r in records}),
+    }
+
+
+def of_adamw(found: dict[str, Any]) -> float:
+    """Bytes of AdamW's state on the projected parameters: measured where it took part, else two moments each."""
+    lines = {line["contender"]: line for line in found["contenders"] if "state_projected" in line}
+    some = next(iter(lines.values()))
+    return lines["adamw"]["state_projected"] if "adamw" in lines else 2 * some["parameters_projected"]
+
+
 def draw(found: dict[str, Any], file: Path) -> None:
     """Validation against the state of the projected parameters, in shares of AdamW's."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(9, 6))
     axes = figure.subplots()
+    whole = of_adamw(found)
     families: dict[str, list[tuple[float, float, str]]] = {}
     for line in found["contenders"]:
         if line.get("mean") is None:
@@ -200,7 +248,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         options = [o for o in rest.split(";") if o and not o.startswith("rank=")]
         whole = label in WHOLE
         family = name if whole else " ".join([name, *options])
-        share = line["state_projected"] / (2 * line["parameters_projected"])
+        share = line["state_projected"] / whole
         families.setdefault(family, []).append((share, line["mean"], " ".join(options) if whole else ""))
     for family, points in families.items():
         points.sort()
@@ -218,7 +266,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
 def main() -> None:
     """Run a study, print its table, write its JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("ablation", "rules", "frontier"))
+    parser.add_argument("study", choices=("ablation", "rules", "frontier", "collect"))
     parser.add_argument("--task", required=True, choices=("lm", "fno", "vit"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=None)
@@ -227,22 +275,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--named", default="adamw,comoving", type=lambda text: text.split(","))
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--from", dest="places", type=Path, nargs="+", default=[], help="where collect looks")
+    parser.add_argument("--name", default="frontier", help="what collect writes")
     parser.add_argument("--only", default="", help="contenders whose label contains this")
     arguments = parser.parse_args()
+    if arguments.study == "collect":
+        found = collect(arguments.task, arguments.places)
+        report(found, arguments.out, arguments.name)
+        return
     lists = {"ablation": ABLATION, "rules": ["comoving", *RULES], "frontier": frontier(arguments.task)}
     labels = [label for label in lists[arguments.study] if arguments.only in label]
     for label in labels:
         parse(label)
-    found = Study(labels, arguments).run()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{arguments.study}_{arguments.task}.json").write_text(json.dumps(found, indent=1) + "\n")
-    if arguments.study == "frontier":
-        draw(found, arguments.out / f"{arguments.study}_{arguments.task}.png")
+    report(Study(labels, arguments).run(), arguments.out, arguments.study)
+
+
+def report(found: dict[str, Any], out: Path, name: str) -> None:
+    """JSON, picture and table."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}_{found['task']}.json").write_text(json.dumps(found, indent=1) + "\n")
+    if name == "frontier":
+        draw(found, out / f"{name}_{found['task']}.png")
+    whole = of_adamw(found)
     for line in sorted(found["contenders"], key=lambda line: line.get("mean") or float("inf")):
         if line.get("mean") is None:
             print(f"{line['contender']:60s} {line.get('refused', 'diverged')}")
             continue
-        share = line["state_projected"] / (2 * line["parameters_projected"])
+        share = line["state_projected"] / whole
         spread = f" +- {line['deviation']:.4f}" if line["deviation"] is not None else ""
         edge = " (rate at the edge)" if line["at_edge"] else ""
         print(f"{line['contender']:60s} {line['mean']:.4f}{spread}  state {share:.3f}x  lr {line['rate']:g}{edge}")
