@@ -238,7 +238,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(9, 6))
     axes = figure.subplots()
-    whole = of_adamw(found)
+    dense = of_adamw(found)
     families: dict[str, list[tuple[float, float, str]]] = {}
     for line in found["contenders"]:
         if line.get("mean") is None:
@@ -248,7 +248,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         options = [o for o in rest.split(";") if o and not o.startswith("rank=")]
         whole = label in WHOLE
         family = name if whole else " ".join([name, *options])
-        share = line["state_projected"] / whole
+        share = line["state_projected"] / dense
         families.setdefault(family, []).append((share, line["mean"], " ".join(options) if whole else ""))
     for family, points in families.items():
         points.sort()
