@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import comoving
-from comoving.codecs import Full
+from comoving.codecs import Full, Int8
 from comoving.frames import Modes
 from contract.support import COMPLEX, REAL, Holder, close, feedback_of, frame_of, randn
 from references.adamw import AdamW
@@ -243,3 +243,17 @@ def test_defaults_are_the_papers():
     assert {k: v for k, v in group["comoving"].items() if k in comoving.recipes()["comoving"].options} == {
         k: default[k] for k in comoving.recipes()["comoving"].options
     }
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "muon", "soap"])
+@pytest.mark.parametrize(
+    "options", [{"codec": Int8()}, {"finder": "exact"}, {"transport": "carry"}, {"residual": "feedback"}, {"budget": 1}]
+)
+def test_what_full_rank_would_ignore_is_refused(recipe, options):
+    with pytest.raises(ValueError, match=f"{recipe} has full rank: {next(iter(options))} would have nothing to act on"):
+        comoving.build(recipe, torch.nn.Linear(16, 24), **options)
+
+
+def test_feedback_of_full_rank_is_refused():
+    with pytest.raises(ValueError, match=r"muon\+ef has full rank: \+ef would have nothing"):
+        comoving.build("muon+ef", torch.nn.Linear(16, 24))

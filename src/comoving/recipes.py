@@ -370,9 +370,7 @@ _RECIPES = (
     ),
 )
 
-_PROJECTING = {
-    "finder", "transport", "residual", "codec", "ranks", "scale", "refresh_every", "side", "budget", "+ef",
-}  # fmt: skip
+_PROJECTING = {"finder", "transport", "residual", "codec", "ranks", "budget", "+ef"}
 """What concerns projected parameters alone."""
 _SUFFIXES: dict[str, dict[str, Any]] = {"+ef": {"residual": Feedback()}}
 
