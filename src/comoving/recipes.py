@@ -363,9 +363,9 @@ _RECIPES = (
     ),
     Recipe(
         "comoving",
-        "the default: warm power iteration every 4 steps, moments rotated along, 8-bit error feedback",
+        "the default: power iteration (short modes: exact) every 4 steps, moments rotated along, 8-bit error feedback",
         "this package",
-        _FOLLOWING | {"finder": Power(momentum=0.9), "codec": Int8(), "scale": "auto"},
+        _FOLLOWING | {"finder": Power(momentum=0.9, exact_up_to=32), "codec": Int8(), "scale": "auto"},
         relative_rate=2.0,
     ),
 )

@@ -48,6 +48,7 @@ FINDERS = [
     Power(),
     Power(momentum=0.0, iterations=3),
     Power(start="exact"),
+    Power(exact_up_to=8),
     Randomized(),
     Randomized(momentum=0.0, oversampling=2, passes=0, seed=3),
     Nystroem(),

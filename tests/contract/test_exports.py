@@ -105,6 +105,7 @@ def test_parts_are_frozen_values(part):
         (Power, "momentum", 1.5, r"\[0, 1\)"),
         (Power, "iterations", 0, ">= 1"),
         (Power, "cold", 0, ">= 1"),
+        (Power, "exact_up_to", -1, ">= 0"),
         (Power, "start", "warm", "'random', 'exact'"),
         (Randomized, "momentum", 1.0, r"\[0, 1\)"),
         (Randomized, "oversampling", -1, ">= 0"),

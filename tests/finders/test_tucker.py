@@ -13,6 +13,7 @@ from comoving.finders import (
     Exact,
     NystroemTucker,
     Operand,
+    Power,
     RandomizedTucker,
     SequentialHOSVD,
     StreamingTucker,
@@ -515,3 +516,14 @@ def test_memory_is_small():
         "draws": (), "energy.0": (64,), "energy.1": (64,), "energy.2": (16,), "energy.3": (9,)
     }  # fmt: skip
     assert set(NystroemTucker(fibres="uniform").parts(shape, ranks, REAL)) == {"draws"}
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_power_is_exact_in_short_modes_alone(warm):
+    x, start = randn((6, 12, 8)), Modes().start(randn((6, 12, 8)), (3, 4, 2), None, 1)
+    found = Power(exact_up_to=8).find(Operand(x), start, warm, {}).factors
+    exact = Exact().find(Operand(x), start, warm, {}).factors
+    iterated = Power().find(Operand(x), start, warm, {}).factors
+    for u, e, p, short in zip(found, exact, iterated, (True, False, True), strict=True):
+        assert torch.equal(u, e if short else p)
+        assert not torch.equal(e, p)

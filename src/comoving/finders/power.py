@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import orthonormalize, to_unit
+from ..linalg import leading_directions, orthonormalize, to_unit, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import Memory, Memoryless, check_start
 from .exact import Exact
@@ -27,6 +27,8 @@ class Power(Memoryless):
         start: the very first frame: "exact" decomposes the first gradient; "random" makes ``cold`` iterations from a
             seeded orthonormal basis.
         cold: iterations of the first frame when it starts at random, >= 1.
+        exact_up_to: modes of at most this many entries get the leading eigenvectors of O_(n) O_(n)^H instead, which
+            cost less than an iteration where a mode is short, and are better; 0 for none.
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
@@ -35,12 +37,14 @@ class Power(Memoryless):
     iterations: int = 1
     start: Literal["random", "exact"] = "random"
     cold: int = 3
+    exact_up_to: int = 0
 
     def __post_init__(self) -> None:
         check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
         check_int("iterations", self.iterations, 1)
         check_choice("start", self.start, ("random", "exact"))
         check_int("cold", self.cold, 1)
+        check_int("exact_up_to", self.exact_up_to, 0)
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Iterate from ``start``."""
@@ -49,8 +53,14 @@ class Power(Memoryless):
             return Exact().find(operand, start, warm, memory)
         count = self.iterations if warm else self.cold
         return ModeFrame(
-            tuple(None if u is None else _iterate(operand, n, u, count) for n, u in enumerate(start.factors))
+            tuple(None if u is None else self._factor(operand, n, u, count) for n, u in enumerate(start.factors))
         )
+
+    def _factor(self, operand: Operand, mode: int, u: Tensor, count: int) -> Tensor:
+        if u.shape[0] > self.exact_up_to:
+            return _iterate(operand, mode, u, count)
+        x = unit_size(operand.full())
+        return torch.where(x.any(), leading_directions(x, mode, u.shape[-1]), u)
 
 
 def _iterate(operand: Operand, mode: int, u: Tensor, count: int) -> Tensor:
