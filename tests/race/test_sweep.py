@@ -203,7 +203,7 @@ def test_interrupt_ends_the_processes_and_keeps_the_command_resumable(tmp_path, 
     while not (runs.exists() and any(runs.glob("*.log"))) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "goes on from there" in errors and "Traceback" not in errors
 
