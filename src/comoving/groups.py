@@ -16,6 +16,7 @@ from .frames.base import SIDES, Rank
 from .frames.modes import check_rank
 from .precondition import Plain
 from .refusals import check_composition, check_site
+from .residual import MomentumBuffer
 from .rules import Adam
 from .sites import Site
 from .slots import Kind
@@ -172,14 +173,19 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
     site = Site(label, view, ranks, layout.core_shape(view.shape, ranks), "projected", index=index, block_mode=mode)
     if not site.projected or prod(site.core_shape) >= prod(view.shape):
         return _whole(dense, "rank covers every mode, or no mode is long enough", group)
-    if not isinstance(group["rank"], tuple) and _reals(site, group) >= _reals(dense, group):
-        return _whole(dense, "too small to gain", group)
+    # Under another rule a whole frame, or AdamW, would be another method: there the rank is taken at its word.
+    by_adam = _only_adam(group) and not isinstance(group["rank"], tuple)
+    if by_adam and _reals(site, group) >= _reals(dense, group):
+        return replace(dense, reason="too small to gain")
     return site
 
 
 def _whole(dense: Site, reason: str, group: Mapping[str, Any]) -> Site:
-    """The site in the whole frame under the group's rule, block by block where it has blocks; dense for Adam alone."""
-    if _only_adam(group):
+    """The site in the whole frame under the group's rule, block by block where it has blocks.
+
+    Dense for Adam alone, and where the momentum is what the residual keeps, since a whole frame leaves no residual.
+    """
+    if _only_adam(group) or isinstance(group["residual"], MomentumBuffer):
         return replace(dense, reason=reason)
     layout, shape = group["frame"], dense.view.shape
     if not isinstance(layout, Blocks):

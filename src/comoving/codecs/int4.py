@@ -59,7 +59,7 @@ class Int4:
         if self.table == "linear":
             levels = codes.to(real).sub_(7)
         else:
-            levels = torch.tensor(_normal(), dtype=real, device=codes.device)[codes.int()]
+            levels = _table(_normal(), real, codes.device)[codes.int()]
         return cut.join(levels.mul_(parts["step"]), shape, dtype)
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -78,7 +78,7 @@ class Int4:
             codes = scaled.round_().clamp_(-7, 7).add_(7)
         else:
             # In the values' own precision: a middle between two levels belongs to the lower one.
-            codes = torch.bucketize(scaled, torch.tensor(_middles(), dtype=scaled.dtype, device=scaled.device))
+            codes = torch.bucketize(scaled, _table(_middles(), scaled.dtype, scaled.device))
         parts["codes"].copy_(nibbles.pack(codes.to(torch.uint8)))
         return size
 
@@ -87,8 +87,14 @@ class Int4:
         step, codes = parts["step"], parts["codes"]
         if self.table == "linear":
             return torch.linalg.vector_norm(step) * (sqrt(2 * codes.shape[-1]) / 2)
-        gaps = torch.tensor(_half_gaps(), dtype=torch.float32, device=step.device)
+        gaps = _table(_half_gaps(), torch.float32, step.device)
         return norm(gaps[nibbles.unpack(codes, 2 * codes.shape[-1]).int()].mul_(step))
+
+
+@cache
+def _table(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sixteen numbers on a device, brought there once: at every step it would wait for them."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @cache

@@ -52,15 +52,15 @@ class Power(Memoryless):
         if not warm and self.start == "exact":
             return Exact().find(operand, start, warm, memory)
         count = self.iterations if warm else self.cold
-        return ModeFrame(
-            tuple(None if u is None else self._factor(operand, n, u, count) for n, u in enumerate(start.factors))
-        )
-
-    def _factor(self, operand: Operand, mode: int, u: Tensor, count: int) -> Tensor:
-        if u.shape[0] > self.exact_up_to:
-            return _iterate(operand, mode, u, count)
-        x = unit_size(operand.full())
-        return torch.where(x.any(), leading_directions(x, mode, u.shape[-1]), u)
+        factors = list(start.factors)
+        short = {n for n, u in enumerate(factors) if u is not None and u.shape[0] <= self.exact_up_to}
+        x = unit_size(operand.full()) if short else None
+        for n, u in enumerate(factors):
+            if u is not None and n in short and x is not None:
+                factors[n] = torch.where(x.any(), leading_directions(x, n, u.shape[-1]), u)
+            elif u is not None:
+                factors[n] = _iterate(operand, n, u, count)
+        return ModeFrame(tuple(factors))
 
 
 def _iterate(operand: Operand, mode: int, u: Tensor, count: int) -> Tensor:
