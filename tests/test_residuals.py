@@ -90,7 +90,7 @@ def test_fira(shape, per, growth, dtype):
 
     def check(p, reference, g, t):
         if growth is not None:
-            close(optimizer.state[p]["fira.norm"], torch.tensor(reference.last, dtype=REAL), 1e-9)
+            close(optimizer.state[p]["scaled.norm"], torch.tensor(reference.last, dtype=REAL), 1e-9)
 
     follow(params, optimizer, references, check)
 

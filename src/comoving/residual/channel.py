@@ -3,20 +3,16 @@
 from dataclasses import dataclass
 from math import sqrt
 
-import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part
+from ..codecs import Codec
 from ..linalg import norm
-from ..validate import check_choice, check_float
-from .base import HELD, Holding, Update
-from .gains import PER, brake, gains, limit_parts
-
-_LAST = "channel.norm"
+from .base import HELD, Update
+from .gains import LAST, Scaled, brake, gains
 
 
 @dataclass(frozen=True)
-class Channel(Holding):
+class Channel(Scaled):
     """The frame serves to measure a scale only: the update is the whole gradient (APOLLO, arXiv 2412.05270).
 
     s = phi g,   phi = |d| / (sqrt(full / core) |z| + 1e-8)   channel by channel, or one phi of the tensor (APOLLO-Mini)
@@ -28,27 +24,13 @@ class Channel(Holding):
     that, so that ``scale`` is the paper's. (d does not change with the size of z, but for eps.) An entry of the update
     is then of size sqrt(core/full), and of size 1 with scale "match".
 
-    Several gradients of one step add up. The state is |s_last|, one number, in the slot "channel.norm"; see
+    Several gradients of one step add up. The state is |s_last|, one number, in the slot "scaled.norm"; see
     :func:`comoving.residual.gains.brake` for zeros.
 
     Args:
         per: "channel" or "tensor"; see :func:`comoving.residual.gains.gains`.
         growth: by how much |s| may grow in a step, >= 1; None for no limit.
     """
-
-    per: str = "channel"
-    growth: float | None = 1.01
-
-    def __post_init__(self) -> None:
-        check_choice("per", self.per, PER)
-        if self.growth is not None:
-            check_float("growth", self.growth, 1.0)
-
-    def parts(
-        self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
-        """|s_last|, where growth is limited."""
-        return {} if self.growth is None else limit_parts(_LAST, dtype)
 
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor s."""
@@ -58,5 +40,5 @@ class Channel(Holding):
         if self.growth is None:
             weights.add_(scaled, alpha=update.factor)
         else:
-            allowed = brake(norm(scaled), state[_LAST], self.growth)
+            allowed = brake(norm(scaled), state[LAST], self.growth)
             weights.addcmul_(scaled, allowed.to(scaled.dtype), value=update.factor)

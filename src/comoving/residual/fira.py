@@ -5,17 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part
+from ..codecs import Codec
 from ..linalg import norm
-from ..validate import check_choice, check_float
-from .base import HELD, Holding, Update
-from .gains import PER, brake, gains, limit_parts
-
-_LAST = "fira.norm"
+from .base import HELD, Update
+from .gains import LAST, Scaled, brake, gains
 
 
 @dataclass(frozen=True)
-class Fira(Holding):
+class Fira(Scaled):
     """The rest of the gradient goes into the update too, without moments of its own (Fira, arXiv 2410.01623).
 
     s = phi (g - F z),   phi = |d| / (|z| + 1e-8)   channel by channel
@@ -23,32 +20,18 @@ class Fira(Holding):
     w <- shrink w - lr (scale F d + s)
 
     The group's ``scale`` is that of F d alone, as in the paper (its alpha). Several gradients of one step add up. The
-    state is |s_last|, one number, in the slot "fira.norm"; see :func:`comoving.residual.gains.brake` for zeros.
+    state is |s_last|, one number, in the slot "scaled.norm"; see :func:`comoving.residual.gains.brake` for zeros.
 
     Args:
         per: "channel" or "tensor"; see :func:`comoving.residual.gains.gains`.
         growth: by how much |s| may grow in a step, >= 1; None for no limit.
     """
 
-    per: str = "channel"
-    growth: float | None = 1.01
-
-    def __post_init__(self) -> None:
-        check_choice("per", self.per, PER)
-        if self.growth is not None:
-            check_float("growth", self.growth, 1.0)
-
-    def parts(
-        self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
-        """|s_last|, where growth is limited."""
-        return {} if self.growth is None else limit_parts(_LAST, dtype)
-
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor F d + rate s."""
         rest = update.frame.add_lift(state.pop(HELD).clone(memory_format=torch.contiguous_format), update.core, -1.0)
         rest.mul_(gains(update, self.per))
         if self.growth is not None:
-            rest.mul_(brake(norm(rest), state[_LAST], self.growth))
+            rest.mul_(brake(norm(rest), state[LAST], self.growth))
         update.write(weights)
         weights.add_(rest, alpha=update.rate)

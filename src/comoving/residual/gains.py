@@ -1,13 +1,17 @@
 """By how much the rule scales a gradient, and how fast the norm of an update may grow."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Codec, Part
 from ..linalg import abs_squared
-from .base import Update
+from ..validate import check_choice, check_float
+from .base import Holding, Update
 
-PER = ("channel", "tensor")
+LAST = "scaled.norm"
+"""The slot for the norm of the last scaled part."""
 _SMALL = 1e-8
 
 
@@ -34,11 +38,6 @@ def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
     return abs_squared(x / unit).sum(modes, keepdim=True).sqrt_().mul_(unit)
 
 
-def limit_parts(slot: str, dtype: torch.dtype) -> dict[str, Part]:
-    """The state of :func:`brake`: one real number."""
-    return {slot: Part((), dtype.to_real())}
-
-
 def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
     """The factor that keeps the norm of an update below growth (last + 1e-8); ``last`` becomes the norm after it.
 
@@ -54,3 +53,29 @@ def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
     after = size / over
     last.copy_(torch.where((after > 0) & after.isfinite(), after, last))
     return 1 / over
+
+
+@dataclass(frozen=True)
+class Scaled(Holding):
+    """What residuals share that scale part of the gradient by :func:`gains`, within the limit of :func:`brake`.
+
+    The state is |s_last|, one number, in the slot "scaled.norm".
+
+    Args:
+        per: "channel" or "tensor"; see :func:`gains`.
+        growth: by how much |s| may grow in a step, >= 1; None for no limit.
+    """
+
+    per: str = "channel"
+    growth: float | None = 1.01
+
+    def __post_init__(self) -> None:
+        check_choice("per", self.per, ("channel", "tensor"))
+        if self.growth is not None:
+            check_float("growth", self.growth, 1.0)
+
+    def parts(
+        self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> dict[str, Part]:
+        """|s_last|, where growth is limited."""
+        return {} if self.growth is None else {LAST: Part((), dtype.to_real())}
