@@ -31,26 +31,27 @@ FACTOR = 2.0
 ABLATION = [
     "adamw",
     "comoving",
+    "comoving:finder=power(momentum=0.9)",
     "comoving:finder=exact(momentum=0.9)",
     "comoving:finder=randomized(momentum=0.9)",
-    "comoving:finder=nystrom_tucker(momentum=0.9)",
-    "comoving:finder=streaming_tucker",
-    "comoving:finder=power(momentum=0.5)",
-    "comoving:finder=power(momentum=0.0)",
+    "comoving:finder=power(momentum=0.5, exact_up_to=32)",
     "comoving:refresh_every=1",
-    "comoving:refresh_every=2",
     "comoving:refresh_every=8",
     "comoving:refresh_every=50",
     "comoving:transport=keep",
     "comoving:transport=reset",
     "comoving:transport=carry",
     "comoving:residual=discard",
+    "comoving:residual=fira",
     "comoving:codec=full",
+    "comoving:moments=int8",
     "comoving:scale=match",
-    "comoving:scale=0.5-match",
     "comoving:scale=0.2-match",
+    "comoving:rule=soap",
+    "comoving:rule=muon",
+    "comoving:rule=lion",
 ]
-"""Finder, momentum it looks at, refresh period, transport, residual, codec, scale; one at a time."""
+"""Finder, momentum it looks at, refresh period, transport, residual, codecs, scale, rule; one at a time."""
 RULES = [
     "comoving:rule=soap",
     "comoving:rule=soap;transport=rotate(statistics='keep')",
@@ -62,19 +63,22 @@ RULES = [
 ]
 WHOLE = [
     *(f"muon:moments={codec}" for codec in ("full", "int8", "int4")),
-    *(f"soap:moments={codec}" for codec in ("full", "int8")),
+    *(f"soap:moments={codec}" for codec in ("full", "int8", "int4")),
+    "shampoo",
     "smmf",
 ]
 """Whole frames with a codec, the rivals of low rank at equal bytes."""
 MATRICES = [
     *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 2)),
-    "comoving:rank=0.125;moments=int8;residual=discard",
+    *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 32, 1 / 8)),
+    *(f"comoving:rank={share};moments=int8;residual=fira" for share in (1 / 32, 1 / 8, 1 / 4)),
     *(f"comoving:rank={share};rule=muon(bf16=True);scale=1.0" for share in (1 / 8, 1 / 2)),
-    "comoving:rank=0.5;rule=muon(bf16=True);scale=1.0;residual=discard",
-    "dion:rank=0.5;codec=int8",
+    *(f"dion:rank={share};codec=int8;scale=0.2-match" for share in (1 / 8, 1 / 2)),
     *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
-    *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion")),
+    *(f"fira:rank={share};moments=int8" for share in (1 / 32, 1 / 8)),
+    *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion", "online-subspace-descent")),
+    *(f"{name}:rank=0.25" for name in ("coap", "dct-adamw", "flora", "low-rank-soap", "frugal")),
     "apollo-mini:rank=1",
 ]
 SPARSE = "frame=sparse(density=0.25);finder=block_selection"
@@ -82,11 +86,13 @@ TENSORS = [
     *(f"comoving:rank={share}" for share in (0.01, 0.1, 0.3)),
     "comoving:rank=0.3;moments=int8",
     *(f"comoving:rank={share};residual=discard" for share in (0.01, 0.1)),
+    *(f"comoving:rank={share};residual=fira" for share in (0.01, 0.1)),
     *(f"comoving:rank={share};{SPARSE};residual=discard" for share in (0.01, 0.1)),
+    *(f"comoving:rank={share};{SPARSE};residual=fira" for share in (0.01, 0.1)),
     f"comoving:rank=0.1;{SPARSE}",
-    "comoving:rank=0.1;rule=muon",
-    "comoving:rank=0.1;rule=soap",
-    *(f"{name}:rank=0.1" for name in ("tensor-galore", "tensorgrad")),
+    *(f"{name}:rank=0.1" for name in ("tensor-galore", "tensorgrad", "tucker-adam", "nystrom-tucker-adam")),
+    *(f"{name}:rank=0.1" for name in ("low-rank-soap", "fira", "apollo", "online-subspace-descent", "ldadam")),
+    *(f"{name}:rank=0.1" for name in ("tt-adam", "ht-adam")),
 ]
 
 
