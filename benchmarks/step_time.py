@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import comoving
+from comoving.frames import Seeded
 from plain_ldadam import PlainLDAdam
 
 Stepper = Callable[[int], None]
@@ -158,6 +159,8 @@ EVERY = 10
 """Steps between refreshes, and between roots or eigenbases, of whoever has them, in the table of all recipes."""
 PERIODIC = {"galore", "tensor-galore", "fira", "apollo", "apollo-mini", "tensorgrad", "frugal", "flora", "coap"}
 """Recipes whose refresh period is set to that; the others keep their own."""
+STORED = {"apollo": {"frame": Seeded(stored=True)}}
+"""Recipes that run a second time with their projections kept between steps, as their rivals keep them."""
 
 
 def _constructed(module: str, name: str, **options: Any) -> Callable[[Weights], Stepper]:
@@ -212,6 +215,9 @@ def cpu_recipes(steps: int) -> dict[str, object]:
         options = {"refresh_every": EVERY} if name in PERIODIC else {}
         rank = getattr(recipe, "rank", None) or 64
         contenders[name] = (model, ours(name, model, rank, **options))
+        if name in STORED:
+            model = Weights(shapes, torch.float32, "cpu")
+            contenders[f"{name}, stored"] = (model, ours(name, model, rank, **options, **STORED[name]))
         for rival, make in RIVALS.get(name, {}).items():
             model = Weights(shapes, torch.float32, "cpu")
             contenders[f"{name} ({rival})"] = (model, make(model))
@@ -227,7 +233,12 @@ def cpu_recipes(steps: int) -> dict[str, object]:
         "every": EVERY,
         "figures": figures,
         "mean / torch adamw": _ratios(figures, figures["adamw (torch)"]["mean"]),
-        "ours / fastest rival": {name: figures[name]["mean"] / seconds for name, seconds in fastest.items()},
+        "ours / fastest rival": {
+            label: figures[label]["mean"] / seconds
+            for name, seconds in fastest.items()
+            for label in (name, f"{name}, stored")
+            if label in figures
+        },
     }
 
 

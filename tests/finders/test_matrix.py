@@ -427,6 +427,32 @@ def test_the_random_frame_changes_at_refreshes_only():
     assert len(set(seeds)) == 4
 
 
+def test_a_random_frame_that_is_stored_steps_as_one_that_is_drawn():
+    """Bit for bit, through refreshes, a checkpoint, and a checkpoint of another rank."""
+    ways = {stored: Seeded(stored=stored) for stored in (False, True)}
+    weights = {}
+    for stored, frame in ways.items():
+        given = {"frame": frame, "finder": RandomProjection(), "refresh_every": 3}
+        p, optimizer = lone(torch.zeros(12, 20), rank=4, **given)
+        for t in range(8):
+            step(optimizer, p, randn((12, 20), torch.float32, t))
+        layout = {"frame.0", "frame.0.seed"} if stored else {"frame.0.seed"}
+        assert {name for name in optimizer.state[p] if name.startswith("frame")} == layout
+        if stored:
+            drawn = Seeded().load(optimizer.state[p], (12, 20), torch.zeros(4, 20))
+            assert torch.equal(optimizer.state[p]["frame.0"], drawn.factors[0])
+        for rank in (4, 6):
+            q, other = lone(p.detach().clone(), rank=rank, **given)
+            other.load_state_dict(optimizer.state_dict())
+            for t in range(4):
+                step(other, q, randn((12, 20), torch.float32, 20 + t))
+            weights[stored, rank] = q.detach().clone()
+    for rank in (4, 6):
+        assert torch.equal(weights[False, rank], weights[True, rank])
+    with pytest.raises(ValueError, match="stored"):
+        Seeded(stored="yes")
+
+
 # ------------------------------------------------------------------------------------------------ awkward operands
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..codecs import Part
 from ..draws import gaussian, scramble
 from ..linalg import cosine_columns, orthonormalize
+from ..validate import check_choice
 from .base import Ranks
 from .modes import ModeFrame, Modes
 
@@ -82,49 +83,61 @@ class SeededFrame(ModeFrame):
     Args:
         factors: the bases.
         seeds: of each, or None where the mode is whole.
+        stored: whether the state holds the bases too.
     """
 
     seeds: tuple[int | None, ...]
+    stored: bool = False
 
     @classmethod
-    def of(cls, seeds: tuple[int | None, ...], shape: tuple[int, ...], ranks: Ranks, like: Tensor) -> Self:
+    def of(
+        cls, seeds: tuple[int | None, ...], shape: tuple[int, ...], ranks: Ranks, like: Tensor, stored: bool = False
+    ) -> Self:
         """The frame of these seeds and ranks, drawn, in like's dtype and on its device."""
         factors = tuple(
             None if seed is None or r is None else orthonormalize(gaussian((d, r), like, seed), trusted=True)
             for seed, d, r in zip(seeds, shape, ranks, strict=True)
         )
-        return cls(factors, seeds)
+        return cls(factors, seeds, stored)
 
     def next(self) -> "SeededFrame":
         """Another frame like this one, each seed made from the last."""
         seeds = tuple(None if seed is None else scramble(seed) for seed in self.seeds)
         drawn = [u for u in self.factors if u is not None]
         shape = tuple(1 if u is None else u.shape[0] for u in self.factors)
-        return SeededFrame.of(seeds, shape, self.ranks, drawn[0]) if drawn else self
+        return SeededFrame.of(seeds, shape, self.ranks, drawn[0], self.stored) if drawn else self
 
     def tensors(self) -> dict[str, Tensor]:
-        """{"frame.n.seed": a single int64 on the host} for the compressed modes."""
-        return {
+        """{"frame.n.seed": a single int64 on the host} for compressed modes, and the bases where they are stored."""
+        seeds = {
             f"frame.{n}.seed": torch.tensor(seed, device="cpu") for n, seed in enumerate(self.seeds) if seed is not None
         }
+        return super().tensors() | seeds if self.stored else seeds
 
 
 @dataclass(frozen=True)
 class Seeded(Modes):
     """Modes whose factors are drawn from seeds; the state holds the seeds, and the core's shape says the ranks.
 
-    A factor is drawn anew whenever the frame is loaded, twice a step, which costs 2 d r^2 operations and no memory
-    between steps.
+    A factor is drawn anew whenever the frame is loaded, once or twice a step, which costs 2 d r^2 operations and no
+    memory between steps.
 
     Args:
         min_size: as for :class:`Modes`.
+        stored: keep the factors beside the seeds, d r numbers a mode, and draw at a refresh only.
     """
 
+    stored: bool = False
     makes: ClassVar[type[ModeFrame]] = SeededFrame
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("stored", self.stored, (True, False))
+
     def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
-        """The seeds."""
-        return {f"frame.{n}.seed": Part((), torch.int64, scalar=True) for n, r in enumerate(ranks) if r is not None}
+        """The seeds, and the factors where they are stored."""
+        seeds = {f"frame.{n}.seed": Part((), torch.int64, scalar=True) for n, r in enumerate(ranks) if r is not None}
+        return super().parts(shape, ranks, dtype) | seeds if self.stored else seeds
 
     def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> SeededFrame:
         """The frame whose seeds are in the state, drawn at the ranks that like, a tensor of the core's shape, has.
@@ -134,6 +147,8 @@ class Seeded(Modes):
         """
         stored = [state.get(f"frame.{n}.seed") for n in range(len(shape))]
         seeds = tuple(None if seed is None else int(seed) for seed in stored)
+        if self.stored:
+            return SeededFrame(super().load(state, shape, like).factors, seeds, stored=True)
         if like is None or like.ndim != len(shape):
             if any(seed is not None for seed in seeds):
                 has = None if like is None else tuple(like.shape)
@@ -156,4 +171,4 @@ class Seeded(Modes):
             None if r is None else scramble(seed, n) if old is None else old
             for n, (r, old) in enumerate(zip(ranks, known, strict=True))
         )
-        return SeededFrame.of(seeds, tuple(like.shape), ranks, like)
+        return SeededFrame.of(seeds, tuple(like.shape), ranks, like, self.stored)

@@ -28,15 +28,17 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
         a: (*batch, d, r) with r <= d, in float32, float64, complex64 or complex128 (half precision is cast up by the
             caller: no decomposition exists for it).
         tolerance: largest accepted defect; default 32 machine epsilons times sqrt(r).
-        trusted: A is known to have a condition number far below 1e4, as a Gaussian matrix has: one pass in double the
-            precision is then enough, or two where there is none, and nothing is read on the host.
+        trusted: A is Gaussian, hence of a condition number far below 1e4: one pass in double the precision is then
+            enough, or two where there is none, and nothing is read on the host. At most half as wide as long it has
+            one below 10, and one pass in its own precision is enough.
 
     Returns:
         Q of a's shape and dtype, contiguous.
     """
     limit = _default_tolerance(a) if tolerance is None else tolerance
-    q = a.to(_WIDE.get(a.dtype, a.dtype))
-    passes = 1 if trusted and q.dtype != a.dtype else 2
+    tall = trusted and 2 * a.shape[-1] <= a.shape[-2]
+    q = a if tall else a.to(_WIDE.get(a.dtype, a.dtype))
+    passes = 1 if tall or (trusted and q.dtype != a.dtype) else 2
     for _ in range(passes):
         factor, info = torch.linalg.cholesky_ex(q.mH @ q)
         q = torch.linalg.solve_triangular(factor.mH, q, upper=True, left=False)
