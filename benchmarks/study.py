@@ -10,8 +10,8 @@ other at many budgets, and draws validation against the state of the projected p
 
 Rates are tried from the contender's own default by factors of two until the best one has a worse one on both sides (at
 most --climb runs). The --finalists best, and the ones that are always named, then get --seeds seeds at their best rate.
-"seeds" runs what it is given at the rates it is given. Every run is a process with one thread; finished runs are kept under --out and used again. "collect" gathers finished
-runs, of several places and commits, into one table: the fingerprint of its code stands beside each run.
+"seeds" runs what it is given at the rates it is given. Every run is a process with one thread; finished runs are kept
+under --out and used again. "collect" gathers finished runs, of several places and commits, into one table: the fingerprint of its code stands beside each run.
 """
 
 import argparse
@@ -70,17 +70,17 @@ WHOLE = [
 ]
 """Whole frames with a codec, the rivals of low rank at equal bytes."""
 MATRICES = [
-    *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 32, 1 / 8)),
     *(f"comoving:rank={share};moments=int8;residual=fira" for share in (1 / 32, 1 / 8, 1 / 4)),
-    *(f"comoving:rank={share};rule=muon(bf16=True);scale=1.0" for share in (1 / 8, 1 / 2)),
     *(f"dion:rank={share};codec=int8;scale=0.2-match" for share in (1 / 8, 1 / 2)),
-    *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
     *(f"fira:rank={share};moments=int8" for share in (1 / 32, 1 / 8)),
     *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion", "online-subspace-descent")),
     *(f"{name}:rank=0.25" for name in ("coap", "dct-adamw", "flora", "low-rank-soap", "frugal")),
     "apollo-mini:rank=1",
+    *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 32, 1 / 8)),
+    *(f"comoving:rank={share};rule=muon(bf16=True);scale=1.0" for share in (1 / 8, 1 / 2)),
+    *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
 ]
 SPARSE = "frame=sparse(density=0.25);finder=block_selection"
 TENSORS = [
