@@ -11,7 +11,8 @@ other at many budgets, and draws validation against the state of the projected p
 Rates are tried from the contender's own default by factors of two until the best one has a worse one on both sides (at
 most --climb runs). The --finalists best, and the ones that are always named, then get --seeds seeds at their best rate.
 "seeds" runs what it is given at the rates it is given. Every run is a process with one thread; finished runs are kept
-under --out and used again. "collect" gathers finished runs, of several places and commits, into one table: the fingerprint of its code stands beside each run.
+under --out and used again. "collect" gathers finished runs, of several places and commits, into one table: the
+fingerprint of its code stands beside each run.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from .frames import Frame, ModeFrame
 from .groups import check_options, decide, named
 from .ranks import Record
 from .ranks import budget as budgets
+from .rules.turn import Turn
 from .schedule import stagger
 from .sites import Site
 
@@ -74,6 +75,7 @@ class Container(Optimizer):
         self._group_index: dict[Tensor, int] = {}
         self.refresh_scope = nullcontext
         self._skipped: Tensor | None = None
+        self._compiled: Turn | None = None
         self._norms: dict[Tensor, Tensor] = {}
         self._fixed: list[dict[str, Any]] = []
         self._held: dict[Tensor, int] = {}

@@ -27,6 +27,7 @@ from .residual import Discard, Passage, Residual, Update
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .rules.base import averaged
+from .rules.turn import compiled, turned
 from .schedule import refresh_due
 from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_float, check_int
@@ -137,10 +138,22 @@ class LowRankOptimizer(InBackward):
 
     # ------------------------------------------------------------------------------------------------ the seven steps
 
+    def compile(self, **options: Any) -> None:
+        """Compile the rule's arithmetic in the core: Adam's, Lion's or momentum's, one graph a shape and dtype.
+
+        What the host decides, when to refresh above all, stays uncompiled, as do decompositions and products: hence a
+        refresh compiles nothing anew. ``torch.compile(optimizer.step)`` is allowed and changes nothing.
+
+        Args:
+            **options: for :func:`torch.compile`.
+        """
+        self._compiled = compiled(**options)
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimization step; gradients are left as they are.
@@ -263,10 +276,10 @@ class LowRankOptimizer(InBackward):
         state["step"] += 1
         state["tick"] += 1
         clock, z = _clock(unit), state.pop("core")
-        rule.absorb(z, state, clock)  # 5
         if site.projected:
             group["transport"].age(state, rule.slots(site.core_shape), clock)
-        d = rule.direction(state, clock, group["eps"])
+        turn = self._compiled if self._compiled is not None and getattr(rule, "timeless", False) else turned
+        d = turn(rule, z, state, clock, group["eps"])  # 5
         rate, shrink = -group["lr"], 1 - group["lr"] * group["weight_decay"]
         factor = rate * update_scale(site, group["scale"])
         by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
