@@ -163,11 +163,10 @@ class Study:
             list(pool.map(lambda job: self.value(*job), jobs))
         return self.results()
 
-    def seeds(self, rates: list[float]) -> None:
-        """Every contender at its own rate, on all seeds."""
-        jobs = [
-            (e, rate, s) for s in range(self.arguments.seeds) for e, rate in zip(self.race.entries, rates, strict=True)
-        ]
+    def seeds(self, pairs: list[tuple[str, float]]) -> None:
+        """Every contender at its own rates, on all seeds."""
+        entries = {entry.contender.label: entry for entry in self.race.entries}
+        jobs = [(entries[label], rate, s) for s in range(self.arguments.seeds) for label, rate in pairs]
         with ThreadPoolExecutor(self.arguments.jobs) as pool:
             list(pool.map(lambda job: self.value(*job), jobs))
 
@@ -305,8 +304,8 @@ def main() -> None:
         report(found, arguments.out, arguments.name)
         return
     if arguments.study == "seeds":
-        labels, rates = zip(*(pair.rsplit("@", 1) for pair in arguments.at), strict=True)
-        Study(list(labels), arguments).seeds([float(rate) for rate in rates])
+        pairs = [(label, float(rate)) for label, rate in (pair.rsplit("@", 1) for pair in arguments.at)]
+        Study(list(dict.fromkeys(label for label, _ in pairs)), arguments).seeds(pairs)
         return
     lists = {"ablation": ABLATION, "rules": ["comoving", *RULES], "frontier": frontier(arguments.task)}
     labels = [label for label in lists[arguments.study] if arguments.only in label]
