@@ -11,6 +11,7 @@ from .codecs import Full, Part
 from .groups import check_options
 from .linalg import reorthonormalize
 from .ranks.base import Record
+from .recode import recoded
 from .refusals import kinds
 from .residual.base import HELD
 from .rules.adam import FIRST, SECOND
@@ -104,6 +105,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
         state = _checked(state, expected, site, ignore=("tick",))
         return {name: state[name] for name in expected}
     state.setdefault("tick", 0)
+    if site.projected:
+        state = recoded(state, site, group)
     names = [slot.name for slot in rule_slots(site, group)]
     if any(name in state and name not in expected for name in names):
         state = _packed(state, site, group)
