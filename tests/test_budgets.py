@@ -69,7 +69,7 @@ def same(a, b):
         assert all(torch.equal(v, y[n]) if isinstance(v, torch.Tensor) else v == y[n] for n, v in x.items())
 
 
-# ------------------------------------------------------------------------------------------------------------ what is given
+# --------------------------------------------------------------------------------------------------------- what is give
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,11 @@ def test_budgets_are_read(given, meant):
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        ("400", ValueError, "GiB"), ("4 parsecs", ValueError, "unknown unit 'parsecs'.*KiB"), ("0MB", ValueError, "0MB"),
+        ("400", ValueError, "GiB"), ("4 parsecs", ValueError, "unknown unit 'parsecs'.*KiB"), 
+        ("0MB", ValueError, "0MB"),
         ("-1MB", ValueError, "-1MB"), ("0%", ValueError, "0%"), ("101%", ValueError, "101%"), ("x%", ValueError, "x%"),
         (0.0, ValueError, "0.0"), (1.5, ValueError, "1.5"), (math.nan, ValueError, "nan"), (0, ValueError, ">= 1 byte"),
-        ([1], TypeError, "budget must be"), ("nan%", ValueError, "nan%"),
+        ([1], TypeError, "share of AdamW"), ("nan%", ValueError, "nan%"),
     ],
 )  # fmt: skip
 def test_bad_budgets_are_refused(given, error, text):
@@ -143,7 +144,7 @@ def test_a_share_of_what_adamw_keeps_is_never_exceeded(share, policy):
         assert state_bytes(optimizer, projected=True) <= optimizer.limit()
 
 
-# ---------------------------------------------------------------------------------------------------------- the assignment
+# -------------------------------------------------------------------------------------------------------- the assignmen
 
 
 @pytest.mark.parametrize("codec", [Full(), BFloat16(), Int8(), Int4(), Int4(table="linear"), Root(), Root(64, bits=4)])
@@ -197,40 +198,31 @@ def measured(shape, rank, codec, moments):
 
 
 def test_the_assignment_is_within_its_guarantee_of_the_best_there_is():
-    shapes = [(24, 40), (32, 32), (16, 72)]
+    shapes = [(24, 40), (32, 32), (20, 72)]
     params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    probe = LowRankOptimizer(params, rank=(16, None), residual=Feedback(), budget=10**9, codec="auto", moments="auto")
-    assert all(probe.sites[p].codec == Full() == probe.sites[p].moments for p in params)
     table = []
     for shape in shapes:
-        ranks = [r for r in (16, 8, 1) if r < shape[0]] if shape[0] > 16 else [8, 1]
         table.append([
             (measured(shape, (r, None), c, m), loss_of(shape, 0, r, c, m), (r, None), c, m)
-            for r in ranks for c in ORDER for m in ORDER
+            for r in (16, 8, 1) for c in ORDER for m in ORDER
         ])  # fmt: skip
-    table[2] = table[2] if shapes[2][0] > 16 else table[2]
     exact = 0
-    ranks = {p: (min(16, p.shape[0] - (p.shape[0] == 16) * 8), None) for p in params}
-    groups = [{"params": [p], "rank": ranks[p]} for p in params]
-    steps = [max(b[1] - a[1] for a, b in itertools.pairwise(hull_of(options))) for options in table]
-    least, most = (sum(pick(o[0] for o in options) for options in table) for pick in (min, max))
+    options = dict(rank=(16, None), residual=Feedback(), codec="auto", moments="auto")
+    steps = [max(b[1] - a[1] for a, b in itertools.pairwise(hull_of(known))) for known in table]
+    least, most = (sum(pick(o[0] for o in known) for known in table) for pick in (min, max))
     for share in (0.0, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 0.95):
         budget = int(least + share * (most - least))
-        optimizer = LowRankOptimizer(
-            [dict(g) for g in groups], residual=Feedback(), budget=budget, codec="auto", moments="auto"
-        )
+        optimizer = LowRankOptimizer(params, budget=budget, **options)
         total, found = 0, 0.0
-        for p, options in zip(params, table, strict=True):
+        for p, known in zip(params, table, strict=True):
             site = optimizer.sites[p]
-            size, loss, *_ = next(o for o in options if o[2:] == (site.ranks, site.codec, site.moments))
+            size, loss, *_ = next(o for o in known if o[2:] == (site.ranks, site.codec, site.moments))
             total, found = total + size, found + loss
         assert total <= budget
         best = least_loss(table, budget)
         assert best - 1e-9 <= found <= best + max(steps)
         exact += found <= best + 1e-9
-        again = LowRankOptimizer(
-            [dict(g) for g in groups], residual=Feedback(), budget=budget, codec="auto", moments="auto"
-        )
+        again = LowRankOptimizer(params, budget=budget, **options)
         assert again.sites == optimizer.sites
     assert exact >= 5
 
@@ -259,11 +251,14 @@ def test_eight_bits_come_before_rank_and_finer_budgets_lose_less():
     for share in (0.95, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15, 0.11):
         model, optimizer = build(share)
         sites = [s for s in optimizer.sites.values() if s.projected]
-        coarse = [ORDER.index(c) for s in sites for c in (s.codec, s.moments)]
-        if any(s.ranks != s.base for s in sites):
-            assert min(coarse) >= 2  # nothing is wider than 8 bits where rank was given up
         claims = [Claim(s, optimizer.param_groups[0], {}) for s in sites]
         losses.append(sum(loss_at(claim) for claim in claims))
+        for claim in claims[:2]:  # the matrices; a core of rank 1 is no longer than a block
+            asked = claim._replace(site=replace(claim.site, ranks=claim.site.base, codec=Full(), moments=Full()))
+            walk = assignments._hull(assignments.frontier(asked._replace(site=assignments._asked(asked))))
+            assert (walk[0].ranks, walk[0].codec, walk[0].moments) == (claim.site.base, Full(), Full())
+            lowered = [o for o in walk if o.ranks != claim.site.base and 1 not in o.ranks]
+            assert lowered and all(ORDER.index(c) >= 2 for o in lowered for c in (o.codec, o.moments))
     assert losses == sorted(losses) and losses[0] < losses[-1]
     assert any(s.ranks != s.base for s in sites)
 
@@ -304,7 +299,7 @@ def test_groups_are_assigned_together_and_again_when_one_joins():
 def test_what_a_rule_cannot_take_is_not_assigned():
     p = nn.Parameter(torch.zeros(64, 64))
     claim = LowRankOptimizer(
-        [p], rank=0.5, rule=Shampoo(), residual=Feedback(), codec="auto", moments="auto", budget="1GB"
+        [p], rank=0.5, rule=Shampoo(root="newton"), residual=Feedback(), codec="auto", moments="auto", budget="1GB"
     )
     own = claim._claim(p)
     assert {o.moments for o in assignments.options(own)} == {Full()}
@@ -316,13 +311,13 @@ def test_what_a_rule_cannot_take_is_not_assigned():
 def test_experts_share_codecs_and_train():
     p = nn.Parameter(randn((4, 24, 32), 0))
     options = dict(rank=0.5, frame=Blocks(), residual=Feedback(), codec="auto", moments="auto")
-    optimizer = LowRankOptimizer([p], budget="20%", **options)
+    optimizer = LowRankOptimizer([p], budget="42%", **options)
     assert ORDER.index(optimizer.sites[p].codec) >= 2 and ORDER.index(optimizer.sites[p].moments) >= 2
     for t in range(4):
         p.grad = randn(p.shape, t)
         optimizer.step()
         assert state_bytes(optimizer, projected=True) <= optimizer.limit()
-    other = LowRankOptimizer([p], budget=1.0, **options)
+    other = LowRankOptimizer([p], budget=10**6, **options)
     other.load_state_dict(through_file(optimizer.state_dict()))
     assert other.sites[p].codec == Full()
     other.step()
@@ -350,7 +345,7 @@ def test_contenders_of_a_race_can_have_assigned_codecs():
         comoving.build("adamw", Model(), budget=0.5, moments="auto")
 
 
-# -------------------------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------------------------------- checkpoint
 
 
 @pytest.mark.parametrize("policy", [None, Energy(low=0.9, high=0.95)], ids=["fixed", "adaptive"])
@@ -406,7 +401,7 @@ def test_a_checkpoint_of_fixed_codecs_is_refused_with_the_reason():
         build(0.3, model)[1].load_state_dict(optimizer.state_dict())
 
 
-# ------------------------------------------------------------------------------------------------------- where the energy is
+# --------------------------------------------------------------------------------------------------- where the energy i
 
 
 def test_rank_moves_to_where_the_energy_is():
