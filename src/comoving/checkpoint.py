@@ -13,7 +13,6 @@ from .linalg import reorthonormalize
 from .ranks.base import Record
 from .recode import recoded
 from .refusals import kinds
-from .residual.base import HELD
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind
@@ -21,6 +20,7 @@ from .state import (
     MEMORY,
     RANKS,
     SECOND_MAX,
+    UNFINISHED,
     VALIDATION,
     VALUE,
     asked,
@@ -102,8 +102,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     caches = {slot.name for slot in rule_slots(site, group) if slot.kind is Kind.CACHE}
     expected = {name: part for name, part in expected.items() if name in state or name not in caches}
     if site.plain:
-        state = _checked(state, expected, site, ignore=("tick",))
-        return {name: state[name] for name in expected}
+        state = _checked(state, expected, site, ignore=("tick", *UNFINISHED))
+        return {name: value for name, value in state.items() if name in expected or name in UNFINISHED}
     state.setdefault("tick", 0)
     if site.projected:
         state = recoded(state, site, group)
@@ -133,7 +133,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
             missing = {name: part for name, part in expected.items() if name not in state}
             state |= zeros(missing, device, state["step"].device)
         state = _packed(state, site, group)
-    return _checked(state, expected, site, ignore=("tick", "core", HELD, *moved))
+    return _checked(state, expected, site, ignore=("tick", *UNFINISHED, *moved))
 
 
 def _is_of(name: str, slot: str) -> bool:

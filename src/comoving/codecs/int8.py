@@ -75,6 +75,10 @@ class Int8:
             codes[rows].copy_(block.div_(own).round_())
         return norm(torch.stack(norms))
 
+    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply what is stored by a factor > 0."""
+        parts["step"].mul_(factor)
+
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """sqrt(sum over blocks of width * (step / 2)^2)."""
         return torch.linalg.vector_norm(parts["step"]) * (sqrt(parts["codes"].shape[-1]) / 2)

@@ -74,6 +74,10 @@ class Root:
         parts["codes"].copy_(codes if self.bits == 8 else nibbles.pack(codes))
         return norm(x)
 
+    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply what is stored by a factor > 0."""
+        parts["step"].mul_(factor**0.5)
+
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Of code c an entry is off by step^2 (c + 1/4) at most, by step^2 where it was raised to the first code."""
         stored = parts["codes"]
