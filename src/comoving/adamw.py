@@ -1,7 +1,7 @@
 """The default optimizer."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from .codecs import Codec, Full, Int8
 from .finders import Finder, Power
@@ -38,8 +38,8 @@ class AdamW(LowRankOptimizer):
         finder: Finder = Power(momentum=0.9, exact_up_to=32),  # noqa: B008  (frozen)
         transport: Transport = Rotate(),  # noqa: B008
         residual: Residual = Feedback(),  # noqa: B008
-        codec: Codec = Int8(),  # noqa: B008
-        moments: Codec = Full(),  # noqa: B008
+        codec: Codec | Literal["auto"] = Int8(),  # noqa: B008
+        moments: Codec | Literal["auto"] = Full(),  # noqa: B008
         bases: Codec = Full(),  # noqa: B008
         refresh_every: int = 4,
         scale: float | str = "auto",

@@ -13,6 +13,7 @@ from .frames.base import Ranks
 from .groups import check_options
 from .linalg import reorthonormalize
 from .ranks.base import Record
+from .recode import recoded
 from .refusals import kinds
 from .rules.adam import FIRST, SECOND
 from .sites import Site
@@ -110,6 +111,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
     state.setdefault("tick", 0)
     if FIRST in state and not any(name.startswith(bases.PREFIX) for name in state):
         state = first_seeds(site, group, seed) | state
+    if site.projected:
+        state = recoded(state, site, group)
     names = [slot.name for slot in rule_slots(site, group)]
     if any(name in state and name not in expected for name in names):
         state = _packed(state, site, group)

@@ -16,7 +16,9 @@ from .codecs import Part
 from .frames import Frame, ModeFrame
 from .groups import check_options, decide, named
 from .ranks import Record
+from .ranks import assignment as assignments
 from .ranks import budget as budgets
+from .ranks.limit import limit_bytes, parse_budget
 from .rules.turn import Turn
 from .schedule import stagger
 from .sites import Site
@@ -64,11 +66,20 @@ class Container(Optimizer):
     """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state."""
 
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], on_nonfinite: str, seed: int, budget: int | None
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        on_nonfinite: str,
+        seed: int,
+        budget: int | float | str | None,
     ) -> None:
-        self.on_nonfinite, self.seed, self.budget = on_nonfinite, seed, budget
+        self.on_nonfinite, self.seed, self.budget = on_nonfinite, seed, parse_budget(budget)
+        assignments.check_budgeted(defaults, self.budget)
         self._begin()
+        self._complete = False  # the budget is shared out once, over all groups
         super().__init__(params, defaults)
+        self._complete = True
+        self.sites |= self._within_budget(self.sites, self._group_of)
 
     def _begin(self) -> None:
         self.sites = {}
@@ -79,6 +90,8 @@ class Container(Optimizer):
         self._norms: dict[Tensor, Tensor] = {}
         self._fixed: list[dict[str, Any]] = []
         self._held: dict[Tensor, int] = {}
+        self._complete = True
+        self._limit: int | None = None
 
     # ---------------------------------------------------------------------------------------------------------- groups
 
@@ -99,27 +112,58 @@ class Container(Optimizer):
         repeated = [n or i for i, (n, p) in enumerate(pairs) if p in self.sites or any(p is q for q in params[:i])]
         if repeated:
             raise ValueError(f"duplicate parameters: {repeated} are already in this or another group")
-        group = self.defaults | param_group
+        given = self.defaults | param_group
+        assignments.check_budgeted(given, self.budget)
+        group = assignments.settled(given)
         check_options(group)
-        sites = decide(pairs, group, first=len(self.sites))
-        sites = self._within_budget(dict(zip(params, sites, strict=True)), group)
-        super().add_param_group({**param_group, "params": pairs if pairs[0][0] is not None else params})
+        sites = [assignments.unassigned(site, given) for site in decide(pairs, group, first=len(self.sites))]
+        if self._complete:
+            joined = self.sites | dict(zip(params, sites, strict=True))
+            decided = self._within_budget(joined, lambda p: self._group_of(p) if p in self.sites else group)
+            self.sites |= {p: decided[p] for p in self.sites}
+            sites = [decided[p] for p in params]
+        settled = {role: group[role] for role in assignments.ROLES}
+        super().add_param_group({**param_group, **settled, "params": pairs if pairs[0][0] is not None else params})
         self._place(params, sites, len(self.param_groups) - 1)
 
-    def _within_budget(self, added: dict[Tensor, Site], group: dict[str, Any]) -> list[Site]:
-        """The new sites, and those that are here, at ranks that fit the budget."""
-        if self.budget is not None:
-            new = {p: budgets.Claim(site, group, {}) for p, site in added.items() if site.projected}
-            claims = self._claims() | new
-            for (p, claim), ranks in zip(claims.items(), budgets.fit([*claims.values()], self.budget), strict=True):
-                self._held.pop(p, None)
-                if p in added:
-                    added[p] = slots.resized(added[p], group, ranks)
-                elif not claim.state:
-                    self.sites[p] = slots.resized(self.sites[p], claim.group, ranks)
-                elif slots.RANKS in claim.state:
-                    slots.set_ranks(claim.state, ranks)
-        return list(added.values())
+    def _group_of(self, p: Tensor) -> dict[str, Any]:
+        return self.param_groups[self._group_index[p]]
+
+    def limit(self) -> int | None:
+        """The bytes that the budget allows the state of the projected parameters that are here; None without one."""
+        if self._limit is None and self.budget is not None:
+            self._limit = limit_bytes(self.budget, [p for p, site in self.sites.items() if site.projected])
+        return self._limit
+
+    def _within_budget(
+        self, sites: Mapping[Tensor, Site], group_of: Callable[[Tensor], Mapping[str, Any]]
+    ) -> dict[Tensor, Site]:
+        """The sites, with ranks and codecs that fit the budget; those that have a state are asked for lower ranks.
+
+        Raises:
+            ValueError: nothing fits; nothing has changed then.
+        """
+        if self.budget is None:
+            return dict(sites)
+        claims: dict[Tensor, budgets.Claim] = {}
+        for p, site in sites.items():
+            group, state = group_of(p), self.state.get(p, {})
+            if site.projected:
+                claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
+        return dict(sites) | self._fitted(claims, anew=True)
+
+    def _fitted(self, claims: Mapping[Tensor, budgets.Claim], anew: bool) -> dict[Tensor, Site]:
+        """What fits the budget of those that have no state; of the others the ranks in their state are lowered."""
+        assert self.budget is not None
+        limit = limit_bytes(self.budget, claims)
+        share = f"{limit}, {self.budget:.4g} of AdamW's state" if isinstance(self.budget, float) else str(limit)
+        fitted = assignments.fit([*claims.values()], limit, anew, share)
+        self._held.clear()
+        self._limit = None
+        for site, claim in zip(fitted, claims.values(), strict=True):
+            if slots.RANKS in claim.state:
+                slots.set_ranks(claim.state, site.ranks)
+        return {p: site for (p, claim), site in zip(claims.items(), fitted, strict=True) if not claim.state}
 
     def _place(self, params: list[Tensor], sites: list[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
@@ -272,11 +316,7 @@ class Container(Optimizer):
                 if slots.RANKS in state:
                     state[slots.RANKS] = state[slots.RANKS].clone()
                 claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
-        for (p, claim), ranks in zip(claims.items(), budgets.fit([*claims.values()], self.budget), strict=True):
-            if slots.RANKS in claim.state:
-                slots.set_ranks(claim.state, ranks)
-            elif not claim.state:
-                self.sites[p] = slots.resized(self.sites[p], claim.group, ranks)
+        self.sites |= self._fitted(claims, anew=False)
 
     def _owned(self, name: str, value: Any, p: Tensor) -> Any:
         """A copy on the right device, in the dtype it was saved in."""

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .codecs import Codec
 from .frames.base import Rank
 from .groups import param_groups
-from .state import current, layout, part_bytes
+from .state import current, layout, part_bytes, parts_of
 
 
 @dataclass(frozen=True)
 class Row:
     """One parameter: its name and shape, how it is seen, the shape of its core, the bytes of its state, and why.
 
-    ``whole`` is set where the optimizer's own rule steps it in the whole frame, as full-rank methods do.
+    ``whole`` is set where the optimizer's own rule steps it in the whole frame, as full-rank methods do. ``codec`` and
+    ``moments`` store the residual's buffer and the moments of a projected parameter; ``assigned`` is set where a budget
+    chose one of them, and the table then has a column for both.
     """
 
     parameter: str
@@ -24,6 +27,9 @@ class Row:
     bytes: int
     why: str
     whole: bool = False
+    codec: Codec | None = None
+    moments: Codec | None = None
+    assigned: bool = False
 
     @property
     def projected(self) -> bool:
@@ -43,12 +49,22 @@ class Explanation:
         return sum(row.bytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "view", "rank", "state bytes", "why")
+        assigned = any(r.assigned for r in self.rows)
+        head = ("parameter", "shape", "view", "rank", *(["buffer / moments"] if assigned else []), "state bytes", "why")
         lines = [
-            (r.parameter, "x".join(map(str, r.shape)) or "scalar", r.view, _rank_text(r), f"{r.bytes:,}", r.why)
+            (
+                r.parameter,
+                "x".join(map(str, r.shape)) or "scalar",
+                r.view,
+                _rank_text(r),
+                *([_codec_text(r)] if assigned else []),
+                f"{r.bytes:,}",
+                r.why,
+            )
             for r in self.rows
         ]
-        total = ("total", "", "", "", f"{self.state_bytes:,}", f"{sum(r.projected for r in self.rows)} projected")
+        counted = f"{sum(r.projected for r in self.rows)} projected"
+        total = ("total", "", "", "", *([""] if assigned else []), f"{self.state_bytes:,}", counted)
         return _table([head, *lines, total])
 
 
@@ -83,6 +99,7 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
         for p in group["params"]:
             site = current(optimizer.sites[p], group, optimizer.state.get(p, {}))
             size = sum(map(part_bytes, layout(site, group).values())) if p.requires_grad else 0
+            own = parts_of(site, group)
             view = "torch" if site.plain else str(site.view.name if isinstance(site.view.name, str) else "heads")
             view += f", {site.blocks} blocks" if site.blocks else ""
             rows.append(
@@ -94,6 +111,8 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
                     size,
                     site.reason if p.requires_grad else "frozen",
                     site.whole,
+                    *((own["codec"], own["moments"]) if site.projected else (None, None)),
+                    site.codec is not None or site.moments is not None,
                 )
             )
     return Explanation((*rows, *frozen))
@@ -103,6 +122,11 @@ def _rank_text(row: Row) -> str:
     if not row.projected:
         return "whole" if row.whole else "dense"
     return " x ".join("-" if r is None else str(r) for r in row.ranks)
+
+
+def _codec_text(row: Row) -> str:
+    """Of a projected parameter the codecs of buffer and moments."""
+    return " / ".join(type(codec).__name__ for codec in (row.codec, row.moments) if codec is not None)
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:

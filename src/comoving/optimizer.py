@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .linalg import norm
 from .precondition import Plain, Precondition
 from .ranks import Fixed, Policy
 from .ranks import budget as budgets
+from .ranks.assignment import settled
 from .ranks.reading import leading, read
 from .residual import Discard, Passage, Residual, Update
 from .rules import Adam, Rule
@@ -64,9 +65,9 @@ class LowRankOptimizer(InBackward):
         side: "auto", "left", "right" or "both", for matrices.
         view: "tensor", "matrix", "pairs" or heads; see :class:`comoving.views.View`.
         frame, finder, precondition, transport, rule, residual: the parts.
-        codec: stores the residual's buffer.
-        moments: a codec too, of the rule's moments and covariances.
-        bases: a codec too, of the factors of :class:`comoving.frames.Modes` and :class:`comoving.frames.SparseModes`.
+        codec: stores the residual's buffer; "auto", with a budget, lets each projected parameter have its own.
+        moments: a codec too, of the rule's moments and covariances; "auto" likewise.
+        bases: a codec, of the factors of :class:`comoving.frames.Modes` and :class:`comoving.frames.SparseModes`.
             What is decoded is made orthonormal again, and in use from the refresh on that stores it.
         ranks: when ranks change: a policy of :mod:`comoving.ranks`, for frames of :class:`comoving.frames.Modes`.
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
@@ -83,8 +84,11 @@ class LowRankOptimizer(InBackward):
             leaves parameters and state as they were, but for the steps that refreshes are timed by, decided on
             the device, and counts (:attr:`skipped_steps`).
         seed: of the random directions that a first frame may start from.
-        budget: bytes that the state of all projected parameters together never exceeds; see
-            :mod:`comoving.ranks.budget`. None for no limit.
+        budget: what the state of all projected parameters together never exceeds: an int of bytes; "400MB", "1.5 GiB"
+            (see :data:`comoving.units.UNITS`); a float in (0, 1] or "25%", that share of the float32 state that torch's
+            AdamW would keep for the projected parameters (two numbers an entry, complex ones for complex entries). A
+            share follows the parameters when groups are added. See :mod:`comoving.ranks.assignment` for what is chosen
+            at construction, :mod:`comoving.ranks.budget` for what adaptive ranks change later. None for no limit.
 
     Every argument but the last three is a default for all groups and can be set in each group.
 
@@ -110,8 +114,8 @@ class LowRankOptimizer(InBackward):
         transport: Transport = Rotate(),  # noqa: B008
         rule: Rule = Adam(),  # noqa: B008
         residual: Residual = Discard(),  # noqa: B008
-        codec: Codec = Full(),  # noqa: B008
-        moments: Codec = Full(),  # noqa: B008
+        codec: Codec | Literal["auto"] = Full(),  # noqa: B008
+        moments: Codec | Literal["auto"] = Full(),  # noqa: B008
         bases: Codec = Full(),  # noqa: B008
         ranks: Policy = Fixed(),  # noqa: B008
         scale: float | str = "auto",
@@ -125,19 +129,17 @@ class LowRankOptimizer(InBackward):
         reasons: dict[str, str] | None = None,
         on_nonfinite: str = "raise",
         seed: int = 0,
-        budget: int | None = None,
+        budget: int | float | str | None = None,
     ) -> None:
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_int("seed", seed, 0)
-        if budget is not None:
-            check_int("budget", budget, 1)
         defaults = dict(
             lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
             finder=finder, precondition=precondition, transport=transport, rule=rule, residual=residual, codec=codec,
             moments=moments, bases=bases, ranks=ranks, scale=scale, refresh_every=refresh_every, maximize=maximize,
             amsgrad=amsgrad, foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons,
         )  # fmt: skip
-        check_options(defaults)
+        check_options(settled(defaults))
         super().__init__(params, defaults, on_nonfinite, seed, budget)
 
     # ------------------------------------------------------------------------------------------------ the seven steps
@@ -335,9 +337,10 @@ class LowRankOptimizer(InBackward):
             opened = self._record(group).opened
             ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, state["tick"], opened)
             claim = budgets.Claim(site, group, state)
-            if self.budget is not None:
+            limit = self.limit()
+            if limit is not None:
                 others = [q for q, other in self.sites.items() if other.projected and q is not p]
-                ranks, gain = budgets.grant(claim, ranks, reading, self.budget - self._held_by(others))
+                ranks, gain = budgets.grant(claim, ranks, reading, limit - self._held_by(others))
                 if gain > 0:
                     budgets.release(gain, {q: self.state.get(q, {}) for q in others}, self._claim)
             state[slots.VALUE].copy_(torch.tensor(budgets.prices(claim, reading, ranks)))

@@ -30,6 +30,7 @@ from .finders import (
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
+from .ranks.assignment import AUTO, ROLES
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
 from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
@@ -98,13 +99,14 @@ PARTS["moments"] = PARTS["bases"] = PARTS["codec"]
 def part(role: str, value: Any) -> Any:
     """A part from its text, ``name`` or ``name(field=literal, ...)``; anything but text is returned as it is.
 
-    A field that is a part itself is given by its text too: ``"sparse(rule='adam')"``, ``"blocks(inner='trains')"``.
+    The codecs may be "auto", which is no part; see :mod:`comoving.ranks.assignment`. A field that is a part itself is
+    given by its text too: ``"sparse(rule='adam')"``, ``"blocks(inner='trains')"``.
 
     Raises:
         ValueError: text of another form, or an unknown name.
         TypeError: an unknown field.
     """
-    if role not in PARTS or not isinstance(value, str):
+    if role not in PARTS or not isinstance(value, str) or (role in ROLES and value == AUTO):
         return value
     known = PARTS[role]
     try:

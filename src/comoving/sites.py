@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from math import prod, sqrt
 
+from .codecs import Codec
 from .views import View
 
 
@@ -19,9 +20,10 @@ class Site:
         phase: at which steps, modulo the refresh period, its frame is refreshed.
         index: its place among all parameters, from which its random directions are seeded.
         block_mode: the mode of the view along which every slice has a frame of its own; None for one frame.
-        base: the ranks that the layout chose, where adaptive ones start from others.
+        base: the ranks that the layout chose, where adaptive ones start from others, or a budget may have lowered them.
         whole: whether the group's rule steps it in the whole frame; what is neither projected nor whole is dense, and
             gets AdamW whatever the rule.
+        codec, moments: what a budget assigned in place of the group's codecs; None for these.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Site:
     block_mode: int | None = None
     base: tuple[int | None, ...] = ()
     whole: bool = False
+    codec: Codec | None = None
+    moments: Codec | None = None
 
     @property
     def blocks(self) -> int:

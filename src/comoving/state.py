@@ -47,9 +47,11 @@ _UNPROJECTED = {"residual": Discard()}
 
 
 def parts_of(site: Site, group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The group's hyper-parameters as they hold for one parameter: Adam alone for a dense one."""
+    """The group's hyper-parameters as they hold for one parameter: Adam alone for a dense one, codecs as assigned."""
     if site.projected:
-        return group
+        assigned = {"codec": site.codec, "moments": site.moments}
+        own = {role: codec for role, codec in assigned.items() if codec is not None}
+        return {**group, **own} if own else group
     return {**group, **(_UNPROJECTED if site.whole else _DENSE)}
 
 

@@ -1,14 +1,14 @@
-"""A common budget of state bytes for all projected parameters.
+"""A common budget of state bytes for all projected parameters: how rank moves between them at refreshes.
 
-Growth that does not fit is refused. But where another mode's last notch holds less than half as much energy per byte
-as the refused growth would at least bring, that mode gives the notch up, at its next step; the growth is tried again at
-the parameter's next refresh. Energies are shares of each parameter's own gradient. The least that a growth from r to r'
-brings is (r' - r) / (d - r) of what is outside, since the best directions hold no less than the average; so whoever has
-lost a notch cannot claim it back by the same rule.
+What they begin with is chosen in :mod:`comoving.ranks.assignment`. Later growth that does not fit is refused. But where
+another mode's last notch holds less than half as much energy per byte as the refused growth would at least bring, that
+mode gives the notch up, at its next step; the growth is tried again at the parameter's next refresh. Energies are
+shares of each parameter's own gradient, whatever its size. The least that a growth from r to r' brings is
+(r' - r) / (d - r) of what is outside, since the best directions hold no less than the average; so whoever has lost a
+notch cannot claim it back by the same rule.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from heapq import heappop, heappush
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any, NamedTuple
 
@@ -42,39 +42,6 @@ class Claim(NamedTuple):
         rank = self.site.ranks[mode]
         less = None if rank is None else self.group["ranks"].below(self.site.view.shape[mode], rank)
         return None if less is None else _with(self.site.ranks, mode, less)
-
-
-def fit(claims: Sequence[Claim], budget: int) -> list[Ranks]:
-    """Ranks that fit the budget: notch by notch, the mode with the largest share of its directions is cut.
-
-    Raises:
-        ValueError: even the lowest ranks need more.
-    """
-    claims = list(claims)
-    sizes = [claim.bytes_at(claim.site.ranks) for claim in claims]
-    total, cuts = sum(sizes), list[tuple[float, int, int]]()
-
-    def offer(i: int, mode: int) -> None:
-        if claims[i].lower(mode) is not None:
-            heappush(cuts, (-(claims[i].site.ranks[mode] or 0) / claims[i].site.view.shape[mode], i, mode))
-
-    for i, claim in enumerate(claims):
-        for mode in range(len(claim.site.ranks)):
-            offer(i, mode)
-    while total > budget:
-        if not cuts:
-            raise ValueError(
-                f"budget must be at least {total} bytes, what the lowest ranks of the projected parameters need, got "
-                f"{budget}"
-            )
-        _, i, mode = heappop(cuts)
-        ranks = claims[i].lower(mode)
-        assert ranks is not None
-        claims[i] = claims[i]._replace(site=slots.resized(claims[i].site, claims[i].group, ranks))
-        before, sizes[i] = sizes[i], claims[i].bytes_at(ranks)
-        total += sizes[i] - before
-        offer(i, mode)
-    return [claim.site.ranks for claim in claims]
 
 
 def prices(claim: Claim, reading: Reading, wanted: Ranks) -> list[float]:

@@ -8,7 +8,10 @@ from .base import Reading, Record, heard
 
 @dataclass(frozen=True)
 class Fixed:
-    """The ranks that the layout chose, from the first step to the last."""
+    """The ranks that the layout chose, from the first step to the last.
+
+    Only a budget that assigns codecs may lower them, before the first step.
+    """
 
     adaptive = False
 

@@ -1,0 +1,306 @@
+"""Ranks and codecs that fit a budget, chosen once, before any gradient was seen.
+
+Every projected parameter starts at the rank that was asked for, with its state in full precision. What does not fit is
+given up where it costs least captured energy per byte saved. The energies come from a prior, as no spectrum is known
+yet: the j-th direction of a mode holds 1/j of the first one's energy, and modes do not depend on one another.
+
+    E_n = H(r_n) / H(d_n),   H(r) = sum_{j <= r} 1/j
+    E   = prod_n E_n                                      the share of the energy that the frame captures
+    loss = entries * ( 1 - E  +  E rho_m  +  (1 - E)/E rho_c )
+
+``entries`` is the number of the parameter's entries: Adam's update has about the same size in each of them. A frame
+that is not mode-wise is taken as prod(core) of prod(shape) directions. rho is the energy that one rounding adds,
+relative to what is rounded (:func:`comoving.codecs.noise.noise`):
+
+    rho_m = sum over the stored moments of rho, times 1/(1 - a^2) for a first moment with m <- a m + b z, in which the
+            errors of earlier roundings are still felt; of a second moment the root counts
+    rho_c = rho of the residual's buffer. Feedback that takes up (1 - E) of g + e has |e|^2 = (1 - E)/E |g|^2
+
+The options of a parameter are the ranks on a path from the asked ones down to the lowest (for one compressed mode: all
+notches; for several the mode that loses least energy per byte comes first), each with every pair of codecs. Their lower
+convex hull in (bytes, loss) is walked, over all parameters by loss per byte, until the budget is met; bytes that the
+last step leaves over are then spent where they save most.
+
+Guarantee: the sum of losses exceeds the least possible one, over all options that fit, by at most the loss of the last
+step. For the relaxed problem, in which a step may be taken in part, this walk is the optimum.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from heapq import heapify, heappop, heappush
+from math import log, prod
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import state as slots
+from ..codecs import BFloat16, Codec, Full, Int4, Int8
+from ..codecs.noise import noise
+from ..frames import Modes
+from ..frames.base import Ranks
+from ..refusals import check_composition
+from ..sites import Site
+from ..slots import Kind
+from ..transport import Clock
+from .base import Grid
+from .budget import Claim
+
+AUTO = "auto"
+"""In place of a codec: chosen for each parameter."""
+ROLES = ("codec", "moments")
+LADDER: tuple[Codec, ...] = (Full(), BFloat16(), Int8(), Int4())
+"""What "auto" chooses from, finest first."""
+
+
+class Option(NamedTuple):
+    """One way to hold a parameter's state: bytes, prior loss, ranks, and codecs (None: the group's own)."""
+
+    bytes: int
+    loss: float
+    ranks: Ranks
+    codec: Codec | None
+    moments: Codec | None
+
+
+def settled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with Full() in place of "auto", the finest that a parameter can be assigned."""
+    return {**group, **{role: Full() for role in _automatic(group)}}
+
+
+def unassigned(site: Site, given: Mapping[str, Any]) -> Site:
+    """A projected site with the finest codecs in the roles that its group, as it was given, leaves open."""
+    return replace(site, **{role: Full() for role in _automatic(given)}) if site.projected else site
+
+
+def check_budgeted(group: Mapping[str, Any], budget: object) -> None:
+    """Raise for codecs that are left open without a budget.
+
+    Raises:
+        ValueError: naming the role.
+    """
+    roles = _automatic(group)
+    if roles and budget is None:
+        raise ValueError(f"{roles[0]}='auto' needs a budget: without one every codec would be Full(), got budget=None")
+
+
+def _automatic(group: Mapping[str, Any]) -> list[str]:
+    return [role for role in ROLES if isinstance(group[role], str) and group[role] == AUTO]
+
+
+def fit(claims: Sequence[Claim], limit: int, anew: bool = True, whole: str = "") -> list[Site]:
+    """Sites that fit the budget together.
+
+    A parameter with state keeps its codecs, and where ranks are fixed its rank; where they adapt it may lose rank.
+
+    Args:
+        claims: the projected parameters.
+        limit: bytes.
+        anew: begin again from the asked ranks and full precision where there is no state.
+        whole: what the limit is, in words, for the error.
+
+    Raises:
+        ValueError: even the lowest ranks and coarsest codecs need more; with the bytes that are missing.
+    """
+    claims = [claim._replace(site=_asked(claim)) if anew and not claim.state else claim for claim in claims]
+    if sum(claim.bytes_at(claim.site.ranks) for claim in claims) <= limit:
+        return [claim.site for claim in claims]
+    known: dict[tuple[Any, ...], list[Option]] = {}
+    frontiers = [_frontier_of(claim, anew, known) for claim in claims]
+    hulls = [_hull(frontier) for frontier in frontiers]
+    at, total = [0] * len(claims), sum(hull[0].bytes for hull in hulls)
+    steps = [(_slope(hull, 0), i) for i, hull in enumerate(hulls) if len(hull) > 1]
+    heapify(steps)
+    while total > limit:
+        if not steps:
+            coarsest = " and the coarsest codecs" if any(c.site.codec or c.site.moments for c in claims) else ""
+            raise ValueError(
+                f"budget must be at least {total} bytes, what the lowest ranks{coarsest} of the projected parameters "
+                f"need, {total - limit} more than it allows, got {whole or limit}"
+            )
+        _, i = heappop(steps)
+        at[i] += 1
+        total += hulls[i][at[i]].bytes - hulls[i][at[i] - 1].bytes
+        if at[i] + 1 < len(hulls[i]):
+            heappush(steps, (_slope(hulls[i], at[i]), i))
+    chosen = _spent([hull[k] for hull, k in zip(hulls, at, strict=True)], frontiers, limit - total)
+    return [
+        replace(slots.resized(claim.site, claim.group, option.ranks), codec=option.codec, moments=option.moments)
+        for claim, option in zip(claims, chosen, strict=True)
+    ]
+
+
+def _spent(chosen: list[Option], frontiers: Sequence[Sequence[Option]], room: int) -> list[Option]:
+    """The options after bytes that are left over went, again and again, to whom they save the most loss."""
+    sizes = [[option.bytes for option in frontier] for frontier in frontiers]
+    while True:
+        offers = [
+            (option.loss - frontier[bisect_right(size, option.bytes + room) - 1].loss, -i)
+            for i, (option, frontier, size) in enumerate(zip(chosen, frontiers, sizes, strict=True))
+        ]
+        gain, place = max(offers, default=(0.0, 0))
+        if gain <= 0:
+            return chosen
+        i = -place
+        better = frontiers[i][bisect_right(sizes[i], chosen[i].bytes + room) - 1]
+        room -= better.bytes - chosen[i].bytes
+        chosen[i] = better
+
+
+def _slope(hull: Sequence[Option], k: int) -> float:
+    """Loss per byte of the step from the k-th option of a hull to the next."""
+    return (hull[k + 1].loss - hull[k].loss) / (hull[k].bytes - hull[k + 1].bytes)
+
+
+def _asked(claim: Claim) -> Site:
+    """The site as it was asked for: its first ranks, and full precision where codecs are open."""
+    site, group = claim.site, claim.group
+    base = site.base or site.ranks
+    site = replace(site, base=base, **{role: Full() for role in ROLES if getattr(site, role) is not None})
+    return slots.resized(site, group, group["ranks"].opening(base, site.view.shape))
+
+
+def _frontier_of(claim: Claim, anew: bool, known: dict[tuple[Any, ...], list[Option]]) -> list[Option]:
+    """As :func:`frontier`; alike parameters share one."""
+    alike = replace(claim.site, name="", reason="", phase=0, index=0)
+    key = (alike, id(claim.group), bool(claim.state), slots.RANKS in claim.state)
+    if key not in known:
+        known[key] = frontier(claim, anew)
+    return known[key]
+
+
+def frontier(claim: Claim, anew: bool = True) -> list[Option]:
+    """The options that no other one betters in both bytes and loss, by rising bytes."""
+    best, least = list[Option](), float("inf")
+    for option in sorted(options(claim, anew), key=lambda o: (o.bytes, o.loss)):  # of equals the finest comes first
+        if option.loss < least:
+            best.append(option)
+            least = option.loss
+    return best
+
+
+def _hull(frontier: Sequence[Option]) -> list[Option]:
+    """The lower convex hull, from the least loss to the fewest bytes: every step costs more per byte than the last."""
+    hull = list[Option]()
+    for option in reversed(frontier):
+        while len(hull) > 1 and _slope([*hull[-2:], option], 0) >= _slope([*hull[-2:], option], 1):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def options(claim: Claim, anew: bool = True) -> list[Option]:
+    """All ranks on the path with all codecs, finest first."""
+    free = anew and not claim.state
+    codecs, moments = (_candidates(claim, role, free) for role in ROLES)
+    found = list[Option]()
+    for ranks in _path(claim, free):
+        site = slots.resized(claim.site, claim.group, ranks)
+        # Buffer and moments lie apart: their bytes, and their losses, add up.
+        plain = _bytes(site, claim, codecs[0], moments[0])
+        buffers = [_bytes(site, claim, codec, moments[0]) - plain for codec in codecs]
+        cores = [_bytes(site, claim, codecs[0], own) - plain for own in moments]
+        entries, energy = prod(site.view.shape), captured(site, claim.group)
+        found += [
+            Option(
+                plain + more + less,
+                entries * (1 - energy + energy * moment + (1 - energy) / energy * buffer),
+                ranks,
+                codec,
+                own,
+            )
+            for codec, more, buffer in zip(codecs, buffers, _buffer_noise(site, claim, codecs), strict=True)
+            for own, less, moment in zip(moments, cores, _moment_noise(site, claim, moments), strict=True)
+        ]
+    return found
+
+
+def _candidates(claim: Claim, role: str, free: bool) -> tuple[Codec | None, ...]:
+    """The codecs that one role can have, in the parameter's place: None for the group's own."""
+    own = getattr(claim.site, role)
+    return tuple(c for c in LADDER if _allowed(claim.group, role, c)) if free and own is not None else (own,)
+
+
+def _allowed(group: Mapping[str, Any], role: str, codec: Codec) -> bool:
+    try:
+        check_composition({**group, role: codec})
+    except ValueError:
+        return False
+    return True
+
+
+def _path(claim: Claim, free: bool) -> list[Ranks]:
+    """The ranks from those of the site down to the lowest, by least energy lost per byte."""
+    site, group = claim.site, claim.group
+    policy = group["ranks"]
+    if not policy.adaptive and free and (site.codec or site.moments) and type(group["frame"]) is Modes:
+        policy = Grid()  # fixed from the first step on, which has not been made
+    path = [site.ranks]
+    while True:
+        ranks, now = path[-1], claim.bytes_at(path[-1])
+        energy = captured(slots.resized(site, group, ranks), group)
+        cuts = list[tuple[float, int, Ranks]]()
+        for n, rank in enumerate(ranks):
+            less = None if rank is None else policy.below(site.view.shape[n], rank)
+            if less is not None:
+                lower = (*ranks[:n], less, *ranks[n + 1 :])
+                lost = energy - captured(slots.resized(site, group, lower), group)
+                cuts.append((lost / max(now - claim.bytes_at(lower), 1), n, lower))
+        if not cuts:
+            return path
+        path.append(min(cuts)[2])
+
+
+def captured(site: Site, group: Mapping[str, Any]) -> float:
+    """E, what a frame of the site's ranks captures by the prior; in (0, 1]."""
+    one = site.block(0) if site.blocks else site
+    layout = slots.group_of_block(group)["frame"] if site.blocks else group["frame"]
+    shape = one.view.shape
+    if type(layout) is not Modes:
+        return _harmonic(prod(one.core_shape)) / _harmonic(prod(shape))
+    pairs = zip(one.ranks, shape, strict=True)
+    return prod(_harmonic(r) / _harmonic(d) for r, d in pairs if r is not None)
+
+
+@cache
+def _harmonic(n: int) -> float:
+    """H(n), from 1000 on by Euler's formula, good to 1e-13."""
+    if n < 1000:
+        return sum(1 / j for j in range(1, n + 1))
+    return log(n) + 0.5772156649015329 + 1 / (2 * n) - 1 / (12 * n * n)
+
+
+def _bytes(site: Site, claim: Claim, codec: Codec | None, moments: Codec | None) -> int:
+    return claim._replace(site=replace(site, codec=codec, moments=moments)).bytes_at(site.ranks)
+
+
+def _buffer_noise(site: Site, claim: Claim, codecs: Sequence[Codec | None]) -> list[float]:
+    """rho_c of each codec, for a buffer of the gradient's shape; all 0 where the group's own codec is used."""
+    one = site.block(0) if site.blocks else site
+    return [0.0 if codec is None else noise(codec, one.view.shape, one.view.dtype) for codec in codecs]
+
+
+def _moment_noise(site: Site, claim: Claim, codecs: Sequence[Codec | None]) -> list[float]:
+    """rho_m of each codec; all 0 where the group's own codec is used."""
+    one = site.block(0) if site.blocks else site
+    group = slots.group_of_block(claim.group) if site.blocks else claim.group
+    beta1, beta2 = group["betas"]
+    decay, _ = group["rule"].recursion(Clock(torch.tensor(1e6, device="cpu"), beta1, beta2, 10**6))
+    felt = 1 / (1 - decay**2) if decay < 1 else 1.0
+    result = list[float]()
+    for codec in codecs:
+        total = 0.0
+        stored = {} if codec is None else slots.moments(one, {**group, "moments": codec})
+        for slot in slots.rule_slots(one, group):
+            if codec is None or slot.name in stored:  # stored as it is
+                continue
+            part = slots.slot_part(slot, one, group)
+            if slot.kind is Kind.VARIANCE:
+                # bfloat16 stores v itself, whose root has half the relative error.
+                share = 0.25 if isinstance(codec, BFloat16) else 1.0
+                total += share * noise(codec.positive, part.shape, part.dtype)
+            else:
+                total += noise(codec, part.shape, part.dtype) * (felt if slot.kind is Kind.LINEAR else 1.0)
+        result.append(total)
+    return result
