@@ -6,7 +6,7 @@
     python benchmarks/study.py collect --task lm --from out/frontier-lm out/frontier-lm-2 --out benchmarks/results/study
 
 "ablation" changes one choice of `comoving.AdamW`'s defaults at a time. "frontier" sets recipes and codecs against each
-other at many budgets, and draws validation against the state of the projected parameters.
+other at many budgets, "codecs" compares codecs alone; both draw validation against the state of the projected weights.
 
 Rates are tried from the contender's own default by factors of two until the best one has a worse one on both sides (at
 most --climb runs). The --finalists best, and the ones that are always named, then get --seeds seeds at their best rate.
@@ -96,6 +96,19 @@ TENSORS = [
     *(f"{name}:rank=0.1" for name in ("low-rank-soap", "fira", "apollo", "online-subspace-descent", "ldadam")),
     *(f"{name}:rank=0.1" for name in ("tt-adam", "ht-adam")),
 ]
+
+
+DYNAMIC = "int8(table='dynamic')"
+CODECS = [
+    "comoving:moments=full;codec=full",
+    "comoving:moments=int8;codec=int8",
+    f"comoving:moments={DYNAMIC};codec={DYNAMIC}",
+    "comoving:moments=int4;codec=int4",
+    "comoving:moments=int8;codec=int8;bases=int8",
+    "comoving:moments=int4;codec=int4;bases=int4",
+    *(f"muon:moments={codec}" for codec in ("full", "int8", DYNAMIC, "int4")),
+]
+"""Every number of the state in as many bits, for the default at its usual rank, and for Muon in the whole frame."""
 
 
 def frontier(task: str) -> list[str]:
@@ -265,9 +278,11 @@ def draw(found: dict[str, Any], file: Path) -> None:
         label = line["contender"]
         name, _, rest = label.partition(":")
         options = [o for o in rest.split(";") if o and not o.startswith("rank=")]
-        whole = label in WHOLE
+        whole = label in WHOLE or label in CODECS
         family = name if whole else " ".join([name, *options])
         share = line["state_projected"] / dense
+        if line["deviation"] is not None:
+            axes.errorbar(share, line["mean"], line["deviation"], color="0.7", capsize=2, lw=1)
         families.setdefault(family, []).append((share, line["mean"], " ".join(options) if whole else ""))
     for family, points in families.items():
         points.sort()
@@ -285,7 +300,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
 def main() -> None:
     """Run a study, print its table, write its JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("ablation", "rules", "frontier", "seeds", "collect"))
+    parser.add_argument("study", choices=("ablation", "rules", "frontier", "codecs", "seeds", "collect"))
     parser.add_argument("--task", required=True, choices=("lm", "fno", "vit"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=None)
@@ -307,7 +322,12 @@ def main() -> None:
         pairs = [(label, float(rate)) for label, rate in (pair.rsplit("@", 1) for pair in arguments.at)]
         Study(list(dict.fromkeys(label for label, _ in pairs)), arguments).seeds(pairs)
         return
-    lists = {"ablation": ABLATION, "rules": ["comoving", *RULES], "frontier": frontier(arguments.task)}
+    lists = {
+        "ablation": ABLATION,
+        "rules": ["comoving", *RULES],
+        "codecs": CODECS,
+        "frontier": frontier(arguments.task),
+    }
     labels = [label for label in lists[arguments.study] if arguments.only in label]
     for label in labels:
         parse(label)
@@ -318,7 +338,7 @@ def report(found: dict[str, Any], out: Path, name: str) -> None:
     """JSON, picture and table."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}_{found['task']}.json").write_text(json.dumps(found, indent=1) + "\n")
-    if name == "frontier":
+    if name in ("frontier", "codecs"):
         draw(found, out / f"{name}_{found['task']}.png")
     whole = of_adamw(found)
     for line in sorted(found["contenders"], key=lambda line: line.get("mean") or float("inf")):
