@@ -58,7 +58,7 @@ class _Increment(torch.autograd.Function):
         rest, s = rest - q @ again, s + again
         added, r2 = tsqr(rest)
         dead = _dead(columns, r2, q.shape[-1])
-        if bool(dead.any()):
+        if trouble(dead.any()):
             added, r2 = _complete(q, rest, dead)
         return s, added, r2
 

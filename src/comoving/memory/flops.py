@@ -1,0 +1,48 @@
+"""Floating-point operations of one torch operation, from the shapes of its tensors."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+_aten: Any = torch.ops.aten
+
+
+def count(func: Any, args: tuple[Any, ...], result: Any) -> int:
+    """Real multiplications and additions of an operation, to leading order.
+
+    2 m n k for a product of (m, k) and (k, n); Golub and Van Loan's counts for decompositions of (m, n), m >= n: QR with
+    Q 4 m n^2 - 4/3 n^3, thin SVD 6 m n^2 + 20 n^3, Hermitian eigenvectors 9 n^3, Cholesky n^3 / 3, triangular systems
+    n^2 for each right-hand side; complex ones four times that. Everything else counts one for each entry that it reads or
+    writes, whichever are more; views and empty tensors nothing.
+    """
+    kind = func.overloadpacket
+    given = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+    if not given:
+        return 0
+    field = 4 if any(x.is_complex() for x in given) else 1
+    if kind in (_aten.addmm, _aten.baddbmm, _aten.addmv):
+        given = given[1:]
+        kind = _aten.mm
+    if kind in (_aten.mm, _aten.bmm, _aten.mv, _aten.dot, _aten.vdot):
+        a, b = given[:2]
+        return field * 2 * a.numel() * (b.shape[-1] if b.ndim > 1 else 1)
+    if kind in _DECOMPOSITIONS:
+        a = given[0]
+        batch, m, n = prod(a.shape[:-2]), max(a.shape[-2:]), min(a.shape[-2:])
+        return field * batch * _DECOMPOSITIONS[kind](m, n, given)
+    if all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        return 0
+    made = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+    return max(*(x.numel() for x in given), *made, 0, 0)
+
+
+_DECOMPOSITIONS: dict[Any, Any] = {
+    _aten.linalg_qr: lambda m, n, _: 4 * m * n * n - 4 * n**3 // 3,
+    _aten._linalg_svd: lambda m, n, _: 6 * m * n * n + 20 * n**3,
+    _aten._linalg_eigh: lambda m, n, _: 9 * n**3,
+    _aten.linalg_cholesky_ex: lambda m, n, _: n**3 // 3,
+    _aten.linalg_solve_triangular: lambda m, n, given: n * given[1].numel() // max(1, prod(given[0].shape[:-2])),
+}
