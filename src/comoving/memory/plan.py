@@ -212,9 +212,13 @@ def drafted(
     checkpointing: bool,
     device: str,
     options: Mapping[str, Any],
-    cache: Cache,
+    cache: Cache | None,
 ) -> Plan:
-    """:func:`plan` for a model without data; ``cache`` keeps what was rehearsed for the next plan of the same model."""
+    """:func:`plan` for a model without data.
+
+    ``cache`` keeps what was rehearsed for the next plan of the same model; with None nothing is rehearsed, and
+    temporaries and operations are 0.
+    """
     optimizer = build(recipe, model.module, rank=rank, **options)
     ranks = fsdp or 1
     everything = list(model.module.parameters())
@@ -261,13 +265,23 @@ def state_by_part(optimizer: LowRankOptimizer, ranks: int = 1) -> dict[str, int]
     """The bytes of an optimizer's state between two steps by the names of :data:`STATE`, on one of so many ranks."""
     total = dict.fromkeys(STATE, 0)
     for group in optimizer.param_groups:
+        known: dict[Any, dict[str, int]] = {}
         for p in group["params"]:
             if p.requires_grad:
-                site = optimizer.sites[p]
-                kinds = _kinds(site, group)
-                for name, part in slots.layout(site, group).items():
-                    own = name.partition(".")[2] if site.blocks else name
-                    total[kinds[own]] += sharding.state_on_rank(site, name, part, kinds, ranks)
+                key = tuple(p.shape), _key(optimizer.sites[p], group)
+                if key not in known:
+                    known[key] = _state_of(optimizer.sites[p], group, ranks)
+                for name, size in known[key].items():
+                    total[name] += size
+    return total
+
+
+def _state_of(site: Site, group: Mapping[str, Any], ranks: int) -> dict[str, int]:
+    """The bytes of one parameter's state by the names of :data:`STATE`."""
+    kinds, total = _kinds(site, group), dict.fromkeys(STATE, 0)
+    for name, part in slots.layout(site, group).items():
+        own = name.partition(".")[2] if site.blocks else name
+        total[kinds[own]] += sharding.state_on_rank(site, name, part, kinds, ranks)
     return total
 
 
@@ -302,9 +316,12 @@ def _kinds(site: Site, group: Mapping[str, Any]) -> dict[str, str]:
 class _Needs:
     """The temporaries of a whole step, and its operations, from those of each kind of parameter."""
 
-    def __init__(self, optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache) -> None:
+    def __init__(
+        self, optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache | None
+    ) -> None:
         self.step = self.refresh = self.step_flops = self.refresh_flops = 0
-        held, first = 0, 0
+        if cache is None:
+            return
         for group in optimizer.param_groups:
             trained = [p for p in group["params"] if p.requires_grad]
             for params, site, count in _alike(trained, optimizer, group, device, layerwise):
@@ -315,11 +332,10 @@ class _Needs:
                 part = _portion(site, ranks)
                 self.step = max(self.step, round(seen.step * part))
                 self.refresh = max(self.refresh, round(seen.refresh * part))
-                first = max(first, held + round((seen.first - seen.state) * part))
+                # A first step has no more state than later ones: what it needs beside its own counts as temporary.
+                self.refresh = max(self.refresh, round((seen.first - seen.state) * part))
                 self.step_flops += count * seen.step_flops // ranks
                 self.refresh_flops += count * seen.refresh_flops // ranks
-        # A first step has no more state than the later ones: what it needs beside its own counts as temporary.
-        self.refresh = max(self.refresh, first)
 
 
 def _alike(
