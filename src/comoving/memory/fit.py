@@ -7,7 +7,8 @@ from typing import Any
 from ..frames.base import Rank
 from ..recipes import build, recipes
 from ..units import show_bytes
-from .plan import STATE, Cache, Plan, drafted
+from .needs import Cache
+from .plan import STATE, Plan, drafted
 from .shapes import Subject
 
 _LADDER: tuple[tuple[str, dict[str, str]], ...] = (

@@ -3,11 +3,8 @@
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-
-_aten: Any = torch.ops.aten
 
 
 def count(func: Any, args: tuple[Any, ...], result: Any) -> int:
@@ -18,16 +15,13 @@ def count(func: Any, args: tuple[Any, ...], result: Any) -> int:
     n^2 for each right-hand side; complex ones four times that. Everything else counts one for each entry that it reads or
     writes, whichever are more; views and empty tensors nothing.
     """
-    kind = func.overloadpacket
+    kind: str = func._schema.name.removeprefix("aten::").rstrip("_")
     given = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
     if not given:
         return 0
     field = 4 if any(x.is_complex() for x in given) else 1
-    if kind in (_aten.addmm, _aten.baddbmm, _aten.addmv):
-        given = given[1:]
-        kind = _aten.mm
-    if kind in (_aten.mm, _aten.bmm, _aten.mv, _aten.dot, _aten.vdot):
-        a, b = given[:2]
+    if kind in _PRODUCTS:
+        a, b = given[-2:]
         return field * 2 * a.numel() * (b.shape[-1] if b.ndim > 1 else 1)
     if kind in _DECOMPOSITIONS:
         a = given[0]
@@ -39,10 +33,11 @@ def count(func: Any, args: tuple[Any, ...], result: Any) -> int:
     return max(*(x.numel() for x in given), *made, 0, 0)
 
 
-_DECOMPOSITIONS: dict[Any, Any] = {
-    _aten.linalg_qr: lambda m, n, _: 4 * m * n * n - 4 * n**3 // 3,
-    _aten._linalg_svd: lambda m, n, _: 6 * m * n * n + 20 * n**3,
-    _aten._linalg_eigh: lambda m, n, _: 9 * n**3,
-    _aten.linalg_cholesky_ex: lambda m, n, _: n**3 // 3,
-    _aten.linalg_solve_triangular: lambda m, n, given: n * given[1].numel() // max(1, prod(given[0].shape[:-2])),
+_PRODUCTS = {"mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv"}
+_DECOMPOSITIONS: dict[str, Any] = {
+    "linalg_qr": lambda m, n, _: 4 * m * n * n - 4 * n**3 // 3,
+    "_linalg_svd": lambda m, n, _: 6 * m * n * n + 20 * n**3,
+    "_linalg_eigh": lambda m, n, _: 9 * n**3,
+    "linalg_cholesky_ex": lambda m, n, _: n**3 // 3,
+    "linalg_solve_triangular": lambda m, n, given: n * given[1].numel() // max(1, prod(given[0].shape[:-2])),
 }

@@ -1,11 +1,11 @@
 """Bytes and operations of a training run, before it runs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import state as slots
 from ..diagnostics import SLOT
@@ -17,7 +17,7 @@ from ..slots import Kind
 from ..units import show_bytes
 from ..validate import check_choice, check_int
 from . import sharding
-from .rehearsal import Rehearsal, rehearse
+from .needs import NOTHING, Cache, kind_of, needs
 from .shapes import Subject, subject
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +30,6 @@ _KINDS = {
     Kind.MASS: "moments",
     Kind.SCALAR: "scalars",
 }
-Cache = dict[Any, Rehearsal]
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ def drafted(
     own = {p: sharding.shard_bytes(p, ranks) for p in everything}
     each = [own[p] for p in trained]
     gradients = max(each, default=0) if layerwise else sum(each)
-    needs = _Needs(optimizer, device, layerwise, ranks, cache)
+    work = NOTHING if cache is None else needs(optimizer, device, layerwise, ranks, cache)
     itemsize = max((p.element_size() for p in trained if not p.is_complex()), default=4)
     activations, formula = None, "not estimated: give batch"
     if batch is not None and model.activations is None:
@@ -250,13 +249,13 @@ def drafted(
         weights=sum(own.values()) + sharding.bytes_of(list(model.module.buffers())),
         gradients=gradients,
         state=state_by_part(optimizer, ranks),
-        step_temporaries=needs.step,
-        refresh_temporaries=needs.refresh,
+        step_temporaries=work.step,
+        refresh_temporaries=work.refresh,
         communication=_communication(model.module, ddp, fsdp),
         activations=activations,
         activations_formula=formula,
-        step_flops=needs.step_flops,
-        refresh_flops=needs.refresh_flops,
+        step_flops=work.step_flops,
+        refresh_flops=work.refresh_flops,
         options=dict(options),
     )
 
@@ -268,7 +267,7 @@ def state_by_part(optimizer: LowRankOptimizer, ranks: int = 1) -> dict[str, int]
         known: dict[Any, dict[str, int]] = {}
         for p in group["params"]:
             if p.requires_grad:
-                key = tuple(p.shape), _key(optimizer.sites[p], group)
+                key = kind_of(p, optimizer.sites[p], group)
                 if key not in known:
                     known[key] = _state_of(optimizer.sites[p], group, ranks)
                 for name, size in known[key].items():
@@ -311,64 +310,6 @@ def _kinds(site: Site, group: Mapping[str, Any]) -> dict[str, str]:
         else:
             found[name] = "feedback"
     return found
-
-
-class _Needs:
-    """The temporaries of a whole step, and its operations, from those of each kind of parameter."""
-
-    def __init__(
-        self, optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache | None
-    ) -> None:
-        self.step = self.refresh = self.step_flops = self.refresh_flops = 0
-        if cache is None:
-            return
-        for group in optimizer.param_groups:
-            trained = [p for p in group["params"] if p.requires_grad]
-            for params, site, count in _alike(trained, optimizer, group, device, layerwise):
-                key = (device, len(params), tuple(params[0].shape), params[0].dtype, _key(site, group))
-                if key not in cache:
-                    cache[key] = rehearse(optimizer, params, device)
-                seen = cache[key]
-                part = _portion(site, ranks)
-                self.step = max(self.step, round(seen.step * part))
-                self.refresh = max(self.refresh, round(seen.refresh * part))
-                # A first step has no more state than later ones: what it needs beside its own counts as temporary.
-                self.refresh = max(self.refresh, round((seen.first - seen.state) * part))
-                self.step_flops += count * seen.step_flops // ranks
-                self.refresh_flops += count * seen.refresh_flops // ranks
-
-
-def _alike(
-    params: list[Tensor], optimizer: LowRankOptimizer, group: Mapping[str, Any], device: str, layerwise: bool
-) -> Iterable[tuple[list[Tensor], Site, int]]:
-    """Parameters to rehearse, one of each kind or all that are stepped together, and for how many they stand."""
-    plain = [p for p in params if optimizer.sites[p].plain]
-    together = not layerwise and (
-        group["foreach"] or optimizer.on_nonfinite == "skip" or (device != "cpu" and group["foreach"] is None)
-    )
-    if together and plain:
-        yield plain, optimizer.sites[plain[0]], 1
-    kinds: dict[Any, list[Tensor]] = {}
-    for p in params:
-        site = optimizer.sites[p]
-        if not (together and site.plain):
-            kinds.setdefault((tuple(p.shape), p.dtype, _key(site, group)), []).append(p)
-    for alike in kinds.values():
-        yield alike[:1], optimizer.sites[alike[0]], len(alike)
-
-
-def _key(site: Site, group: Mapping[str, Any]) -> Any:
-    """What decides how a parameter is stepped, beside its shape."""
-    options = tuple(str(group[key]) for key in sorted(group) if key not in {"params", "param_names", "reasons"})
-    return site.view, site.ranks, site.block_mode, site.whole, options
-
-
-def _portion(site: Site, ranks: int) -> float:
-    """The share of a parameter's temporaries on one rank: its rows, and what is as large as the core."""
-    if ranks == 1 or site.plain:
-        return 1 / ranks
-    compressed = [r / d for r, d in zip(site.ranks, site.view.shape[-len(site.ranks) :], strict=True) if r is not None]
-    return min(1.0, 1 / ranks + (min(compressed) if compressed else 1.0))
 
 
 def _communication(module: nn.Module, ddp: int | None, fsdp: int | None) -> int:

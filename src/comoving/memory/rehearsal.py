@@ -46,6 +46,10 @@ class _Watcher(StorageTracker):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta:
+            device = (kwargs or {}).get("device")
+            if device is not None and torch.device(device).type != "meta":
+                return torch.ones(args[0].shape, dtype=(kwargs or {}).get("dtype") or args[0].dtype, device=device)
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.flops += flops.count(func, args, result)
         return result

@@ -60,6 +60,9 @@ def _remark(plan: Plan, name: str) -> str:
     remarks = {
         "weights": f"{plan.parameters:,} parameters, {plan.projected:,} of them projected",
         "moments": "of rule and transport",
+        "frames": "the directions that are kept",
+        "finder": "what it remembers of past gradients",
+        "scalars": "step counts, seeds, diagnostics",
         "feedback": "what the frame could not hold",
         "preconditioner": "statistics of single modes",
         "activations": "an estimate",
