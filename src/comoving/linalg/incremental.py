@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checks import require_dtype
+from .checks import require_dtype, trouble
 from .tsqr import dependent_columns, householder, phase_of, qr_backward, tsqr
 
 

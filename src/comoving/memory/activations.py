@@ -43,7 +43,9 @@ class Transformer:
     outputs: int
     tokens: int | None = None
 
-    formula = "tokens x (layers x (6 hidden + 2 kv + c intermediate) + head); c = 4 with a gate, else 2; fused attention"
+    formula = (
+        "tokens x (layers x (6 hidden + 2 kv + c intermediate) + head); c = 4 with a gate, else 2; fused attention"
+    )
 
     def estimate(self, batch: int, sequence: int | None, itemsize: int, checkpointing: bool) -> int:
         """Bytes for a batch of sequences."""

@@ -61,9 +61,15 @@ class Fit:
         choice = f"{rank} with {codecs}" if rank else f"full rank with {codecs}"
         if not best.fits:
             over = show_bytes(best.plan.peak_bytes - self.limit)
-            return f"nothing fits into {limit}: {choice} needs {size}, {over} too much; most of it is {binding(best.plan)}"
+            return (
+                f"nothing fits into {limit}: {choice} needs {size}, {over} too much; most of it is {binding(best.plan)}"
+            )
         if not best.limited:
-            return f"{choice} needs {size} of {limit}; nothing binds, every rank fits" if rank else f"{choice} needs {size} of {limit}"
+            return (
+                f"{choice} needs {size} of {limit}; nothing binds, every rank fits"
+                if rank
+                else f"{choice} needs {size} of {limit}"
+            )
         return f"{choice} needs {size} of {limit}; what binds is {binding(best.plan)}"
 
 

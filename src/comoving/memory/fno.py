@@ -87,5 +87,7 @@ def parse_fno(text: str) -> FNO:
         raise ValueError(f"channels, layers, inputs and outputs in {text!r} are single integers")
     grid = given.get("grid", ())
     if grid and len(grid) != len(given["modes"]):
-        raise ValueError(f"grid and modes in {text!r} must have as many dimensions, got {len(grid)} and {len(given['modes'])}")
+        raise ValueError(
+            f"grid and modes in {text!r} must have as many dimensions, got {len(grid)} and {len(given['modes'])}"
+        )
     return FNO(given["modes"], grid=grid, **{name: value[0] for name, value in single.items()})

@@ -99,7 +99,9 @@ def picture(bars: Sequence[tuple[str, Plan]], limit: int | None = None) -> bytes
         for part, color in COLORS.items():
             widths = [plan.parts()[part] / UNITS[unit] for _, plan in bars]
             if any(w * UNITS[unit] > largest / 500 for w in widths):
-                axes.barh(range(len(bars)), widths, left=left, color=color, label=part, edgecolor="white", linewidth=0.5)
+                axes.barh(
+                    range(len(bars)), widths, left=left, color=color, label=part, edgecolor="white", linewidth=0.5
+                )
             left = [a + w for a, w in zip(left, widths, strict=True)]
         for i, total in enumerate(left):
             axes.text(total + largest / UNITS[unit] * 0.01, i, f"{total:.1f}", va="center", fontsize=9, color="#333333")

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
 _aten: Any = torch.ops.aten
-_COPIES: dict[Any, int] = {_aten._linalg_svd: 1, _aten._linalg_eigh: 2, _aten.linalg_solve_triangular: 1}
+_COPIES: dict[Any, int] = {_aten._linalg_svd: 1, _aten._linalg_eigh: 2}
 
 
 class StorageTracker(TorchDispatchMode):
@@ -20,9 +19,9 @@ class StorageTracker(TorchDispatchMode):
 
     Inside ``with tracker:`` every storage is followed that an operation returns, from then until its last tensor is
     gone, views and all; what is there before is followed by :meth:`watch`. Counted are the bytes asked for, without an
-    allocator's rounding. What an operation allocates and frees inside itself is counted for the three decompositions
-    where it is as large as a matrix (measured: on a CPU an SVD holds one copy of its argument beside its results, a
-    Hermitian eigenproblem two, a triangular system one of the triangle); elsewhere it is small, and left out.
+    allocator's rounding. What an operation allocates and frees inside itself is counted for the decompositions where it
+    is as large as a matrix (measured: on a CPU an SVD holds one copy of its argument beside its results, a Hermitian
+    eigenproblem two); elsewhere it is small, and left out.
 
     Args:
         *devices: device types to count, such as "cpu"; none for all.
@@ -100,8 +99,8 @@ def measure(run: Callable[[], object], there: Iterable[Tensor], device: torch.de
         device: whose memory is measured; on a CPU the tensors of all devices count together.
     """
     device = torch.device(device)
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
