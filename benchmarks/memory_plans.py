@@ -29,17 +29,14 @@ BEGIN, END = "<!-- plans: written by benchmarks/memory_plans.py -->", "<!-- end 
 def rows() -> list[tuple[str, str, dict[str, Any]]]:
     """Name, recipe and options of each row; Q-GaLore's own recipe where it is there."""
     known = comoving.recipes()
-    quantized: tuple[str, str, dict[str, Any]] = (
-        ("Q-GaLore", "q-galore", {})
-        if "q-galore" in known
-        else ("Q-GaLore-like (8-bit moments only)", "galore", {"moments": "int8"})
-    )
+    own: list[tuple[str, str, dict[str, Any]]] = [("Q-GaLore", "q-galore", {})] if "q-galore" in known else []
     return [
         ("AdamW", "adamw", {}),
         ("8-bit AdamW", "adamw", {"moments": "int8"}),
         ("GaLore", "galore", {}),
         ("LDAdam", "ldadam", {}),
-        quantized,
+        ("8-bit GaLore", "galore", {"moments": "int8"}),
+        *own,
         ("comoving", "comoving", {}),
         ("comoving, 8 bits", "comoving", EIGHT),
         ("comoving, 4 bits", "comoving", FOUR),

@@ -110,8 +110,8 @@ def application() -> Any:
         model: Annotated[
             str,
             typer.Option(
-                help="llama-60m, -130m, -350m, -1b, -7b, -13b, -70b; fno:modes=16x16,channels=64,layers=4; the path of a "
-                "Hugging Face config; or package.module:function, which returns a module."
+                help="llama-60m, -130m, -350m, -1b, -7b, -13b, -70b; fno:modes=16x16,channels=64,layers=4; the path of "
+                "a Hugging Face config; or package.module:function, which returns a module."
             ),
         ],
         recipe: Annotated[str, typer.Option(help="A name of comoving recipes.")] = "comoving",

@@ -8,9 +8,11 @@ from comoving.memory.fit import fit
 from comoving.memory.plan import drafted
 from comoving.memory.shapes import subject
 
-SETTINGS = {
-    "batch": None, "sequence": None, "ddp": None, "fsdp": None, "layerwise": False, "checkpointing": False, "device": "cpu",
-}  # fmt: skip
+SETTINGS = dict.fromkeys(("batch", "sequence", "ddp", "fsdp")) | {
+    "layerwise": False,
+    "checkpointing": False,
+    "device": "cpu",
+}
 
 
 def model() -> nn.Module:

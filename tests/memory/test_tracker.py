@@ -71,7 +71,7 @@ def test_tensors_that_grow() -> None:
     [
         lambda x: torch.linalg.svd(x, full_matrices=False),
         lambda x: torch.linalg.eigh(x @ x.T),
-        lambda x: torch.linalg.qr(x),
+        torch.linalg.qr,
         lambda x: torch.linalg.solve_triangular(torch.linalg.cholesky_ex(x @ x.T).L.mT, x.T, upper=True, left=False),
         lambda x: (x @ x.T).softmax(-1).sum() + x.exp().sqrt().sum(),
     ],

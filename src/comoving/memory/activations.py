@@ -23,8 +23,8 @@ class Activations(Protocol):
 class Transformer:
     """A transformer with fused attention, whose scores are not kept.
 
-    Each token keeps in each layer  6 h + 2 k + c i  numbers: the inputs of two norms, their outputs, queries, the output
-    of attention; keys and values of width k; and c of the MLP's width i (4 with a gate, else 2). The head keeps
+    Each token keeps in each layer  6 h + 2 k + c i  numbers: the inputs of two norms, their outputs, queries, the
+    output of attention; keys and values of width k; and c of the MLP's width i (4 with a gate, else 2). The head keeps
     v logits, and once more in float32 for the loss. With checkpointing a layer keeps its input, h, and one layer at a
     time the rest.
 
@@ -43,9 +43,7 @@ class Transformer:
     outputs: int
     tokens: int | None = None
 
-    formula = (
-        "tokens x (layers x (6 hidden + 2 kv + c intermediate) + head); c = 4 with a gate, else 2; fused attention"
-    )
+    formula = "tokens x (layers x (6 hidden + 2 kv + c intermediate) + head), c = 4 with a gate, else 2"
 
     def estimate(self, batch: int, sequence: int | None, itemsize: int, checkpointing: bool) -> int:
         """Bytes for a batch of sequences."""
@@ -63,8 +61,8 @@ class Operator:
     """A Fourier neural operator.
 
     Each point of the grid keeps in each layer 3 c numbers (the layer's input, and the sums before and after the
-    nonlinearity); each layer keeps c complex64 spectra of as many frequencies as its weight has; lifting and projection keep
-    2 c numbers each.
+    nonlinearity); each layer keeps c complex64 spectra of as many frequencies as its weight has; lifting and projection
+    keep 2 c numbers each.
 
     Args:
         channels: c.

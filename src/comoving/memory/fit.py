@@ -60,16 +60,10 @@ class Fit:
         codecs = f"{best.codecs} codecs" if best.codecs == "the recipe's own" else best.codecs
         choice = f"{rank} with {codecs}" if rank else f"full rank with {codecs}"
         if not best.fits:
-            over = show_bytes(best.plan.peak_bytes - self.limit)
-            return (
-                f"nothing fits into {limit}: {choice} needs {size}, {over} too much; most of it is {binding(best.plan)}"
-            )
+            over, most = show_bytes(best.plan.peak_bytes - self.limit), binding(best.plan)
+            return f"nothing fits into {limit}: {choice} needs {size}, {over} too much; most of it is {most}"
         if not best.limited:
-            return (
-                f"{choice} needs {size} of {limit}; nothing binds, every rank fits"
-                if rank
-                else f"{choice} needs {size} of {limit}"
-            )
+            return f"{choice} needs {size} of {limit}" + ("; nothing binds, every rank fits" if rank else "")
         return f"{choice} needs {size} of {limit}; what binds is {binding(best.plan)}"
 
 
@@ -89,8 +83,8 @@ def fit(model: Subject, recipe: str, limit: int, *, options: Mapping[str, Any], 
     """The largest rank, an int for every projected parameter, whose peak is at most ``limit`` bytes.
 
     Codecs that are given in ``options`` are kept; otherwise the recipe's own, 8 and 4 bits are tried. Temporaries, and
-    with them the peak, are rehearsed at every rank that decides. Looked at are the ranks at which as much is projected as
-    at rank 1: beyond them parameters are stepped as dense ones.
+    with them the peak, are rehearsed at every rank that decides. Looked at are the ranks at which as much is projected
+    as at rank 1: beyond them parameters are stepped as dense ones.
 
     Args:
         model: without data.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ class FNO:
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """A module tree on the meta device; spectral weights are complex64 whatever the dtype of the rest."""
-        options = {"device": torch.device("meta"), "dtype": dtype}
+        options: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}
         wide = 2 * self.channels
         spectral = [SpectralWeight(self.channels, self.modes, torch.device("meta")) for _ in range(self.layers)]
         skips = [nn.Linear(self.channels, self.channels, bias=False, **options) for _ in range(self.layers)]
@@ -87,7 +88,6 @@ def parse_fno(text: str) -> FNO:
         raise ValueError(f"channels, layers, inputs and outputs in {text!r} are single integers")
     grid = given.get("grid", ())
     if grid and len(grid) != len(given["modes"]):
-        raise ValueError(
-            f"grid and modes in {text!r} must have as many dimensions, got {len(grid)} and {len(given['modes'])}"
-        )
+        counts = f"{len(grid)} and {len(given['modes'])}"
+        raise ValueError(f"grid and modes in {text!r} must have as many dimensions, got {counts}")
     return FNO(given["modes"], grid=grid, **{name: value[0] for name, value in single.items()})

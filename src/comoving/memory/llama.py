@@ -1,6 +1,7 @@
 """LLaMA shapes as light module trees without data: names and shapes, nothing that computes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class Llama:
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """A module tree on the meta device, with the names that transformers gives its parameters."""
-        options = {"device": torch.device("meta"), "dtype": dtype}
+        options: dict[str, Any] = {"device": torch.device("meta"), "dtype": dtype}
 
         def linear(wide: int, out: int) -> nn.Linear:
             return nn.Linear(wide, out, bias=False, **options)

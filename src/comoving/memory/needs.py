@@ -32,8 +32,8 @@ NOTHING = Needs()
 def needs(optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache) -> Needs:
     """The needs of all parameters: one at a time, but for dense ones that torch steps together.
 
-    The first step counts as a refresh. With ``layerwise`` its order is that of the backward pass, and with several ranks
-    only shares are known: the state of all other parameters then counts as there.
+    The first step counts as a refresh. With ``layerwise`` its order is that of the backward pass, and with several
+    ranks only shares are known: the state of all other parameters then counts as there.
     """
     step = refresh = step_flops = refresh_flops = bound = 0
     seen: dict[Tensor, Rehearsal] = {}

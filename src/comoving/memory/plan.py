@@ -155,16 +155,17 @@ def plan(
         recipe: a name of :func:`comoving.recipes`.
         rank: as for :func:`comoving.build`.
         dtype: of the weights and gradients; None for float32, or as a given module has them.
-        batch, sequence: samples a step on one rank, and tokens a sample, for the estimate of activations.
+        batch: samples a step on one rank, for the estimate of activations.
+        sequence: tokens a sample, likewise.
         ddp: ranks of DistributedDataParallel: each holds everything, and in buckets of 25 MiB, which exist all at once,
             a copy of all gradients (none with ``gradient_as_bucket_view=True``, which this does not assume).
-        fsdp: ranks of fully_shard: see :func:`comoving.memory.sharding.state_on_rank`. Temporaries are shared out as far
-            as they follow the rows, an estimate. Gathered at once are the weights of the two largest units, the one at
+        fsdp: ranks of fully_shard: see :func:`comoving.memory.sharding.state_on_rank`. Temporaries are shared out as
+            far as they follow the rows, an estimate. Gathered at once are the weights of the two largest units, the one at
             work and the next; a unit's whole gradients are there twice, as computed and as the collective's input.
         layerwise: parameters are stepped in the backward pass and their gradients freed: gradients of the largest one.
         checkpointing: whether layers keep their inputs alone for the backward pass.
-        device: "cuda" or "cpu": on the CPU what is drawn on the host counts too, and torch steps dense parameters one by
-            one; on CUDA it steps them together by default, with a temporary as large as all of them (``foreach=False``
+        device: "cuda" or "cpu": on the CPU what is drawn on the host counts too, and torch steps dense parameters one
+            by one; on CUDA it steps them together by default, with a temporary as large as all of them (``foreach=False``
             saves that).
         **options: passed on to :func:`comoving.build`: ``codec="int8"``, ``moments="int8"``, ``refresh_every=200`` ...
 
@@ -262,7 +263,7 @@ def drafted(
 
 def state_by_part(optimizer: LowRankOptimizer, ranks: int = 1) -> dict[str, int]:
     """The bytes of an optimizer's state between two steps by the names of :data:`STATE`, on one of so many ranks."""
-    total = dict.fromkeys(STATE, 0)
+    total: dict[str, int] = dict.fromkeys(STATE, 0)
     for group in optimizer.param_groups:
         known: dict[Any, dict[str, int]] = {}
         for p in group["params"]:
@@ -277,7 +278,8 @@ def state_by_part(optimizer: LowRankOptimizer, ranks: int = 1) -> dict[str, int]
 
 def _state_of(site: Site, group: Mapping[str, Any], ranks: int) -> dict[str, int]:
     """The bytes of one parameter's state by the names of :data:`STATE`."""
-    kinds, total = _kinds(site, group), dict.fromkeys(STATE, 0)
+    kinds = _kinds(site, group)
+    total: dict[str, int] = dict.fromkeys(STATE, 0)
     for name, part in slots.layout(site, group).items():
         own = name.partition(".")[2] if site.blocks else name
         total[kinds[own]] += sharding.state_on_rank(site, name, part, kinds, ranks)
@@ -291,7 +293,7 @@ def _kinds(site: Site, group: Mapping[str, Any]) -> dict[str, str]:
     if site.plain:
         return {name: "scalars" if name == "step" else "moments" for name in slots.layout(site, group)}
     own = slots.parts_of(site, group)
-    rule = [slot for slot in slots.rule_slots(site, own)]
+    rule = slots.rule_slots(site, own)
     found: dict[str, str] = {}
     for name in slots.layout(site, group):
         slot = next((s for s in rule if name == s.name), None) or next(

@@ -1,6 +1,6 @@
 """A step without data: the optimizer's own code run on the meta device, with its storages and operations counted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -113,7 +113,7 @@ def _period(group: dict[str, Any]) -> int:
 @contextmanager
 def _prepared(
     optimizer: LowRankOptimizer, group: dict[str, Any], params: Sequence[Tensor], device: str
-) -> Iterator[None]:
+) -> Generator[None]:
     """Gradients, phases at which nothing refreshes by itself, and torch's choice of kernels; all of it undone."""
     sites, kept = {p: optimizer.sites[p] for p in params}, {key: group[key] for key in ("refresh_every", "foreach")}
     for p, site in sites.items():

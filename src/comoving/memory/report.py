@@ -74,7 +74,7 @@ def _not_counted(plan: Plan) -> str:
     if plan.activations is None:
         return "without activations"
     if plan.activations > 0 and not plan.layerwise and plan.temporaries < plan.activations:
-        return f"in the backward pass; temporaries of a step, {show_bytes(plan.temporaries)}, come when activations are gone"
+        return f"in the backward pass; a step's temporaries, {show_bytes(plan.temporaries)}, come later"
     if not plan.layerwise and plan.activations:
         return f"in the step; activations, about {show_bytes(plan.activations)}, are gone then"
     return ""

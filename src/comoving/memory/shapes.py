@@ -40,8 +40,8 @@ def subject(model: str | nn.Module | object, dtype: torch.dtype | None = None) -
     """A model to plan for.
 
     Args:
-        model: a name of :data:`comoving.memory.llama.LLAMAS`; settings ``fno:modes=16x16,channels=64,layers=4``; the path of
-            a Hugging Face config, a JSON file; ``package.module:function``, user code that returns a module and is
+        model: a name of :data:`comoving.memory.llama.LLAMAS`; settings ``fno:modes=16x16,channels=64,layers=4``; the
+            path of a Hugging Face config, a JSON file; ``package.module:function``, user code that returns a module and is
             called under the meta device; a module, of which a copy without data is made; or a config of transformers.
         dtype: of the real floating-point parameters; None for float32, or for a module as it is.
 
@@ -72,8 +72,8 @@ def subject(model: str | nn.Module | object, dtype: torch.dtype | None = None) -
     if ":" in name:
         return Subject(name, _cast(_from_code(name), dtype))
     raise ValueError(
-        f"unknown model {name!r}: give one of {', '.join(LLAMAS)}, settings such as fno:modes=16x16,channels=64,layers=4, "
-        f"the path of a Hugging Face config, or package.module:function"
+        f"unknown model {name!r}: give one of {', '.join(LLAMAS)}, settings such as "
+        f"fno:modes=16x16,channels=64,layers=4, the path of a Hugging Face config, or package.module:function"
     )
 
 

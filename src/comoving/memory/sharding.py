@@ -60,10 +60,10 @@ def units(module: nn.Module) -> list[list[Tensor]]:
     for part in module.modules():
         if isinstance(part, nn.ModuleList):
             for layer in part:
-                own = [p for p in layer.parameters() if id(p) not in seen]
+                own: list[Tensor] = [p for p in layer.parameters() if id(p) not in seen]
                 seen |= {id(p) for p in own}
                 found.append(own)
-    rest = [p for p in module.parameters() if id(p) not in seen]
+    rest: list[Tensor] = [p for p in module.parameters() if id(p) not in seen]
     return [unit for unit in (*found, rest) if unit]
 
 
