@@ -160,13 +160,13 @@ def plan(
         ddp: ranks of DistributedDataParallel: each holds everything, and in buckets of 25 MiB, which exist all at once,
             a copy of all gradients (none with ``gradient_as_bucket_view=True``, which this does not assume).
         fsdp: ranks of fully_shard: see :func:`comoving.memory.sharding.state_on_rank`. Temporaries are shared out as
-            far as they follow the rows, an estimate. Gathered at once are the weights of the two largest units, the one at
-            work and the next; a unit's whole gradients are there twice, as computed and as the collective's input.
+            far as they follow the rows, an estimate. Gathered at once are the weights of the two largest units, the one
+            at work and the next; a unit's whole gradients are there twice, as computed and as the collective's input.
         layerwise: parameters are stepped in the backward pass and their gradients freed: gradients of the largest one.
         checkpointing: whether layers keep their inputs alone for the backward pass.
         device: "cuda" or "cpu": on the CPU what is drawn on the host counts too, and torch steps dense parameters one
-            by one; on CUDA it steps them together by default, with a temporary as large as all of them (``foreach=False``
-            saves that).
+            by one; on CUDA it steps them together by default, with a temporary as large as all of them
+            (``foreach=False`` saves that).
         **options: passed on to :func:`comoving.build`: ``codec="int8"``, ``moments="int8"``, ``refresh_every=200`` ...
 
     Raises:

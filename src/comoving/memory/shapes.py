@@ -41,8 +41,8 @@ def subject(model: str | nn.Module | object, dtype: torch.dtype | None = None) -
 
     Args:
         model: a name of :data:`comoving.memory.llama.LLAMAS`; settings ``fno:modes=16x16,channels=64,layers=4``; the
-            path of a Hugging Face config, a JSON file; ``package.module:function``, user code that returns a module and is
-            called under the meta device; a module, of which a copy without data is made; or a config of transformers.
+            path of a Hugging Face config, a JSON file; ``package.module:function``, user code that returns a module and
+            is called under the meta device; a module, of which a copy without data is made; or a transformers config.
         dtype: of the real floating-point parameters; None for float32, or for a module as it is.
 
     Raises:
