@@ -3,6 +3,7 @@
 from .adamw import AdamW
 from .explain import explain
 from .groups import param_groups
+from .memory import Plan, plan
 from .optimizer import LowRankOptimizer
 from .recipes import Recipe, build, recipes
 from .state import state_bytes
@@ -11,10 +12,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamW",
     "LowRankOptimizer",
+    "Plan",
     "Recipe",
     "build",
     "explain",
     "param_groups",
+    "plan",
     "recipes",
     "state_bytes",
 ]

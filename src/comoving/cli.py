@@ -105,6 +105,64 @@ def application() -> Any:
         else:
             show(catalogue.as_table())
 
+    @app.command()
+    def plan(  # pyright: ignore[reportUnusedFunction]
+        model: Annotated[
+            str,
+            typer.Option(
+                help="llama-60m, -130m, -350m, -1b, -7b, -13b, -70b; fno:modes=16x16,channels=64,layers=4; the path of "
+                "a Hugging Face config; or package.module:function, which returns a module."
+            ),
+        ],
+        recipe: Annotated[str, typer.Option(help="A name of comoving recipes.")] = "comoving",
+        rank: Annotated[
+            str | None, typer.Option(help="Directions (64), share of entries (0.1), or one per mode (8,8,4,None).")
+        ] = None,
+        dtype: Annotated[
+            str, typer.Option(help="Of weights and gradients: float32, float64, bfloat16 or float16.")
+        ] = "bfloat16",
+        batch: Annotated[int | None, typer.Option(min=1, help="Samples per step and rank, for activations.")] = None,
+        sequence: Annotated[int | None, typer.Option(min=1, help="Tokens per sample, for activations.")] = None,
+        ddp: Annotated[int | None, typer.Option(min=1, help="Ranks of DistributedDataParallel.")] = None,
+        fsdp: Annotated[int | None, typer.Option(min=1, help="Ranks of fully_shard.")] = None,
+        layerwise: Annotated[
+            bool, typer.Option("--layerwise", help="Parameters are stepped in the backward pass, gradients freed.")
+        ] = False,
+        checkpointing: Annotated[
+            bool, typer.Option("--checkpointing", help="Layers keep their inputs alone for the backward pass.")
+        ] = False,
+        device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+        fit: Annotated[str | None, typer.Option(help="A memory, such as 24GB: find the largest rank for it.")] = None,
+        codec: Annotated[str | None, typer.Option(help="Of error feedback: full, bfloat16, int8, int4 ...")] = None,
+        moments: Annotated[str | None, typer.Option(help="Codec of the moments.")] = None,
+        out: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Plain data instead of tables.")] = False,
+    ) -> None:
+        """Know the memory before the run: bytes per part, exact for weights, gradients and state."""
+        from comoving.memory.command import execute as draft  # noqa: PLC0415
+
+        if device not in {"cuda", "cpu"}:
+            raise typer.BadParameter(f"device must be cuda or cpu, got {device!r}")
+        status = draft(
+            model=model,
+            recipe=recipe,
+            rank=rank,
+            dtype=dtype,
+            limit=fit,
+            options={"codec": codec, "moments": moments},
+            out=out,
+            as_json=as_json,
+            show=show,
+            batch=batch,
+            sequence=sequence,
+            ddp=ddp,
+            fsdp=fsdp,
+            layerwise=layerwise,
+            checkpointing=checkpointing,
+            device=device,
+        )
+        raise typer.Exit(status)
+
     bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure the parts against each other.")
     app.add_typer(bench, name="bench")
 

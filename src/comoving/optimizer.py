@@ -19,7 +19,7 @@ from .finders import Finder, Memory, Operand, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, update_scale
-from .linalg import norm
+from .linalg import norm, trouble
 from .precondition import Plain, Precondition
 from .ranks import Fixed, Policy
 from .ranks import budget as budgets
@@ -185,7 +185,7 @@ class LowRankOptimizer(InBackward):
         """Every parameter that has a gradient."""
         self._check_structure()
         bad = self._inspect_gradients()
-        if bad is not None and any(self._changes_shape(p) for p in self._norms) and bool(bad):
+        if bad is not None and any(self._changes_shape(p) for p in self._norms) and trouble(bad):
             return  # what has no state of its shape yet could not be put back
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
@@ -416,7 +416,7 @@ class LowRankOptimizer(InBackward):
             bad = bad & gradients.any_nonfinite(gradients.sums(params))
             self._count_skipped(bad)
             return bad
-        if bool(bad):
+        if trouble(bad):
             gradients.refuse_nonfinite(params, self.sites)
         return None
 

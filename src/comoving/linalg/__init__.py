@@ -1,5 +1,6 @@
 """Dense linear algebra: products along tensor modes, orthonormal bases, QR, sampled Tucker factors and trains."""
 
+from .checks import trouble
 from .cosine import cosine_columns, cosine_transform
 from .incremental import incremental_qr
 from .kronecker import InverseRoot, add_gram, inverse_root, leading_basis, multiply_factors, turned_basis
@@ -50,6 +51,7 @@ __all__ = [
     "tt_svd",
     "turned_basis",
     "to_unit",
+    "trouble",
     "unfold",
     "unit_size",
 ]

@@ -59,3 +59,12 @@ def per_mode(name: str, values: int | tuple[int, ...] | list[int], highs: list[i
 def train_rank_limits(sizes: list[int] | torch.Size) -> list[int]:
     """The largest rank of each of the N - 1 unfoldings (d_1 ... d_k, d_{k+1} ... d_N)."""
     return [min(prod(sizes[:k]), prod(sizes[k:])) for k in range(1, len(sizes))]
+
+
+def trouble(flag: Tensor) -> bool:
+    """Whether a flag of trouble, one boolean, is raised; reads it on the host.
+
+    A tensor without data, on the device "meta", raises none: a step that is rehearsed for its memory
+    (:mod:`comoving.memory`) goes the usual way.
+    """
+    return not flag.is_meta and bool(flag)

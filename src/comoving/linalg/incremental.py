@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checks import require_dtype
+from .checks import require_dtype, trouble
 from .tsqr import dependent_columns, householder, phase_of, qr_backward, tsqr
 
 
@@ -58,7 +58,7 @@ class _Increment(torch.autograd.Function):
         rest, s = rest - q @ again, s + again
         added, r2 = tsqr(rest)
         dead = _dead(columns, r2, q.shape[-1])
-        if bool(dead.any()):
+        if trouble(dead.any()):
             added, r2 = _complete(q, rest, dead)
         return s, added, r2
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .checks import trouble
+
 _WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
@@ -49,7 +51,7 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
         done = ~failed & (orthogonality_defect(narrow) <= limit).all()
         if bool(done):
             return narrow
-        if bool(failed):
+        if trouble(failed):
             break
     if trusted:
         return q.to(a.dtype).contiguous()

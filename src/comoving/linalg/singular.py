@@ -117,7 +117,7 @@ def _decompose(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_range(a: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
     """The decomposition of A if a random sketch of this width holds A up to roundoff, otherwise None."""
-    generator = torch.Generator(a.device).manual_seed(0)
+    generator = torch.Generator("cpu" if a.is_meta else a.device).manual_seed(0)
     omega = torch.randn(a.shape[-1], width, dtype=a.dtype, device=a.device, generator=generator)
     basis, _ = tsqr(a @ omega)
     inside = basis.mH @ a

@@ -1,0 +1,109 @@
+"""What a whole step needs beside weights, gradients and state, from rehearsals of each kind of parameter."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import state as slots
+from ..optimizer import LowRankOptimizer
+from ..sites import Site
+from .rehearsal import Rehearsal, rehearse
+
+Cache = dict[Any, Rehearsal]
+"""Rehearsals by kind of parameter, for plans of one model."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The most bytes that a step between refreshes, and one with a refresh, allocates; operations of both."""
+
+    step: int = 0
+    refresh: int = 0
+    step_flops: int = 0
+    refresh_flops: int = 0
+
+
+NOTHING = Needs()
+
+
+def needs(optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache) -> Needs:
+    """The needs of all parameters: one at a time, but for dense ones that torch steps together.
+
+    The first step counts as a refresh. With ``layerwise`` its order is that of the backward pass, and with several
+    ranks only shares are known: the state of all other parameters then counts as there.
+    """
+    step = refresh = step_flops = refresh_flops = bound = 0
+    seen: dict[Tensor, Rehearsal] = {}
+    for group in optimizer.param_groups:
+        trained = [p for p in group["params"] if p.requires_grad]
+        for params, alike in _kinds(trained, optimizer, group, device, layerwise):
+            site = optimizer.sites[params[0]]
+            key = device, len(params), kind_of(params[0], site, group)
+            if key not in cache:
+                cache[key] = rehearse(optimizer, params, device)
+            found, share, times = cache[key], _share(site, ranks), len(alike) // len(params)
+            step = max(step, round(found.step * share))
+            refresh = max(refresh, round(found.refresh * share))
+            bound = max(bound, round((found.first - found.state) * share))
+            step_flops += times * found.step_flops // ranks
+            refresh_flops += times * found.refresh_flops // ranks
+            seen |= dict.fromkeys(alike, found)
+    exact = ranks == 1 and not layerwise
+    first = _first_step(optimizer, seen) if exact else bound
+    return Needs(step, max(refresh, first), step_flops, refresh_flops)
+
+
+def kind_of(p: Tensor, site: Site, group: Mapping[str, Any]) -> Any:
+    """What decides how a parameter is stepped: equal for parameters that are stepped alike."""
+    options = tuple(str(group[key]) for key in sorted(group) if key not in {"params", "param_names", "reasons"})
+    return tuple(p.shape), p.dtype, site.view, site.ranks, site.block_mode, site.whole, options
+
+
+def _kinds(
+    params: Sequence[Tensor], optimizer: LowRankOptimizer, group: Mapping[str, Any], device: str, layerwise: bool
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Parameters to rehearse, one of each kind or all that are stepped together, and those that they stand for."""
+    apart = not group["foreach"] and optimizer.on_nonfinite != "skip" and (device == "cpu" or group["foreach"] is False)
+    together = [p for p in params if optimizer.sites[p].plain and not (layerwise or apart)]
+    if together:
+        yield together, together
+    kinds: dict[Any, list[Tensor]] = {}
+    for p in params:
+        if not any(p is q for q in together):
+            kinds.setdefault(kind_of(p, optimizer.sites[p], group), []).append(p)
+    for alike in kinds.values():
+        yield alike[:1], alike
+
+
+def _first_step(optimizer: LowRankOptimizer, seen: Mapping[Tensor, Rehearsal]) -> int:
+    """The most of a first step, in the engine's order, beside all state: that of later parameters is not there yet."""
+    most = total = 0
+    for group in optimizer.param_groups:
+        trained = [p for p in group["params"] if p.requires_grad]
+        opened = {p: _opened_bytes(p, optimizer, group) for p in trained}
+        moving = [p for p in trained if not optimizer.sites[p].plain]
+        resident = total + sum(opened.values())
+        for p in moving:
+            most = max(most, resident - opened[p] + seen[p].first)
+            resident += seen[p].state - opened[p]
+        plain = [p for p in trained if optimizer.sites[p].plain]
+        most = max([most, *(resident + seen[p].first - seen[p].state for p in plain)])
+        total = resident
+    return most - total
+
+
+def _opened_bytes(p: Tensor, optimizer: LowRankOptimizer, group: Mapping[str, Any]) -> int:
+    """Bytes of the state with which a parameter begins, before its first gradient is taken in."""
+    state = slots.opened(optimizer.sites[p], group, p, torch.device("meta"))
+    return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
+
+
+def _share(site: Site, ranks: int) -> float:
+    """The share of a parameter's temporaries on one rank: its rows, and what is as large as the core."""
+    if ranks == 1 or site.plain:
+        return 1 / ranks
+    sizes = zip(site.ranks, site.view.shape, strict=True)
+    return min(1.0, 1 / ranks + min((r / d for r, d in sizes if r is not None), default=1.0))

@@ -1,0 +1,131 @@
+"""A step without data: the optimizer's own code run on the meta device, with its storages and operations counted."""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optimizer import LowRankOptimizer
+from . import flops
+from .tracker import StorageTracker
+
+_NEVER = 10**9
+_ROLES = ("finder", "precondition", "rule", "residual")
+_MOST_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the steps of some parameters were seen to need, in bytes and real operations.
+
+    Args:
+        state: bytes of their state after a step.
+        first: the most beside weights and gradients during the first step, the state that it makes included.
+        step: the most beside weights, gradients and state during a step between refreshes.
+        refresh: likewise during a step with a refresh.
+        step_flops: operations of a step between refreshes, a mean where some do more than others.
+        refresh_flops: what a refresh adds.
+    """
+
+    state: int
+    first: int
+    step: int
+    refresh: int
+    step_flops: int
+    refresh_flops: int
+
+
+class _Watcher(StorageTracker):
+    """Follows storages, counts operations, and answers what the host asks of tensors without data: yes, or one."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta:
+            device = (kwargs or {}).get("device")
+            if device is not None and torch.device(device).type != "meta":
+                return torch.ones(args[0].shape, dtype=(kwargs or {}).get("dtype") or args[0].dtype, device=device)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.flops += flops.count(func, args, result)
+        return result
+
+
+def rehearse(optimizer: LowRankOptimizer, params: Sequence[Tensor], device: str) -> Rehearsal:
+    """Step parameters of one group on the meta device, as if it were another.
+
+    The step is the optimizer's own, :meth:`comoving.LowRankOptimizer.step`, with gradients for these parameters alone:
+    once for the first time, then with and without a refresh, as often as the parts need to come to everything that they
+    do every so many steps. The optimizer is left as it was.
+
+    Args:
+        optimizer: with parameters on the meta device, not stepped so far.
+        params: of one group.
+        device: "cpu" counts what is drawn on the host too, and steps dense parameters one by one; "cuda" neither, as
+            torch's AdamW has it by default.
+    """
+    group = next(g for g in optimizer.param_groups if any(p is params[0] for p in g["params"]))
+    watcher = _Watcher() if device == "cpu" else _Watcher("meta")
+    period = _period(group)
+    with _prepared(optimizer, group, params, device):
+        present = watcher.watch(p.grad for p in params if p.grad is not None).watch(params).live
+
+        def step(every: int) -> tuple[int, int]:
+            group["refresh_every"] = every
+            watcher.reset_peak()
+            before, watcher.flops = watcher.live, 0
+            with watcher:
+                optimizer.step()
+            return watcher.peak - before, watcher.flops
+
+        first, _ = step(1)
+        state = watcher.live - present
+        plain = [step(_NEVER) for _ in range(period)]
+        moving = any(optimizer.sites[p].projected for p in params)
+        turning = [step(1) for _ in range(period)] if moving else plain
+    mean = [sum(work for _, work in steps) // len(steps) for steps in (plain, turning)]
+    return Rehearsal(
+        state,
+        first,
+        max(peak for peak, _ in plain),
+        max(peak for peak, _ in turning),
+        mean[0],
+        max(0, mean[1] - mean[0]),
+    )
+
+
+def _period(group: dict[str, Any]) -> int:
+    """Steps after which every part of a group has done all that it does now and then."""
+    periods = [
+        getattr(group[role], field.name)
+        for role in _ROLES
+        if is_dataclass(group[role])
+        for field in fields(group[role])
+        if field.name in {"every", "recalibrate"}
+    ]
+    return min(_MOST_STEPS, max([1, *periods]))
+
+
+@contextmanager
+def _prepared(
+    optimizer: LowRankOptimizer, group: dict[str, Any], params: Sequence[Tensor], device: str
+) -> Generator[None]:
+    """Gradients, phases at which nothing refreshes by itself, and torch's choice of kernels; all of it undone."""
+    sites, kept = {p: optimizer.sites[p] for p in params}, {key: group[key] for key in ("refresh_every", "foreach")}
+    for p, site in sites.items():
+        p.grad = torch.empty_like(p)
+        optimizer.sites[p] = replace(site, phase=_NEVER // 10)
+    if device != "cpu" and group["foreach"] is None and not group["fused"]:
+        group["foreach"] = True
+    try:
+        yield
+    finally:
+        group.update(kept)
+        optimizer.sites.update(sites)
+        for p in params:
+            p.grad = None
+            optimizer.state.pop(p, None)
