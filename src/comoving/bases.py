@@ -16,7 +16,7 @@ from .codecs import Codec, Full, Part
 from .draws import scramble
 from .frames import Frame
 from .frames.base import Ranks
-from .linalg import orthogonality_defect, orthonormalize
+from .linalg import orthogonality_defect, orthonormalize, trouble
 
 PREFIX = "frame."
 _FACTOR, _RANK = PREFIX + "{}", PREFIX + "{}.rank"
@@ -109,7 +109,7 @@ def put(
             stored[name] = x
             continue
         held, before = _of(state, name), known.get(name)
-        if before is not None and held and before.shape == x.shape and torch.equal(before, x):
+        if before is not None and held and before.shape == x.shape and not trouble(before != x):
             own, used[name] = held, before
         else:
             own = _fresh(codec, held, x, (*key, *name.encode()))
@@ -154,7 +154,7 @@ def _encoded(codec: Codec, u: Tensor, own: dict[str, Tensor]) -> Tensor:
         codec.encode(u.mT.clone(memory_format=torch.contiguous_format), own)
         used = _decoded(codec, own, rank, size, u.dtype)
         # The last try need only tell a basis from none: reduced precision of products is no fault of the codec's.
-        if bool(orthogonality_defect(used) <= (_tolerance(u) if left else 1e-2)):
+        if not trouble(orthogonality_defect(used) > (_tolerance(u) if left else 1e-2)):
             return used
         u = orthonormalize(codec.decode(own, (rank, size), u.dtype).mT)
     raise RuntimeError(f"bases={codec} cannot hold {rank} orthonormal directions of {size}: use more bits")

@@ -97,7 +97,7 @@ def _first_step(optimizer: LowRankOptimizer, seen: Mapping[Tensor, Rehearsal]) -
 
 def _opened_bytes(p: Tensor, optimizer: LowRankOptimizer, group: Mapping[str, Any]) -> int:
     """Bytes of the state with which a parameter begins, before its first gradient is taken in."""
-    state = slots.opened(optimizer.sites[p], group, p, torch.device("meta"))
+    state = slots.opened(optimizer.sites[p], group, p, torch.device("meta"), optimizer.seed)
     return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
 
 
