@@ -13,6 +13,7 @@ from .linalg import reorthonormalize
 from .ranks.base import Record
 from .refusals import kinds
 from .residual.base import HELD
+from .rounding import SEED
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind
@@ -41,7 +42,7 @@ _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
 _STRUCTURE = (
     "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments", "scale",
-    "refresh_every", "amsgrad",
+    "refresh_every", "amsgrad", "rounding",
 )  # fmt: skip
 # Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
 _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
@@ -103,7 +104,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     if site.plain:
         state = _checked(state, expected, site, ignore=("tick",))
         return {name: state[name] for name in expected}
-    state.setdefault("tick", 0)
+    if "tick" not in state:  # torch's AdamW has no steps of refreshes, nor seeds of rounding
+        state |= {"tick": 0, **({SEED: torch.zeros((), dtype=torch.int64)} if site.rounded else {})}
     names = [slot.name for slot in rule_slots(site, group)]
     if any(name in state and name not in expected for name in names):
         state = _packed(state, site, group)

@@ -10,6 +10,7 @@ from torch.optim.adam import adam as torch_adam
 
 from . import diagnostics as error_control
 from . import gradients
+from . import rounding as rounds
 from . import state as slots
 from .codecs import Codec, Full
 from .container import Container, Unit
@@ -23,6 +24,7 @@ from .ranks import Fixed, Policy
 from .ranks import budget as budgets
 from .ranks.reading import leading, read
 from .residual import Discard, Passage, Residual, Update
+from .rounding import Rounding
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .rules.base import averaged
@@ -46,7 +48,8 @@ class LowRankOptimizer(Container):
     7. p <- (1 - lr weight_decay) p - lr scale F' d.
 
     Steps 1-4 are :meth:`absorb`, 5-7 :meth:`apply`. Dense real parameters are stepped by torch's own AdamW, bit for
-    bit; dense complex ones by Adam in a whole frame, with |g|^2 as second moment. At rank 1.0 a group whose rule,
+    bit; dense complex ones by Adam in a whole frame, with |g|^2 as second moment, and so are dense bfloat16 ones that
+    are rounded stochastically. At rank 1.0 a group whose rule,
     preconditioner or codec of moments is another than Adam's has whole frames instead, for parameters of two modes or
     more: that is how full-rank methods are composed.
 
@@ -74,10 +77,14 @@ class LowRankOptimizer(Container):
         diagnostics: measure and bound errors at every step; see :meth:`diagnostics`.
         select: "auto" lets names decide what stays dense, "shape" ignores them.
         reasons: parameter name -> why it stays dense, for those that shall.
+        rounding: "nearest" or "stochastic", how updates are rounded into bfloat16 parameters, projected or dense.
+            Stochastic rounding is right in the mean, so that updates and weight decay far below the spacing of bfloat16
+            survive without a float32 copy of the weights; see :mod:`comoving.rounding`. Dense parameters then have
+            moments in float32. Nothing changes for float32 and wider; float16 and complex32 are refused.
         on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip"
-            leaves parameters and state as they were, but for the steps that refreshes are timed by, decided on
-            the device, and counts (:attr:`skipped_steps`).
-        seed: of the random directions that a first frame may start from.
+            leaves parameters and state as they were, but for the steps that refreshes are timed by and seeds of
+            rounding, decided on the device, and counts (:attr:`skipped_steps`).
+        seed: of the random directions that a first frame may start from, and of stochastic rounding.
         budget: bytes that the state of all projected parameters together never exceeds; see
             :mod:`comoving.ranks.budget`. None for no limit.
 
@@ -117,6 +124,7 @@ class LowRankOptimizer(Container):
         diagnostics: bool = True,
         select: str = "auto",
         reasons: dict[str, str] | None = None,
+        rounding: Rounding = "nearest",
         on_nonfinite: str = "raise",
         seed: int = 0,
         budget: int | None = None,
@@ -129,7 +137,7 @@ class LowRankOptimizer(Container):
             lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
             finder=finder, precondition=precondition, transport=transport, rule=rule, residual=residual, codec=codec,
             moments=moments, ranks=ranks, scale=scale, refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad,
-            foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons,
+            foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons, rounding=rounding,
         )  # fmt: skip
         check_options(defaults)
         super().__init__(params, defaults, on_nonfinite, seed, budget)
@@ -201,10 +209,18 @@ class LowRankOptimizer(Container):
         view = self.sites[p].view
         storage = view.see_storage(p)
         weights = view.see(p) if storage is None else storage
-        for unit, part in self._with_core(p, weights):
+        units = self._with_core(p, weights)
+        for unit, part in units:
             self._apply(unit, part)
         if storage is None:
-            p.copy_(view.restore(weights))  # rounded once, at the end
+            p.copy_(self._rounded(p, view.restore(weights), [unit for unit, _ in units]))  # once, at the end
+
+    def _rounded(self, p: Tensor, weights: Tensor, units: list[Unit]) -> Tensor:
+        """Weights as they are written to a parameter, whose own dtype does the rest."""
+        if not (self.sites[p].rounded and units):
+            return weights
+        seeds = [rounds.advance(unit.state, self.seed, unit.site.index) for unit in units]
+        return rounds.stochastic_bfloat16(weights, rounds.generator(p.device, seeds))
 
     def _absorb(self, p: Tensor, unit: Unit, seen: Tensor, size: Tensor | None) -> None:
         """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from .codecs import Full
 from .frames import Modes
 from .residual import Feedback, Sparse
@@ -51,10 +53,18 @@ def check_site(site: Site, group: Group) -> None:
     """
     for role, applies, reason in _PROJECTED if site.projected else _WHOLE:
         if applies(site, group):
-            kind = "projected" if site.projected else "stepped in the whole frame" if site.whole else "complex"
+            kind = "half precision" if role == "rounding" else _kind(site)
             value = group["betas"][1] if role == "betas[1]" else group[role]
             text = reason.format(**{name: group[name] for name in ("transport", "frame", "rule")})
             raise ValueError(f"{role}={value!r} is refused: {site.name} is {kind}, {text}")
+
+
+def _kind(site: Site) -> str:
+    if site.projected:
+        return "projected"
+    if site.whole:
+        return "stepped in the whole frame"
+    return "complex" if site.view.dtype.is_complex else "not rounded to nearest"
 
 
 def kinds(rule: Rule, core: tuple[int, ...]) -> dict[str, Kind]:
@@ -83,14 +93,22 @@ def _varies(site: Site, group: Group) -> bool:
 
 Refusal = tuple[str, Callable[[Site, Group], bool], str]
 
+_HALF = (torch.float16, torch.complex32)
 _AMSGRAD: Refusal = ("amsgrad", lambda s, g: not s.plain and g["amsgrad"],
                      "a running maximum has no meaning in a moving subspace")  # fmt: skip
+_ROUNDING: Refusal = ("rounding", lambda s, g: g["rounding"] == "stochastic" and s.view.stored_dtype in _HALF,
+                      "and only bfloat16 has float32's exponents, so that 16 random bits choose between neighbours: "
+                      "use bfloat16, or rounding='nearest'")  # fmt: skip
 _WHOLE: tuple[Refusal, ...] = (
+    _ROUNDING,
+    ("amsgrad", lambda s, g: s.rounded and g["amsgrad"], "and torch's AdamW, which keeps maxima, rounds to nearest"),
     _AMSGRAD,
+    ("fused", lambda s, g: s.rounded and bool(g["fused"]), "and torch's kernel rounds to nearest"),
     ("fused", lambda s, g: not s.plain and bool(g["fused"]),
      "torch's kernel would keep two second moments for one complex number"),
 )  # fmt: skip
 _PROJECTED: tuple[Refusal, ...] = (
+    _ROUNDING,
     _AMSGRAD,
     ("betas[1]", lambda s, g: g["betas"][1] == 0 and _varies(s, g), "0 leaves no second moment to carry"),
     ("ranks", lambda s, g: g["ranks"].adaptive and not g["transport"].resizes,

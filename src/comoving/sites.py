@@ -22,6 +22,7 @@ class Site:
         base: the ranks that the layout chose, where adaptive ones start from others.
         whole: whether the group's rule steps it in the whole frame; what is neither projected nor whole is dense, and
             gets AdamW whatever the rule.
+        rounded: whether updates are rounded into bfloat16 stochastically, by random bits that are seeded in its state.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site:
     block_mode: int | None = None
     base: tuple[int | None, ...] = ()
     whole: bool = False
+    rounded: bool = False
 
     @property
     def blocks(self) -> int:
@@ -61,8 +63,11 @@ class Site:
 
     @property
     def plain(self) -> bool:
-        """Whether torch's own AdamW serves it: dense and real. A dense complex parameter gets Adam in a whole frame."""
-        return not self.ruled and not self.view.dtype.is_complex
+        """Whether torch's own AdamW serves it: dense, real, and written to by plain rounding.
+
+        Other dense parameters get Adam in a whole frame.
+        """
+        return not (self.ruled or self.rounded or self.view.dtype.is_complex)
 
     @property
     def ruled(self) -> bool:
