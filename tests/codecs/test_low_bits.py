@@ -7,7 +7,7 @@ import torch
 
 from comoving.codecs import Full, Int4, RankOne, Root, nibbles
 from comoving.codecs.grid import grid
-from comoving.codecs.int4 import _normal
+from comoving.codecs.tables import normal
 from contract.support import COARSE, COMPLEX, POSITIVE, REAL, close, randn
 from references.smmf import nnmf, sign, square_shape
 
@@ -39,7 +39,7 @@ def test_the_normal_levels():
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
-    assert _normal() == pytest.approx(printed, abs=1e-6)
+    assert normal() == pytest.approx(printed, abs=1e-6)
 
 
 @pytest.mark.parametrize("codec", [Int4(), Int4(block=8), Int4(table="linear"), Int4(block=8, table="linear")], ids=str)
@@ -49,7 +49,7 @@ def test_every_entry_gets_the_nearest_level(codec, shape, dtype):
     x = randn(shape, dtype, 3)
     decoded, parts = through(codec, x)
     cut = grid(shape, dtype, codec.block)
-    levels = range(-7, 8) if codec.table == "linear" else _normal()
+    levels = range(-7, 8) if codec.table == "linear" else normal()
     table = parts["step"].double() * torch.tensor(list(levels), dtype=REAL)
     values, own = cut.cut(x).double(), cut.cut(decoded).double()
     nearest = (values.unsqueeze(-1) - table.unsqueeze(-2)).abs().amin(-1)

@@ -8,17 +8,23 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """Shape and dtype of one stored tensor; ``scalar`` for numbers that stay where the step count is."""
+    """Shape and dtype of one stored tensor.
+
+    ``scalar`` marks numbers that stay where the step count is; ``seed`` those of them that random numbers are drawn
+    from: they begin as :func:`comoving.draws.scramble` of the optimizer's seed, the parameter and the name.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     scalar: bool = False
+    seed: bool = False
 
 
 class Codec(Protocol):
     """Stores one tensor as named parts; a frozen dataclass without tensors. No block crosses rows of mode 0.
 
-    Complex tensors are stored as pairs of reals.
+    Complex tensors are stored as pairs of reals. A codec that rounds stochastically keeps a part "seed", which every
+    encoding advances and nothing else touches.
     """
 
     @property

@@ -1,58 +1,84 @@
-"""Blockwise linear 8-bit storage."""
+"""Blockwise 8-bit storage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..linalg import norm
-from ..validate import check_int
+from ..validate import check_choice, check_int
+from . import tables
 from .base import Part, as_real
 from .grid import grid
 from .root import Root
+from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_integers, to_levels
 
 _CACHED = 2**18  # real numbers: a megabyte in float32
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Int8:
-    """x ~ step * code: one signed byte a real number and one float32 step = max|x| / 127 a block (at least 1.2e-38).
+    """x ~ step * level: a byte a real number and one float32 step a block (at least 1.2e-38).
+
+    linear      levels -127, ..., 127 and step = max|x| / 127
+    dynamic     256 levels in [-1, 1] that are dense near 0, down to 5.5e-7: the dynamic tree of 8-bit optimizers (arXiv
+                2110.02861; :func:`comoving.codecs.tables.dynamic`). Its lowest level is -0.993, so that the step is
+                max(max x, -min x / 0.993): all of the block lies between the outermost levels
 
     Each row of mode 0 is cut into ceil(n / block) blocks of nearly equal width; a last short block is filled up with
-    zeros. Rounding is to nearest, so an entry is off by at most step / 2.
+    zeros.
 
     Args:
         block: largest number of reals in a block, >= 8.
+        table: "linear", whose error is the same everywhere, step / 2 at most; or "dynamic", twice as coarse near the
+            block's largest entry and finer by far where entries are a tenth of it or less.
+        rounding: "nearest"; or "stochastic": to one of the two levels beside x, the nearer the likelier, so that
+            E[decoded] = x, from a seed that is stored with the codes.
     """
 
     block: int = 256
+    table: Literal["linear", "dynamic"] = "linear"
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         check_int("block", self.block, 8)
+        check_choice("table", self.table, ("linear", "dynamic"))
+        check_choice("rounding", self.rounding, ROUNDINGS)
 
     @property
     def positive(self) -> Root:
-        """Roots in as many bits."""
-        return Root(self.block)
+        """Roots in as many bits, of the same kind of table."""
+        return Root(self.block, table=self.table, rounding=self.rounding)
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
-        """Tensors "codes" (rows, blocks, width) int8 and "step" (rows, blocks, 1) float32."""
+        """Tensors "codes" (rows, blocks, width) int8, uint8 for "dynamic", and "step" (rows, blocks, 1) float32.
+
+        With stochastic rounding a "seed" beside them, one int64.
+        """
         cut = grid(shape, dtype, self.block)
-        return {"codes": Part(cut.shape, torch.int8), "step": Part((cut.rows, cut.blocks, 1), torch.float32)}
+        codes = Part(cut.shape, torch.int8 if self.table == "linear" else torch.uint8)
+        return {"codes": codes, "step": Part((cut.rows, cut.blocks, 1), torch.float32), **seeds(self.rounding)}
 
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """step * codes, a new tensor."""
+        """step * level, a new tensor."""
         real = dtype.to_real() if dtype.is_complex else dtype
-        # Cast first: a product of mixed dtypes takes a path that is many times slower on the CPU.
-        return grid(shape, dtype, self.block).join(parts["codes"].to(real).mul_(parts["step"]), shape, dtype)
+        codes = parts["codes"]
+        if self.table == "linear":
+            # Cast first: a product of mixed dtypes takes a path that is many times slower on the CPU.
+            levels = codes.to(real)
+        else:
+            levels = tables.table(tables.dynamic(), real, codes.device).levels[codes.int()]
+        return grid(shape, dtype, self.block).join(levels.mul_(parts["step"]), shape, dtype)
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """x + step * codes, in one pass where rows are not padded."""
+        """x + step * levels, in one pass where levels are linear and rows are not padded."""
         codes, step = parts["codes"], parts["step"]
         real = as_real(x)
-        if not real.is_contiguous() or codes.numel() != real.numel():
+        if self.table != "linear" or not real.is_contiguous() or codes.numel() != real.numel():
             return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
         given, out = real.view(codes.shape), torch.empty(codes.shape, dtype=real.dtype, device=x.device)
         for rows in _row_slices(codes):
@@ -61,23 +87,39 @@ class Int8:
         return torch.view_as_complex(out.view(real.shape)) if x.is_complex() else out.view(x.shape)
 
     def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """Round to the nearest code; overwrites x."""
+        """Round to levels; overwrites x."""
         codes, step = parts["codes"], parts["step"]
         values = grid(tuple(x.shape), x.dtype, self.block).cut(x)
+        generator = advanced(parts, x.device)
         norms: list[Tensor] = []
         for rows in _row_slices(codes):
             block, own = values[rows], step[rows]
             norms.append(norm(block))
             # Two reductions without a full-sized |x|. The floor keeps zero blocks and denormals out of the division; it
             # is stored, so that decoding agrees.
-            largest = torch.maximum(block.amax(-1, keepdim=True), block.amin(-1, keepdim=True).neg_())
-            own.copy_(largest.div_(127).clamp_min_(torch.finfo(torch.float32).tiny))
-            codes[rows].copy_(block.div_(own).round_())
+            top, bottom = block.amax(-1, keepdim=True), block.amin(-1, keepdim=True).neg_()
+            if self.table == "linear":
+                own.copy_(torch.maximum(top, bottom).div_(127).clamp_min_(_TINY))
+                rounded = to_integers(block.div_(own), generator)
+                codes[rows].copy_(rounded if generator is None else rounded.clamp_(-127, 127))
+            else:
+                lowest = -tables.dynamic()[0]
+                own.copy_(torch.maximum(top, bottom.div_(lowest)).clamp_min_(_TINY))
+                scaled = block.div_(own)
+                levels = tables.table(tables.dynamic(), scaled.dtype, scaled.device)
+                codes[rows].copy_(to_levels(scaled.contiguous(), levels, generator))
         return norm(torch.stack(norms))
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """sqrt(sum over blocks of width * (step / 2)^2)."""
-        return torch.linalg.vector_norm(parts["step"]) * (sqrt(parts["codes"].shape[-1]) / 2)
+        """Half a step for each entry, or half the wider gap beside its level; all of it where rounding is stochastic.
+
+        sqrt(sum over blocks of width * (step / 2)^2) for linear levels.
+        """
+        codes, step, share = parts["codes"], parts["step"], 0.5 if self.rounding == "nearest" else 1.0
+        if self.table == "linear":
+            return torch.linalg.vector_norm(step) * (sqrt(codes.shape[-1]) * share)
+        gaps = tables.table(tables.dynamic(), torch.float32, step.device).gaps
+        return norm(gaps[codes.int()].mul_(step)) * share
 
 
 def _row_slices(codes: Tensor) -> list[slice]:
