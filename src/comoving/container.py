@@ -19,9 +19,16 @@ from .ranks import Record
 from .ranks import budget as budgets
 from .schedule import stagger
 from .sites import Site
+from .weights import codes_of
 
 # Keys of param groups that are not hyper-parameters.
 _FOREIGN = {"params", "param_names", "name", "initial_lr", slots.VALIDATION}
+
+
+def _numbers(p: Tensor) -> list[Tensor]:
+    """The tensors that hold a parameter's numbers: its codes, or itself."""
+    codes = codes_of(p)
+    return [p] if codes is None else codes.numbers()
 
 
 class Unit(NamedTuple):
@@ -138,6 +145,12 @@ class Container(Optimizer):
 
     def _check_structure(self) -> None:
         """Refuse edits of what was decided at construction; rates, decay rates and the refresh period may change."""
+        changed = [site.name for p, site in self.sites.items() if site.coded != (codes_of(p) is not None)]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: quantized or dequantized since this optimizer was built, or without the model "
+                f"that held the codes: call comoving.weights.quantize(model) first, then build the optimizer"
+            )
         for group, fixed in zip(self.param_groups, self._fixed, strict=True):
             edited = [key for key, value in fixed.items() if group[key] != value]
             if edited:
@@ -192,7 +205,7 @@ class Container(Optimizer):
         if bad is None:
             return nullcontext()
         states = [unit.state for p in params for unit in self._opened(p)]
-        return gradients.Undo(bad, params, states)
+        return gradients.Undo(bad, [x for p in params for x in _numbers(p)], states)
 
     def _claims(self) -> dict[Tensor, budgets.Claim]:
         """What the budget is shared by: every projected parameter."""

@@ -32,6 +32,7 @@ from .schedule import refresh_due
 from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_float, check_int
 from .views import Heads, ViewName
+from .weights import codes_of
 
 
 class LowRankOptimizer(Container):
@@ -206,13 +207,15 @@ class LowRankOptimizer(Container):
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
         """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it."""
-        view = self.sites[p].view
-        storage = view.see_storage(p)
-        weights = view.see(p) if storage is None else storage
+        view, codes = self.sites[p].view, codes_of(p)
+        storage = view.see_storage(p) if codes is None else None
+        weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
         units = self._with_core(p, weights)
         for unit, part in units:
             self._apply(unit, part)
-        if storage is None:
+        if codes is not None and units:
+            codes.encode(view.restore(weights))
+        elif codes is None and storage is None:
             p.copy_(self._rounded(p, view.restore(weights), [unit for unit, _ in units]))  # once, at the end
 
     def _rounded(self, p: Tensor, weights: Tensor, units: list[Unit]) -> Tensor:

@@ -64,7 +64,7 @@ def _kind(site: Site) -> str:
         return "projected"
     if site.whole:
         return "stepped in the whole frame"
-    return "complex" if site.view.dtype.is_complex else "not rounded to nearest"
+    return "complex" if site.view.dtype.is_complex else "stored in codes" if site.coded else "not rounded to nearest"
 
 
 def kinds(rule: Rule, core: tuple[int, ...]) -> dict[str, Kind]:
@@ -96,13 +96,16 @@ Refusal = tuple[str, Callable[[Site, Group], bool], str]
 _HALF = (torch.float16, torch.complex32)
 _AMSGRAD: Refusal = ("amsgrad", lambda s, g: not s.plain and g["amsgrad"],
                      "a running maximum has no meaning in a moving subspace")  # fmt: skip
-_ROUNDING: Refusal = ("rounding", lambda s, g: g["rounding"] == "stochastic" and s.view.stored_dtype in _HALF,
+_ROUNDING: Refusal = ("rounding",
+                      lambda s, g: g["rounding"] == "stochastic" and s.view.stored_dtype in _HALF and not s.coded,
                       "and only bfloat16 has float32's exponents, so that 16 random bits choose between neighbours: "
                       "use bfloat16, or rounding='nearest'")  # fmt: skip
 _WHOLE: tuple[Refusal, ...] = (
     _ROUNDING,
     ("amsgrad", lambda s, g: s.rounded and g["amsgrad"], "and torch's AdamW, which keeps maxima, rounds to nearest"),
+    ("amsgrad", lambda s, g: s.coded and g["amsgrad"], "and torch's AdamW, which keeps maxima, cannot write to codes"),
     _AMSGRAD,
+    ("fused", lambda s, g: s.coded and bool(g["fused"]), "and torch's kernel cannot write to codes"),
     ("fused", lambda s, g: s.rounded and bool(g["fused"]), "and torch's kernel rounds to nearest"),
     ("fused", lambda s, g: not s.plain and bool(g["fused"]),
      "torch's kernel would keep two second moments for one complex number"),

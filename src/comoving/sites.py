@@ -23,6 +23,7 @@ class Site:
         whole: whether the group's rule steps it in the whole frame; what is neither projected nor whole is dense, and
             gets AdamW whatever the rule.
         rounded: whether updates are rounded into bfloat16 stochastically, by random bits that are seeded in its state.
+        coded: whether its numbers are stored in codes (:mod:`comoving.weights`).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Site:
     base: tuple[int | None, ...] = ()
     whole: bool = False
     rounded: bool = False
+    coded: bool = False
 
     @property
     def blocks(self) -> int:
@@ -67,7 +69,7 @@ class Site:
 
         Other dense parameters get Adam in a whole frame.
         """
-        return not (self.ruled or self.rounded or self.view.dtype.is_complex)
+        return not (self.ruled or self.rounded or self.coded or self.view.dtype.is_complex)
 
     @property
     def ruled(self) -> bool:
