@@ -14,7 +14,7 @@ from . import rounding as rounds
 from . import state as slots
 from .codecs import Codec, Full
 from .container import Container, Unit
-from .finders import Finder, Memory, Operand, Power
+from .finders import NEXT, Finder, Memory, Operand, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, update_scale
@@ -28,7 +28,7 @@ from .rounding import Rounding
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .rules.base import averaged
-from .schedule import refresh_due
+from .schedule import next_refresh, refresh_due
 from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_float, check_int
 from .views import Heads, ViewName
@@ -249,6 +249,10 @@ class LowRankOptimizer(Container):
                 restored = restored.measured() if group["diagnostics"] else restored
                 unit, kept = self._adapt(p, unit, seen, memory)
                 passage = self._refresh(unit, restored, memory, kept)  # 3
+            if NEXT in memory:
+                every, tick = group["refresh_every"], max(0, state["tick"])
+                step = next_refresh(tick, every, site.phase, group["finder"].interval(memory, every))
+                memory[NEXT] = torch.tensor(step, device="cpu")
         state.update(slots.remembered(memory))
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         state["core"] = z if opening else state["core"] + z
@@ -352,8 +356,12 @@ class LowRankOptimizer(Container):
     def _refresh_due(self, unit: Unit, frame: Frame) -> bool:
         site, group, state = unit
         # A loaded checkpoint of other ranks does not fit: it is carried over at once.
-        fits = frame.ranks == site.ranks
-        return site.projected and (not fits or refresh_due(state["tick"], group["refresh_every"], site.phase))
+        if not site.projected or frame.ranks != site.ranks:
+            return site.projected
+        tick, own = state["tick"], state.get(slots.MEMORY + NEXT)
+        if own is None:
+            return refresh_due(tick, group["refresh_every"], site.phase)
+        return tick <= 0 or tick >= int(own)
 
     def _changes_shape(self, p: Tensor) -> bool:
         """Whether the next step may give slots of this parameter their first or another shape."""

@@ -16,6 +16,7 @@ from .finders import (
     Correlation,
     CosineSelection,
     Exact,
+    Lazy,
     NystroemTucker,
     Oja,
     Power,
@@ -109,6 +110,23 @@ _RECIPES = (
             transport=Keep(),
             residual=Discard(),
             codec=Full(),
+            refresh_every=200,
+            scale=0.25,
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "q-galore",
+        "galore with 8-bit moments, and ever rarer SVDs where the leading direction stays; with quantize(model) 8-bit "
+        "weights too",
+        "2407.08296",
+        dict(
+            finder=Lazy(),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            moments=Int8(),
+            # The paper's projections have 4 bits: bases=Int4(block=256, table="linear"), once groups have that option.
             refresh_every=200,
             scale=0.25,
         ),  # fmt: skip
@@ -384,6 +402,10 @@ def build(
     recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank | None = None, **options: Any
 ) -> LowRankOptimizer:
     """An optimizer for a model, by the name of its method.
+
+    A recipe acts on the optimizer alone. "q-galore" trains 8-bit weights in its paper: that is a choice at the model,
+    ``comoving.weights.quantize(model)`` before ``build("q-galore", model)``, and the optimizer then writes codes,
+    rounded stochastically. Without it the weights stay as they are.
 
     Args:
         recipe: a name of :func:`recipes`, optionally with the suffix "+ef" for error feedback, where what lies outside

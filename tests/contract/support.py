@@ -15,6 +15,7 @@ from comoving.finders import (
     CosineSelection,
     Exact,
     IncrementalSVD,
+    Lazy,
     Nystroem,
     NystroemTucker,
     Oja,
@@ -70,6 +71,8 @@ FINDERS = [
     NystroemTucker(samples=0.8, fibres="uniform"),
     StreamingTucker(),
     StreamingTucker(decay=1.0, oversampling=2, newest=0.0, seed=1),
+    Lazy(),
+    Lazy(Power(), threshold=0.9, patience=2, growth=3),
 ]
 BOND_FINDERS = [
     TrainSVD(),

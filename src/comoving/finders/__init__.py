@@ -1,13 +1,14 @@
 """Finders: what a frame is made from, and how."""
 
 from .amortized import Amortized
-from .base import Finder, Memory, Memoryless
+from .base import NEXT, Finder, Memory, Memoryless
 from .block_selection import BlockSelection
 from .correlation import Correlation
 from .cosine import CosineSelection
 from .exact import Exact
 from .hooi import HOOI
 from .incremental import IncrementalSVD
+from .lazy import Lazy
 from .nystroem import Nystroem
 from .nystroem_tucker import NystroemTucker
 from .oja import Oja
@@ -30,8 +31,10 @@ __all__ = [
     "Finder",
     "HOOI",
     "IncrementalSVD",
+    "Lazy",
     "Memory",
     "Memoryless",
+    "NEXT",
     "Nystroem",
     "NystroemTucker",
     "Oja",
