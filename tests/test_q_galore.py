@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 import comoving
-from comoving.codecs import Int8
+from comoving import bases
+from comoving.codecs import Full, Int4, Int8
 from comoving.draws import scramble
 from comoving.finders import Exact, Lazy, Power
 from comoving.frames import Blocks
 from comoving.transport import Rotate
 from comoving.weights import quantize
-from contract.support import frame_of, randn
+from contract.support import randn
 from references.galore import GaLore
 from references.q_galore import QGaLore
 
@@ -41,8 +42,9 @@ class Layers(nn.Module):
 
 
 def ours(optimizer, p, left):
-    u = frame_of(optimizer, p).factors[0 if left else 1]
-    return u if left else u.conj()
+    """The factor as it is read of its codes."""
+    frame = bases.load(optimizer.param_groups[0], optimizer.state[p], tuple(p.shape), p.dtype)
+    return frame.factors[0 if left else 1]
 
 
 def run(shape, codec=None, block=256, draw=False, **options):
@@ -80,7 +82,9 @@ def run(shape, codec=None, block=256, draw=False, **options):
             torch.testing.assert_close(w, expected, rtol=1e-9, atol=1e-9)
             if t in reference.refreshes:
                 u, v = ours(optimizer, layer.weight, left), exact.exact(g)
-                torch.testing.assert_close(u @ u.mT, v @ v.mT, rtol=1e-6, atol=1e-6)
+                # 4 bits turn a basis by a few percent; the rest of the run goes by what is read of the codes.
+                near = 1e-6 if isinstance(optimizer.param_groups[0]["bases"], Full) else 0.2
+                torch.testing.assert_close(u @ u.mT, v @ v.mT, rtol=0, atol=near)
     return references
 
 
@@ -91,6 +95,11 @@ def test_it_is_its_reference_with_moments_in_eight_bits(shape):
     assert settled.phase == 0 and settled.refreshes == [0, 4, 8, 20, 56]
     gaps = {b - a for a, b in zip(moving.refreshes[1:], moving.refreshes[2:], strict=False)}
     assert 4 in gaps and len(moving.refreshes) > len(settled.refreshes)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["wide", "tall"])
+def test_with_bases_in_full_the_frames_are_the_papers(shape):
+    run(shape, bases=Full())
 
 
 def test_blocks_shorter_than_a_row():
@@ -131,8 +140,9 @@ def test_defaults_are_the_papers():
     finder = recipe.options["finder"]
     assert (finder.inner, finder.threshold, finder.patience, finder.growth) == (Exact(), 0.4, 5, 2)
     assert recipe.options["moments"] == Int8() and Int8().block == 256
+    assert recipe.options["bases"] == Int4(block=256, table="linear")
     assert (recipe.options["refresh_every"], recipe.options["scale"]) == (200, 0.25)
-    assert str(recipe.state_formula()) == "mr + 2.031 B nr"
+    assert str(recipe.state_formula()) == "0.5156 B mr + 2.031 B nr"
 
 
 # The finder in other company
@@ -199,17 +209,3 @@ def test_a_checkpoint_of_adamw_or_of_another_rank_refreshes_at_once_and_goes_on(
     steps(model, second, range(20, 22))
     state = second.state[model.settled.weight]
     assert int(state["finder.lazy.stretch"]) >= 3 and tuple(state["frame.0"].shape) == (6, 2)
-
-
-def test_bad_fields_are_refused():
-    for fields, message in (
-        ({"threshold": 1.5}, "threshold"),
-        ({"patience": 0}, "patience"),
-        ({"growth": 1}, "growth"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Lazy(**fields)
-    with pytest.raises(TypeError, match="not lazy itself"):
-        Lazy(Lazy())
-    with pytest.raises(TypeError, match="inner must be a finder"):
-        Lazy(None)

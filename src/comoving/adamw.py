@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from .codecs import Codec, Int8
+from .codecs import Codec, Full, Int8
 from .finders import Finder, Power
 from .frames.base import Rank
 from .optimizer import LowRankOptimizer
@@ -22,6 +22,7 @@ class AdamW(LowRankOptimizer):
         rank: share of the entries kept in the core, or as for :class:`comoving.LowRankOptimizer`.
         betas, eps, weight_decay: as in torch's AdamW.
         finder, transport, residual, codec, refresh_every, scale: the measured defaults.
+        moments, bases: codecs of moments and frames, plain unless they are given.
         **options: any other hyper-parameter of :class:`comoving.LowRankOptimizer`.
     """
 
@@ -38,11 +39,14 @@ class AdamW(LowRankOptimizer):
         transport: Transport = Rotate(),  # noqa: B008
         residual: Residual = Feedback(),  # noqa: B008
         codec: Codec = Int8(),  # noqa: B008
+        moments: Codec = Full(),  # noqa: B008
+        bases: Codec = Full(),  # noqa: B008
         refresh_every: int = 4,
         scale: float | str = "auto",
         **options: Any,
     ) -> None:
         super().__init__(
             params, lr, rank, betas=betas, eps=eps, weight_decay=weight_decay, finder=finder, transport=transport,
-            residual=residual, codec=codec, refresh_every=refresh_every, scale=scale, **options,
+            residual=residual, codec=codec, moments=moments, bases=bases, refresh_every=refresh_every, scale=scale,
+            **options,
         )  # fmt: skip

@@ -18,7 +18,19 @@ stored otherwise, without step counts and other single numbers. It is read off t
 hand; dense parameters (embeddings, heads, norms, biases) have AdamW's, 2 mn. Parts that are not named have their
 defaults. The rate is where to start looking, as a multiple of AdamW's.
 """
-_ROLES = ("view", "precondition", "frame", "finder", "transport", "rule", "residual", "codec", "moments", "ranks")
+_ROLES = (
+    "view",
+    "precondition",
+    "frame",
+    "finder",
+    "transport",
+    "rule",
+    "residual",
+    "codec",
+    "moments",
+    "bases",
+    "ranks",
+)
 _KINDS = {"Low rank": False, "Full rank": True}
 
 

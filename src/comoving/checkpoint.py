@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import bases
 from .codecs import Full, Part
+from .frames.base import Ranks
 from .groups import check_options
 from .linalg import reorthonormalize
 from .ranks.base import Record
 from .refusals import kinds
 from .residual.base import HELD
-from .rounding import SEED
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind
@@ -25,6 +26,7 @@ from .state import (
     VALUE,
     asked,
     current,
+    first_seeds,
     group_of_block,
     layout,
     pack,
@@ -41,8 +43,8 @@ from .views import View
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
 _STRUCTURE = (
-    "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments", "scale",
-    "refresh_every", "amsgrad", "rounding",
+    "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments", "bases",
+    "scale", "refresh_every", "amsgrad", "rounding",
 )  # fmt: skip
 # Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
 _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
@@ -84,18 +86,19 @@ def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int)
         )
 
 
-def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
+def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """A parameter's saved state, checked and, where ranks differ or it is torch's AdamW's, made fit for this optimizer.
 
     State of other ranks keeps its old frame: the next step finds that it does not fit and carries the moments over.
-    Dense state counts as a frame that is whole everywhere, so AdamW's moments are carried into the subspace just so.
+    Dense state counts as a frame that is whole everywhere, so AdamW's moments are carried into the subspace just so;
+    what stochastic rounding draws from then begins anew from the optimizer's seed.
 
     Raises:
         ValueError: what does not fit, with the parameter's name.
     """
     if site.blocks:
         inner = group_of_block(group)
-        return {str(b): admit(own, site.block(b), inner) for b, own in _blocks_of(saved, site).items()}
+        return {str(b): admit(own, site.block(b), inner, seed) for b, own in _blocks_of(saved, site).items()}
     state = _renamed(saved, site)
     state, site = _with_ranks(state, site, group)
     expected, group = layout(site, group), parts_of(site, group)
@@ -104,13 +107,15 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     if site.plain:
         state = _checked(state, expected, site, ignore=("tick",))
         return {name: state[name] for name in expected}
-    if "tick" not in state:  # torch's AdamW has no steps of refreshes, nor seeds of rounding
-        state |= {"tick": 0, **({SEED: torch.zeros((), dtype=torch.int64)} if site.rounded else {})}
+    state.setdefault("tick", 0)
+    if FIRST in state and not any(name.startswith(bases.PREFIX) for name in state):
+        state = first_seeds(site, group, seed) | state
     names = [slot.name for slot in rule_slots(site, group)]
     if any(name in state and name not in expected for name in names):
         state = _packed(state, site, group)
-    moved = {n for n in {*state, *expected} if n.startswith("frame.") or any(_is_of(n, name) for name in names)}
+    moved = {n for n in {*state, *expected} if n.startswith(bases.PREFIX) or any(_is_of(n, name) for name in names)}
     fits = all(name in state and tuple(state[name].shape) == expected[name].shape for name in moved if name in expected)
+    fits = fits and _said(state, site) in (None, site.ranks)
     if not fits and site.projected:
         state = dict(unpacked(site, group, state))
         rule, momentum = group["rule"], group["rule"].momentum
@@ -132,7 +137,15 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dic
             missing = {name: part for name, part in expected.items() if name not in state}
             state |= zeros(missing, device, state["step"].device)
         state = _packed(state, site, group)
-    return _checked(state, expected, site, ignore=("tick", "core", HELD, *moved))
+    state = _checked(state, expected, site, ignore=("tick", "core", HELD, *moved))
+    return _mended(state, site) if isinstance(group["bases"], Full) else state
+
+
+def _said(state: Mapping[str, Any], site: Site) -> Ranks | None:
+    try:
+        return bases.ranks(state, site.view.shape)
+    except ValueError as error:
+        raise ValueError(f"{site.name}: {error}") from None
 
 
 def _is_of(name: str, slot: str) -> bool:
@@ -217,7 +230,7 @@ def _real_second(v: Tensor, view: View) -> Tensor:
 def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> None:
     """Raise unless the state is a consistent frame of other ranks whose moments the transport can move here."""
     layout, shape, momentum = group["frame"], site.view.shape, group["rule"].momentum
-    frame = layout.load(state, shape, state.get(momentum))
+    frame = bases.load(group, state, shape, site.view.dtype, state.get(momentum))
     core = layout.core_shape(shape, frame.ranks)
     framed = resized(site, group, frame.ranks)
     lasting = [slot for slot in group["rule"].slots(core) if slot.kind is not Kind.CACHE]
@@ -225,7 +238,8 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
-    frame_shapes = {name: part.shape for name, part in layout.parts(shape, frame.ranks, site.view.dtype).items()}
+    frame_parts = bases.parts(group, shape, frame.ranks, site.view.dtype)
+    frame_shapes = {name: part.shape for name, part in frame_parts.items()}
     found = {name: tuple(x.shape) for name, x in state.items() if name.startswith("frame.")}
     if found != frame_shapes or any(tuple(state[name].shape) != part.shape for name, part in needed.items()):
         raise ValueError(
@@ -263,12 +277,16 @@ def _checked(
             if not (alike and value.dtype.is_floating_point == part.dtype.is_floating_point):
                 raise ValueError(f"{site.name}: {name} is {value.dtype} in the checkpoint, {part.dtype} here")
             fitting[name] = value.to(part.dtype)
-    for name, value in fitting.items():
-        if name.startswith("frame.") and (value.is_floating_point() or value.is_complex()):
-            # As orthonormal as it was, or mended; transfer tensors are matrices by their last index.
-            basis = value.to(site.view.dtype)
-            fitting[name] = reorthonormalize(basis.flatten(0, -2)).view(basis.shape)
     return fitting
+
+
+def _mended(state: dict[str, Any], site: Site) -> dict[str, Any]:
+    """The state with a frame as orthonormal as it was, or made so; coded ones are, whenever they are decoded."""
+    for name, value in state.items():
+        if name.startswith(bases.PREFIX) and (value.is_floating_point() or value.is_complex()):
+            basis = value.to(site.view.dtype)  # transfer tensors are matrices by their last index
+            state[name] = reorthonormalize(basis.flatten(0, -2)).view(basis.shape)
+    return state
 
 
 def unheard(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoint, gradients
+from . import bases, checkpoint, gradients
 from . import state as slots
 from .codecs import Part
 from .frames import Frame, ModeFrame
@@ -40,10 +40,10 @@ class Unit(NamedTuple):
 
     def frame(self) -> Frame:
         """The frame in the state; the whole one of a dense parameter."""
-        shape = self.site.view.shape
+        view = self.site.view
         if not self.site.projected:
-            return ModeFrame((None,) * len(shape))
-        return self.group["frame"].load(self.state, shape, self.state.get(self.group["rule"].momentum))
+            return ModeFrame((None,) * len(view.shape))
+        return bases.load(self.group, self.state, view.shape, view.dtype, self.state.get(self.group["rule"].momentum))
 
     def unpacked(self) -> "Unit":
         """The unit with its moments decoded."""
@@ -165,7 +165,7 @@ class Container(Optimizer):
         """A parameter's site, group and state, with the slots that exist before the first frame."""
         site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state[p]
         if "step" not in state:
-            state.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
+            state.update(slots.opened(site, group, p, self._scalar_device(p, site, group), self.seed))
         return slots.current(site, group, state), slots.parts_of(site, group), state
 
     def _unit(self, p: Tensor, block: int) -> Unit:
@@ -173,7 +173,7 @@ class Container(Optimizer):
         site, group, state = self._open(p)
         site, group, own = site.block(block), slots.group_of_block(group), state.setdefault(str(block), {})
         if not own:
-            own.update(slots.opened(site, group, p, self._scalar_device(p, site, group)))
+            own.update(slots.opened(site, group, p, self._scalar_device(p, site, group), self.seed))
         return Unit(site, group, own)
 
     def _opened(self, p: Tensor) -> list[Unit]:
@@ -247,7 +247,7 @@ class Container(Optimizer):
         keys = checkpoint.match_parameters(saved, self.param_groups)
         groups = checkpoint.load_groups(saved, self.param_groups, keys)
         admitted = {
-            p: checkpoint.admit(state_dict["state"][key], self.sites[p], groups[self._group_index[p]])
+            p: checkpoint.admit(state_dict["state"][key], self.sites[p], groups[self._group_index[p]], self.seed)
             for p, key in keys.items()
             if key in state_dict["state"]
         }

@@ -71,13 +71,14 @@ def check_options(group: Mapping[str, Any]) -> None:
         "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
         "precondition": ("parts", "apply"), "transport": ("move", "age"), "rule": ("absorb", "direction"),
         "residual": ("restore", "keep", "write"), "codec": ("encode", "decode"),
-        "moments": ("encode", "decode", "positive"), "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
+        "moments": ("encode", "decode", "positive"), "bases": ("encode", "decode"),
+        "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
     }  # fmt: skip
     for role, methods in roles.items():
         part = group[role]
         if isinstance(part, type) or not all(hasattr(part, method) for method in methods):
             hint = " (the number of directions is rank=)" if role == "ranks" else ""
-            kind = "codec" if role == "moments" else role
+            kind = "codec" if role in {"moments", "bases"} else role
             raise TypeError(
                 f"{role} must be a {kind} part, such as those in comoving's {kind} modules{hint}, got {part!r}"
             )

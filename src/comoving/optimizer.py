@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
+from . import bases as stored_bases
 from . import diagnostics as error_control
 from . import gradients
 from . import rounding as rounds
@@ -67,6 +68,8 @@ class LowRankOptimizer(Container):
         frame, finder, precondition, transport, rule, residual: the parts.
         codec: stores the residual's buffer.
         moments: a codec too, of the rule's moments and covariances.
+        bases: a codec too, of the factors of :class:`comoving.frames.Modes` and :class:`comoving.frames.SparseModes`.
+            What is decoded is made orthonormal again, and in use from the refresh on that stores it.
         ranks: when ranks change: a policy of :mod:`comoving.ranks`, for frames of :class:`comoving.frames.Modes`.
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
             unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
@@ -115,6 +118,7 @@ class LowRankOptimizer(Container):
         residual: Residual = Discard(),  # noqa: B008
         codec: Codec = Full(),  # noqa: B008
         moments: Codec = Full(),  # noqa: B008
+        bases: Codec = Full(),  # noqa: B008
         ranks: Policy = Fixed(),  # noqa: B008
         scale: float | str = "auto",
         refresh_every: int = 1,
@@ -137,8 +141,9 @@ class LowRankOptimizer(Container):
         defaults = dict(
             lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
             finder=finder, precondition=precondition, transport=transport, rule=rule, residual=residual, codec=codec,
-            moments=moments, ranks=ranks, scale=scale, refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad,
-            foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons, rounding=rounding,
+            moments=moments, bases=bases, ranks=ranks, scale=scale, refresh_every=refresh_every, maximize=maximize,
+            amsgrad=amsgrad, foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons,
+            rounding=rounding,
         )  # fmt: skip
         check_options(defaults)
         super().__init__(params, defaults, on_nonfinite, seed, budget)
@@ -222,7 +227,7 @@ class LowRankOptimizer(Container):
         """Weights as they are written to a parameter, whose own dtype does the rest."""
         if not (self.sites[p].rounded and units):
             return weights
-        seeds = [rounds.advance(unit.state, self.seed, unit.site.index) for unit in units]
+        seeds = [rounds.advance(unit.state) for unit in units]
         return rounds.stochastic_bfloat16(weights, rounds.generator(p.device, seeds))
 
     def _absorb(self, p: Tensor, unit: Unit, seen: Tensor, size: Tensor | None) -> None:
@@ -300,15 +305,14 @@ class LowRankOptimizer(Container):
         new: Frame = finder.find(looked_at, start, warm, memory)
         if state["tick"] <= 0 and not bool(seen.dense.any()):
             state["tick"] = -1  # nothing was to be seen so far: look again at the next step
+        new = stored_bases.put(group, state, new, old, site.view.shape, (self.seed, site.index))
         if old is None:
-            state.update(new.tensors())
             state.update(slots.first_moments(site, group, seen.dense, state["step"].device))
             return self._standing(unit)
         overlap, momentum = new.overlap(old), state[rule.momentum]
         moved = transport.move(state, rule.slots(tuple(momentum.shape)), overlap, clock)
-        for name in {*old.tensors(), *(slot.name for slot in slots.rule_slots(site, group))} & state.keys():
+        for name in {slot.name for slot in slots.rule_slots(site, group)} & state.keys():
             del state[name]
-        state.update(new.tensors())
         state.update(moved)
         if group["diagnostics"]:
             state[error_control.SLOT][1] = error_control.overlap_defect(overlap)

@@ -94,7 +94,7 @@ PARTS: dict[str, dict[str, type]] = {
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8, "int4": Int4, "rank_one": RankOne},
 }
-PARTS["moments"] = PARTS["codec"]
+PARTS["moments"] = PARTS["bases"] = PARTS["codec"]
 
 
 def part(role: str, value: Any) -> Any:

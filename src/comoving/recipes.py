@@ -10,7 +10,7 @@ from torch import nn
 
 from . import state as slots
 from .adamw import AdamW
-from .codecs import Full, Int8, Part, RankOne
+from .codecs import Full, Int4, Int8, Part, RankOne
 from .finders import (
     Amortized,
     Correlation,
@@ -117,8 +117,8 @@ _RECIPES = (
     ),
     Recipe(
         "q-galore",
-        "galore with 8-bit moments, and ever rarer SVDs where the leading direction stays; with quantize(model) 8-bit "
-        "weights too",
+        "galore with 8-bit moments and 4-bit bases, and ever rarer SVDs where the leading direction stays; with "
+        "quantize(model) 8-bit weights too",
         "2407.08296",
         dict(
             finder=Lazy(),
@@ -126,7 +126,7 @@ _RECIPES = (
             residual=Discard(),
             codec=Full(),
             moments=Int8(),
-            # The paper's projections have 4 bits: bases=Int4(block=256, table="linear"), once groups have that option.
+            bases=Int4(block=256, table="linear"),
             refresh_every=200,
             scale=0.25,
         ),  # fmt: skip
@@ -388,7 +388,7 @@ _RECIPES = (
     ),
 )
 
-_PROJECTING = {"finder", "transport", "residual", "codec", "ranks", "budget", "+ef"}
+_PROJECTING = {"finder", "transport", "residual", "codec", "bases", "ranks", "budget", "+ef"}
 """What concerns projected parameters alone."""
 _SUFFIXES: dict[str, dict[str, Any]] = {"+ef": {"residual": Feedback()}}
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .codecs import Full
-from .frames import Modes
+from .codecs import Full, RankOne
+from .frames import Blocks, Cosines, Modes, Seeded, SparseModes
 from .residual import Feedback, Sparse
 from .rules import Rule
 from .sites import Site
@@ -35,7 +35,10 @@ def check_composition(group: Group) -> None:
             f"residual {residual} is refused: transport Reset() sets the rule's clock back at every refresh, and the "
             f"bias correction of sparse moments that go on would be wrong; use statistics='reset'"
         )
-    for role in ("codec", "moments"):
+    inner = frame.inner if isinstance(frame, Blocks) else frame
+    if not isinstance(group["bases"], Full):
+        _check_bases(group["bases"], inner)
+    for role in ("codec", "moments", "bases"):
         if not getattr(group[role], "signed", True):
             raise ValueError(f"{role}={group[role]} is refused: it stores no signs, and serves second moments alone")
     if getattr(rule, "definite", False) and not isinstance(group["moments"], Full):
@@ -43,6 +46,22 @@ def check_composition(group: Group) -> None:
             f"moments={group['moments']} is refused: it rounds covariances, which may then have negative eigenvalues, "
             f"and rule {rule} takes their roots by an iteration that diverges on these"
         )
+
+
+def _check_bases(codec: object, frame: object) -> None:
+    """Raise unless the codec can hold the frame's factors."""
+    reason = None
+    if isinstance(codec, RankOne):
+        reason = "it keeps sums of rows and columns alone, which no basis can be had back from"
+    elif isinstance(frame, Cosines | Seeded):
+        reason = f"frame {frame} has no factors that would need more bytes than its integers"
+    elif not isinstance(frame, Modes | SparseModes):
+        reason = (
+            f"frame {frame} is a network of small transfer tensors, and what rounds one of them turns every direction "
+            f"that passes through it; use Modes() or SparseModes()"
+        )
+    if reason is not None:
+        raise ValueError(f"bases={codec} is refused: {reason}")
 
 
 def check_site(site: Site, group: Group) -> None:

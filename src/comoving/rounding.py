@@ -12,20 +12,13 @@ Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
 
 SEED = "rounding.seed"
-"""The slot, on the host, of what the random bits of the last write were seeded with; 0 before the first one."""
+"""The slot, on the host, of what the random bits of the last write were seeded with."""
 _LARGEST = torch.finfo(torch.bfloat16).max
 
 
-def advance(state: MutableMapping[str, Any], seed: int, index: int) -> int:
-    """Replace the seed in a state by the next one, and return it.
-
-    Args:
-        state: holds the slot :data:`SEED`.
-        seed: the optimizer's, of which the first one is made.
-        index: the site's.
-    """
-    last = int(state[SEED])
-    following = scramble(last) if last else scramble(seed, index)
+def advance(state: MutableMapping[str, Any]) -> int:
+    """Replace the seed in a state by the next one, and return it."""
+    following = scramble(int(state[SEED]))
     state[SEED] = torch.tensor(following, dtype=torch.int64, device="cpu")
     return following
 

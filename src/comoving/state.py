@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import bases
 from .codecs import Codec, Full, Part
 from .diagnostics import FIELDS, SLOT
+from .draws import scramble
 from .frames.base import Ranks
 from .precondition import Plain
 from .residual import Discard
@@ -32,7 +34,7 @@ MEMORY = "finder."
 # Hyper-parameters on which the sites and the shape of the state depend.
 FIXED = (
     "rank", "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments",
-    "amsgrad", "diagnostics", "select", "reasons", "ranks", "rounding",
+    "bases", "amsgrad", "diagnostics", "select", "reasons", "ranks", "rounding",
 )  # fmt: skip
 _DENSE = {"rule": Adam(), "precondition": Plain(), "moments": Full(), "residual": Discard()}
 _UNPROJECTED = {"residual": Discard()}
@@ -66,6 +68,9 @@ def set_ranks(state: Mapping[str, Any], ranks: Ranks) -> None:
 
 def ranks_in(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> Ranks:
     """The ranks of the frame in the state; the site's own where neither frame nor moments, being coded, show them."""
+    said = bases.ranks(state, site.view.shape)
+    if said is not None:
+        return said
     momentum = state.get(group["rule"].momentum)
     try:
         return group["frame"].load(state, site.view.shape, momentum).ranks
@@ -143,7 +148,10 @@ def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any]) -> dic
         if store is not None and all(name in working for name in names):
             if any(tuple(working[name].shape) != p.shape for name, p in names.items()):
                 raise ValueError(f"{site.name}: {slot.name}, as it is stored, belongs to no core of shape {part.shape}")
-            coded = {name.removeprefix(f"{slot.name}."): working.pop(name) for name in names}
+            coded = {
+                name.removeprefix(f"{slot.name}."): working[name] if p.seed else working.pop(name)
+                for name, p in names.items()
+            }
             working[slot.name] = store.decode(coded, part.shape, part.dtype)
     return working
 
@@ -165,7 +173,7 @@ def pack(
         value = working.pop(slot.name)
         own: dict[str, Tensor] = {}
         for name, part in store.parts(tuple(value.shape), value.dtype).items():
-            held = state.get(f"{slot.name}.{name}", value)
+            held = working[f"{slot.name}.{name}"] if part.seed else state.get(f"{slot.name}.{name}", value)
             fits = held is not value and tuple(held.shape) == part.shape
             own[name] = held if fits else value.new_zeros(part.shape, dtype=part.dtype)
         if moved:
@@ -191,7 +199,19 @@ def place(part: Part, device: torch.device, scalars: torch.device) -> torch.devi
     return scalars if part.scalar else device
 
 
-def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device) -> dict[str, Any]:
+def first_seeds(site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    """The seeds of stochastic rounding before the first draw; those of the frame begin with it.
+
+    They follow from the optimizer's seed, the parameter's place, the block's number and the slot's name.
+    """
+    return {
+        name: torch.tensor(scramble(seed, site.index, *name.encode()), device="cpu")
+        for name, part in layout(site, group).items()
+        if part.seed and not name.startswith(bases.PREFIX)
+    }
+
+
+def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device, seed: int) -> dict[str, Any]:
     """The state of a parameter before its first step; frame and moments of a projected one follow later.
 
     That of a parameter with blocks is a state for each, by the block's number, and empty before its first gradient.
@@ -204,8 +224,9 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
         return step | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in parts}
     later = set(moments(site, group))
     if site.projected:
-        later |= {*group["frame"].parts(site.view.shape, site.ranks, site.view.dtype), RANKS, VALUE}
+        later |= {*bases.parts(group, site.view.shape, site.ranks, site.view.dtype), RANKS, VALUE}
     state = {"tick": 0, **zeros({n: x for n, x in parts.items() if n not in later}, p.device, scalars)}
+    state |= first_seeds(site, group, seed)
     if not site.projected:
         working = state | first_moments(site, group, p, scalars)
         pack(site, group, working, state)
@@ -234,11 +255,11 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     shape, dtype = site.view.shape, site.view.dtype
     group = parts_of(site, group)
     if site.rounded:
-        parts[SEED] = Part((), torch.int64, scalar=True)
+        parts[SEED] = Part((), torch.int64, scalar=True, seed=True)
     parts |= moments(site, group)
     parts |= group["precondition"].parts(shape, dtype)
     if site.projected:
-        parts |= group["frame"].parts(shape, site.ranks, dtype)
+        parts |= bases.parts(group, shape, site.ranks, dtype)
         remembered = group["finder"].parts(shape, site.ranks, dtype)
         parts |= {MEMORY + name: part for name, part in remembered.items()}
         parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)

@@ -14,6 +14,7 @@ from comoving.transport import Clock, Keep
 from contract.support import (
     CODECS,
     COMPLEX,
+    DRAWN,
     LOSS,
     MOVING,
     REAL,
@@ -185,7 +186,7 @@ def test_slots_adopted_from_plain_adam_are_those_of_a_run_with_them(transport, d
 # ---------------------------------------------------------------------------------------------- codecs and residuals
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", [*CODECS, *DRAWN], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL, COMPLEX], ids=str)
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 1), (5, 33), (2, 3, 4, 5)], ids=str)
 @SIZES

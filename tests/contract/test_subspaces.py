@@ -366,7 +366,7 @@ def test_another_seed_draws_another_start(layout, case):
     shape, ranks, dtype = of_case(layout, case)
     like = torch.zeros(shape, dtype=dtype)
     frame, other = (layout.start(like, ranks, None, seed).tensors() for seed in (5, 6))
-    assert all(not torch.equal(u, other[name]) for name, u in frame.items())
+    assert all(not torch.equal(u, other[name]) for name, u in frame.items() if not name.endswith(".rank"))
 
 
 @over_layouts()

@@ -20,10 +20,10 @@ _SIMILAR, _COUNT, _STRETCH = "lazy.similar", "lazy.count", "lazy.stretch"
 class Lazy:
     """Another finder, asked less and less often while the leading direction stays (Q-GaLore, arXiv 2407.08296).
 
-    At every refresh c = |<u', u>|, with u and u' the first column of the last and the new factor, the least one where
-    several modes are compressed. Once the mean of the last ``patience`` values is at least ``threshold``, the interval
-    is multiplied by ``growth``, and so at every later refresh at which that holds. The first interval is the group's
-    ``refresh_every``; each parameter, or block, has its own.
+    At every refresh c = |<u', u>|, with u the first column of the last factor, as it is read of its codes, and u' that
+    of the new one; the least c where several modes are compressed. Once the mean of the last ``patience`` values is at
+    least ``threshold``, the interval is multiplied by ``growth``, and so at every later refresh at which that holds.
+    The first interval is the group's ``refresh_every``; each parameter, or block, has its own.
 
     As in the authors' code the first direction alone is compared, and the queue is not emptied. Two things differ: the
     sign of a singular vector means nothing, so the cosine is taken without it; and a new interval counts from the
@@ -48,8 +48,9 @@ class Lazy:
         check_float("threshold", self.threshold, 0.0, 1.0)
         check_int("patience", self.patience, 1)
         check_int("growth", self.growth, 2)
-        if ModeFrame not in getattr(self.inner, "fills", ()) or isinstance(self.inner, Lazy):
-            raise TypeError(f"inner must be a finder of mode-wise frames that is not lazy itself, got {self.inner!r}")
+        finds = not isinstance(self.inner, type | Lazy) and hasattr(self.inner, "observe")
+        if not finds or ModeFrame not in getattr(self.inner, "fills", (ModeFrame,)):
+            raise ValueError(f"inner must be a finder that fills a ModeFrame, and not lazy itself, got {self.inner!r}")
 
     @property
     def momentum(self) -> float:

@@ -108,16 +108,20 @@ class SeededFrame(ModeFrame):
         return SeededFrame.of(seeds, shape, self.ranks, drawn[0], self.stored) if drawn else self
 
     def tensors(self) -> dict[str, Tensor]:
-        """{"frame.n.seed": a single int64 on the host} for compressed modes, and the bases where they are stored."""
-        seeds = {
-            f"frame.{n}.seed": torch.tensor(seed, device="cpu") for n, seed in enumerate(self.seeds) if seed is not None
-        }
-        return super().tensors() | seeds if self.stored else seeds
+        """{"frame.n.seed": a single int64 on the host} for compressed modes, and the bases, or their ranks likewise."""
+        seeds = {f"frame.{n}.seed": _on_host(seed) for n, seed in enumerate(self.seeds) if seed is not None}
+        if self.stored:
+            return super().tensors() | seeds
+        return seeds | {f"frame.{n}.rank": _on_host(rank) for n, rank in enumerate(self.ranks) if rank is not None}
+
+
+def _on_host(number: int) -> Tensor:
+    return torch.tensor(number, device="cpu")
 
 
 @dataclass(frozen=True)
 class Seeded(Modes):
-    """Modes whose factors are drawn from seeds; the state holds the seeds, and the core's shape says the ranks.
+    """Modes whose factors are drawn from seeds; the state holds the seeds, and the ranks.
 
     A factor is drawn anew whenever the frame is loaded, once or twice a step, which costs 2 d r^2 operations and no
     memory between steps.
@@ -135,28 +139,32 @@ class Seeded(Modes):
         check_choice("stored", self.stored, (True, False))
 
     def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
-        """The seeds, and the factors where they are stored."""
-        seeds = {f"frame.{n}.seed": Part((), torch.int64, scalar=True) for n, r in enumerate(ranks) if r is not None}
-        return super().parts(shape, ranks, dtype) | seeds if self.stored else seeds
+        """The seeds, and the factors where they are stored, else the ranks."""
+        number, modes = Part((), torch.int64, scalar=True), [n for n, r in enumerate(ranks) if r is not None]
+        seeds = {f"frame.{n}.seed": number for n in modes}
+        if self.stored:
+            return super().parts(shape, ranks, dtype) | seeds
+        return seeds | {f"frame.{n}.rank": number for n in modes}
 
     def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> SeededFrame:
-        """The frame whose seeds are in the state, drawn at the ranks that like, a tensor of the core's shape, has.
+        """The frame whose seeds and ranks are in the state, drawn in like's dtype.
 
         Raises:
-            ValueError: like is missing or has no core's shape, so that the ranks are unknown.
+            ValueError: like, a tensor of the core's shape, is missing or has another shape, or a rank is.
         """
         stored = [state.get(f"frame.{n}.seed") for n in range(len(shape))]
         seeds = tuple(None if seed is None else int(seed) for seed in stored)
         if self.stored:
             return SeededFrame(super().load(state, shape, like).factors, seeds, stored=True)
-        if like is None or like.ndim != len(shape):
-            if any(seed is not None for seed in seeds):
-                has = None if like is None else tuple(like.shape)
-                raise ValueError(f"a seed does not say the ranks, and a core of shape {has} does not fit {shape}")
+        if all(seed is None for seed in seeds):
             return SeededFrame((None,) * len(shape), seeds)
-        ranks = tuple(None if seed is None else r for seed, r in zip(seeds, like.shape, strict=True))
-        if any(r is not None and not 1 <= r <= d for r, d in zip(ranks, shape, strict=True)):
-            raise ValueError(f"a core of shape {tuple(like.shape)} belongs to no frame of a tensor of shape {shape}")
+        said = [state.get(f"frame.{n}.rank") for n in range(len(shape))]
+        ranks = tuple(None if rank is None else int(rank) for rank in said)
+        core = tuple(d if r is None else r for d, r in zip(shape, ranks, strict=True))
+        fits = all(r is not None and 1 <= r <= d for r, s, d in zip(ranks, seeds, shape, strict=True) if s is not None)
+        if like is None or tuple(like.shape) != core or not fits:
+            has = None if like is None else tuple(like.shape)
+            raise ValueError(f"a core of shape {has} belongs to no frame of ranks {ranks} of a tensor of shape {shape}")
         return SeededFrame.of(seeds, shape, ranks, like)
 
     def start(self, like: Tensor, ranks: Ranks, older: Any, seed: int) -> SeededFrame:

@@ -139,6 +139,8 @@ class Feedback(Inside):
             return
         for name, part in codec.parts(tuple(core.shape), core.dtype).items():
             y = state[_MOMENTA + name]
+            if part.seed:
+                continue  # goes on from draw to draw
             state[_MOMENTA + name] = y.zero_() if tuple(y.shape) == part.shape else y.new_zeros(part.shape)
 
 

@@ -1,0 +1,169 @@
+"""How a frame lies in the state: as the layout's own tensors, or with its factors in a codec's few bits.
+
+A coded factor U_n (d_n, r_n) is stored as the rows of U_n^T, so that every direction has steps of its own, in slots
+"frame.n.<part>", with its rank in "frame.n.rank": padded codes do not show it. What is used is never U_n itself but the
+orthonormal basis of what is decoded, from the refresh on at which it is stored; until the next one the codes stay as
+they are, and every use of the frame has the same bits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .codecs import Codec, Full, Part
+from .draws import scramble
+from .frames import Frame
+from .frames.base import Ranks
+from .linalg import orthogonality_defect, orthonormalize
+
+PREFIX = "frame."
+_FACTOR, _RANK = PREFIX + "{}", PREFIX + "{}.rank"
+_TRIES = 4
+
+
+def parts(group: Mapping[str, Any], shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    """What the state holds of a frame of these ranks."""
+    found: dict[str, Part] = group["frame"].parts(shape, ranks, dtype)
+    codec: Codec = group["bases"]
+    if isinstance(codec, Full):
+        return found
+    for n in range(len(shape)):
+        if (name := _FACTOR.format(n)) in found:
+            size, rank = found.pop(name).shape
+            found |= {f"{name}.{own}": part for own, part in codec.parts((rank, size), dtype).items()}
+            found[_RANK.format(n)] = Part((), torch.int64, scalar=True)
+    return found
+
+
+def ranks(state: Mapping[str, Any], shape: tuple[int, ...]) -> Ranks | None:
+    """The ranks that the state says in so many words; None where it says none.
+
+    Raises:
+        ValueError: a rank that no factor has.
+    """
+    stored = [state.get(_RANK.format(n)) for n in range(len(shape))]
+    if all(rank is None for rank in stored):
+        return None
+    said = tuple(None if rank is None else int(rank) for rank in stored)
+    if not all(r is None or 1 <= r <= d for r, d in zip(said, shape, strict=True)):
+        raise ValueError(f"the state's frame has ranks {said}, which no frame of a tensor of shape {shape} has")
+    return said
+
+
+def load(
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    like: Tensor | None = None,
+) -> Frame:
+    """The frame in the state, with coded factors decoded and made orthonormal; whole where there is none.
+
+    Args:
+        group: hyper-parameters.
+        state: of the parameter.
+        shape: of the tensor that is framed.
+        dtype: of coded factors, once decoded.
+        like: as in :meth:`comoving.frames.base.Layout.load`.
+    """
+    codec, said = group["bases"], ranks(state, shape)
+    if isinstance(codec, Full) or said is None:
+        return group["frame"].load(state, shape, like)
+    factors = {
+        (name := _FACTOR.format(n)): _decoded(codec, _of(state, name), r, d, dtype)
+        for n, (r, d) in enumerate(zip(said, shape, strict=True))
+        if r is not None
+    }
+    return group["frame"].load({**state, **factors}, shape, like)
+
+
+def put(
+    group: Mapping[str, Any], state: dict[str, Any], new: Any, old: Any, shape: tuple[int, ...], key: tuple[int, ...]
+) -> Any:
+    """Store a frame instead of the one in the state, and return it as it will be loaded from now on.
+
+    A coded factor that has not changed keeps its codes: to encode it again would move it at every refresh.
+
+    Args:
+        group: hyper-parameters.
+        state: of the parameter; changed.
+        new: the frame to store.
+        old: that in the state, as it was loaded; None where there is none.
+        shape: of the tensor that is framed.
+        key: what the seeds of stochastic rounding begin from.
+
+    Raises:
+        RuntimeError: a codec too coarse to hold any basis of these directions.
+    """
+    codec: Codec = group["bases"]
+    if isinstance(codec, Full):
+        _replace(state, new.tensors())
+        return new
+    known: dict[str, Tensor] = {} if old is None else old.tensors()
+    factors = {_FACTOR.format(n) for n in range(len(shape))}
+    stored, used = dict[str, Tensor](), dict[str, Tensor]()
+    for name, x in new.tensors().items():
+        if name not in factors:
+            stored[name] = x
+            continue
+        held, before = _of(state, name), known.get(name)
+        if before is not None and held and before.shape == x.shape and torch.equal(before, x):
+            own, used[name] = held, before
+        else:
+            own = _fresh(codec, held, x, (*key, *name.encode()))
+            used[name] = _encoded(codec, x, own)
+            own["rank"] = torch.tensor(x.shape[1], device="cpu")
+        stored |= {f"{name}.{part}": value for part, value in own.items()}
+    _replace(state, stored)
+    return group["frame"].load({**stored, **used}, shape)
+
+
+def _of(state: Mapping[str, Any], factor: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{factor}."): x for name, x in state.items() if name.startswith(f"{factor}.")}
+
+
+def _replace(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    for name in [name for name in state if name.startswith(PREFIX)]:
+        del state[name]
+    state.update(tensors)
+
+
+def _fresh(codec: Codec, held: Mapping[str, Tensor], u: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
+    """Tensors to encode U into: those that are there where they fit, and a seed that goes on."""
+    own: dict[str, Tensor] = {}
+    for name, part in codec.parts((u.shape[1], u.shape[0]), u.dtype).items():
+        if name in held and tuple(held[name].shape) == part.shape:
+            own[name] = held[name]
+        elif part.seed:
+            own[name] = torch.tensor(scramble(*key), device="cpu")
+        else:
+            own[name] = u.new_zeros(part.shape, dtype=part.dtype)
+    return own
+
+
+def _encoded(codec: Codec, u: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """Store U; return the basis that is decoded from now on.
+
+    Few bits can make directions dependent that were not, which one pass of CholeskyQR cannot mend. What it is completed
+    to is then stored instead. The defect is read on the host, at refreshes only.
+    """
+    size, rank = u.shape
+    for left in reversed(range(_TRIES)):
+        codec.encode(u.mT.clone(memory_format=torch.contiguous_format), own)
+        used = _decoded(codec, own, rank, size, u.dtype)
+        # The last try need only tell a basis from none: reduced precision of products is no fault of the codec's.
+        if bool(orthogonality_defect(used) <= (_tolerance(u) if left else 1e-2)):
+            return used
+        u = orthonormalize(codec.decode(own, (rank, size), u.dtype).mT)
+    raise RuntimeError(f"bases={codec} cannot hold {rank} orthonormal directions of {size}: use more bits")
+
+
+def _tolerance(u: Tensor) -> float:
+    return 32 * torch.finfo(u.dtype).eps * u.shape[-1] ** 0.5
+
+
+def _decoded(codec: Codec, own: Mapping[str, Tensor], rank: int, size: int, dtype: torch.dtype) -> Tensor:
+    """An orthonormal basis from the codes, without reading anything on the host: at every step."""
+    return orthonormalize(codec.decode(own, (rank, size), dtype).mT, trusted=True)
