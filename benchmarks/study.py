@@ -2,6 +2,7 @@
 
     python benchmarks/study.py ablation --task lm --out out/ablation-lm
     python benchmarks/study.py frontier --task lm --out out/frontier-lm
+    python benchmarks/study.py seeds --task lm --at comoving@0.008 "comoving:moments=int8@0.008" --out out/ablation-lm
     python benchmarks/study.py collect --task lm --from out/frontier-lm out/frontier-lm-2 --out benchmarks/results/study
 
 "ablation" changes one choice of `comoving.AdamW`'s defaults at a time. "frontier" sets recipes and codecs against each
@@ -9,8 +10,9 @@ other at many budgets, and draws validation against the state of the projected p
 
 Rates are tried from the contender's own default by factors of two until the best one has a worse one on both sides (at
 most --climb runs). The --finalists best, and the ones that are always named, then get --seeds seeds at their best rate.
-Every run is a process with one thread; finished runs are kept under --out and used again. "collect" gathers finished
-runs, of several places and commits, into one table: the fingerprint of its code stands beside each run.
+"seeds" runs what it is given at the rates it is given. Every run is a process with one thread; finished runs are kept
+under --out and used again. "collect" gathers finished runs, of several places and commits, into one table: the
+fingerprint of its code stands beside each run.
 """
 
 import argparse
@@ -69,17 +71,17 @@ WHOLE = [
 ]
 """Whole frames with a codec, the rivals of low rank at equal bytes."""
 MATRICES = [
-    *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 32, 1 / 8)),
     *(f"comoving:rank={share};moments=int8;residual=fira" for share in (1 / 32, 1 / 8, 1 / 4)),
-    *(f"comoving:rank={share};rule=muon(bf16=True);scale=1.0" for share in (1 / 8, 1 / 2)),
     *(f"dion:rank={share};codec=int8;scale=0.2-match" for share in (1 / 8, 1 / 2)),
-    *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
     *(f"fira:rank={share};moments=int8" for share in (1 / 32, 1 / 8)),
     *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion", "online-subspace-descent")),
     *(f"{name}:rank=0.25" for name in ("coap", "dct-adamw", "flora", "low-rank-soap", "frugal")),
     "apollo-mini:rank=1",
+    *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 32, 1 / 8)),
+    *(f"comoving:rank={share};rule=muon(bf16=True);scale=1.0" for share in (1 / 8, 1 / 2)),
+    *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
 ]
 SPARSE = "frame=sparse(density=0.25);finder=block_selection"
 TENSORS = [
@@ -161,6 +163,13 @@ class Study:
             list(pool.map(lambda job: self.value(*job), jobs))
         return self.results()
 
+    def seeds(self, pairs: list[tuple[str, float]]) -> None:
+        """Every contender at its own rates, on all seeds."""
+        entries = {entry.contender.label: entry for entry in self.race.entries}
+        jobs = [(entries[label], rate, s) for s in range(self.arguments.seeds) for label, rate in pairs]
+        with ThreadPoolExecutor(self.arguments.jobs) as pool:
+            list(pool.map(lambda job: self.value(*job), jobs))
+
     def results(self) -> dict[str, Any]:
         """What is committed: no curves, every rate and every seed."""
         return {
@@ -209,14 +218,18 @@ def collect(task: str, places: list[Path]) -> dict[str, Any]:
 
 
 def collected(label: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One contender, at the best of its rates on seed 0."""
+    """One contender, at the best mean of the rates with most seeds."""
     first = {r["settings"]["rate"]: r for r in records if r["settings"]["seed"] == 0}
     rates = {rate: r["final"] for rate, r in sorted(first.items())}
     done = {rate: value for rate, value in rates.items() if value is not None}
     line: dict[str, Any] = {"contender": label, "rates": {f"{rate:g}": value for rate, value in rates.items()}}
     if not done:
         return line
-    best = min(done, key=lambda rate: done[rate])
+    of = {
+        rate: [r["final"] for r in records if r["settings"]["rate"] == rate and r["final"] is not None] for rate in done
+    }
+    most = max(len(values) for values in of.values())
+    best = min((rate for rate in done if len(of[rate]) == most), key=lambda rate: statistics.fmean(of[rate]))
     chosen = [r for r in records if r["settings"]["rate"] == best and r["final"] is not None]
     seeds = {r["settings"]["seed"]: r["final"] for r in chosen}
     figures = ("state", "state_projected", "parameters", "parameters_projected", "optimizer_seconds")
@@ -272,7 +285,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
 def main() -> None:
     """Run a study, print its table, write its JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("ablation", "rules", "frontier", "collect"))
+    parser.add_argument("study", choices=("ablation", "rules", "frontier", "seeds", "collect"))
     parser.add_argument("--task", required=True, choices=("lm", "fno", "vit"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=None)
@@ -284,10 +297,15 @@ def main() -> None:
     parser.add_argument("--from", dest="places", type=Path, nargs="+", default=[], help="where collect looks")
     parser.add_argument("--name", default="frontier", help="what collect writes")
     parser.add_argument("--only", default="", help="contenders whose label contains this")
+    parser.add_argument("--at", nargs="+", default=[], help="what seeds runs: contender@rate")
     arguments = parser.parse_args()
     if arguments.study == "collect":
         found = collect(arguments.task, arguments.places)
         report(found, arguments.out, arguments.name)
+        return
+    if arguments.study == "seeds":
+        pairs = [(label, float(rate)) for label, rate in (pair.rsplit("@", 1) for pair in arguments.at)]
+        Study(list(dict.fromkeys(label for label, _ in pairs)), arguments).seeds(pairs)
         return
     lists = {"ablation": ABLATION, "rules": ["comoving", *RULES], "frontier": frontier(arguments.task)}
     labels = [label for label in lists[arguments.study] if arguments.only in label]

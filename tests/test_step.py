@@ -6,12 +6,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comoving import LowRankOptimizer, build, param_groups, recipes
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import Exact, Power
 from comoving.residual import Discard, Feedback
+from comoving.rules import Adam, Lion, Momentum
 from comoving.transport import Carry, Keep, Reset, Rotate
 
 RECIPES = [*recipes(), "galore+ef", "tensor-galore+ef"]
@@ -456,3 +458,38 @@ def test_cuda_itself_sees_no_synchronization(recipe, on_nonfinite):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(finite(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rule", "transport"), [(Adam(), Rotate()), (Adam(), Carry()), (Lion(), Rotate()), (Momentum(), Rotate())], ids=str
+)
+def test_a_compiled_rule_takes_the_same_steps_and_no_refresh_compiles_anything(rule, transport):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    models = Mixed(), Mixed()
+    options = {"rule": rule, "transport": transport, "finder": Exact(), "residual": Discard(), "refresh_every": 2}
+    optimizers = [LowRankOptimizer(model.named_parameters(), 1e-2, **options) for model in models]
+    optimizers[1].compile(backend=counter)
+    counts = []
+    for t in range(8):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            gradients(model, t)
+            optimizer.step()
+        counts.append(counter.frame_count)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert 0 < counts[0] <= 5
+    assert set(counts[1:]) == {counts[1]}, counts
+
+
+def test_a_compiled_step_is_the_step():
+    models = Mixed(), Mixed()
+    optimizers = [build("comoving", model, 1e-2) for model in models]
+    counter = CompileCounter()
+    steps = optimizers[0].step, torch.compile(optimizers[1].step, backend=counter)
+    for t in range(6):
+        for model, step in zip(models, steps, strict=True):
+            gradients(model, t)
+            step()
+    assert_equal_parameters(*models)
+    assert counter.frame_count == 0

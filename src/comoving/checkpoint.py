@@ -14,7 +14,6 @@ from .groups import check_options
 from .linalg import reorthonormalize
 from .ranks.base import Record
 from .refusals import kinds
-from .residual.base import HELD
 from .rules.adam import FIRST, SECOND
 from .sites import Site
 from .slots import Kind
@@ -22,6 +21,7 @@ from .state import (
     MEMORY,
     RANKS,
     SECOND_MAX,
+    UNFINISHED,
     VALIDATION,
     VALUE,
     asked,
@@ -105,8 +105,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
     caches = {slot.name for slot in rule_slots(site, group) if slot.kind is Kind.CACHE}
     expected = {name: part for name, part in expected.items() if name in state or name not in caches}
     if site.plain:
-        state = _checked(state, expected, site, ignore=("tick",))
-        return {name: state[name] for name in expected}
+        state = _checked(state, expected, site, ignore=("tick", *UNFINISHED))
+        return {name: value for name, value in state.items() if name in expected or name in UNFINISHED}
     state.setdefault("tick", 0)
     if FIRST in state and not any(name.startswith(bases.PREFIX) for name in state):
         state = first_seeds(site, group, seed) | state
@@ -137,7 +137,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
             missing = {name: part for name, part in expected.items() if name not in state}
             state |= zeros(missing, device, state["step"].device)
         state = _packed(state, site, group)
-    state = _checked(state, expected, site, ignore=("tick", "core", HELD, *moved))
+    state = _checked(state, expected, site, ignore=("tick", *UNFINISHED, *moved))
     return _mended(state, site) if isinstance(group["bases"], Full) else state
 
 

@@ -17,12 +17,13 @@ from .frames import Frame, ModeFrame
 from .groups import check_options, decide, named
 from .ranks import Record
 from .ranks import budget as budgets
+from .rules.turn import Turn
 from .schedule import stagger
 from .sites import Site
 from .weights import codes_of
 
 # Keys of param groups that are not hyper-parameters.
-_FOREIGN = {"params", "param_names", "name", "initial_lr", slots.VALIDATION}
+_FOREIGN = {"params", "param_names", "name", "initial_lr", slots.RUNNING, slots.VALIDATION}
 
 
 def _numbers(p: Tensor) -> list[Tensor]:
@@ -81,6 +82,7 @@ class Container(Optimizer):
         self._group_index: dict[Tensor, int] = {}
         self.refresh_scope = nullcontext
         self._skipped: Tensor | None = None
+        self._compiled: Turn | None = None
         self._norms: dict[Tensor, Tensor] = {}
         self._fixed: list[dict[str, Any]] = []
         self._held: dict[Tensor, int] = {}
@@ -200,6 +202,11 @@ class Container(Optimizer):
             return [(Unit(site, group, state), weights)]
         blocks = group["frame"].split(weights)
         return [(self._unit(p, int(b)), blocks[int(b)]) for b, own in state.items() if "core" in own]
+
+    def _count_skipped(self, bad: Tensor | None = None) -> None:
+        """Count a step that was skipped; by a flag on the device where one is given."""
+        new = torch.ones((), dtype=torch.int64) if bad is None else bad.long()
+        self._skipped = new if self._skipped is None else self._skipped + new.to(self._skipped.device)
 
     def _undone_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
         if bad is None:

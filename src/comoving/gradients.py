@@ -1,7 +1,7 @@
 """Bad gradients: refused before anything changes, or undone on the device."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +11,15 @@ from .codecs.base import as_real
 from .linalg import norm
 from .rounding import SEED
 from .sites import Site
+
+
+def full_precision() -> AbstractContextManager[Any]:
+    """Without autocast, which a step or a backward pass may stand inside of; products would be in half precision."""
+    stack = ExitStack()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    for device in ["cpu"] if accelerator is None else ["cpu", accelerator.type]:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def check_layout(params: Iterable[Tensor], sites: Mapping[Tensor, Site]) -> None:

@@ -13,8 +13,9 @@ from . import diagnostics as error_control
 from . import gradients
 from . import rounding as rounds
 from . import state as slots
+from .backward import InBackward, outside
 from .codecs import Codec, Full
-from .container import Container, Unit
+from .container import Unit
 from .finders import NEXT, Finder, Memory, Operand, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
@@ -29,6 +30,7 @@ from .rounding import Rounding
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .rules.base import averaged
+from .rules.turn import compiled, turned
 from .schedule import next_refresh, refresh_due
 from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_float, check_int
@@ -36,7 +38,7 @@ from .views import Heads, ViewName
 from .weights import codes_of
 
 
-class LowRankOptimizer(Container):
+class LowRankOptimizer(InBackward):
     """Adam-like optimization in a frame that follows the gradient, with state that is carried along.
 
     One step of a projected parameter p with gradient g, frame F (old) and F' (new):
@@ -150,10 +152,22 @@ class LowRankOptimizer(Container):
 
     # ------------------------------------------------------------------------------------------------ the seven steps
 
+    def compile(self, **options: Any) -> None:
+        """Compile the rule's arithmetic in the core: Adam's, Lion's or momentum's, one graph a shape and dtype.
+
+        What the host decides, when to refresh above all, stays uncompiled, as do decompositions and products: hence a
+        refresh compiles nothing anew. ``torch.compile(optimizer.step)`` is allowed and changes nothing.
+
+        Args:
+            **options: for :func:`torch.compile`.
+        """
+        self._compiled = compiled(**options)
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimization step; gradients are left as they are.
@@ -168,10 +182,19 @@ class LowRankOptimizer(Container):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with gradients.full_precision():
+            if self._window is not None:
+                self._finish(self._window)
+            else:
+                self._step_all()
+        return loss
+
+    def _step_all(self) -> None:
+        """Every parameter that has a gradient."""
         self._check_structure()
         bad = self._inspect_gradients()
         if bad is not None and any(self._changes_shape(p) for p in self._norms) and bool(bad):
-            return loss  # what has no state of its shape yet could not be put back
+            return  # what has no state of its shape yet could not be put back
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             for p in ready:
@@ -187,7 +210,6 @@ class LowRankOptimizer(Container):
                 with self._undone_if(bad, here):
                     self._step_dense(here, group)
         self._norms = {}
-        return loss
 
     @torch.no_grad()
     def absorb(self, p: Tensor, gradient: Tensor) -> None:
@@ -200,7 +222,8 @@ class LowRankOptimizer(Container):
             raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
         # The caller may clear its gradient before apply().
         held = not site.projected or self.param_groups[self._group_index[p]]["residual"].holds
-        self._take(p, gradient.clone() if held else gradient)
+        with gradients.full_precision():
+            self._take(p, gradient.clone() if held else gradient)
 
     def _take(self, p: Tensor, gradient: Tensor) -> None:
         """Steps 1-4 for one parameter, which may hold on to the gradient until step 7."""
@@ -216,8 +239,9 @@ class LowRankOptimizer(Container):
         storage = view.see_storage(p) if codes is None else None
         weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
         units = self._with_core(p, weights)
-        for unit, part in units:
-            self._apply(unit, part)
+        with gradients.full_precision():
+            for unit, part in units:
+                self._apply(unit, part)
         if codes is not None and units:
             codes.encode(view.restore(weights))
         elif codes is None and storage is None:
@@ -264,6 +288,8 @@ class LowRankOptimizer(Container):
         turned = refreshing and restored.core is not None  # else |g~|^2 = |z|^2 + |e|^2
         total = restored.norm() if turned and group["diagnostics"] else None
         kept = residual.keep(restored.dense, state["core"], passage, opening, state, codec)
+        if self._window is not None and self._window.clip is not None:
+            state[slots.REST] = outside(kept, seen, z, state.get(slots.REST))
         if group["diagnostics"]:
             own = norm(seen) if size is None else size
             lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
@@ -278,10 +304,10 @@ class LowRankOptimizer(Container):
         state["step"] += 1
         state["tick"] += 1
         clock, z = _clock(unit), state.pop("core")
-        rule.absorb(z, state, clock)  # 5
         if site.projected:
             group["transport"].age(state, rule.slots(site.core_shape), clock)
-        d = rule.direction(state, clock, group["eps"])
+        turn = self._compiled if self._compiled is not None and getattr(rule, "timeless", False) else turned
+        d = turn(rule, z, state, clock, group["eps"])  # 5
         rate, shrink = -group["lr"], 1 - group["lr"] * group["weight_decay"]
         factor = rate * update_scale(site, group["scale"])
         by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
@@ -413,7 +439,7 @@ class LowRankOptimizer(Container):
         bad = gradients.any_nonfinite(self._norms.values())
         if self.on_nonfinite == "skip":
             bad = bad & gradients.any_nonfinite(gradients.sums(params))
-            self._skipped = bad.long() if self._skipped is None else self._skipped + bad
+            self._count_skipped(bad)
             return bad
         if bool(bad):
             gradients.refuse_nonfinite(params, self.sites)

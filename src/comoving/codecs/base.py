@@ -51,6 +51,10 @@ class Codec(Protocol):
         """
         ...
 
+    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply what is stored by a factor > 0, in place; by its step where there is one, without rounding anew."""
+        ...
+
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """An upper bound, a real scalar, on the Frobenius norm of what the last encoding lost."""
         ...

@@ -37,6 +37,10 @@ class Full:
             parts["value"].copy_(x)
         return norm(x)
 
+    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply what is stored by a factor > 0."""
+        parts["value"].mul_(factor)
+
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Zero."""
         return torch.zeros((), device=parts["value"].device)
@@ -69,6 +73,10 @@ class BFloat16:
         """Round to nearest."""
         parts["value"].copy_(as_real(x))
         return norm(x)
+
+    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply what is stored by a factor > 0."""
+        parts["value"].mul_(factor)
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """2^-8 of the norm of what is stored."""

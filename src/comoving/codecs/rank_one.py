@@ -70,6 +70,10 @@ class RankOne:
             parts["signs"].copy_(_packed(matrix.reshape(-1) > 0))
         return norm(x)
 
+    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply what is stored by a factor > 0."""
+        parts["rows"].mul_(factor)
+
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """From entries that are not negative: |X - r c^T|^2 <= |X|^2 + |r c^T|^2, |X| <= the norm of the sums."""
         rows, columns = norm(parts["rows"]), norm(parts["columns"])

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .. import state as slots
 from ..frames.base import Ranks
-from ..residual.base import HELD
 from ..sites import Site
 from .base import Reading
 
@@ -35,7 +34,7 @@ class Claim(NamedTuple):
 
     def held(self) -> int:
         """The bytes that its state has, or will have once it is at its ranks, whichever is more."""
-        tensors = [x for name, x in self.state.items() if isinstance(x, Tensor) and name not in ("core", HELD)]
+        tensors = [x for name, x in self.state.items() if isinstance(x, Tensor) and name not in slots.UNFINISHED]
         return max(sum(x.untyped_storage().nbytes() for x in tensors), self.bytes_at(self.site.ranks))
 
     def lower(self, mode: int) -> Ranks | None:

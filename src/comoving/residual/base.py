@@ -102,6 +102,8 @@ class Residual(Protocol):
 
     holds: ClassVar[bool]
     """Whether :meth:`keep` may hold on to the gradient itself until :meth:`write`."""
+    rescales: ClassVar[bool]
+    """Whether :meth:`size` and :meth:`rescale` make sense."""
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """A refresh comes: choose anew what lies outside the frame by choice. Before :meth:`split`."""
@@ -149,6 +151,28 @@ class Residual(Protocol):
         """
         ...
 
+    def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The norm of all gradients since the last step with what was restored: |g~|^2 = |z|^2 + |g~ - F z|^2.
+
+        Args:
+            core: z.
+            rest: the norm of the second part, as far as the engine knows it.
+            state: as in :meth:`restore`.
+        """
+        ...
+
+    def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
+        """Multiply what :meth:`keep` kept of g~ by the factor by which z is going to be multiplied.
+
+        Args:
+            factor: in (0, 1].
+            core: z as it is.
+            passage: that of the frame as it stands.
+            state: as in :meth:`restore`.
+            codec: likewise.
+        """
+        ...
+
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """The whole update, onto the weights in place: the lifted direction, and what belongs beside it."""
         ...
@@ -162,6 +186,7 @@ class Inside:
     """What residuals share that choose nothing themselves, and write nothing but the lifted direction."""
 
     holds: ClassVar[bool] = False
+    rescales: ClassVar[bool] = True
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """Nothing is chosen."""
@@ -169,6 +194,13 @@ class Inside:
     def split(self, gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
         """All of it."""
         return gradient
+
+    def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """hypot(|z|, rest)."""
+        return torch.hypot(norm(core), rest.to(core.device))
+
+    def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
+        """Nothing is kept."""
 
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor F d."""
@@ -194,6 +226,14 @@ class Holding(Inside):
     ) -> None:
         """Hold the gradient; a sum is a new tensor, since the first may be the caller's."""
         state[HELD] = dense if opening else state[HELD] + dense
+
+    def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """That of what is held."""
+        return norm(state[HELD])
+
+    def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
+        """Held gradients are multiplied; they may be the caller's."""
+        state[HELD] = state[HELD] * factor
 
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """Zero."""

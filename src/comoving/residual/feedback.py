@@ -114,6 +114,21 @@ class Feedback(Inside):
             share = share + 2 * passage.reentry * inner(inside, used / whole)
         return size * (1 - share).clamp_min(0).sqrt()
 
+    def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
+        """A <- f A, and C <- f C.
+
+        C is about to become f z + a/b m + Y, so Y takes up (f - 1) a/b m beside f Y; without a Y it is A, by F m.
+        """
+        gradients = _stored(state, _GRADIENTS)
+        missing = passage.momentum * ((factor - 1) * passage.reentry)
+        if self.lazy:
+            codec.scale(gradients, factor)
+            momenta = _stored(state, _MOMENTA)
+            codec.encode(codec.decode(momenta, tuple(core.shape), core.dtype).mul_(factor).add_(missing), momenta)
+            return
+        lifted = passage.frame.lift(missing)
+        codec.encode(codec.decode(gradients, tuple(lifted.shape), lifted.dtype).mul_(factor).sub_(lifted), gradients)
+
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """The codec's own bounds, of A and of Y."""
         bound = codec.error(_stored(state, _GRADIENTS))

@@ -1,6 +1,7 @@
 """Error feedback and momentum in one buffer."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class MomentumBuffer(Inside):
     Args:
         decay: mu in [0, 1].
     """
+
+    rescales: ClassVar[bool] = False
 
     decay: float = 0.95
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..codecs import Codec, Part
 from ..draws import generator
 from ..finders import Operand
+from ..linalg import norm
 from ..rules import Adam, Rule
 from ..slots import Kind, Slot
 from ..validate import check_choice, check_float, check_int
@@ -49,6 +50,7 @@ class Sparse:
     """
 
     holds: ClassVar[bool] = False
+    rescales: ClassVar[bool] = True
 
     fraction: float = 0.05
     choose: str = "top"
@@ -121,6 +123,15 @@ class Sparse:
         if _OLD in state:
             self._choose(dense - passage.frame.lift(core), state)
         self._hold(dense, state)
+
+    def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """What the frame holds, what it leaves, and the entries, where they are no part of the rest."""
+        seen = torch.hypot(norm(core), rest.to(core.device))
+        return torch.hypot(seen, norm(state[HELD])) if self.first else seen
+
+    def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
+        """The entries are multiplied."""
+        state[HELD] = state[HELD] * factor
 
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor F d + rate scale d_x."""

@@ -25,6 +25,7 @@ class Adam:
 
     momentum = FIRST
     elementwise: ClassVar[bool] = True
+    timeless: ClassVar[bool] = True
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m and v."""

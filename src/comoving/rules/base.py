@@ -14,7 +14,8 @@ class Rule(Protocol):
     An attribute ``definite = True`` says that its covariances must stay positive semi-definite, as they do not where a
     codec rounds them. ``corrected = False``: its direction divides by no c2, so that no transport may either.
     ``linear = False``: its momentum is no average of gradients. ``elementwise = True``: an entry of its direction
-    depends on the same entry of past gradients alone.
+    depends on the same entry of past gradients alone. ``timeless = True``: it changes its slots in place, reads no tick
+    of the clock, and decomposes nothing, so that one compiled graph serves all steps.
     """
 
     @property

@@ -24,6 +24,7 @@ class Momentum:
 
     momentum = FIRST
     elementwise: ClassVar[bool] = True
+    timeless: ClassVar[bool] = True
 
     corrected: bool = False
 

@@ -1,0 +1,308 @@
+"""Stepping inside the backward pass: a gradient is taken in, and freed, as soon as it is accumulated."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from . import gradients
+from .container import Container, Unit
+from .linalg import norm
+from .precondition import Plain
+from .residual import Passage
+from .state import CORE, REST, RUNNING, SIZE, WINDOW
+from .validate import check_choice, check_float, check_int
+
+_SMALL = 1e-6  # torch's, in clip_grad_norm_
+
+
+@dataclass
+class Window:
+    """How gradients are gathered and clipped between two steps, and what has happened since the last one.
+
+    Args:
+        accumulate: backward passes in a window.
+        clip: largest norm of all gradients together; None for no limit.
+        exact: whether that is this window's norm, else the last one's.
+        hooks: those on the parameters.
+    """
+
+    accumulate: int
+    clip: float | None
+    exact: bool
+    hooks: list[RemovableHandle] = field(default_factory=lambda: [])
+    stepped: set[Tensor] = field(default_factory=set[Tensor])
+    incomplete: bool = False
+    norm: float | None = None
+
+    def factor(self, size: float) -> float:
+        """What gradients of this norm are multiplied by."""
+        return 1.0 if self.clip is None else min(1.0, self.clip / (size + _SMALL))
+
+
+class InBackward(Container):
+    """The part of an optimizer that steps parameters from hooks on their gradients."""
+
+    _window: Window | None = None
+
+    def step_in_backward(self, accumulate: int = 1, clip: float | None = None, norm: str = "exact") -> None:
+        """From now on take up each gradient inside ``backward()``, as soon as it is accumulated, and free it.
+
+        The training loop stays as it is: ``accumulate`` times ``loss.backward()``, then ``step()``, then the
+        scheduler's. Gradients are accumulated **in the subspace**: of a projected parameter only the core and what the
+        residual keeps are held (a frame stays as it is during the window), so at no time is there more than one
+        parameter's full gradient; of a dense one, and where the residual needs the whole gradient (Fira, Channel,
+        Sign), the sum itself. Divide the loss by ``accumulate`` where the mean is meant, as ever.
+
+        Without ``clip``, or with ``norm="running"``, a parameter is stepped inside the last backward pass of the
+        window, and ``step()`` steps only those that got fewer gradients. With ``norm="exact"`` all are stepped in
+        ``step()``: cores wait, and full gradients do not.
+
+        Args:
+            accumulate: backward passes in a window, >= 1.
+            clip: largest norm > 0 of all gradients of a window together, those that are fed back included: as
+                F is orthonormal, |g~|^2 = |z|^2 + |g~ - F z|^2 needs no full gradient, and core and rest are multiplied
+                by the same factor min(1, clip / (norm + 1e-6)). Exact for one gradient, and with error feedback; of
+                several gradients whose rest is dropped, the sum of the rests' norms is taken. Frames are searched
+                before the norm is known, in gradients as they are. None for no limit.
+            norm: "exact" for the norm of this window; "running" for that of the last one (the first is not clipped),
+                which is then multiplied in as gradients come.
+
+        Raises:
+            ValueError: a value outside its interval; a residual or preconditioner that cannot be clipped so; several
+                processes, whose gradients would not be averaged yet.
+            RuntimeError: a gradient is there already, or this was called before. Later, inside ``backward()``: a
+                sparse or non-finite gradient (parameters that were reached before it have been stepped, but with exact
+                clipping; with ``on_nonfinite="skip"`` it alone is dropped), or more gradients than the window has.
+        """
+        check_int("accumulate", accumulate, 1)
+        check_choice("norm", norm, ("exact", "running"))
+        if clip is not None:
+            check_float("clip", clip, 0.0, open_low=True)
+        if self._window is not None:
+            raise RuntimeError("already stepping in the backward pass; call step_after_backward() first")
+        self._check_hooks(clip)
+        self._window = Window(accumulate, clip, norm == "exact")
+        self._window.hooks += [p.register_post_accumulate_grad_hook(self._hook) for p in self.sites if p.requires_grad]
+
+    def step_after_backward(self) -> None:
+        """Undo :meth:`step_in_backward`.
+
+        Raises:
+            RuntimeError: in the middle of a window.
+        """
+        if self._window is None:
+            return
+        if any(True for _ in self._pending()):
+            raise RuntimeError("a window is open, with gradients that are not in any p.grad: call step() first")
+        for hook in self._window.hooks:
+            hook.remove()
+        self._window = None
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """The norm of the last finished window before clipping; None without clipping, and before the first."""
+        return None if self._window is None else self._window.norm
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler.step() first of all.
+
+        Raises:
+            RuntimeError: while stepping in the backward pass.
+        """
+        if self._window is not None:
+            raise RuntimeError(
+                "GradScaler is refused while stepping in the backward pass: it would unscale gradients, and look for "
+                "infinities, after they have been used. Train in bfloat16, which needs no scaling"
+            )
+        return False
+
+    # ------------------------------------------------------------------------------------------------- what steps
+
+    @abstractmethod
+    def apply(self, p: Tensor) -> None:
+        """Steps 5-7 for one parameter that torch's AdamW does not serve."""
+
+    @abstractmethod
+    def _take(self, p: Tensor, gradient: Tensor) -> None:
+        """Steps 1-4 for one parameter that torch's AdamW does not serve."""
+
+    @abstractmethod
+    def _standing(self, unit: Unit) -> Passage:
+        """The passage of a momentum whose frame stays as it is."""
+
+    @abstractmethod
+    def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Torch's AdamW."""
+
+    # ------------------------------------------------------------------------------------------------------ the window
+
+    def _hook(self, p: Tensor) -> None:
+        with torch.no_grad(), gradients.full_precision():
+            self._take_up(p)
+
+    def _take_up(self, p: Tensor) -> None:
+        """Take up a gradient; step the parameter where the window is full and nothing has to be waited for."""
+        window, site, gradient = self._window, self.sites[p], p.grad
+        assert window is not None
+        assert gradient is not None
+        if p in window.stepped:
+            raise RuntimeError(
+                f"{site.name} has got a gradient after it was stepped: a window is {window.accumulate} backward "
+                f"passes, then step(). Reentrant checkpointing of activations, which hands out gradients in pieces, is "
+                f"refused: pass use_reentrant=False"
+            )
+        if not window.stepped:
+            self._check_structure()
+        gradients.check_layout([p], self.sites)
+        p.grad = None
+        if not self._finite(gradient, site.name, window):
+            window.incomplete = True
+            return
+        if not window.exact:
+            factor = window.factor(self.param_groups[0].get(RUNNING, 0.0))
+            gradient = gradient * factor if factor < 1 else gradient
+        if site.plain:
+            _, _, state = self._open(p)
+            state[CORE] = state[CORE].add_(gradient) if CORE in state else gradient
+        else:
+            self._take(p, gradient)
+        count = 1 + max((unit.state.get(WINDOW, 0) for unit in self._opened(p)), default=0)
+        for unit in self._with_gradients(p):
+            unit.state[WINDOW] = count
+        if count == window.accumulate and (window.clip is None or not window.exact):
+            self._step_one(p)
+            window.stepped.add(p)
+
+    def _finish(self, window: Window) -> None:
+        """End of a window: step whatever has a gradient and was not stepped inside the backward pass."""
+        for p in self.sites:
+            if p.grad is not None:  # set by hand
+                self._take_up(p)
+        factor = 1.0
+        if window.clip is not None and window.exact:
+            window.norm = self._total({unit.site.name: self._size(unit) for unit in self._all_with_gradients()})
+            factor = window.factor(window.norm)
+        for p in list(self._pending()):
+            if factor < 1:
+                self._rescale(p, factor)
+            self._step_one(p)
+        if window.clip is not None and not window.exact:
+            applied = window.factor(self.param_groups[0].get(RUNNING, 0.0))
+            units = [unit for p in self.sites for unit in self._opened(p)]
+            sizes = {unit.site.name: unit.state.pop(SIZE) for unit in units if SIZE in unit.state}
+            window.norm = self._total(sizes) / applied
+            for group in self.param_groups:
+                group[RUNNING] = window.norm
+        if window.incomplete:
+            self._count_skipped()
+        window.stepped.clear()
+        window.incomplete = False
+
+    def _step_one(self, p: Tensor) -> None:
+        window, site = self._window, self.sites[p]
+        assert window is not None
+        for unit in self._with_gradients(p):
+            if window.clip is not None and not window.exact:
+                unit.state[SIZE] = self._size(unit)
+            del unit.state[WINDOW]
+            unit.state.pop(REST, None)
+        if not site.plain:
+            self.apply(p)
+            return
+        p.grad = self.state[p].pop(CORE)
+        self._step_dense([p], self.param_groups[self._group_index[p]])
+        p.grad = None
+
+    def _with_gradients(self, p: Tensor) -> list[Unit]:
+        return [unit for unit in self._opened(p) if CORE in unit.state]
+
+    def _all_with_gradients(self) -> Iterator[Unit]:
+        return (unit for p in self.sites for unit in self._with_gradients(p))
+
+    def _pending(self) -> Iterator[Tensor]:
+        return (p for p in self.sites if self._with_gradients(p))
+
+    def _finite(self, gradient: Tensor, name: str, window: Window) -> bool:
+        """Whether a gradient is; one host synchronization."""
+        if bool(norm(gradient).isfinite()) or bool(gradient.isfinite().all()):  # a norm may overflow
+            return True
+        if self.on_nonfinite == "skip":
+            return False
+        done = f"{len(window.stepped)} parameters have been stepped in this window before it" if window.stepped else ""
+        raise RuntimeError(
+            f"non-finite gradient in {name}: {done or 'nothing was stepped'}. Look for a diverging loss, or pass "
+            f'on_nonfinite="skip" to drop such gradients'
+        )
+
+    # -------------------------------------------------------------------------------------------------------- clipping
+
+    @staticmethod
+    def _total(sizes: Mapping[str, Tensor]) -> float:
+        """The norm of all, by one reading of the device."""
+        if not sizes:
+            return 0.0
+        first = next(iter(sizes.values()))
+        return float(norm(torch.stack([size.to(first.device, torch.float32) for size in sizes.values()])))
+
+    @staticmethod
+    def _size(unit: Unit) -> Tensor:
+        """The norm of a unit's gradients of this window, with what was fed back."""
+        core = unit.state[CORE]
+        if not unit.site.projected:
+            return norm(core)
+        return unit.group["residual"].size(core, unit.state[REST], unit.state)
+
+    def _rescale(self, p: Tensor, factor: float) -> None:
+        """Multiply a parameter's gradients of this window, core and rest alike."""
+        for unit in self._with_gradients(p):
+            working = unit.unpacked()
+            if unit.site.projected:
+                residual, core = unit.group["residual"], working.state[CORE]
+                residual.rescale(factor, core, self._standing(working), working.state, unit.group["codec"])
+            working.state[CORE] = working.state[CORE] * factor
+            working.pack_into(unit.state, moved=False)
+
+    # --------------------------------------------------------------------------------------------------------- refusals
+
+    def _check_hooks(self, clip: float | None) -> None:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise ValueError(
+                f"step_in_backward() is refused with {distributed.get_world_size()} processes: gradients reach the "
+                f"hooks before they are averaged over them"
+            )
+        full = [site.name for p, site in self.sites.items() if p.grad is not None]
+        if full:
+            raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")
+        for group in self.param_groups if clip is not None else ():
+            if not group["residual"].rescales:
+                raise ValueError(
+                    f"clip={clip} is refused: residual {group['residual']} adds gradients to a momentum before the "
+                    f"norm of all of them is known"
+                )
+            if group["precondition"] != Plain():
+                raise ValueError(
+                    f"clip={clip} is refused: precondition {group['precondition']} uses gradients before the norm of "
+                    f"all of them is known"
+                )
+
+
+def outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | None) -> Tensor:
+    """The norm of what a window's gradients have outside the frame: what is kept, or a bound on what is dropped.
+
+    Args:
+        kept: |e| of all gradients of the window, where the residual keeps it, else None.
+        seen: the last of them.
+        core: its coordinates.
+        before: the result of the gradients before it; None for the first.
+    """
+    if kept is not None:
+        return kept
+    lost = (norm(seen).square() - norm(core).square()).clamp_min_(0).sqrt_()
+    return lost if before is None else lost + before

@@ -1,0 +1,474 @@
+"""Stepping inside the backward pass: the same steps, without gradients that pile up."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import comoving
+from comoving import LowRankOptimizer, build
+from comoving.codecs import Int8
+from comoving.finders import Exact
+from comoving.precondition import Kronecker
+from comoving.residual import Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from comoving.transport import Keep
+
+REAL = torch.float64
+
+
+class Net(nn.Module):
+    """Layers of all kinds: an embedding, matrices tall and wide, a complex tensor, a tied head, norms."""
+
+    def __init__(self, dtype=torch.float32, tied=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(24, 16)
+        self.up = nn.Linear(16, 40)
+        self.down = nn.Linear(40, 16, bias=False)
+        self.norm = nn.LayerNorm(16)
+        self.lm_head = nn.Linear(16, 24, bias=False)
+        self.to(dtype)
+        self.spectral = nn.Parameter(0.1 * torch.randn(16, 16, 3, dtype=dtype.to_complex()))
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, x):
+        h = self.embed(x)
+        h = h + self.down(torch.relu(self.up(h)))
+        h = h + torch.einsum("bti,iok->bto", h.to(self.spectral.dtype), self.spectral).real.to(h.dtype)
+        return self.lm_head(self.norm(h))
+
+
+def loss_of(model, t, scale=1.0):
+    generator = torch.Generator().manual_seed(t)
+    x = torch.randint(0, 24, (4, 6), generator=generator)
+    y = torch.randint(0, 24, (4, 6), generator=generator)
+    return scale * nn.functional.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
+
+
+def train(model, optimizer, steps, accumulate=1, scheduler=None, scale=1.0):
+    for t in steps:
+        for k in range(accumulate):
+            (loss_of(model, 100 * t + k, scale) / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def close(a, b, tolerance):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ------------------------------------------------------------------------------------------------------- the same steps
+
+
+@pytest.mark.parametrize("recipe", sorted(comoving.recipes()))
+def test_every_recipe_takes_the_steps_of_an_ordinary_loop(recipe):
+    models = Net(), Net()
+    optimizers = [build(recipe, model, lr=1e-2) for model in models]
+    optimizers[1].step_in_backward()
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6) for optimizer in optimizers]
+    for model, optimizer, scheduler in zip(models, optimizers, schedulers, strict=True):
+        train(model, optimizer, range(6), scheduler=scheduler)
+    assert same(*models)
+
+
+@pytest.mark.parametrize("residual", [Discard(), Feedback(), Feedback(lazy=False), Fira(), Sign(), Sparse()], ids=str)
+def test_gradients_accumulate_in_the_subspace(residual):
+    models = Net(), Net()
+    optimizers = [
+        LowRankOptimizer(m.named_parameters(), 1e-2, residual=residual, codec=Int8(), refresh_every=2, transport=Keep())
+        for m in models
+    ]
+    optimizers[0].step_in_backward(accumulate=3)
+    train(models[0], optimizers[0], range(5), accumulate=3)
+    # By hand: cores through absorb, dense parameters by the sum.
+    model, optimizer = models[1], optimizers[1]
+    for t in range(5):
+        sums = {}
+        for k in range(3):
+            (loss_of(model, 100 * t + k) / 3).backward()
+            for p, site in optimizer.sites.items():
+                if site.plain:
+                    sums[p] = sums[p].add_(p.grad) if p in sums else p.grad.clone()
+                else:
+                    optimizer.absorb(p, p.grad)
+            model.zero_grad()
+        for p, site in optimizer.sites.items():
+            if not site.plain:
+                optimizer.apply(p)
+        for p, gradient in sums.items():
+            p.grad = gradient
+        optimizer.step()
+        model.zero_grad()
+    assert same(*models)
+
+
+def test_no_gradient_survives_the_hook_and_full_ones_are_not_held():
+    model = Net()
+    optimizer = build("galore", model, lr=1e-2, rank=4)
+    optimizer.step_in_backward(accumulate=2, clip=1.0)
+    alive = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda p: alive.append(sum(q.grad is not None for q in model.parameters()))
+        )
+    loss_of(model, 0).backward()
+    assert alive == [0] * len(list(model.parameters()))
+    for p, site in optimizer.sites.items():
+        core = optimizer.state[p]["core"]
+        assert tuple(core.shape) == site.core_shape
+        assert optimizer.state[p]["window"] == 1
+        if site.projected:
+            assert core.numel() < p.numel()
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_parameter_without_all_gradients_of_the_window_is_stepped_at_its_end(clip):
+    model = Net()
+    optimizer = build("comoving", model, lr=1e-2)
+    optimizer.step_in_backward(accumulate=2, clip=clip)
+    before = copy.deepcopy(model)
+    loss_of(model, 0).backward()
+    model.up.weight.sum().backward()
+    by_hand = model.norm.weight
+    by_hand.grad = torch.ones_like(by_hand)
+    optimizer.step()
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert not any("core" in state for state in optimizer.state.values())
+    optimizer.step()  # an empty window
+    optimizer.step_after_backward()
+    optimizer.step_after_backward()
+    loss_of(model, 1).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_closure_fills_the_window():
+    models = Net(), Net()
+    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers[1].step_in_backward()
+    for model, optimizer in zip(models, optimizers, strict=True):
+
+        def closure(model=model):
+            model.zero_grad()
+            loss = loss_of(model, 3)
+            loss.backward()
+            return loss.item()
+
+        assert optimizer.step(closure) > 0
+    assert same(*models)
+
+
+def test_tied_weights_are_stepped_once():
+    models = Net(tied=True), Net(tied=True)
+    optimizers = [build("comoving", m, lr=1e-2, project=["*embed*"]) for m in models]
+    optimizers[1].step_in_backward()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(4))
+        assert optimizer.sites[model.embed.weight].projected
+        assert int(optimizer.state[model.embed.weight]["step"]) == 4
+    assert same(*models)
+
+
+def test_experts_without_a_gradient_take_no_step():
+    models = [nn.ParameterDict({"experts": nn.Parameter(torch.ones(3, 12, 16))}) for _ in range(2)]
+    optimizers = [build("comoving", m, lr=1e-2, experts=["experts"]) for m in models]
+    optimizers[1].step_in_backward(accumulate=2, clip=1e-3)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for t in range(3):
+            for _ in range(2):
+                g = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(t)) / 2
+                g[t % 3] = 0
+                if optimizer is optimizers[0]:
+                    optimizer.absorb(model["experts"], 1e-3 * g)
+                else:
+                    (g * model["experts"]).sum().backward()
+            optimizer.apply(model["experts"]) if optimizer is optimizers[0] else optimizer.step()
+    assert optimizers[1].gradient_norm is not None
+    steps = [
+        [int(optimizer.state[m["experts"]][str(b)]["step"]) for b in range(3)]
+        for m, optimizer in zip(models, optimizers, strict=True)
+    ]
+    assert steps[0] == steps[1] == [2, 2, 2]
+    assert not torch.equal(models[1]["experts"], torch.ones(3, 12, 16))
+
+
+# ------------------------------------------------------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize("residual", [Discard(), Fira(), Sign(), Sparse(), Sparse(first=False)], ids=str)
+def test_clipping_one_gradient_is_clipping_as_torch_does(residual):
+    """With a finder that looks at this gradient alone: others see it beside the momentum before it is clipped."""
+    models = Net(REAL), Net(REAL)
+    options = {"residual": residual, "finder": Exact(), "refresh_every": 2, "transport": Keep()}
+    optimizers = [LowRankOptimizer(model.named_parameters(), 1e-2, **options) for model in models]
+    optimizers[1].step_in_backward(clip=0.3)
+    for t in range(5):
+        loss_of(models[0], t).backward()
+        total = nn.utils.clip_grad_norm_(models[0].parameters(), 0.3)
+        optimizers[0].step()
+        models[0].zero_grad()
+        loss_of(models[1], t).backward()
+        optimizers[1].step()
+        close(*models, 1e-6)
+        assert total > 0.3
+        assert optimizers[1].gradient_norm == pytest.approx(float(total), rel=1e-4)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipping_with_feedback_scales_the_core_and_what_is_kept(lazy, accumulate):
+    """Adam on z = c F^T (g + e) with e <- c (g + e) - F z, in a frame that stays, written out."""
+    shape, rank, lr, clip = (12, 20), 3, 1e-2, 4.0
+    p = nn.Parameter(torch.zeros(shape, dtype=REAL))
+    residual = Feedback(lazy=lazy)
+    optimizer = LowRankOptimizer([p], lr, rank, residual=residual, refresh_every=100, weight_decay=0.0, scale=1.0)
+    optimizer.step_in_backward(accumulate, clip=clip)
+    e, w = torch.zeros(shape, dtype=REAL), torch.zeros(shape, dtype=REAL)
+    m = v = 0.0
+    for t in range(1, 8):
+        gradients = [
+            torch.randn(shape, dtype=REAL, generator=torch.Generator().manual_seed(10 * t + k)) for k in range(2)
+        ]
+        for g in gradients[:accumulate]:
+            (p * g).sum().backward()
+        optimizer.step()
+        frame = optimizer.state[p]["frame.0"]
+        seen = sum(gradients[:accumulate]) + e
+        size = seen.norm()
+        c = min(1.0, clip / (size + 1e-6))
+        assert c < 1
+        assert optimizer.gradient_norm == pytest.approx(float(size), rel=1e-6)
+        z = c * frame.T @ seen
+        e = c * seen - frame @ z
+        m, v = 0.9 * m + 0.1 * z, 0.999 * v + 0.001 * z**2
+        w = w - lr * frame @ (m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+        torch.testing.assert_close(p.detach(), w, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [REAL, torch.complex128])
+def test_both_ways_of_keeping_feedback_clip_alike_through_refreshes(dtype):
+    weights = []
+    for lazy in (True, False):
+        p = nn.Parameter(torch.zeros(8, 9, 10, dtype=dtype))
+        optimizer = LowRankOptimizer([p], 1e-2, 0.3, residual=Feedback(lazy=lazy), refresh_every=2)
+        optimizer.step_in_backward(accumulate=2, clip=5.0)
+        for t in range(14):
+            g = torch.randn(p.shape, dtype=dtype, generator=torch.Generator().manual_seed(t)).conj()
+            (p * g).sum().real.backward() if dtype.is_complex else (p * g).sum().backward()
+            if t % 2:
+                optimizer.step()
+                assert optimizer.gradient_norm > 5
+        weights.append(p.detach())
+    torch.testing.assert_close(*weights, rtol=1e-7, atol=1e-9)
+
+
+def test_the_running_norm_clips_by_the_last_window():
+    models = Net(REAL), Net(REAL)
+    optimizers = [build("galore", model, lr=1e-2) for model in models]
+    optimizers[1].step_in_backward(clip=0.3, norm="running")
+    last = 0.0
+    for t in range(5):
+        loss_of(models[0], t).backward()
+        size = float(nn.utils.get_total_norm([p.grad for p in models[0].parameters()]))
+        for p in models[0].parameters():
+            p.grad *= min(1.0, 0.3 / (last + 1e-6))
+        last = size
+        optimizers[0].step()
+        models[0].zero_grad()
+        loss_of(models[1], t).backward()
+        assert optimizers[1].state[models[1].up.weight]["step"] == t + 1  # inside the backward pass
+        optimizers[1].step()
+        assert optimizers[1].gradient_norm == pytest.approx(size, rel=1e-4)
+        close(*models, 1e-6)
+
+
+@pytest.mark.parametrize("norm", ["exact", "running"])
+def test_a_loose_limit_changes_nothing(norm):
+    models = Net(), Net()
+    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers[1].step_in_backward(clip=1e6, norm=norm)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(6))
+    assert same(*models)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("recipe", ["comoving", "fira", "tensorgrad", "soap", "adamw"])
+@pytest.mark.parametrize(("clip", "norm"), [(None, "exact"), (0.3, "exact"), (0.3, "running")])
+def test_saving_in_the_middle_of_a_window_is_exact(recipe, clip, norm):
+    def new():
+        model = Net()
+        optimizer = build(recipe, model, lr=1e-2)
+        optimizer.step_in_backward(accumulate=2, clip=clip, norm=norm)
+        return model, optimizer
+
+    model, optimizer = new()
+    train(model, optimizer, range(3), accumulate=2)
+    loss_of(model, 1000).backward()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    other, restored = new()
+    saved = torch.load(file, weights_only=True)
+    other.load_state_dict(saved["model"])
+    restored.load_state_dict(saved["optimizer"])
+    for m, o in ((model, optimizer), (other, restored)):
+        loss_of(m, 1001).backward()
+        o.step()
+        train(m, o, range(5, 8), accumulate=2)
+    assert same(model, other)
+    assert optimizer.gradient_norm == restored.gradient_norm
+
+
+# ------------------------------------------------------------------------------------------- with the rest of torch
+
+
+def test_autocast_and_a_compiled_model():
+    models = Net(), Net()
+    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers[1].step_in_backward(accumulate=2, clip=0.5)
+    optimizers[0].step_in_backward(accumulate=2, clip=0.5)
+    ways = models[0], torch.compile(models[1], backend="aot_eager")
+    for model, optimizer in zip(ways, optimizers, strict=True):
+        for t in range(4):
+            for k in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss_of(model, 10 * t + k).backward()
+            optimizer.step()
+    assert same(*models)
+
+
+def test_checkpointed_activations():
+    """Without reentrance all is as ever; with it, gradients come in pieces where a weight is used twice."""
+    models = Net(), Net()
+    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers[1].step_in_backward()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(3):
+            h = model.embed(torch.arange(24))
+            inner = checkpoint(lambda h, model=model: model.down(torch.relu(model.up(h))), h, use_reentrant=False)
+            inner.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(*models)
+    model, optimizer = models[1], optimizers[1]
+    h = model.embed(torch.arange(24))
+    for _ in range(2):
+        h = checkpoint(lambda h: model.down(torch.relu(model.up(h))), h, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        h.square().sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"accumulate": 0}, ValueError, r"accumulate.*>= 1.*0"),
+        ({"accumulate": 1.5}, TypeError, "accumulate"),
+        ({"clip": 0.0}, ValueError, r"clip.*0"),
+        ({"clip": float("nan")}, ValueError, "clip"),
+        ({"norm": "max"}, ValueError, "norm.*exact.*running"),
+    ],
+)
+def test_options_outside_their_interval(options, error, match):
+    optimizer = build("comoving", Net())
+    with pytest.raises(error, match=match):
+        optimizer.step_in_backward(**options)
+    optimizer.step_in_backward()
+    with pytest.raises(RuntimeError, match="already"):
+        optimizer.step_in_backward()
+
+
+@pytest.mark.parametrize("options", [{"residual": MomentumBuffer()}, {"precondition": Kronecker()}], ids=str)
+def test_what_cannot_be_clipped_afterwards(options):
+    optimizer = LowRankOptimizer([nn.Parameter(torch.ones(12, 20))], **options)
+    with pytest.raises(ValueError, match=r"clip=1.0 is refused: (residual|precondition)"):
+        optimizer.step_in_backward(clip=1.0)
+    optimizer.step_in_backward()
+
+
+def test_gradients_that_are_there_already():
+    model = Net()
+    optimizer = build("comoving", model)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="embed.weight.* has a gradient already"):
+        optimizer.step_in_backward()
+    optimizer.zero_grad()
+    optimizer.step_in_backward(accumulate=2)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="window is open"):
+        optimizer.step_after_backward()
+
+
+def test_more_backward_passes_than_the_window_has():
+    model = Net()
+    optimizer = build("comoving", model)
+    optimizer.step_in_backward()
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="got a gradient after it was stepped"):
+        loss_of(model, 1).backward()
+
+
+def test_a_gradient_that_is_not_finite():
+    model = Net()
+    optimizer = build("comoving", model)
+    optimizer.step_in_backward(clip=1.0)
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="non-finite gradient in lm_head.weight: nothing was stepped"):
+        loss_of(model, 0, float("nan")).backward()
+    assert same(model, before)
+
+    other = Net()
+    skipping = build("comoving", other, on_nonfinite="skip")
+    skipping.step_in_backward(accumulate=2)
+    train(other, skipping, range(2), accumulate=2)
+    (loss_of(other, 0) / 2).backward()
+    loss_of(other, 1, float("inf")).backward()
+    before = [p.detach().clone() for p in other.parameters()]
+    skipping.step()
+    assert skipping.skipped_steps == 1
+    moved = [not torch.equal(p, q) for p, q in zip(other.parameters(), before, strict=True)]
+    assert all(moved)  # by the gradient that was finite
+    assert all(
+        bool(torch.view_as_real(p).isfinite().all() if p.is_complex() else p.isfinite().all())
+        for p in other.parameters()
+    )
+    loss_of(other, 2, float("inf")).backward()
+    loss_of(other, 3, float("inf")).backward()
+    before = copy.deepcopy(other)
+    skipping.step()
+    assert skipping.skipped_steps == 2
+    assert same(other, before)
+
+
+def test_a_gradient_scaler_is_refused():
+    model = Net()
+    optimizer = build("comoving", model)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer.step_in_backward()
+    scaler.scale(loss_of(model, 0)).backward()
+    with pytest.raises(RuntimeError, match="GradScaler is refused.*bfloat16"):
+        scaler.step(optimizer)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    optimizer = build("comoving", Net())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="refused with 2 processes"):
+        optimizer.step_in_backward()
