@@ -109,6 +109,12 @@ class Container(Optimizer):
         group = self.defaults | param_group
         check_options(group)
         sites = decide(pairs, group, first=len(self.sites))
+        deferred = [site.name for site in sites if site.deferred]
+        if deferred and self.on_nonfinite == "skip":
+            raise ValueError(
+                f"on_nonfinite='skip' is refused: {', '.join(deferred)} would be merged at a skipped refresh, "
+                f"which cannot be undone without reading the device; use 'raise'"
+            )
         sites = self._within_budget(dict(zip(params, sites, strict=True)), group)
         super().add_param_group({**param_group, "params": pairs if pairs[0][0] is not None else params})
         self._place(params, sites, len(self.param_groups) - 1)

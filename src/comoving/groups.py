@@ -23,7 +23,7 @@ from .sites import Site
 from .slots import Kind
 from .validate import check_choice, check_float, check_int
 from .views import Heads, View, check_view
-from .weights import codes_of
+from .weights import DeferringLinear, codes_of
 
 Selector = str | type[nn.Module]
 """A glob pattern for parameter names ("*.attn.*"), or a module type."""
@@ -160,9 +160,11 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         raise ValueError(f"{label}: an optimizer needs floating-point or complex parameters, got {p.dtype}")
     try:
         view = View(group["view"] if p.ndim > 1 else "tensor", tuple(p.shape), p.dtype)
-        coded = codes_of(p) is not None
+        codes = codes_of(p)
+        coded, deferred = codes is not None, isinstance(codes, DeferringLinear)
         rounded = group["rounding"] == "stochastic" and p.dtype == torch.bfloat16 and not coded
-        dense = Site(label, view, (None,) * len(view.shape), view.shape, "", index=index, rounded=rounded, coded=coded)
+        dense = Site(label, view, (None,) * len(view.shape), view.shape, "", index=index)
+        dense = replace(dense, rounded=rounded, coded=coded, deferred=deferred)
         modes = sum(d > 1 for d in view.shape)
         given = (group["reasons"] or {}).get(name)
         reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)

@@ -16,7 +16,7 @@ from . import state as slots
 from .backward import InBackward, outside
 from .codecs import Codec, Full
 from .container import Unit
-from .finders import NEXT, Finder, Memory, Operand, Power
+from .finders import MERGED, NEXT, REFRESHES, Finder, Memory, Operand, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, update_scale
@@ -35,7 +35,7 @@ from .schedule import next_refresh, refresh_due
 from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_float, check_int
 from .views import Heads, ViewName
-from .weights import codes_of
+from .weights import DeferringLinear, codes_of
 
 
 class LowRankOptimizer(InBackward):
@@ -236,6 +236,8 @@ class LowRankOptimizer(InBackward):
     def apply(self, p: Tensor) -> None:
         """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it."""
         view, codes = self.sites[p].view, codes_of(p)
+        if isinstance(codes, DeferringLinear):
+            return self._apply_deferred(p, codes)
         storage = view.see_storage(p) if codes is None else None
         weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
         units = self._with_core(p, weights)
@@ -246,6 +248,23 @@ class LowRankOptimizer(InBackward):
             codes.encode(view.restore(weights))
         elif codes is None and storage is None:
             p.copy_(self._rounded(p, view.restore(weights), [unit for unit, _ in units]))  # once, at the end
+
+    def _apply_deferred(self, p: Tensor, codes: DeferringLinear) -> None:
+        """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
+        for unit, weights in self._with_core(p, codes.decode()):
+            count, merged = (unit.state[slots.MEMORY + name] for name in (REFRESHES, MERGED))
+            if int(count) == int(merged) and codes.change is not None:
+                with gradients.full_precision():
+                    self._apply(unit, weights)
+                codes.take(weights, 1 - unit.group["lr"] * unit.group["weight_decay"])
+                continue
+            frame: Any = unit.frame()
+            (mode,) = (n for n, u in enumerate(frame.factors) if u is not None)
+            with gradients.full_precision():
+                codes.merge(weights, frame.factors[mode], mode == 0)
+            merged.copy_(count)
+            del unit.state["core"]
+            unit.state["tick"] += 1
 
     def _rounded(self, p: Tensor, weights: Tensor, units: list[Unit]) -> Tensor:
         """Weights as they are written to a parameter, whose own dtype does the rest."""

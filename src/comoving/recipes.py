@@ -16,6 +16,7 @@ from .finders import (
     Correlation,
     CosineSelection,
     Exact,
+    Growing,
     Lazy,
     NystroemTucker,
     Oja,
@@ -129,6 +130,21 @@ _RECIPES = (
             bases=Int4(block=256, table="linear"),
             refresh_every=200,
             scale=0.25,
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "loqt",
+        "galore with exponentially growing intervals, at which its changes are merged into 4-bit weights; with "
+        "quantize(model, Int4(), compensate=5)",
+        "2405.16528",
+        dict(
+            finder=Growing(),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=100,
+            scale=0.5,
         ),  # fmt: skip
         relative_rate=10.0,
     ),
@@ -405,7 +421,8 @@ def build(
 
     A recipe acts on the optimizer alone. "q-galore" trains 8-bit weights in its paper: that is a choice at the model,
     ``comoving.weights.quantize(model)`` before ``build("q-galore", model)``, and the optimizer then writes codes,
-    rounded stochastically. Without it the weights stay as they are.
+    rounded stochastically. Likewise ``quantize(model, Int4(), compensate=5)`` before ``build("loqt", model)``. Without
+    these calls the weights stay as they are.
 
     Args:
         recipe: a name of :func:`recipes`, optionally with the suffix "+ef" for error feedback, where what lies outside

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from .codecs import Full, RankOne
+from .finders import REFRESHES
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes
-from .residual import Feedback, Sparse
+from .residual import Discard, Feedback, Sparse
 from .rules import Rule
 from .sites import Site
 from .slots import Kind
@@ -70,12 +71,29 @@ def check_site(site: Site, group: Group) -> None:
     Raises:
         ValueError: naming the parameter, the hyper-parameter, and why.
     """
+    if site.deferred:
+        _check_deferred(site, group)
     for role, applies, reason in _PROJECTED if site.projected else _WHOLE:
         if applies(site, group):
             kind = "half precision" if role == "rounding" else _kind(site)
             value = group["betas"][1] if role == "betas[1]" else group[role]
             text = reason.format(**{name: group[name] for name in ("transport", "frame", "rule")})
             raise ValueError(f"{role}={value!r} is refused: {site.name} is {kind}, {text}")
+
+
+def _check_deferred(site: Site, group: Group) -> None:
+    """Raise unless updates lie in a frame of one side, and a finder counts its refreshes."""
+    reason = None
+    if not site.projected:
+        reason = f"and is not projected ({site.reason}): leave its layer out by skip="
+    elif type(group["frame"]) is not Modes or site.view.name != "tensor" or not _one_side_of_a_matrix(site):
+        reason = f"and frame {group['frame']} is not one factor on one side of the matrix: use Modes(), side='auto'"
+    elif not isinstance(group["residual"], Discard):
+        reason = f"and residual {group['residual']} may move it outside of that frame: use Discard()"
+    elif REFRESHES not in group["finder"].parts(site.view.shape, site.ranks, site.view.dtype):
+        reason = f"and finder {group['finder']} does not count its refreshes: use Growing(...)"
+    if reason is not None:
+        raise ValueError(f"{site.name} keeps its change in a frame beside its codes (compensate=), {reason}")
 
 
 def _kind(site: Site) -> str:

@@ -24,6 +24,7 @@ class Site:
             gets AdamW whatever the rule.
         rounded: whether updates are rounded into bfloat16 stochastically, by random bits that are seeded in its state.
         coded: whether its numbers are stored in codes (:mod:`comoving.weights`).
+        deferred: whether its codes are written at refreshes only.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Site:
     whole: bool = False
     rounded: bool = False
     coded: bool = False
+    deferred: bool = False
 
     @property
     def blocks(self) -> int:

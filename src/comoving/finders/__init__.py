@@ -1,11 +1,12 @@
 """Finders: what a frame is made from, and how."""
 
 from .amortized import Amortized
-from .base import NEXT, Finder, Memory, Memoryless
+from .base import MERGED, NEXT, REFRESHES, Finder, Memory, Memoryless
 from .block_selection import BlockSelection
 from .correlation import Correlation
 from .cosine import CosineSelection
 from .exact import Exact
+from .growing import Growing
 from .hooi import HOOI
 from .incremental import IncrementalSVD
 from .lazy import Lazy
@@ -29,9 +30,11 @@ __all__ = [
     "CosineSelection",
     "Exact",
     "Finder",
+    "Growing",
     "HOOI",
     "IncrementalSVD",
     "Lazy",
+    "MERGED",
     "Memory",
     "Memoryless",
     "NEXT",
@@ -40,6 +43,7 @@ __all__ = [
     "Oja",
     "Operand",
     "Power",
+    "REFRESHES",
     "RandomProjection",
     "Randomized",
     "RandomizedTucker",

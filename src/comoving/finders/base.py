@@ -91,6 +91,10 @@ class Timed(Protocol):
 
 NEXT = "next"
 """The memory's slot, on the host, of a finder that times its own refreshes: the step of the next one."""
+REFRESHES = "refreshes"
+"""The memory's slot, on the host, of a finder that counts its refreshes."""
+MERGED = "merged"
+"""The slot beside it for the last of them at which weights were merged (:class:`comoving.weights.DeferringLinear`)."""
 DRAWS = "draws"
 """The memory's slot for the number of draws so far."""
 drawing = Part((), torch.int64, scalar=True)

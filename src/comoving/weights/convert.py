@@ -5,10 +5,12 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..codecs import Int4, Int8
 from ..draws import scramble
 from ..validate import check_int
+from .deferring import DeferringLinear
 from .linear import QuantizedLinear, WeightCodec
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,6 +26,7 @@ def quantize(
     modules: Sequence[type[nn.Linear]] = (nn.Linear,),
     skip: Sequence[str] = (),
     seed: int = 0,
+    compensate: int | None = None,
 ) -> Model:
     """Replace linear layers by :class:`QuantizedLinear`, in place: of their weights only codes are kept.
 
@@ -37,6 +40,8 @@ def quantize(
         modules: exact types of the layers to replace, with nn.Linear's own forward.
         skip: glob patterns of the names of layers that stay as they are, such as "lm_head".
         seed: of stochastic rounding; each layer's own follows from it and the layer's place.
+        compensate: None to encode every update; a number >= 0 to keep updates beside the codes between refreshes, and
+            merge them with so many repetitions of error compensation (:class:`DeferringLinear`), for the recipe "loqt".
 
     Returns:
         The model.
@@ -48,6 +53,8 @@ def quantize(
     """
     _check_choice(codec, modules)
     check_int("seed", seed, 0)
+    if compensate is not None:
+        check_int("compensate", compensate, 0)
     found = [
         (path, m)
         for path, m in model.named_modules(remove_duplicate=False)
@@ -65,7 +72,8 @@ def quantize(
         _check(model, path, module, holders)
     for index, (path, module) in enumerate(chosen):
         weight: Any = module.weight
-        stored = QuantizedLinear(weight, _bias(module), codec, scramble(seed, index))
+        own = _bias(module), codec, scramble(seed, index)
+        stored = QuantizedLinear(weight, *own) if compensate is None else DeferringLinear(weight, *own, compensate)
         _replace(model, path, stored.train(module.training))
     return model
 
@@ -109,6 +117,8 @@ def _check(model: nn.Module, path: str, module: nn.Linear, holders: dict[int, li
     if isinstance(parent, _READERS):
         kind = type(parent).__name__
         raise ValueError(f"{path}: {kind} reads its layers' weights itself, where codes would be missed; use skip=")
+    if is_lazy(weight):
+        raise ValueError(f"{path}.weight is not initialized yet: run the model once")
     if weight.is_complex():
         raise TypeError(f"{path}.weight is {weight.dtype}: only real weights are stored in codes; use skip=")
     names = holders[id(weight)]

@@ -14,6 +14,8 @@ from ..codecs import Int4, Int8
 from ..draws import scramble
 
 WeightCodec = Int8 | Int4
+FACTOR, CHANGE = "factor", "change"
+"""Buffers of :class:`comoving.weights.DeferringLinear`."""
 
 
 class QuantizedLinear(nn.Module):
@@ -67,9 +69,18 @@ class QuantizedLinear(nn.Module):
         """What is stored on the weight's device, without the seed."""
         return [x for x in self.parts().values() if x.ndim > 0]
 
+    def codes_alone(self) -> Tensor:
+        """What the codes say, a new tensor, in float32 or the carrier's wider dtype."""
+        return self.codec.decode(self.parts(), (self.out_features, self.in_features), _working(self.weight.dtype))
+
     def decode(self) -> Tensor:
         """W, a new tensor, in float32 or the carrier's wider dtype."""
-        return self.codec.decode(self.parts(), (self.out_features, self.in_features), _working(self.weight.dtype))
+        return _read(self.codec, self._kept(), (self.out_features, self.in_features), _working(self.weight.dtype))
+
+    def _kept(self) -> dict[str, Tensor]:
+        """All that W is read of."""
+        kept = {name: part for name, part in self.parts().items() if part.ndim > 0}
+        return kept | {name: x for name in (FACTOR, CHANGE) if (x := self._buffers.get(name)) is not None}
 
     def encode(self, x: Tensor) -> None:
         """Store W, rounded as the codec rounds; overwrites x, contiguous and in the dtype of :meth:`decode`."""
@@ -96,7 +107,7 @@ class QuantizedLinear(nn.Module):
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
             x = x.to(dtype)
-        stored = {name: part for name, part in self.parts().items() if part.ndim > 0}
+        stored = self._kept()
         apply: Callable[..., Tensor] = _Product.apply
         return apply(x, self.weight, self.bias, self.codec, dtype, tuple(stored), *stored.values())
 
@@ -114,7 +125,7 @@ class QuantizedLinear(nn.Module):
         if moved.dtype.is_complex:
             raise TypeError(f"a QuantizedLinear holds a real weight, and cannot become {moved.dtype}")
         parameters, buffers = self._parameters, self._buffers
-        self._parameters, self._buffers = {"bias": self.bias}, {}
+        self._parameters, self._buffers = {"bias": self.bias}, {}  # dtypes of what is stored stay
         try:
             super()._apply(fn, recurse)
             parameters["bias"] = self._parameters["bias"]
@@ -241,4 +252,13 @@ class _Product(torch.autograd.Function):
 
 def _decoded(ctx: Any, stored: Any) -> Tensor:
     parts = dict(zip(ctx.names, stored, strict=True))
-    return ctx.codec.decode(parts, ctx.shape, _working(ctx.dtype)).to(ctx.dtype)
+    return _read(ctx.codec, parts, ctx.shape, _working(ctx.dtype)).to(ctx.dtype)
+
+
+def _read(codec: WeightCodec, parts: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """W = decode(codes), + P B or B P^T where there is a change in a frame."""
+    codes = codec.decode(parts, shape, dtype)
+    if CHANGE not in parts:
+        return codes
+    p, b = parts[FACTOR].to(dtype), parts[CHANGE].to(dtype)
+    return codes.addmm_(p, b) if tuple(b.shape) == (p.shape[1], shape[1]) else codes.addmm_(b, p.mT)
