@@ -355,3 +355,20 @@ def test_options_of_torchs_adamw_are_refused_for_dense_codes(option):
     model = quantize(network())
     with pytest.raises(ValueError, match=f"{option}=True is refused: w is stored in codes"):
         comoving.LowRankOptimizer([("w", model[0].weight)], rank=1.0, **{option: True})
+
+
+@pytest.mark.parametrize(("recipe", "options"), [("q-galore", {}), ("loqt", {"codec": Int4(), "compensate": 1})])
+def test_steps_inside_the_backward_pass_are_those_after_it(recipe, options):
+    models = []
+    for inside in (False, True):
+        model = quantize(network(BF16), **options)
+        optimizer = comoving.build(recipe, model, 1e-2, rank=8, refresh_every=3, rounding="stochastic")
+        if inside:
+            optimizer.step_in_backward()
+        for t in range(5):
+            optimizer.zero_grad()
+            model(batch(BF16, t)).float().square().sum().backward()
+            assert (model[0].weight.grad is None) == inside
+            optimizer.step()
+        models.append(model)
+    assert same(*models) and torch.equal(models[0][0].bias, models[1][0].bias)
