@@ -18,7 +18,7 @@ from comoving.ranks import Energy
 from comoving.residual import Feedback, MomentumBuffer
 from comoving.transport import Carry, Keep, Reset, Rotate
 from contract.support import COMPLEX, REAL, Holder, close, lone, randn, random_frame, step
-from test_moments import build, flat_states, saved, states_equal, train
+from test_moments import build, flat_states, saved, states_equal, train, travelled
 
 F32, C64 = torch.float32, torch.complex64
 DRAWN = Int8(table="dynamic", rounding="stochastic")
@@ -282,6 +282,17 @@ def test_feedback_telescopes_in_coded_frames():
     used = unit.state["moment.first"] * unit.state["feedback.weight"] + unit.state["feedback.momenta.value"]
     kept = unit.state["feedback.gradients.value"] - unit.frame().lift(used)
     close(sums + 4.0 * m + kept, total, 1e-9)
+
+
+@pytest.mark.parametrize("role", ["moments", "codec", "bases"])
+def test_training_tracks_a_state_that_is_stored_plainly(role):
+    (q, full) = build(SHAPES, residual=Feedback())
+    starts = [x.detach().clone() for x in q]
+    train(q, full, 0, 20)
+    for codec, limit in ((Int8(table="dynamic"), 0.08), (DRAWN, 0.12), (Int4(), 0.35)):
+        p, coded = build(SHAPES, residual=Feedback(), **{role: codec})
+        train(p, coded, 0, 20)
+        assert 0 < travelled(p, q, starts) < limit
 
 
 # ----------------------------------------------------------------------------------------------------------- seeds

@@ -11,6 +11,7 @@ from comoving.residual import Feedback, Passage
 from contract.support import (
     CODECS,
     COMPLEX,
+    DRAWN,
     REAL,
     TRANSPORTS,
     close,
@@ -114,7 +115,7 @@ def test_a_changing_decay_rate_loses_nothing(shape, ranks, lazy, beta1, dtype):
 
 @FIELDS
 @pytest.mark.parametrize("lazy", [True, False])
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", [*CODECS, *DRAWN], ids=str)
 def test_the_lost_momentum_enters_raw(codec, lazy, dtype):
     """e = g~ - F' z + a/b (F m - F' m'), for any momentum handed over: no bias correction of m."""
     shape, residual = (6, 9), Feedback(lazy)
@@ -213,7 +214,7 @@ def test_no_block_crosses_rows_of_mode_0(codec, shape, dtype):
     assert all(part.shape[0] == shape[0] for part in encoded(codec, x).values())
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", [*CODECS, *DRAWN], ids=str)
 def test_complex_is_stored_as_pairs(codec):
     x = randn((5, 37), torch.complex64)
     assert torch.equal(torch.view_as_real(roundtrip(codec, x)), roundtrip(codec, torch.view_as_real(x)))
@@ -228,7 +229,7 @@ def test_bfloat16_rounds_to_nearest(sample, dtype):
     assert (decoded - x).norm() <= BFloat16().error(encoded(BFloat16(), x)) * (1 + 1e-5) + FLOOR
 
 
-@pytest.mark.parametrize("codec", LOSSY, ids=str)
+@pytest.mark.parametrize("codec", [*LOSSY, *DRAWN], ids=str)
 def test_the_reported_error_is_not_far_above_the_true_one(codec):
     x = randn((32, 600), torch.float32)
     true, said = (roundtrip(codec, x) - x).norm(), codec.error(encoded(codec, x))

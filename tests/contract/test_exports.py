@@ -139,7 +139,7 @@ def test_parts_are_frozen_values(part):
         (CosineSelection, "norm", 3, "1, 2"),
         (Cosines, "min_size", 1, ">= 2"),
         (Seeded, "min_size", 0, ">= 2"),
-        (Seeded, "stored", 2, "True, False"),
+        (Seeded, "stored", "no", "True"),
         (SequentialHOSVD, "momentum", 1.0, r"\[0, 1\)"),
         (SequentialHOSVD, "method", "qr", "'gram', 'svd'"),
         (HOOI, "momentum", -0.1, r"\[0, 1\)"),
