@@ -40,7 +40,14 @@ def stochastic_bfloat16(x: Tensor, random: torch.Generator) -> Tensor:
     """
     # A float's magnitude, read as an integer, is linear between neighbours: adding 16 random bits below the cut carries
     # into it with just that probability.
-    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=random)
-    bits = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(2**16))
-    rounded = bits.view(torch.float32).to(torch.bfloat16)
+    bits = _sixteen_bits(x, random).add_(x.contiguous().view(torch.int32)).bitwise_right_shift_(16)
+    rounded = bits.to(torch.int16).view(torch.bfloat16)
     return torch.where(x.abs() <= _LARGEST, rounded, x.to(torch.bfloat16))
+
+
+def _sixteen_bits(like: Tensor, random: torch.Generator) -> Tensor:
+    """Integers in [0, 2^16), int32, of this shape: four from each draw of 64 bits, which takes half as long."""
+    count = like.numel()
+    draws = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device)
+    draws.random_(-(2**63), None, generator=random)
+    return draws.view(torch.int16)[:count].to(torch.int32).bitwise_and_(2**16 - 1).view(like.shape)
