@@ -45,7 +45,7 @@ _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
 _STRUCTURE = (
     "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments", "bases",
-    "scale",    "refresh_every", "amsgrad",
+    "scale", "refresh_every", "amsgrad", "rounding",
 )  # fmt: skip
 # Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
 _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}

@@ -22,9 +22,16 @@ from .ranks.limit import limit_bytes, parse_budget
 from .rules.turn import Turn
 from .schedule import stagger
 from .sites import Site
+from .weights import codes_of
 
 # Keys of param groups that are not hyper-parameters.
 _FOREIGN = {"params", "param_names", "name", "initial_lr", slots.RUNNING, slots.VALIDATION}
+
+
+def _numbers(p: Tensor) -> list[Tensor]:
+    """The tensors that hold a parameter's numbers: its codes, or itself."""
+    codes = codes_of(p)
+    return [p] if codes is None else codes.numbers()
 
 
 class Unit(NamedTuple):
@@ -117,6 +124,12 @@ class Container(Optimizer):
         group = assignments.settled(given)
         check_options(group)
         sites = [assignments.unassigned(site, given) for site in decide(pairs, group, first=len(self.sites))]
+        deferred = [site.name for site in sites if site.deferred]
+        if deferred and self.on_nonfinite == "skip":
+            raise ValueError(
+                f"on_nonfinite='skip' is refused: {', '.join(deferred)} would be merged at a skipped refresh, "
+                f"which cannot be undone without reading the device; use 'raise'"
+            )
         if self._complete:
             joined = self.sites | dict(zip(params, sites, strict=True))
             decided = self._within_budget(joined, lambda p: self._group_of(p) if p in self.sites else group)
@@ -184,6 +197,12 @@ class Container(Optimizer):
 
     def _check_structure(self) -> None:
         """Refuse edits of what was decided at construction; rates, decay rates and the refresh period may change."""
+        changed = [site.name for p, site in self.sites.items() if site.coded != (codes_of(p) is not None)]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: quantized or dequantized since this optimizer was built, or without the model "
+                f"that held the codes: call comoving.weights.quantize(model) first, then build the optimizer"
+            )
         for group, fixed in zip(self.param_groups, self._fixed, strict=True):
             edited = [key for key, value in fixed.items() if group[key] != value]
             if edited:
@@ -243,7 +262,7 @@ class Container(Optimizer):
         if bad is None:
             return nullcontext()
         states = [unit.state for p in params for unit in self._opened(p)]
-        return gradients.Undo(bad, params, states)
+        return gradients.Undo(bad, [x for p in params for x in _numbers(p)], states)
 
     def _claims(self) -> dict[Tensor, budgets.Claim]:
         """What the budget is shared by: every projected parameter."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .codecs.base import as_real
 from .linalg import norm
+from .rounding import SEED
 from .sites import Site
 
 
@@ -94,9 +95,10 @@ class Undo(AbstractContextManager[None]):
 
 
 def _clones(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    # Ranks change only where the flag was read on the host.
+    # Ranks change only where the flag was read on the host. Seeds of rounding go on, as the count of steps does: to put
+    # them back the host would have to wait for the flag at every step.
     return {
         name: value.clone()
         for name, value in state.items()
-        if isinstance(value, Tensor) and not name.startswith("ranks")
+        if isinstance(value, Tensor) and not name.startswith("ranks") and name != SEED
     }

@@ -17,11 +17,13 @@ from .frames.modes import check_rank
 from .precondition import Plain
 from .refusals import check_composition, check_site
 from .residual import MomentumBuffer
+from .rounding import ROUNDINGS
 from .rules import Adam
 from .sites import Site
 from .slots import Kind
 from .validate import check_choice, check_float, check_int
 from .views import Heads, View, check_view
+from .weights import DeferringLinear, codes_of
 
 Selector = str | type[nn.Module]
 """A glob pattern for parameter names ("*.attn.*"), or a module type."""
@@ -64,6 +66,7 @@ def check_options(group: Mapping[str, Any]) -> None:
     for key in ("foreach", "fused"):
         check_choice(key, group[key], (True, False, None))
     check_choice("select", group["select"], ("auto", "shape"))
+    check_choice("rounding", group["rounding"], ROUNDINGS)
     roles = {
         "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
         "precondition": ("parts", "apply"), "transport": ("move", "age"), "rule": ("absorb", "direction"),
@@ -157,7 +160,11 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         raise ValueError(f"{label}: an optimizer needs floating-point or complex parameters, got {p.dtype}")
     try:
         view = View(group["view"] if p.ndim > 1 else "tensor", tuple(p.shape), p.dtype)
+        codes = codes_of(p)
+        coded, deferred = codes is not None, isinstance(codes, DeferringLinear)
+        rounded = group["rounding"] == "stochastic" and p.dtype == torch.bfloat16 and not coded
         dense = Site(label, view, (None,) * len(view.shape), view.shape, "", index=index)
+        dense = replace(dense, rounded=rounded, coded=coded, deferred=deferred)
         modes = sum(d > 1 for d in view.shape)
         given = (group["reasons"] or {}).get(name)
         reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)
@@ -171,7 +178,8 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         raise ValueError(f"{label}: {error}") from None
     layout = group["frame"]
     mode = layout.mode if isinstance(layout, Blocks) else None
-    site = Site(label, view, ranks, layout.core_shape(view.shape, ranks), "projected", index=index, block_mode=mode)
+    core = layout.core_shape(view.shape, ranks)
+    site = replace(dense, ranks=ranks, core_shape=core, reason="projected", block_mode=mode)
     if not site.projected or prod(site.core_shape) >= prod(view.shape):
         return _whole(dense, "rank covers every mode, or no mode is long enough", group)
     # Under another rule a whole frame, or AdamW, would be another method: there the rank is taken at its word.

@@ -11,11 +11,12 @@ from torch.optim.adam import adam as torch_adam
 from . import bases as stored_bases
 from . import diagnostics as error_control
 from . import gradients
+from . import rounding as rounds
 from . import state as slots
 from .backward import InBackward, outside
 from .codecs import Codec, Full
 from .container import Unit
-from .finders import Finder, Memory, Operand, Power
+from .finders import MERGED, NEXT, REFRESHES, Finder, Memory, Operand, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, update_scale
@@ -26,14 +27,16 @@ from .ranks import budget as budgets
 from .ranks.assignment import settled
 from .ranks.reading import leading, read
 from .residual import Discard, Passage, Residual, Update
+from .rounding import Rounding
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
 from .rules.base import averaged
 from .rules.turn import compiled, turned
-from .schedule import refresh_due
+from .schedule import next_refresh, refresh_due
 from .transport import Clock, Rotate, Transport
 from .validate import check_choice, check_float, check_int
 from .views import Heads, ViewName
+from .weights import DeferringLinear, codes_of
 
 
 class LowRankOptimizer(InBackward):
@@ -50,7 +53,8 @@ class LowRankOptimizer(InBackward):
     7. p <- (1 - lr weight_decay) p - lr scale F' d.
 
     Steps 1-4 are :meth:`absorb`, 5-7 :meth:`apply`. Dense real parameters are stepped by torch's own AdamW, bit for
-    bit; dense complex ones by Adam in a whole frame, with |g|^2 as second moment. At rank 1.0 a group whose rule,
+    bit; dense complex ones by Adam in a whole frame, with |g|^2 as second moment, and so are dense bfloat16 ones that
+    are rounded stochastically. At rank 1.0 a group whose rule,
     preconditioner or codec of moments is another than Adam's has whole frames instead, for parameters of two modes or
     more: that is how full-rank methods are composed.
 
@@ -80,10 +84,14 @@ class LowRankOptimizer(InBackward):
         diagnostics: measure and bound errors at every step; see :meth:`diagnostics`.
         select: "auto" lets names decide what stays dense, "shape" ignores them.
         reasons: parameter name -> why it stays dense, for those that shall.
+        rounding: "nearest" or "stochastic", how updates are rounded into bfloat16 parameters, projected or dense.
+            Stochastic rounding is right in the mean, so that updates and weight decay far below the spacing of bfloat16
+            survive without a float32 copy of the weights; see :mod:`comoving.rounding`. Dense parameters then have
+            moments in float32. Nothing changes for float32 and wider; float16 and complex32 are refused.
         on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip"
-            leaves parameters and state as they were, but for the steps that refreshes are timed by, decided on
-            the device, and counts (:attr:`skipped_steps`).
-        seed: of the random directions that a first frame may start from.
+            leaves parameters and state as they were, but for the steps that refreshes are timed by and seeds of
+            rounding, decided on the device, and counts (:attr:`skipped_steps`).
+        seed: of the random directions that a first frame may start from, and of stochastic rounding.
         budget: what the state of all projected parameters together never exceeds: an int of bytes; "400MB", "1.5 GiB"
             (see :data:`comoving.units.UNITS`); a float in (0, 1] or "25%", that share of the float32 state that torch's
             AdamW would keep for the projected parameters (two numbers an entry, complex ones for complex entries). A
@@ -127,6 +135,7 @@ class LowRankOptimizer(InBackward):
         diagnostics: bool = True,
         select: str = "auto",
         reasons: dict[str, str] | None = None,
+        rounding: Rounding = "nearest",
         on_nonfinite: str = "raise",
         seed: int = 0,
         budget: int | float | str | None = None,
@@ -138,6 +147,7 @@ class LowRankOptimizer(InBackward):
             finder=finder, precondition=precondition, transport=transport, rule=rule, residual=residual, codec=codec,
             moments=moments, bases=bases, ranks=ranks, scale=scale, refresh_every=refresh_every, maximize=maximize,
             amsgrad=amsgrad, foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons,
+            rounding=rounding,
         )  # fmt: skip
         check_options(settled(defaults))
         super().__init__(params, defaults, on_nonfinite, seed, budget)
@@ -227,14 +237,43 @@ class LowRankOptimizer(InBackward):
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
         """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it."""
-        view = self.sites[p].view
-        storage = view.see_storage(p)
-        weights = view.see(p) if storage is None else storage
+        view, codes = self.sites[p].view, codes_of(p)
+        if isinstance(codes, DeferringLinear):
+            return self._apply_deferred(p, codes)
+        storage = view.see_storage(p) if codes is None else None
+        weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
+        units = self._with_core(p, weights)
         with gradients.full_precision():
-            for unit, part in self._with_core(p, weights):
+            for unit, part in units:
                 self._apply(unit, part)
-        if storage is None:
-            p.copy_(view.restore(weights))  # rounded once, at the end
+        if codes is not None and units:
+            codes.encode(view.restore(weights))
+        elif codes is None and storage is None:
+            p.copy_(self._rounded(p, view.restore(weights), [unit for unit, _ in units]))  # once, at the end
+
+    def _apply_deferred(self, p: Tensor, codes: DeferringLinear) -> None:
+        """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
+        for unit, weights in self._with_core(p, codes.decode()):
+            count, merged = (unit.state[slots.MEMORY + name] for name in (REFRESHES, MERGED))
+            if int(count) == int(merged) and codes.change is not None:
+                with gradients.full_precision():
+                    self._apply(unit, weights)
+                codes.take(weights, 1 - unit.group["lr"] * unit.group["weight_decay"])
+                continue
+            frame: Any = unit.frame()
+            (mode,) = (n for n, u in enumerate(frame.factors) if u is not None)
+            with gradients.full_precision():
+                codes.merge(weights, frame.factors[mode], mode == 0)
+            merged.copy_(count)
+            del unit.state["core"]
+            unit.state["tick"] += 1
+
+    def _rounded(self, p: Tensor, weights: Tensor, units: list[Unit]) -> Tensor:
+        """Weights as they are written to a parameter, whose own dtype does the rest."""
+        if not (self.sites[p].rounded and units):
+            return weights
+        seeds = [rounds.advance(unit.state) for unit in units]
+        return rounds.stochastic_bfloat16(weights, rounds.generator(p.device, seeds))
 
     def _absorb(self, p: Tensor, unit: Unit, seen: Tensor, size: Tensor | None) -> None:
         """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known."""
@@ -260,6 +299,10 @@ class LowRankOptimizer(InBackward):
                 restored = restored.measured() if group["diagnostics"] else restored
                 unit, kept = self._adapt(p, unit, seen, memory)
                 passage = self._refresh(unit, restored, memory, kept)  # 3
+            if NEXT in memory:
+                every, tick = group["refresh_every"], max(0, state["tick"])
+                step = next_refresh(tick, every, site.phase, group["finder"].interval(memory, every))
+                memory[NEXT] = torch.tensor(step, device="cpu")
         state.update(slots.remembered(memory))
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         state["core"] = z if opening else state["core"] + z
@@ -365,8 +408,12 @@ class LowRankOptimizer(InBackward):
     def _refresh_due(self, unit: Unit, frame: Frame) -> bool:
         site, group, state = unit
         # A loaded checkpoint of other ranks does not fit: it is carried over at once.
-        fits = frame.ranks == site.ranks
-        return site.projected and (not fits or refresh_due(state["tick"], group["refresh_every"], site.phase))
+        if not site.projected or frame.ranks != site.ranks:
+            return site.projected
+        tick, own = state["tick"], state.get(slots.MEMORY + NEXT)
+        if own is None:
+            return refresh_due(tick, group["refresh_every"], site.phase)
+        return tick <= 0 or tick >= int(own)
 
     def _changes_shape(self, p: Tensor) -> bool:
         """Whether the next step may give slots of this parameter their first or another shape."""

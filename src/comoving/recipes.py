@@ -10,12 +10,14 @@ from torch import nn
 
 from . import state as slots
 from .adamw import AdamW
-from .codecs import Full, Int8, Part, RankOne
+from .codecs import Full, Int4, Int8, Part, RankOne
 from .finders import (
     Amortized,
     Correlation,
     CosineSelection,
     Exact,
+    Growing,
+    Lazy,
     NystroemTucker,
     Oja,
     Power,
@@ -111,6 +113,38 @@ _RECIPES = (
             codec=Full(),
             refresh_every=200,
             scale=0.25,
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "q-galore",
+        "galore with 8-bit moments and 4-bit bases, and ever rarer SVDs where the leading direction stays; with "
+        "quantize(model) 8-bit weights too",
+        "2407.08296",
+        dict(
+            finder=Lazy(),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            moments=Int8(),
+            bases=Int4(block=256, table="linear"),
+            refresh_every=200,
+            scale=0.25,
+        ),  # fmt: skip
+        relative_rate=10.0,
+    ),
+    Recipe(
+        "loqt",
+        "galore with exponentially growing intervals, at which its changes are merged into 4-bit weights; with "
+        "quantize(model, Int4(), compensate=5)",
+        "2405.16528",
+        dict(
+            finder=Growing(),
+            transport=Keep(),
+            residual=Discard(),
+            codec=Full(),
+            refresh_every=100,
+            scale=0.5,
         ),  # fmt: skip
         relative_rate=10.0,
     ),
@@ -384,6 +418,11 @@ def build(
     recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank | None = None, **options: Any
 ) -> LowRankOptimizer:
     """An optimizer for a model, by the name of its method.
+
+    A recipe acts on the optimizer alone. "q-galore" trains 8-bit weights in its paper: that is a choice at the model,
+    ``comoving.weights.quantize(model)`` before ``build("q-galore", model)``, and the optimizer then writes codes,
+    rounded stochastically. Likewise ``quantize(model, Int4(), compensate=5)`` before ``build("loqt", model)``. Without
+    these calls the weights stay as they are.
 
     Args:
         recipe: a name of :func:`recipes`, optionally with the suffix "+ef" for error feedback, where what lies outside

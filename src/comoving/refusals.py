@@ -3,9 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from .codecs import Full, RankOne
+from .finders import REFRESHES
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes
-from .residual import Feedback, Sparse
+from .residual import Discard, Feedback, Sparse
 from .rules import Rule
 from .sites import Site
 from .slots import Kind
@@ -68,12 +71,37 @@ def check_site(site: Site, group: Group) -> None:
     Raises:
         ValueError: naming the parameter, the hyper-parameter, and why.
     """
+    if site.deferred:
+        _check_deferred(site, group)
     for role, applies, reason in _PROJECTED if site.projected else _WHOLE:
         if applies(site, group):
-            kind = "projected" if site.projected else "stepped in the whole frame" if site.whole else "complex"
+            kind = "half precision" if role == "rounding" else _kind(site)
             value = group["betas"][1] if role == "betas[1]" else group[role]
             text = reason.format(**{name: group[name] for name in ("transport", "frame", "rule")})
             raise ValueError(f"{role}={value!r} is refused: {site.name} is {kind}, {text}")
+
+
+def _check_deferred(site: Site, group: Group) -> None:
+    """Raise unless updates lie in a frame of one side, and a finder counts its refreshes."""
+    reason = None
+    if not site.projected:
+        reason = f"and is not projected ({site.reason}): leave its layer out by skip="
+    elif type(group["frame"]) is not Modes or site.view.name != "tensor" or not _one_side_of_a_matrix(site):
+        reason = f"and frame {group['frame']} is not one factor on one side of the matrix: use Modes(), side='auto'"
+    elif not isinstance(group["residual"], Discard):
+        reason = f"and residual {group['residual']} may move it outside of that frame: use Discard()"
+    elif REFRESHES not in group["finder"].parts(site.view.shape, site.ranks, site.view.dtype):
+        reason = f"and finder {group['finder']} does not count its refreshes: use Growing(...)"
+    if reason is not None:
+        raise ValueError(f"{site.name} keeps its change in a frame beside its codes (compensate=), {reason}")
+
+
+def _kind(site: Site) -> str:
+    if site.projected:
+        return "projected"
+    if site.whole:
+        return "stepped in the whole frame"
+    return "complex" if site.view.dtype.is_complex else "stored in codes" if site.coded else "not rounded to nearest"
 
 
 def kinds(rule: Rule, core: tuple[int, ...]) -> dict[str, Kind]:
@@ -102,14 +130,25 @@ def _varies(site: Site, group: Group) -> bool:
 
 Refusal = tuple[str, Callable[[Site, Group], bool], str]
 
+_HALF = (torch.float16, torch.complex32)
 _AMSGRAD: Refusal = ("amsgrad", lambda s, g: not s.plain and g["amsgrad"],
                      "a running maximum has no meaning in a moving subspace")  # fmt: skip
+_ROUNDING: Refusal = ("rounding",
+                      lambda s, g: g["rounding"] == "stochastic" and s.view.stored_dtype in _HALF and not s.coded,
+                      "and only bfloat16 has float32's exponents, so that 16 random bits choose between neighbours: "
+                      "use bfloat16, or rounding='nearest'")  # fmt: skip
 _WHOLE: tuple[Refusal, ...] = (
+    _ROUNDING,
+    ("amsgrad", lambda s, g: s.rounded and g["amsgrad"], "and torch's AdamW, which keeps maxima, rounds to nearest"),
+    ("amsgrad", lambda s, g: s.coded and g["amsgrad"], "and torch's AdamW, which keeps maxima, cannot write to codes"),
     _AMSGRAD,
+    ("fused", lambda s, g: s.coded and bool(g["fused"]), "and torch's kernel cannot write to codes"),
+    ("fused", lambda s, g: s.rounded and bool(g["fused"]), "and torch's kernel rounds to nearest"),
     ("fused", lambda s, g: not s.plain and bool(g["fused"]),
      "torch's kernel would keep two second moments for one complex number"),
 )  # fmt: skip
 _PROJECTED: tuple[Refusal, ...] = (
+    _ROUNDING,
     _AMSGRAD,
     ("betas[1]", lambda s, g: g["betas"][1] == 0 and _varies(s, g), "0 leaves no second moment to carry"),
     ("ranks", lambda s, g: g["ranks"].adaptive and not g["transport"].resizes,

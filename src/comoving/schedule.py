@@ -8,6 +8,14 @@ def refresh_due(tick: int, every: int, phase: int) -> bool:
     return tick == 0 or tick % every == phase % every
 
 
+def next_refresh(tick: int, every: int, phase: int, interval: int) -> int:
+    """The step of the next refresh after one at ``tick``, for a parameter that times its own.
+
+    The second refresh keeps to the phase, so that parameters stay staggered; later ones are an interval apart.
+    """
+    return tick + interval if tick > 0 else phase % every or every
+
+
 def stagger(costs: Iterable[float], every: int, load: Mapping[int, float] | None = None) -> list[int]:
     """A phase in 0 ... every - 1 for each parameter, dearest first, each where the least work is so far.
 

@@ -24,6 +24,9 @@ class Site:
         whole: whether the group's rule steps it in the whole frame; what is neither projected nor whole is dense, and
             gets AdamW whatever the rule.
         codec, moments: what a budget assigned in place of the group's codecs; None for these.
+        rounded: whether updates are rounded into bfloat16 stochastically, by random bits that are seeded in its state.
+        coded: whether its numbers are stored in codes (:mod:`comoving.weights`).
+        deferred: whether its codes are written at refreshes only.
     """
 
     name: str
@@ -38,6 +41,9 @@ class Site:
     whole: bool = False
     codec: Codec | None = None
     moments: Codec | None = None
+    rounded: bool = False
+    coded: bool = False
+    deferred: bool = False
 
     @property
     def blocks(self) -> int:
@@ -65,8 +71,11 @@ class Site:
 
     @property
     def plain(self) -> bool:
-        """Whether torch's own AdamW serves it: dense and real. A dense complex parameter gets Adam in a whole frame."""
-        return not self.ruled and not self.view.dtype.is_complex
+        """Whether torch's own AdamW serves it: dense, real, and written to by plain rounding.
+
+        Other dense parameters get Adam in a whole frame.
+        """
+        return not (self.ruled or self.rounded or self.coded or self.view.dtype.is_complex)
 
     @property
     def ruled(self) -> bool:

@@ -17,6 +17,7 @@ from .frames.base import Ranks
 from .precondition import Plain
 from .residual import Discard
 from .residual.base import HELD
+from .rounding import SEED
 from .rules import Adam
 from .rules.adam import FIRST, SECOND
 from .sites import Site
@@ -40,7 +41,7 @@ MEMORY = "finder."
 # Hyper-parameters on which the sites and the shape of the state depend.
 FIXED = (
     "rank", "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments",
-    "bases", "amsgrad", "diagnostics", "select", "reasons", "ranks",
+    "bases", "amsgrad", "diagnostics", "select", "reasons", "ranks", "rounding",
 )  # fmt: skip
 _DENSE = {"rule": Adam(), "precondition": Plain(), "moments": Full(), "residual": Discard()}
 _UNPROJECTED = {"residual": Discard()}
@@ -262,6 +263,8 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
         return parts | {name: Part(site.view.stored_shape, site.view.stored_dtype) for name in names}
     shape, dtype = site.view.shape, site.view.dtype
     group = parts_of(site, group)
+    if site.rounded:
+        parts[SEED] = Part((), torch.int64, scalar=True, seed=True)
     parts |= moments(site, group)
     parts |= group["precondition"].parts(shape, dtype)
     if site.projected:

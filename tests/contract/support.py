@@ -14,7 +14,9 @@ from comoving.finders import (
     Correlation,
     CosineSelection,
     Exact,
+    Growing,
     IncrementalSVD,
+    Lazy,
     Nystroem,
     NystroemTucker,
     Oja,
@@ -70,6 +72,10 @@ FINDERS = [
     NystroemTucker(samples=0.8, fibres="uniform"),
     StreamingTucker(),
     StreamingTucker(decay=1.0, oversampling=2, newest=0.0, seed=1),
+    Growing(),
+    Growing(Power(), base=2.0),
+    Lazy(),
+    Lazy(Power(), threshold=0.9, patience=2, growth=3),
 ]
 BOND_FINDERS = [
     TrainSVD(),

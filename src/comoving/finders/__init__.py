@@ -1,13 +1,15 @@
 """Finders: what a frame is made from, and how."""
 
 from .amortized import Amortized
-from .base import Finder, Memory, Memoryless
+from .base import MERGED, NEXT, REFRESHES, Finder, Memory, Memoryless
 from .block_selection import BlockSelection
 from .correlation import Correlation
 from .cosine import CosineSelection
 from .exact import Exact
+from .growing import Growing
 from .hooi import HOOI
 from .incremental import IncrementalSVD
+from .lazy import Lazy
 from .nystroem import Nystroem
 from .nystroem_tucker import NystroemTucker
 from .oja import Oja
@@ -28,15 +30,20 @@ __all__ = [
     "CosineSelection",
     "Exact",
     "Finder",
+    "Growing",
     "HOOI",
     "IncrementalSVD",
+    "Lazy",
+    "MERGED",
     "Memory",
     "Memoryless",
+    "NEXT",
     "Nystroem",
     "NystroemTucker",
     "Oja",
     "Operand",
     "Power",
+    "REFRESHES",
     "RandomProjection",
     "Randomized",
     "RandomizedTucker",

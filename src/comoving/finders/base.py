@@ -81,6 +81,20 @@ def check_start(finder: _Filling, start: object) -> None:
         raise TypeError(f"{finder} fills a {filled}, got a {type(start).__name__}")
 
 
+class Timed(Protocol):
+    """What else a finder offers that times its own refreshes: it remembers :data:`NEXT`."""
+
+    def interval(self, memory: Memory, every: int) -> int:
+        """Steps from the refresh that was just made to the next one, >= 1; ``every`` is the group's period."""
+        ...
+
+
+NEXT = "next"
+"""The memory's slot, on the host, of a finder that times its own refreshes: the step of the next one."""
+REFRESHES = "refreshes"
+"""The memory's slot, on the host, of a finder that counts its refreshes."""
+MERGED = "merged"
+"""The slot beside it for the last of them at which weights were merged (:class:`comoving.weights.DeferringLinear`)."""
 DRAWS = "draws"
 """The memory's slot for the number of draws so far."""
 drawing = Part((), torch.int64, scalar=True)
