@@ -42,7 +42,9 @@ def main(folder, pause):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Net().to(torch.bfloat16)
-    optimizer = comoving.AdamW(model.named_parameters(), 2e-2, rank=6, moments=comoving.codecs.Int8(), refresh_every=3)
+    optimizer = comoving.AdamW(
+        model.named_parameters(), 2e-2, rank=6, rounding="stochastic", moments=comoving.codecs.Int8(), refresh_every=3
+    )
     optimizer.step_in_backward(accumulate=ACCUMULATE, clip=0.5)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     done = 0

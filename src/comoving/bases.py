@@ -109,7 +109,7 @@ def put(
             stored[name] = x
             continue
         held, before = _of(state, name), known.get(name)
-        if before is not None and held and before.shape == x.shape and not trouble(before != x):
+        if before is not None and held and _same(before, x):
             own, used[name] = held, before
         else:
             own = _fresh(codec, held, x, (*key, *name.encode()))
@@ -118,6 +118,11 @@ def put(
         stored |= {f"{name}.{part}": value for part, value in own.items()}
     _replace(state, stored)
     return group["frame"].load({**stored, **used}, shape)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether a factor has not changed; one without data, in a rehearsal, has."""
+    return a is b or (a.shape == b.shape and not a.is_meta and torch.equal(a, b))
 
 
 def _of(state: Mapping[str, Any], factor: str) -> dict[str, Tensor]:
@@ -154,7 +159,7 @@ def _encoded(codec: Codec, u: Tensor, own: dict[str, Tensor]) -> Tensor:
         codec.encode(u.mT.clone(memory_format=torch.contiguous_format), own)
         used = _decoded(codec, own, rank, size, u.dtype)
         # The last try need only tell a basis from none: reduced precision of products is no fault of the codec's.
-        if not trouble(orthogonality_defect(used) > (_tolerance(u) if left else 1e-2)):
+        if not trouble(~(orthogonality_defect(used) <= (_tolerance(u) if left else 1e-2))):  # a NaN is none
             return used
         u = orthonormalize(codec.decode(own, (rank, size), u.dtype).mT)
     raise RuntimeError(f"bases={codec} cannot hold {rank} orthonormal directions of {size}: use more bits")
