@@ -20,7 +20,8 @@ from comoving.memory.shapes import subject
 from comoving.units import UNITS, show_bytes
 
 RANKS = {"llama-7b": 1024, "llama-13b": 1280, "llama-70b": 2048}
-EIGHT, FOUR = {"moments": "int8", "codec": "int8"}, {"moments": "int4", "codec": "int4"}
+WIDE, FOUR = {"moments": "full"}, {"moments": "int4", "codec": "int4"}
+LEAST = FOUR | {"bases": "int4"}
 TOKENS = 256
 HEADINGS = ("weights", "gradients", "moments", "frames", "feedback", "temporaries", "activations")
 BEGIN, END = "<!-- plans: written by benchmarks/memory_plans.py -->", "<!-- end of plans -->"
@@ -38,8 +39,8 @@ def rows() -> list[tuple[str, str, dict[str, Any]]]:
         ("8-bit GaLore", "galore", {"moments": "int8"}),
         *own,
         ("comoving", "comoving", {}),
-        ("comoving, 8 bits", "comoving", EIGHT),
         ("comoving, 4 bits", "comoving", FOUR),
+        ("comoving, frames in 4 bits too", "comoving", LEAST),
     ]
 
 
@@ -72,7 +73,12 @@ def table(lines: list[tuple[str, Plan]]) -> str:
 def shares() -> list[tuple[str, dict[str, float]]]:
     """comoving's state of LLaMA-1B's projected matrices at rank 1/8, by part, as shares of AdamW's in float32."""
     found: list[tuple[str, dict[str, float]]] = []
-    for name, options in (("8-bit feedback (default)", {}), ("8-bit state and feedback", EIGHT), ("4 bits", FOUR)):
+    for name, options in (
+        ("moments in float32, feedback in 8 bits", WIDE),
+        ("8 bits (default)", {}),
+        ("4 bits", FOUR),
+        ("4 bits, frames too", LEAST),
+    ):
         module = subject("llama-1b", torch.bfloat16).module
         optimizer = comoving.build("comoving", module, 1e-3, 0.125, **options)
         projected = {p: site for p, site in optimizer.sites.items() if site.projected}
