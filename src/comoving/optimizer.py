@@ -194,6 +194,7 @@ class LowRankOptimizer(InBackward):
     def _step_all(self) -> None:
         """Every parameter that has a gradient."""
         self._check_structure()
+        self._check_closed()
         bad = self._inspect_gradients()
         if bad is not None and any(self._changes_shape(p) for p in self._norms) and trouble(bad):
             return  # what has no state of its shape yet could not be put back
