@@ -161,6 +161,12 @@ def test_blocks_are_planned_one_by_one() -> None:
     assert plan.state_bytes == comoving.state_bytes(optimizer)
 
 
+def test_a_plan_says_the_rank_that_is_built() -> None:
+    assert comoving.plan(Small(), "comoving").rank == 0.25
+    assert comoving.plan(Small(), "apollo-mini").rank == comoving.recipes()["apollo-mini"].rank == 1
+    assert comoving.plan(Small(), "muon", 0.125).rank is None
+
+
 def test_parts_of_the_state_by_hand() -> None:
     model = nn.Module()
     model.w = nn.Parameter(torch.empty(16, 48))

@@ -13,7 +13,7 @@ from ..codecs import Full
 from ..diagnostics import SLOT
 from ..frames.base import Rank
 from ..optimizer import LowRankOptimizer
-from ..recipes import build
+from ..recipes import build, recipes
 from ..sites import Site
 from ..slots import Kind
 from ..units import show_bytes
@@ -48,7 +48,7 @@ class Plan:
     parameter:  peak = weights + state + communication + gradients + activations + temporaries.
 
     Args:
-        model, recipe, rank, dtype, device: what was planned for.
+        model, recipe, rank, dtype, device: what was planned for; a rank of None is full rank.
         batch, sequence: samples a step and tokens a sample, or None.
         ddp, fsdp: ranks that share the work, or None.
         layerwise: whether parameters are stepped in the backward pass.
@@ -240,7 +240,7 @@ def drafted(
     return Plan(
         model=model.name,
         recipe=recipe,
-        rank=rank,
+        rank=recipes()[recipe.partition("+")[0]].rank_for(rank),
         dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in everything})),
         device=device,
         batch=batch,
