@@ -157,8 +157,9 @@ class LowRankOptimizer(InBackward):
     def compile(self, **options: Any) -> None:
         """Compile the rule's arithmetic in the core: Adam's, Lion's or momentum's, one graph a shape and dtype.
 
-        Complex cores, which torch generates no code for, are stepped as before. What the host decides, when to refresh above all, stays uncompiled, as do decompositions and products: hence a
-        refresh compiles nothing anew. ``torch.compile(optimizer.step)`` is allowed and changes nothing.
+        Complex cores, which torch generates no code for, are stepped as before. What the host decides, when to refresh
+        above all, stays uncompiled, as do decompositions and products: hence a refresh compiles nothing anew.
+        ``torch.compile(optimizer.step)`` is allowed and changes nothing.
 
         Args:
             **options: for :func:`torch.compile`.
