@@ -573,3 +573,59 @@ def test_a_norm_that_overflows_does_not_stop_the_windows_after_it():
         (p * size).sum().backward()
         optimizer.step()
     assert optimizer.gradient_norm == pytest.approx(2.0)
+
+
+def by_the_running_norm(model, **options):
+    optimizer = build("comoving", model, lr=1e-2, **options)
+    optimizer.step_in_backward(clip=0.1, norm="running")
+    return optimizer
+
+
+def test_what_is_fed_back_is_clipped_by_the_running_norm_too():
+    """Otherwise the feedback of an unclipped gradient, beside gradients that are clipped by it, raises every norm."""
+    p = nn.Parameter(torch.zeros(24, 20))
+    optimizer = LowRankOptimizer([p], 1e-2, 2, residual=Feedback())
+    optimizer.step_in_backward(clip=0.1, norm="running")
+    norms = []
+    for t in range(10):
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+        (p * g / g.norm() * (1000 if t == 3 else 1)).sum().backward()
+        optimizer.step()
+        norms.append(optimizer.gradient_norm)
+    assert norms[0] == pytest.approx(1.0) and norms[3] > 900
+    assert max(norms[1:3] + norms[5:]) < 1.5, norms
+
+
+def test_a_running_norm_does_not_fall_where_gradients_are_dropped():
+    model = Net()
+    optimizer = by_the_running_norm(model, on_nonfinite="skip")
+    loss_of(model, 0).backward()
+    optimizer.step()
+    norm = optimizer.gradient_norm
+    loss_of(model, 1, float("nan")).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    before = model.norm.weight.detach().clone()
+    loss_of(model, 2).backward()
+    assert optimizer.param_groups[0]["gradient_norm"] == norm
+    assert not torch.equal(model.norm.weight, before)
+
+
+def test_going_back_to_a_checkpoint_before_the_first_norm():
+    model = Net()
+    optimizer = by_the_running_norm(model)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(3))
+    first = copy.deepcopy(model)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer, range(3))
+    assert same(model, first)
+
+
+def test_two_optimizers_cannot_take_up_one_gradient():
+    model = Net()
+    for _ in range(2):
+        build("comoving", model, lr=1e-2).step_in_backward()
+    with pytest.raises(RuntimeError, match="another optimizer"):
+        loss_of(model, 0).backward()

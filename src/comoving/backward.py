@@ -75,8 +75,9 @@ class InBackward(Container):
                 by the same factor min(1, clip / (norm + 1e-6)). Exact for one gradient, and with error feedback; of
                 several gradients whose rest is dropped, the sum of the rests' norms is taken. Frames are searched
                 before the norm is known, in gradients as they are. None for no limit.
-            norm: "exact" for the norm of this window; "running" for that of the last one (the first is not clipped),
-                which is then multiplied in as gradients come.
+            norm: "exact" for the norm of this window; "running" for that of the last one that had gradients (the first
+                is not clipped), by which core and rest are multiplied just so. Where non-finite gradients were dropped
+                the norm does not fall.
 
         Raises:
             ValueError: a value outside its interval; a residual or preconditioner that cannot be clipped so; several
@@ -93,6 +94,9 @@ class InBackward(Container):
             raise RuntimeError("already stepping in the backward pass; call step_after_backward() first")
         self._check_hooks(clip)
         self._window = Window(accumulate, clip, norm == "exact")
+        if clip is not None and norm == "running":
+            for group in self.param_groups:
+                group.setdefault(RUNNING, 0.0)  # saved from the beginning
         self._hook_into(self.sites)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,6 +106,8 @@ class InBackward(Container):
         known = set(self.sites)
         super().add_param_group(param_group)
         if self._window is not None:
+            if RUNNING in self.param_groups[0]:
+                self.param_groups[-1][RUNNING] = self.param_groups[0][RUNNING]
             self._hook_into(p for p in self.sites if p not in known)
 
     def _hook_into(self, params: Iterable[Tensor]) -> None:
@@ -169,7 +175,10 @@ class InBackward(Container):
         """Take up a gradient; step the parameter where the window is full and nothing has to be waited for."""
         window, site, gradient = self._window, self.sites[p], p.grad
         assert window is not None
-        assert gradient is not None
+        if gradient is None:
+            raise RuntimeError(
+                f"the gradient of {site.name} is gone: another hook, or another optimizer, has taken it up"
+            )
         if p in window.stepped:
             raise RuntimeError(
                 f"{site.name} has got a gradient after it was stepped: a window is {window.accumulate} backward "
@@ -184,9 +193,6 @@ class InBackward(Container):
         if not self._finite(gradient, site.name, window):
             window.incomplete = True
             return
-        if not window.exact:
-            factor = window.factor(self.param_groups[0].get(RUNNING, 0.0))
-            gradient = gradient * factor if factor < 1 else gradient
         if site.plain:
             _, _, state = self._open(p)
             state[CORE] = state[CORE].add_(gradient) if CORE in state else gradient
@@ -196,7 +202,7 @@ class InBackward(Container):
         for unit in self._with_gradients(p):
             unit.state[WINDOW] = count
         if count == window.accumulate and (window.clip is None or not window.exact):
-            self._step_one(p)
+            self._step_one(p, window.factor(self.param_groups[0].get(RUNNING, 0.0)))
             window.stepped.add(p)
 
     def _finish(self, window: Window) -> None:
@@ -204,32 +210,34 @@ class InBackward(Container):
         for p in self.sites:
             if p.grad is not None:  # set by hand
                 self._take_up(p)
-        factor = 1.0
+        factor = window.factor(self.param_groups[0].get(RUNNING, 0.0))
         if window.clip is not None and window.exact:
             window.norm = self._total({unit.site.name: self._size(unit) for unit in self._all_with_gradients()})
             factor = window.factor(window.norm)
         for p in list(self._pending()):
-            if factor < 1:
-                self._rescale(p, factor)
-            self._step_one(p)
+            self._step_one(p, factor)
         if window.clip is not None and not window.exact:
-            applied = window.factor(self.param_groups[0].get(RUNNING, 0.0))
             units = [unit for p in self.sites for unit in self._opened(p)]
             sizes = {unit.site.name: unit.state.pop(SIZE) for unit in units if SIZE in unit.state}
-            window.norm = self._total(sizes) / applied
-            for group in self.param_groups if isfinite(window.norm) else ():  # an overflow would stop all that follow
-                group[RUNNING] = window.norm
+            window.norm = self._total(sizes)
+            # What was dropped may have been the largest, and an overflow would stop all that follow.
+            last = self.param_groups[0].get(RUNNING, 0.0) if window.incomplete or not sizes else 0.0
+            for group in self.param_groups if isfinite(window.norm) else ():
+                group[RUNNING] = max(last, window.norm)
         if window.incomplete:
             self._count_skipped()
         window.stepped.clear()
         window.checked = window.incomplete = False
 
-    def _step_one(self, p: Tensor) -> None:
+    def _step_one(self, p: Tensor, factor: float) -> None:
+        """Step a parameter by its gradients of this window, multiplied by this."""
         window, site = self._window, self.sites[p]
         assert window is not None
+        for unit in self._with_gradients(p) if window.clip is not None and not window.exact else ():
+            unit.state[SIZE] = self._size(unit)
+        if factor < 1:
+            self._rescale(p, factor)
         for unit in self._with_gradients(p):
-            if window.clip is not None and not window.exact:
-                unit.state[SIZE] = self._size(unit)
             del unit.state[WINDOW]
             unit.state.pop(REST, None)
         if not site.plain:
