@@ -99,10 +99,19 @@ def test_bad_budgets_are_refused(given, error, text):
         build(given)
 
 
-def test_auto_needs_a_budget_and_unmeetable_ones_say_what_is_missing():
+def test_auto_without_a_budget_is_eight_bits_for_what_is_projected_and_a_rule_takes():
+    p = nn.Parameter(torch.zeros(32, 32))
     for role in ("codec", "moments"):
-        with pytest.raises(ValueError, match=f"{role}='auto' needs a budget"):
-            LowRankOptimizer([nn.Parameter(torch.zeros(32, 32))], **{role: "auto"})
+        optimizer = LowRankOptimizer([p], rank=4, **{role: "auto"})
+        assert getattr(optimizer.sites[p], role) == Int8()
+        whole = LowRankOptimizer([p], rank=1.0, **{role: "auto"})
+        assert getattr(whole.sites[p], role) is None
+        assert whole.sites[p].plain
+    newton = LowRankOptimizer([p], rank=4, rule=Shampoo(root="newton", exponent=0.25), moments="auto")
+    assert newton.sites[p].moments == Full()
+
+
+def test_unmeetable_budgets_say_what_is_missing():
     with pytest.raises(ValueError, match=r"at least (\d+) bytes.*coarsest codecs.*got 2000$") as caught:
         build(2000)
     words = str(caught.value).replace(",", "").split()
@@ -333,7 +342,7 @@ def test_the_table_shows_each_parameters_codecs():
         assert (row.codec, row.moments) == (site.codec, site.moments)
     feed(model, optimizer, 0)
     assert sum(r.bytes for r in table.rows if r.projected) == state_bytes(optimizer, projected=True)
-    assert "buffer" not in str(explain(Model()))
+    assert "buffer" not in str(explain(LowRankOptimizer(Model().named_parameters())))
 
 
 def test_contenders_of_a_race_can_have_assigned_codecs():

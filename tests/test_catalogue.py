@@ -60,7 +60,7 @@ def known(name):
         ("tt-adam", "mr + nr + 2 r²"),
         ("flora", "nr + m + n"),
         ("dct-adamw", "2 nr + 1.016 B mn + 8 B r"),
-        ("comoving", "mr + 2 nr + 1.016 B mn + 1.016 B nr"),
+        ("comoving", "mr + 1.016 B mn + 3.047 B nr"),
     ],
 )
 def test_formulas(name, says):

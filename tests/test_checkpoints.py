@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import comoving
 from comoving import LowRankOptimizer, build, recipes
+from comoving.codecs import Full
 from comoving.finders import Exact
 from comoving.residual import Feedback
 from comoving.transport import Carry, Reset, Rotate
@@ -175,7 +176,7 @@ def test_adamw_moments_are_carried_into_the_first_frame(named):
     source = torch_adamw(model, named)
     train(model, source, 0, 6)
     before = {n: {k: v.clone() for k, v in source.state[p].items()} for n, p in model.named_parameters()}
-    optimizer = comoving.AdamW(model.named_parameters() if named else model.parameters())
+    optimizer = comoving.AdamW(model.named_parameters() if named else model.parameters(), moments=Full())
     optimizer.load_state_dict(through_file(source.state_dict()))
     train(model, optimizer, 6, 7)
     for name, p in model.named_parameters():
@@ -214,7 +215,7 @@ def test_adamw_second_moment_keeps_its_size_on_noise(recipe):
             optimizer.step()
 
     steps(source, 60)
-    optimizer = comoving.AdamW(model.parameters()) if recipe == "comoving" else None
+    optimizer = comoving.AdamW(model.parameters(), moments=Full()) if recipe == "comoving" else None
     if optimizer is None:
         optimizer = LowRankOptimizer(model.parameters(), **recipes()["ldadam"].options)
     optimizer.load_state_dict(source.state_dict())
@@ -249,7 +250,7 @@ def test_complex_adamw_checkpoint_becomes_one_real_second_moment(rank):
     for g in gradients:
         p.grad = g
         source.step()
-    optimizer = comoving.AdamW([p], rank=rank)
+    optimizer = comoving.AdamW([p], rank=rank, moments=Full())
     optimizer.load_state_dict(source.state_dict())
     v = torch.zeros(12, 16)
     for g in gradients:
@@ -394,11 +395,12 @@ def test_other_group_sizes_are_refused_without_names(split):
 
 def test_incomplete_state_is_refused():
     model = Mixed()
-    source = make("comoving", model)
-    train(model, source, 0, 2)
-    state = copy.deepcopy(source.state_dict())
-    del next(s for s in state["state"].values() if FIRST in s and "frame.0" in s)[SECOND]
-    refused(model, make("comoving", model), state, SECOND)
+    for recipe, first, second in (("tucker-adam", FIRST, SECOND), ("comoving", f"{FIRST}.codes", f"{SECOND}.codes")):
+        source = make(recipe, model)
+        train(model, source, 0, 2)
+        state = copy.deepcopy(source.state_dict())
+        del next(s for s in state["state"].values() if first in s and "frame.0" in s)[second]
+        refused(model, make(recipe, model), state, SECOND)
 
 
 def test_groups_are_matched_by_name_in_any_order():

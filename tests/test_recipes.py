@@ -160,7 +160,8 @@ def tucker_references(params, optimizer, ranks, **options):
 @pytest.mark.parametrize("scale", ["match", "0.2-match", 0.4])
 def test_update_aware(recipe, transport, shape, ranks, dtype, scale):
     given = {"transport": transport, "finder": Power(momentum=0.9)}  # the references iterate in short modes too
-    params, optimizer = build(recipe, shape, dtype, rank=ranks, scale=scale, codec=Full(), refresh_every=4, **given)
+    given |= {"codec": Full(), "moments": Full()}
+    params, optimizer = build(recipe, shape, dtype, rank=ranks, scale=scale, refresh_every=4, **given)
     references = tucker_references(params, optimizer, ranks, transport=transport, scale=scale)
 
     def check(p, reference, g, t):

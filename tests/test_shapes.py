@@ -165,7 +165,8 @@ def test_layout_in_memory_changes_nothing(layout, view, gradient_too, dtype):
     start = randn(shape, wide(dtype)).to(dtype)
     a, b = nn.Parameter(start.clone()), nn.Parameter(arrange(start.clone()))
     assert b.stride() != a.stride()
-    optimizers = [comoving.AdamW([p], lr=0.02, rank=3, view=view, weight_decay=0.1) for p in (a, b)]
+    given = {"lr": 0.02, "rank": 3, "view": view, "weight_decay": 0.1, "moments": comoving.codecs.Full()}
+    optimizers = [comoving.AdamW([p], **given) for p in (a, b)]
     strides, address = b.stride(), b.data_ptr()
     for t in range(9):
         a.grad = randn(shape, wide(dtype), 30 + t).to(dtype)

@@ -22,7 +22,8 @@ class AdamW(LowRankOptimizer):
         rank: share of the entries kept in the core, or as for :class:`comoving.LowRankOptimizer`.
         betas, eps, weight_decay: as in torch's AdamW.
         finder, transport, residual, codec, refresh_every, scale: the measured defaults.
-        moments, bases: codecs of moments and frames, plain unless they are given.
+        moments: a codec; "auto" is 8 bits for projected parameters, unless a budget chooses.
+        bases: a codec of frames, plain unless it is given.
         **options: any other hyper-parameter of :class:`comoving.LowRankOptimizer`.
     """
 
@@ -39,7 +40,7 @@ class AdamW(LowRankOptimizer):
         transport: Transport = Rotate(),  # noqa: B008
         residual: Residual = Feedback(),  # noqa: B008
         codec: Codec | Literal["auto"] = Int8(),  # noqa: B008
-        moments: Codec | Literal["auto"] = Full(),  # noqa: B008
+        moments: Codec | Literal["auto"] = "auto",
         bases: Codec = Full(),  # noqa: B008
         refresh_every: int = 4,
         scale: float | str = "auto",

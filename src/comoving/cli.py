@@ -56,6 +56,9 @@ def application() -> Any:
         rank: Annotated[
             str | None, typer.Option(help="Directions (64), share of entries (0.1), or one per mode (8,8,4,None).")
         ] = None,
+        codec: Annotated[
+            str, typer.Option(help="Of moments and feedback: full, int8, int4 ...; every contender in each, by commas.")
+        ] = "",
         out: Annotated[Path | None, typer.Option(help="Folder of results. [default: out/race-TASK]")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
         dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16.")] = "float32",
@@ -77,6 +80,7 @@ def application() -> Any:
             seeds=seeds,
             lr=lr,
             rank=rank,
+            codec=codec,
             out=out,
             device=device,
             dtype=dtype,

@@ -81,7 +81,6 @@ class Container(Optimizer):
         budget: int | float | str | None,
     ) -> None:
         self.on_nonfinite, self.seed, self.budget = on_nonfinite, seed, parse_budget(budget)
-        assignments.check_budgeted(defaults, self.budget)
         self._begin()
         self._complete = False  # the budget is shared out once, over all groups
         super().__init__(params, defaults)
@@ -120,10 +119,9 @@ class Container(Optimizer):
         if repeated:
             raise ValueError(f"duplicate parameters: {repeated} are already in this or another group")
         given = self.defaults | param_group
-        assignments.check_budgeted(given, self.budget)
         group = assignments.settled(given)
         check_options(group)
-        sites = [assignments.unassigned(site, given) for site in decide(pairs, group, first=len(self.sites))]
+        sites = [assignments.opening(s, given, self.budget is not None) for s in decide(pairs, group, len(self.sites))]
         deferred = [site.name for site in sites if site.deferred]
         if deferred and self.on_nonfinite == "skip":
             raise ValueError(

@@ -69,8 +69,8 @@ class LowRankOptimizer(InBackward):
         side: "auto", "left", "right" or "both", for matrices.
         view: "tensor", "matrix", "pairs" or heads; see :class:`comoving.views.View`.
         frame, finder, precondition, transport, rule, residual: the parts.
-        codec: stores the residual's buffer; "auto", with a budget, lets each projected parameter have its own.
-        moments: a codec too, of the rule's moments and covariances; "auto" likewise.
+        codec: stores the residual's buffer; "auto" is 8 bits, or what a budget assigns each projected parameter.
+        moments: a codec too, of the rule's moments and covariances; "auto" likewise, and full precision at rank 1.0.
         bases: a codec, of the factors of :class:`comoving.frames.Modes` and :class:`comoving.frames.SparseModes`.
             What is decoded is made orthonormal again, and in use from the refresh on that stores it.
         ranks: when ranks change: a policy of :mod:`comoving.ranks`, for frames of :class:`comoving.frames.Modes`.

@@ -403,9 +403,10 @@ _RECIPES = (
     ),
     Recipe(
         "comoving",
-        "the default: power iteration (short modes: exact) every 4 steps, moments rotated along, 8-bit error feedback",
+        "the default: power iteration (short modes: exact) every 4 steps, moments rotated, feedback; both in 8 bits",
         "this package",
-        _FOLLOWING | {"finder": Power(momentum=0.9, exact_up_to=32), "codec": Int8(), "scale": "auto"},
+        _FOLLOWING
+        | {"finder": Power(momentum=0.9, exact_up_to=32), "codec": Int8(), "moments": "auto", "scale": "auto"},
         relative_rate=2.0,
     ),
 )

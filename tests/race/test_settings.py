@@ -65,6 +65,17 @@ def test_defaults_come_from_the_task():
     assert (made.steps, made.rank, made.rates, made.out) == (400, 0.1, (), Path("out/race-fno"))
     run = made.run("torch-adamw", 1e-2, 0, "")
     assert (run.batch, run.warmup) == (8, 40)
+    made = settings_from(
+        "lm", "comoving:rank=8,adamw", None, "", None, None, codec="int8,int4(table='linear')", seeds=1
+    )
+    assert made.optimizers == (
+        "comoving:rank=8;moments=int8;codec=int8",
+        "comoving:rank=8;moments=int4(table='linear');codec=int4(table='linear')",
+        "adamw:moments=int8",
+        "adamw:moments=int4(table='linear')",
+    )
+    with pytest.raises(SettingsError, match="torch-adamw is none"):
+        settings_from("fno", "torch-adamw", None, "", None, None, codec="int8", seeds=1)
     made = settings_from("fno4d", None, None, "", None, None, seeds=1)
     assert made.optimizers == ("adamw", "tucker-adam", "tt-adam", "ht-adam", "comoving")
     assert (made.steps, made.rank) == (200, 0.1)

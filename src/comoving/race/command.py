@@ -17,7 +17,14 @@ LOG = logging.getLogger(__name__)
 
 
 def settings_from(
-    task: str, optimizers: str | None, steps: int | None, lr: str, rank: str | None, out: Path | None, **others: Any
+    task: str,
+    optimizers: str | None,
+    steps: int | None,
+    lr: str,
+    rank: str | None,
+    out: Path | None,
+    codec: str = "",
+    **others: Any,
 ) -> RaceSettings:
     """Settings from what was typed; what was not typed is the task's default.
 
@@ -27,9 +34,10 @@ def settings_from(
     if task not in TASKS:
         raise SettingsError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     info = TASKS[task]
+    names = contenders.named(parse_names(info.optimizers if optimizers is None else optimizers))
     return RaceSettings(
         task=task,
-        optimizers=contenders.named(parse_names(info.optimizers if optimizers is None else optimizers)),
+        optimizers=contenders.stored(names, parse_names(codec) if codec else ()),
         steps=info.steps if steps is None else steps,
         rates=parse_rates(lr),
         rank=info.rank if rank is None else parse_rank(rank),

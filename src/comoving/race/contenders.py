@@ -8,7 +8,7 @@ every recipe of ours.
 import hashlib
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,26 @@ def named(labels: Iterable[str]) -> tuple[str, ...]:
     labels = tuple(labels)
     others = [name for name in comoving.recipes() if name not in labels]
     return tuple(name for label in labels for name in (others if label == ALL else [label]))
+
+
+def stored(labels: Iterable[str], codecs: Sequence[str]) -> tuple[str, ...]:
+    """Each label once for every codec, which stores the moments and, where there is any, what is fed back.
+
+    Raises:
+        SettingsError: a contender that is not ours.
+    """
+    if not codecs:
+        return tuple(labels)
+    found: list[str] = []
+    for label in labels:
+        contender = parse(label)
+        if contender.foreign is not None:
+            raise SettingsError(f"--codec stores the state of comoving's own recipes, and {contender.name} is none")
+        roles = ["moments"] if comoving.recipes()[contender.name.partition("+")[0]].full_rank else ["moments", "codec"]
+        for codec in codecs:
+            options = ";".join(f"{role}={codec}" for role in roles)
+            found.append(f"{label}{';' if contender.overrides else ':'}{options}")
+    return tuple(found)
 
 
 def hidden_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -219,7 +219,8 @@ class Race:
     def entry(self, contender: Contender) -> Entry:
         """The rates as given, else the contender's own: measured on this task, or the task's times its factor."""
         info = self.settings.info
-        default = float(f"{info.rates.get(contender.label, info.rate * contender.relative_rate):.6g}")
+        usual = info.rates.get(contender.name, info.rate * contender.relative_rate)
+        default = float(f"{info.rates.get(contender.label, usual):.6g}")
         return Entry(contender, list(self.settings.rates) or [default])
 
     def due(self, rates: Callable[[Entry], Iterable[float]]) -> list[tuple[Entry, RunSettings]]:

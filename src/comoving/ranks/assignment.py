@@ -52,6 +52,8 @@ AUTO = "auto"
 ROLES = ("codec", "moments")
 LADDER: tuple[Codec, ...] = (Full(), BFloat16(), Int8(), Int4())
 """What "auto" chooses from, finest first."""
+USUAL = Int8()
+"""What "auto" is without a budget; see docs/choosing.md."""
 
 
 class Option(NamedTuple):
@@ -69,20 +71,15 @@ def settled(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**group, **{role: Full() for role in _automatic(group)}}
 
 
-def unassigned(site: Site, given: Mapping[str, Any]) -> Site:
-    """A projected site with the finest codecs in the roles that its group, as it was given, leaves open."""
-    return replace(site, **{role: Full() for role in _automatic(given)}) if site.projected else site
+def opening(site: Site, given: Mapping[str, Any], budgeted: bool) -> Site:
+    """A projected site with codecs in the roles that its group, as it was given, leaves open.
 
-
-def check_budgeted(group: Mapping[str, Any], budget: object) -> None:
-    """Raise for codecs that are left open without a budget.
-
-    Raises:
-        ValueError: naming the role.
+    The finest where a budget will choose, else :data:`USUAL`, unless the rule cannot take it.
     """
-    roles = _automatic(group)
-    if roles and budget is None:
-        raise ValueError(f"{roles[0]}='auto' needs a budget: without one every codec would be Full(), got budget=None")
+    if not site.projected:
+        return site
+    usual = {role: USUAL if _allowed(settled(given), role, USUAL) else Full() for role in _automatic(given)}
+    return replace(site, **(dict.fromkeys(usual, Full()) if budgeted else usual))
 
 
 def _automatic(group: Mapping[str, Any]) -> list[str]:
