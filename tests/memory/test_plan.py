@@ -170,7 +170,7 @@ def test_a_plan_says_the_rank_that_is_built() -> None:
 def test_parts_of_the_state_by_hand() -> None:
     model = nn.Module()
     model.w = nn.Parameter(torch.empty(16, 48))
-    plan = comoving.plan(model, "comoving", 4, device="cpu")
+    plan = comoving.plan(model, "comoving", 4, device="cpu", moments="full")
     # A whole gradient and a core of 4 x 48 in int8, each with a float32 step a row, of the first row blocks of 48.
     feedback = 16 * 48 + 16 * 4 + 4 * 48 + 4 * 4 + 4
     assert dict(plan.state) == {
