@@ -472,3 +472,160 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="refused with 2 processes"):
         optimizer.step_in_backward()
+
+
+# ------------------------------------------------------------------------------------------- copies, and other groups
+
+
+def pickled(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize(("clip", "norm"), [(None, "exact"), (0.3, "exact"), (0.3, "running")])
+def test_a_copy_steps_in_the_backward_pass_too(copied, clip, norm):
+    model = Net()
+    optimizer = build("comoving", model, lr=1e-2)
+    optimizer.step_in_backward(accumulate=2, clip=clip, norm=norm)
+    train(model, optimizer, range(2), accumulate=2)
+    loss_of(model, 1000).backward()
+    other, twin = copied((model, optimizer))
+    before = copy.deepcopy(model)
+    for m, o in ((model, optimizer), (other, twin)):
+        loss_of(m, 1001).backward()
+        assert all(p.grad is None for p in m.parameters())
+        o.step()
+        train(m, o, range(5, 7), accumulate=2)
+    assert same(model, other) and not same(model, before)
+    assert optimizer.gradient_norm == twin.gradient_norm
+
+
+def test_parameters_that_join_are_stepped_in_the_backward_pass():
+    models = Net(), Net()
+    late = {id(p) for m in models for p in m.up.parameters()}
+    for model, inside in zip(models, (False, True), strict=True):
+        optimizer = LowRankOptimizer([p for p in model.parameters() if id(p) not in late], 1e-2)
+        if inside:
+            optimizer.step_in_backward()
+        optimizer.add_param_group({"params": list(model.up.parameters())})
+        for t in range(3):
+            loss_of(model, t).backward()
+            assert (model.up.weight.grad is None) == inside
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(*models)
+
+
+def test_a_group_that_cannot_be_clipped_does_not_join():
+    model = Net()
+    optimizer = LowRankOptimizer(model.down.parameters(), 1e-2)
+    optimizer.step_in_backward(clip=1.0)
+    with pytest.raises(ValueError, match="adds gradients to a momentum"):
+        optimizer.add_param_group({"params": list(model.up.parameters()), "residual": MomentumBuffer()})
+    assert len(optimizer.param_groups) == 1
+
+
+def saved_in_a_window():
+    model = Net()
+    optimizer = build("comoving", model, lr=1e-2)
+    optimizer.step_in_backward(accumulate=2)
+    loss_of(model, 0).backward()
+    return model.state_dict(), optimizer.state_dict()
+
+
+def test_an_open_window_is_not_forgotten_by_an_optimizer_that_steps_after_the_backward_pass():
+    weights, state = saved_in_a_window()
+    model = Net()
+    model.load_state_dict(weights)
+    optimizer = build("comoving", model, lr=1e-2)
+    optimizer.load_state_dict(state)
+    loss_of(model, 1).backward()
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="in the middle of a window"):
+        optimizer.step()
+    assert same(model, before)
+    optimizer.zero_grad()
+    optimizer.step_in_backward(accumulate=2)
+    loss_of(model, 1).backward()
+    optimizer.step()
+    assert not same(model, before)
+
+
+def test_a_window_that_began_without_a_limit_cannot_be_clipped():
+    weights, state = saved_in_a_window()
+    model = Net()
+    model.load_state_dict(weights)
+    optimizer = build("comoving", model, lr=1e-2)
+    optimizer.step_in_backward(accumulate=2, clip=1.0)
+    optimizer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="began without clip"):
+        optimizer.step()
+
+
+def test_a_norm_that_overflows_does_not_stop_the_windows_after_it():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = LowRankOptimizer([p], 1e-2)
+    optimizer.step_in_backward(clip=1.0, norm="running")
+    for size in (3e38, 1.0, 1.0):
+        (p * size).sum().backward()
+        optimizer.step()
+    assert optimizer.gradient_norm == pytest.approx(2.0)
+
+
+def by_the_running_norm(model, **options):
+    optimizer = build("comoving", model, lr=1e-2, **options)
+    optimizer.step_in_backward(clip=0.1, norm="running")
+    return optimizer
+
+
+def test_what_is_fed_back_is_clipped_by_the_running_norm_too():
+    """Otherwise the feedback of an unclipped gradient, beside gradients that are clipped by it, raises every norm."""
+    p = nn.Parameter(torch.zeros(24, 20))
+    optimizer = LowRankOptimizer([p], 1e-2, 2, residual=Feedback())
+    optimizer.step_in_backward(clip=0.1, norm="running")
+    norms = []
+    for t in range(10):
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+        (p * g / g.norm() * (1000 if t == 3 else 1)).sum().backward()
+        optimizer.step()
+        norms.append(optimizer.gradient_norm)
+    assert norms[0] == pytest.approx(1.0) and norms[3] > 900
+    assert max(norms[1:3] + norms[5:]) < 1.5, norms
+
+
+def test_a_running_norm_does_not_fall_where_gradients_are_dropped():
+    model = Net()
+    optimizer = by_the_running_norm(model, on_nonfinite="skip")
+    loss_of(model, 0).backward()
+    optimizer.step()
+    norm = optimizer.gradient_norm
+    loss_of(model, 1, float("nan")).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    before = model.norm.weight.detach().clone()
+    loss_of(model, 2).backward()
+    assert optimizer.param_groups[0]["gradient_norm"] == norm
+    assert not torch.equal(model.norm.weight, before)
+
+
+def test_going_back_to_a_checkpoint_before_the_first_norm():
+    model = Net()
+    optimizer = by_the_running_norm(model)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(3))
+    first = copy.deepcopy(model)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer, range(3))
+    assert same(model, first)
+
+
+def test_two_optimizers_cannot_take_up_one_gradient():
+    model = Net()
+    for _ in range(2):
+        build("comoving", model, lr=1e-2).step_in_backward()
+    with pytest.raises(RuntimeError, match="another optimizer"):
+        loss_of(model, 0).backward()

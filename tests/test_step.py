@@ -483,6 +483,22 @@ def test_a_compiled_rule_takes_the_same_steps_and_no_refresh_compiles_anything(r
     assert set(counts[1:]) == {counts[1]}, counts
 
 
+@pytest.mark.parametrize("moments", [Full(), Int8()], ids=str)
+def test_complex_cores_are_stepped_uncompiled(moments):
+    torch._dynamo.reset()
+    counter, weights = CompileCounter(), torch.randn(24, 20, dtype=torch.complex64)
+    models = [nn.ParameterList([weights.clone()]) for _ in range(2)]
+    optimizers = [LowRankOptimizer(model.parameters(), 1e-2, 4, moments=moments) for model in models]
+    optimizers[1].compile(backend=counter)
+    for _ in range(3):
+        gradient = torch.randn_like(weights)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model[0].grad = gradient.clone()
+            optimizer.step()
+    assert_equal_parameters(*models)
+    assert counter.frame_count == 0
+
+
 def test_a_compiled_step_is_the_step():
     models = Mixed(), Mixed()
     optimizers = [build("comoving", model, 1e-2) for model in models]

@@ -1,8 +1,9 @@
 """Stepping inside the backward pass: a gradient is taken in, and freed, as soon as it is accumulated."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ class Window:
         clip: largest norm of all gradients together; None for no limit.
         exact: whether that is this window's norm, else the last one's.
         hooks: those on the parameters.
+        stepped: parameters that have been stepped since the last step().
+        checked: whether groups were looked at since then.
+        incomplete: whether a gradient was dropped since then.
+        norm: of the last finished window.
     """
 
     accumulate: int
@@ -36,6 +41,7 @@ class Window:
     exact: bool
     hooks: list[RemovableHandle] = field(default_factory=lambda: [])
     stepped: set[Tensor] = field(default_factory=set[Tensor])
+    checked: bool = False
     incomplete: bool = False
     norm: float | None = None
 
@@ -69,8 +75,9 @@ class InBackward(Container):
                 by the same factor min(1, clip / (norm + 1e-6)). Exact for one gradient, and with error feedback; of
                 several gradients whose rest is dropped, the sum of the rests' norms is taken. Frames are searched
                 before the norm is known, in gradients as they are. None for no limit.
-            norm: "exact" for the norm of this window; "running" for that of the last one (the first is not clipped),
-                which is then multiplied in as gradients come.
+            norm: "exact" for the norm of this window; "running" for that of the last one that had gradients (the first
+                is not clipped), by which core and rest are multiplied just so. Where non-finite gradients were dropped
+                the norm does not fall.
 
         Raises:
             ValueError: a value outside its interval; a residual or preconditioner that cannot be clipped so; several
@@ -87,7 +94,25 @@ class InBackward(Container):
             raise RuntimeError("already stepping in the backward pass; call step_after_backward() first")
         self._check_hooks(clip)
         self._window = Window(accumulate, clip, norm == "exact")
-        self._window.hooks += [p.register_post_accumulate_grad_hook(self._hook) for p in self.sites if p.requires_grad]
+        if clip is not None and norm == "running":
+            for group in self.param_groups:
+                group.setdefault(RUNNING, 0.0)  # saved from the beginning
+        self._hook_into(self.sites)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`Container.add_param_group`; while stepping in the backward pass the new parameters are, too."""
+        if self._window is not None and self._window.clip is not None:
+            self._check_clip(self._window.clip, self.defaults | param_group)
+        known = set(self.sites)
+        super().add_param_group(param_group)
+        if self._window is not None:
+            if RUNNING in self.param_groups[0]:
+                self.param_groups[-1][RUNNING] = self.param_groups[0][RUNNING]
+            self._hook_into(p for p in self.sites if p not in known)
+
+    def _hook_into(self, params: Iterable[Tensor]) -> None:
+        assert self._window is not None
+        self._window.hooks += [p.register_post_accumulate_grad_hook(self._hook) for p in params if p.requires_grad]
 
     def step_after_backward(self) -> None:
         """Undo :meth:`step_in_backward`.
@@ -150,23 +175,24 @@ class InBackward(Container):
         """Take up a gradient; step the parameter where the window is full and nothing has to be waited for."""
         window, site, gradient = self._window, self.sites[p], p.grad
         assert window is not None
-        assert gradient is not None
+        if gradient is None:
+            raise RuntimeError(
+                f"the gradient of {site.name} is gone: another hook, or another optimizer, has taken it up"
+            )
         if p in window.stepped:
             raise RuntimeError(
                 f"{site.name} has got a gradient after it was stepped: a window is {window.accumulate} backward "
                 f"passes, then step(). Reentrant checkpointing of activations, which hands out gradients in pieces, is "
                 f"refused: pass use_reentrant=False"
             )
-        if not window.stepped:
+        if not window.checked:
             self._check_structure()
+            window.checked = True
         gradients.check_layout([p], self.sites)
         p.grad = None
         if not self._finite(gradient, site.name, window):
             window.incomplete = True
             return
-        if not window.exact:
-            factor = window.factor(self.param_groups[0].get(RUNNING, 0.0))
-            gradient = gradient * factor if factor < 1 else gradient
         if site.plain:
             _, _, state = self._open(p)
             state[CORE] = state[CORE].add_(gradient) if CORE in state else gradient
@@ -176,7 +202,7 @@ class InBackward(Container):
         for unit in self._with_gradients(p):
             unit.state[WINDOW] = count
         if count == window.accumulate and (window.clip is None or not window.exact):
-            self._step_one(p)
+            self._step_one(p, window.factor(self.param_groups[0].get(RUNNING, 0.0)))
             window.stepped.add(p)
 
     def _finish(self, window: Window) -> None:
@@ -184,32 +210,34 @@ class InBackward(Container):
         for p in self.sites:
             if p.grad is not None:  # set by hand
                 self._take_up(p)
-        factor = 1.0
+        factor = window.factor(self.param_groups[0].get(RUNNING, 0.0))
         if window.clip is not None and window.exact:
             window.norm = self._total({unit.site.name: self._size(unit) for unit in self._all_with_gradients()})
             factor = window.factor(window.norm)
         for p in list(self._pending()):
-            if factor < 1:
-                self._rescale(p, factor)
-            self._step_one(p)
+            self._step_one(p, factor)
         if window.clip is not None and not window.exact:
-            applied = window.factor(self.param_groups[0].get(RUNNING, 0.0))
             units = [unit for p in self.sites for unit in self._opened(p)]
             sizes = {unit.site.name: unit.state.pop(SIZE) for unit in units if SIZE in unit.state}
-            window.norm = self._total(sizes) / applied
-            for group in self.param_groups:
-                group[RUNNING] = window.norm
+            window.norm = self._total(sizes)
+            # What was dropped may have been the largest, and an overflow would stop all that follow.
+            last = self.param_groups[0].get(RUNNING, 0.0) if window.incomplete or not sizes else 0.0
+            for group in self.param_groups if isfinite(window.norm) else ():
+                group[RUNNING] = max(last, window.norm)
         if window.incomplete:
             self._count_skipped()
         window.stepped.clear()
-        window.incomplete = False
+        window.checked = window.incomplete = False
 
-    def _step_one(self, p: Tensor) -> None:
+    def _step_one(self, p: Tensor, factor: float) -> None:
+        """Step a parameter by its gradients of this window, multiplied by this."""
         window, site = self._window, self.sites[p]
         assert window is not None
+        for unit in self._with_gradients(p) if window.clip is not None and not window.exact else ():
+            unit.state[SIZE] = self._size(unit)
+        if factor < 1:
+            self._rescale(p, factor)
         for unit in self._with_gradients(p):
-            if window.clip is not None and not window.exact:
-                unit.state[SIZE] = self._size(unit)
             del unit.state[WINDOW]
             unit.state.pop(REST, None)
         if not site.plain:
@@ -256,6 +284,10 @@ class InBackward(Container):
         core = unit.state[CORE]
         if not unit.site.projected:
             return norm(core)
+        if REST not in unit.state:
+            raise RuntimeError(
+                f"{unit.site.name} has gradients of a window that began without clip, and no norm of them"
+            )
         return unit.group["residual"].size(core, unit.state[REST], unit.state)
 
     def _rescale(self, p: Tensor, factor: float) -> None:
@@ -281,16 +313,48 @@ class InBackward(Container):
         if full:
             raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")
         for group in self.param_groups if clip is not None else ():
-            if not group["residual"].rescales:
-                raise ValueError(
-                    f"clip={clip} is refused: residual {group['residual']} adds gradients to a momentum before the "
-                    f"norm of all of them is known"
-                )
-            if group["precondition"] != Plain():
-                raise ValueError(
-                    f"clip={clip} is refused: precondition {group['precondition']} uses gradients before the norm of "
-                    f"all of them is known"
-                )
+            self._check_clip(clip, group)
+
+    @staticmethod
+    def _check_clip(clip: float | None, group: Mapping[str, Any]) -> None:
+        if not group["residual"].rescales:
+            raise ValueError(
+                f"clip={clip} is refused: residual {group['residual']} adds gradients to a momentum before the "
+                f"norm of all of them is known"
+            )
+        if group["precondition"] != Plain():
+            raise ValueError(
+                f"clip={clip} is refused: precondition {group['precondition']} uses gradients before the norm of "
+                f"all of them is known"
+            )
+
+    def _check_closed(self) -> None:
+        """Raise for gradients that a window has taken up and only stepping in the backward pass would finish."""
+        open_ = [site.name for p, site in self.sites.items() if self._in_window(self.state.get(p, {}))]
+        if open_:
+            raise RuntimeError(
+                f"{', '.join(open_[:5])}: the state was saved in the middle of a window of step_in_backward(), which "
+                f"has to be called before this step, or its gradients would be lost"
+            )
+
+    @staticmethod
+    def _in_window(state: Mapping[str, Any]) -> bool:
+        return WINDOW in state or any(isinstance(block, dict) and WINDOW in block for block in state.values())
+
+    # --------------------------------------------------------------------------------------------------------- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a deep copy takes along: the window too, but for the hooks."""
+        window = None if self._window is None else replace(self._window, hooks=[])
+        return super().__getstate__() | {"window": window}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a deep copy, with hooks on its own parameters, or take over loaded groups."""
+        copied, window = "window" in state, state.get("window")
+        super().__setstate__({key: value for key, value in state.items() if key != "window"})
+        if copied and window is not None:
+            self._window = window
+            self._hook_into(self.sites)
 
 
 def outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | None) -> Tensor:

@@ -157,8 +157,9 @@ class LowRankOptimizer(InBackward):
     def compile(self, **options: Any) -> None:
         """Compile the rule's arithmetic in the core: Adam's, Lion's or momentum's, one graph a shape and dtype.
 
-        What the host decides, when to refresh above all, stays uncompiled, as do decompositions and products: hence a
-        refresh compiles nothing anew. ``torch.compile(optimizer.step)`` is allowed and changes nothing.
+        Complex cores, which torch generates no code for, are stepped as before. What the host decides, when to refresh
+        above all, stays uncompiled, as do decompositions and products: hence a refresh compiles nothing anew.
+        ``torch.compile(optimizer.step)`` is allowed and changes nothing.
 
         Args:
             **options: for :func:`torch.compile`.
@@ -194,6 +195,7 @@ class LowRankOptimizer(InBackward):
     def _step_all(self) -> None:
         """Every parameter that has a gradient."""
         self._check_structure()
+        self._check_closed()
         bad = self._inspect_gradients()
         if bad is not None and any(self._changes_shape(p) for p in self._norms) and trouble(bad):
             return  # what has no state of its shape yet could not be put back

@@ -64,6 +64,12 @@ class Recipe:
     rank: Rank | None = None
     state: str = ""
 
+    def rank_for(self, given: Rank | None) -> Rank | None:
+        """The rank that projected parameters get: the given one, or its own; None where it has full rank."""
+        if self.full_rank:
+            return None
+        return given if given is not None else 0.25 if self.rank is None else self.rank
+
     @property
     def parts(self) -> dict[str, str]:
         """Role -> part, in words, of what the recipe sets."""
@@ -454,9 +460,8 @@ def build(
             f"{plus}{suffix} would put error feedback in its place; pass residual= if that is meant"
         )
     choice = {key: options.pop(key) for key in ("dense", "project", "pairs", "experts", "heads") if key in options}
-    if rank is None:
-        rank = 0.25 if method.rank is None else method.rank
-    groups = param_groups(model, rank=1.0 if method.full_rank else rank, **choice)
+    own_rank = method.rank_for(rank)
+    groups = param_groups(model, rank=1.0 if own_rank is None else own_rank, **choice)
     given = {role: part(role, value) for role, value in options.items()}
     if method.full_rank:
         idle = sorted({*given, *(["+ef"] if plus else [])} & _PROJECTING)

@@ -24,8 +24,8 @@ def advance(state: MutableMapping[str, Any]) -> int:
 
 
 def generator(device: torch.device, seeds: Iterable[int]) -> torch.Generator:
-    """A generator on a device, seeded from one or more seeds."""
-    return torch.Generator(device).manual_seed(scramble(*seeds))
+    """A generator on a device, seeded from one or more seeds; on the host where nothing has data."""
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(scramble(*seeds))
 
 
 def stochastic_bfloat16(x: Tensor, random: torch.Generator) -> Tensor:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import comoving
+from comoving.codecs import Int4
 from comoving.memory import measure
 from comoving.memory.plan import STATE
+from comoving.weights import quantize
 
 NEVER = 10**6
 # What these do now and then they shall do every second step here, which keeps the test short.
@@ -69,7 +71,7 @@ def full_rank(recipe: str) -> bool:
 
 def check(module: nn.Module, recipe: str, options: dict[str, str], device: str = "cpu") -> None:
     torch.manual_seed(0)
-    options = {k: v for k, v in options.items() if k == "moments" or not full_rank(recipe)}
+    options = {k: v for k, v in options.items() if k in {"moments", "rounding"} or not full_rank(recipe)}
     options |= OFTEN.get(recipe, {})
     plan = comoving.plan(module, recipe, 0.25, device=device, **options)
     optimizer = comoving.build(recipe, module, 1e-3, 0.25, **options)
@@ -79,12 +81,16 @@ def check(module: nn.Module, recipe: str, options: dict[str, str], device: str =
     first = step(module, optimizer, 1, device)
     plain = max(step(module, optimizer, NEVER, device) for _ in range(1 + (recipe in OFTEN)))
     refresh = max(step(module, optimizer, 1, device) for _ in range(1 + (recipe in OFTEN)))
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    assert plan.weights == plan.gradients == weights
+    gradients = sum(p.numel() * p.element_size() for p in module.parameters())
+    assert plan.gradients == gradients
+    stored = {x.untyped_storage().data_ptr() for x in there(module, optimizer)[2 * len(optimizer.sites) :]}
+    own = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in (*module.parameters(), *module.buffers())}
+    weights = sum(storage.nbytes() for place, storage in own.items() if place not in stored)
+    assert plan.weights == weights
     assert plan.state_bytes == comoving.state_bytes(optimizer)
-    held = measure(lambda: None, there(module, optimizer)).before if device == "cpu" else None
-    assert held is None or 2 * weights + plan.state_bytes == pytest.approx(held, rel=0.02)
-    resident = 2 * weights + plan.state_bytes
+    held = measure(lambda: None, [*there(module, optimizer), *module.buffers()]).before if device == "cpu" else None
+    assert held is None or weights + gradients + plan.state_bytes == pytest.approx(held, rel=0.02)
+    resident = weights + gradients + plan.state_bytes
     assert resident + plan.step_temporaries == pytest.approx(plain, rel=0.1)
     assert resident + plan.refresh_temporaries == pytest.approx(max(first, refresh), rel=0.1)
     assert plan.peak_bytes == pytest.approx(max(first, plain, refresh), rel=0.1)
@@ -101,6 +107,39 @@ def test_plan_of_matrices_agrees_with_what_is_allocated(recipe: str, options: di
 )
 def test_plan_of_tensors_agrees_with_what_is_allocated(recipe: str, options: dict[str, str]) -> None:
     check(Tensors(), recipe, options)
+
+
+def half(model: nn.Module) -> nn.Module:
+    return model.bfloat16()
+
+
+def in_codes(model: nn.Module) -> nn.Module:
+    return quantize(model, skip=["second"])
+
+
+def deferring(model: nn.Module) -> nn.Module:
+    return quantize(model, Int4(), compensate=1)
+
+
+DRAWN = {"codec": "int8(rounding='stochastic')", "moments": "int8(rounding='stochastic')"}
+AUTO = {"budget": "30%", "codec": "auto", "moments": "auto"}  # two equal matrices get codecs that differ
+
+
+@pytest.mark.parametrize(
+    ("made", "recipe", "options"),
+    [
+        (half, "comoving", {"rounding": "stochastic", **DRAWN}),
+        (half, "adamw", {"rounding": "stochastic"}),
+        (nn.Module.float, "comoving", {"bases": "int4(rounding='stochastic')"}),
+        (nn.Module.float, "comoving", AUTO),
+        (in_codes, "comoving", {}),
+        (in_codes, "adamw", {}),
+        (deferring, "loqt", {}),
+        (deferring, "loqt", {"bases": "int8"}),
+    ],
+)
+def test_plans_of_weights_and_state_in_few_bits(made, recipe: str, options: dict[str, str]) -> None:
+    check(made(Small()), recipe, options)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -120,6 +159,12 @@ def test_blocks_are_planned_one_by_one() -> None:
     optimizer = comoving.build("comoving", model, 1e-3, 6, experts=("experts",))
     step(model, optimizer, 1)
     assert plan.state_bytes == comoving.state_bytes(optimizer)
+
+
+def test_a_plan_says_the_rank_that_is_built() -> None:
+    assert comoving.plan(Small(), "comoving").rank == 0.25
+    assert comoving.plan(Small(), "apollo-mini").rank == comoving.recipes()["apollo-mini"].rank == 1
+    assert comoving.plan(Small(), "muon", 0.125).rank is None
 
 
 def test_parts_of_the_state_by_hand() -> None:

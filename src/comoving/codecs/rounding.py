@@ -26,7 +26,7 @@ def advanced(parts: Mapping[str, Tensor], device: torch.device) -> torch.Generat
         return None
     seed = scramble(int(parts[SEED]))
     parts[SEED].fill_(seed)
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
 
 
 def up(share: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """What a whole step needs beside weights, gradients and state, from rehearsals of each kind of parameter."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ def needs(optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int,
 def kind_of(p: Tensor, site: Site, group: Mapping[str, Any]) -> Any:
     """What decides how a parameter is stepped: equal for parameters that are stepped alike."""
     options = tuple(str(group[key]) for key in sorted(group) if key not in {"params", "param_names", "reasons"})
-    return tuple(p.shape), p.dtype, site.view, site.ranks, site.block_mode, site.whole, options
+    alike = replace(site, name="", reason="", phase=0, index=0)  # codecs, too, may be each parameter's own
+    return tuple(p.shape), p.dtype, alike, options
 
 
 def _kinds(

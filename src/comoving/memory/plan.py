@@ -2,20 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import state as slots
+from ..codecs import Full
 from ..diagnostics import SLOT
 from ..frames.base import Rank
 from ..optimizer import LowRankOptimizer
-from ..recipes import build
+from ..recipes import build, recipes
 from ..sites import Site
 from ..slots import Kind
 from ..units import show_bytes
 from ..validate import check_choice, check_int
+from ..weights import DeferringLinear, codes_of
 from . import sharding
 from .needs import NOTHING, Cache, kind_of, needs
 from .shapes import Subject, subject
@@ -45,7 +48,7 @@ class Plan:
     parameter:  peak = weights + state + communication + gradients + activations + temporaries.
 
     Args:
-        model, recipe, rank, dtype, device: what was planned for.
+        model, recipe, rank, dtype, device: what was planned for; a rank of None is full rank.
         batch, sequence: samples a step and tokens a sample, or None.
         ddp, fsdp: ranks that share the work, or None.
         layerwise: whether parameters are stepped in the backward pass.
@@ -237,7 +240,7 @@ def drafted(
     return Plan(
         model=model.name,
         recipe=recipe,
-        rank=rank,
+        rank=recipes()[recipe.partition("+")[0]].rank_for(rank),
         dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in everything})),
         device=device,
         batch=batch,
@@ -247,7 +250,7 @@ def drafted(
         layerwise=layerwise,
         parameters=sum(p.numel() for p in everything),
         projected=sum(p.numel() for p, site in optimizer.sites.items() if site.projected),
-        weights=sum(own.values()) + sharding.bytes_of(list(model.module.buffers())),
+        weights=_weights(model.module, optimizer, ranks),
         gradients=gradients,
         state=state_by_part(optimizer, ranks),
         step_temporaries=work.step,
@@ -312,6 +315,28 @@ def _kinds(site: Site, group: Mapping[str, Any]) -> dict[str, str]:
         else:
             found[name] = "feedback"
     return found
+
+
+def _weights(module: nn.Module, optimizer: LowRankOptimizer, ranks: int) -> int:
+    """Bytes of parameters and buffers; of a parameter in codes, its buffers and the one number that carries it.
+
+    A change that is kept beside codes comes with the first refresh, and with its factor where the state has that in
+    another form.
+    """
+    total = sharding.bytes_of(list(module.buffers()))
+    for p in module.parameters():
+        codes = codes_of(p)
+        total += sharding.shard_bytes(p, ranks) if codes is None else p.element_size()
+        if isinstance(codes, DeferringLinear) and p in optimizer.sites:
+            total -= sharding.bytes_of([x for x in (codes.factor, codes.change) if x is not None])
+            site, group = (
+                optimizer.sites[p],
+                next(g for g in optimizer.param_groups if any(p is q for q in g["params"])),
+            )
+            frame = group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)
+            factor = 0 if isinstance(group["bases"], Full) else sum(map(slots.part_bytes, frame.values()))
+            total += prod(site.core_shape) * site.view.dtype.itemsize + factor
+    return total
 
 
 def _communication(module: nn.Module, ddp: int | None, fsdp: int | None) -> int:

@@ -21,6 +21,9 @@ def turned(rule: Rule, z: Tensor, state: dict[str, Any], clock: Clock, eps: floa
 def compiled(**options: Any) -> Turn:
     """:func:`turned`, compiled for every rule, shape and dtype that it is called with; for rules without a host clock.
 
+    Complex cores are turned as they are: no code is generated for complex numbers, and those that were decoded, being
+    views of real pairs, cannot be traced.
+
     Args:
         **options: for :func:`torch.compile`.
     """
@@ -33,6 +36,8 @@ def compiled(**options: Any) -> Turn:
     graphs = torch.compile(arithmetic, **options)
 
     def turn(rule: Rule, z: Tensor, state: dict[str, Any], clock: Clock, eps: float) -> Tensor:
+        if z.is_complex():
+            return turned(rule, z, state, clock, eps)
         moments = {name: x for name, x in state.items() if name.startswith("moment.")}
         return graphs(rule, z, moments, clock.t, (clock.beta1, clock.beta2), eps)
 

@@ -182,7 +182,7 @@ class QuantizedLinear(nn.Module):
         memo[id(self)] = new
         mine = self.weight
         carrier = memo.setdefault(id(mine), nn.Parameter(_carrier(mine), mine.requires_grad))
-        carrier.data = _carrier(mine)
+        carrier.data = _carrier(carrier)  # which may be one without data
         if mine.grad is not None:
             carrier.grad = deepcopy(mine.grad, memo)
         new.__setstate__(deepcopy(self.__dict__, memo))
