@@ -18,26 +18,28 @@ from comoving.memory.plan import STATE, Plan, drafted, state_by_part
 from comoving.memory.report import picture
 from comoving.memory.shapes import subject
 from comoving.units import UNITS, show_bytes
+from comoving.weights import quantize
 
 RANKS = {"llama-7b": 1024, "llama-13b": 1280, "llama-70b": 2048}
 WIDE, FOUR = {"moments": "full"}, {"moments": "int4", "codec": "int4"}
 LEAST = FOUR | {"bases": "int4"}
 TOKENS = 256
 HEADINGS = ("weights", "gradients", "moments", "frames", "feedback", "temporaries", "activations")
+QUANTIZED = "Q-GaLore, weights in 8 bits"
+"""The row whose matrices are stored in codes, all but the output head."""
 BEGIN, END = "<!-- plans: written by benchmarks/memory_plans.py -->", "<!-- end of plans -->"
 
 
 def rows() -> list[tuple[str, str, dict[str, Any]]]:
-    """Name, recipe and options of each row; Q-GaLore's own recipe where it is there."""
-    known = comoving.recipes()
-    own: list[tuple[str, str, dict[str, Any]]] = [("Q-GaLore", "q-galore", {})] if "q-galore" in known else []
+    """Name, recipe and options of each row."""
     return [
         ("AdamW", "adamw", {}),
         ("8-bit AdamW", "adamw", {"moments": "int8"}),
         ("GaLore", "galore", {}),
         ("LDAdam", "ldadam", {}),
         ("8-bit GaLore", "galore", {"moments": "int8"}),
-        *own,
+        ("Q-GaLore, weights in bf16", "q-galore", {}),
+        (QUANTIZED, "q-galore", {}),
         ("comoving", "comoving", {}),
         ("comoving, 4 bits", "comoving", FOUR),
         ("comoving, frames in 4 bits too", "comoving", LEAST),
@@ -46,11 +48,14 @@ def rows() -> list[tuple[str, str, dict[str, Any]]]:
 
 def plans(model: str) -> dict[bool, list[tuple[str, Plan]]]:
     """The rows of one model, by whether parameters are stepped in the backward pass."""
-    known, made = subject(model, torch.bfloat16), dict[bool, list[tuple[str, Plan]]]()
+    plain, coded = subject(model, torch.bfloat16), subject(model, torch.bfloat16)
+    quantize(coded.module, skip=("lm_head",))
+    made = dict[bool, list[tuple[str, Plan]]]()
     for layerwise in (False, True):
-        cache: dict[Any, Any] = {}
+        caches: dict[bool, dict[Any, Any]] = {False: {}, True: {}}
         made[layerwise] = []
         for name, recipe, options in rows():
+            known, cache = (coded if name == QUANTIZED else plain), caches[name == QUANTIZED]
             plan = drafted(
                 known, recipe, RANKS[model], batch=1, sequence=TOKENS, ddp=None, fsdp=None, layerwise=layerwise,
                 checkpointing=False, device="cuda", options={"foreach": False, **options}, cache=cache,
