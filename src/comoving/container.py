@@ -48,9 +48,9 @@ class Unit(NamedTuple):
             return ModeFrame((None,) * len(view.shape))
         return bases.load(self.group, self.state, view.shape, view.dtype, self.state.get(self.group["rule"].momentum))
 
-    def unpacked(self) -> "Unit":
-        """The unit with its moments decoded."""
-        return self._replace(state=slots.unpacked(self.site, self.group, self.state))
+    def unpacked(self, only: str | None = None) -> "Unit":
+        """The unit with its moments, or ``only`` one of them, decoded."""
+        return self._replace(state=slots.unpacked(self.site, self.group, self.state, only))
 
     def pack_into(self, state: dict[str, Any], moved: bool = True) -> None:
         """Encode the moments of an unpacked unit again, where they have moved, into the state that it came from."""

@@ -284,12 +284,13 @@ class LowRankOptimizer(InBackward):
         if not site.projected:
             stored["core"] = stored["core"] + seen if "core" in stored else seen
             return
-        unit = unit.unpacked()
-        residual, codec, state = group["residual"], group["codec"], unit.state
-        opening = "core" not in state
+        unit = unit.unpacked(only=group["rule"].momentum)
         passage = self._standing(unit)
-        memory = slots.memory_of(state)
+        opening = "core" not in stored
         refreshing = opening and self._refresh_due(unit, passage.frame)
+        unit = unit.unpacked() if refreshing else unit
+        residual, codec, state = group["residual"], group["codec"], unit.state
+        memory = slots.memory_of(state)
         if refreshing:
             residual.renew(seen, state, codec)
         seen = residual.split(seen, state)

@@ -145,14 +145,16 @@ def first_moments(site: Site, group: Mapping[str, Any], like: Tensor, scalars: t
     return {slot.name: initial(slot, fresh[slot.name]) for slot in slots}
 
 
-def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """The state with its moments decoded; the state itself where they are stored plainly."""
+def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any], only: str | None = None) -> dict[str, Any]:
+    """The state with its moments, or ``only`` one of them, decoded; the state itself where they are stored plainly."""
     if isinstance(group["moments"], Full):
         return state
     working = dict(state)
     if site.projected:
         site = resized(site, group, ranks_in(site, group, state))
     for slot in rule_slots(site, group):
+        if only not in {None, slot.name}:
+            continue
         part, store, names = slot_part(slot, site, group), _store(slot, group["moments"]), _stored(slot, site, group)
         if store is not None and all(name in working for name in names):
             if any(tuple(working[name].shape) != p.shape for name, p in names.items()):
