@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import comoving
 from comoving.frames import Seeded
+from comoving.parts import part
 from plain_ldadam import PlainLDAdam
 
 Stepper = Callable[[int], None]
@@ -153,6 +154,30 @@ def cpu_tensor(steps: int) -> dict[str, object]:
     figures = race(contenders, steps, "cpu")
     base = figures["neuralop tensor-galore"]["mean"]
     return {"shapes": [shape], "rank": 0.25, "figures": figures, "mean / neuralop": _ratios(figures, base)}
+
+
+CODECS = {"float32": "full", "8 bits": "int8", "8 bits, dynamic table": "int8(table='dynamic')", "4 bits": "int4"}
+"""What stores the moments in the table of codecs."""
+
+
+def cpu_codecs(steps: int) -> dict[str, object]:
+    """The default with its moments in each codec, on matrices and on a complex tensor."""
+    figures: dict[str, dict[str, float]] = {}
+    ratios: dict[str, float] = {}
+    kinds: list[tuple[str, list[tuple[int, ...]], torch.dtype, float | int]] = [
+        ("matrices", [(512, 512)] * 4 + [(1408, 512)] * 2, torch.float32, 128),
+        ("tensor", [(24, 24, 16, 9)], torch.complex64, 0.1),
+    ]
+    for kind, shapes, dtype, rank in kinds:
+        models = {name: Weights(shapes, dtype, "cpu") for name in CODECS}
+        contenders = {
+            f"{kind}, {name}": (model, ours("comoving", model, rank, moments=part("moments", CODECS[name])))
+            for name, model in models.items()
+        }
+        own = race(contenders, steps, "cpu")
+        figures |= own
+        ratios |= _ratios(own, own[f"{kind}, float32"]["mean"])
+    return {"figures": figures, "mean / float32": ratios}
 
 
 EVERY = 10
@@ -292,12 +317,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--tables", default="matrices,tensor,recipes", help="of the CPU")
+    parser.add_argument("--tables", default="matrices,tensor,codecs,recipes", help="of the CPU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.device == "cpu":
-        tables = {"matrices": cpu_matrices, "tensor": cpu_tensor, "recipes": cpu_recipes}
+        tables = {"matrices": cpu_matrices, "tensor": cpu_tensor, "codecs": cpu_codecs, "recipes": cpu_recipes}
         results = {name: table(options.steps) for name, table in tables.items() if name in options.tables.split(",")}
     else:
         results = {"llama-1b": cuda_llama(options.steps, options.device)}
