@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from comoving.race.contenders import parse
+from comoving.race.host import machine
 from comoving.race.settings import RaceSettings
-from comoving.race.sweep import Entry, Race, machine, versions
+from comoving.race.sweep import Entry, Race, versions
 from comoving.race.tasks import TASKS
 
 FACTOR = 2.0
@@ -189,7 +190,7 @@ class Study:
             "command": "python benchmarks/study.py " + " ".join(sys.argv[1:]),
             "task": self.race.settings.task,
             "steps": self.race.settings.steps,
-            "machine": machine(self.race.settings),
+            "machine": machine(self.race.settings.device, self.arguments.jobs),
             "versions": versions(self.race.entries),
             "contenders": [self.line(entry) for entry in self.race.entries],
         }

@@ -2,22 +2,17 @@
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from comoving.race import contenders
+from comoving.race import contenders, host
 from comoving.race.contenders import Contender
 from comoving.race.files import write_json
+from comoving.race.processes import Processes
 from comoving.race.settings import RaceSettings, RunSettings, SettingsError
 
 Record = dict[str, Any]
@@ -116,65 +111,6 @@ def file_of(run: RunSettings, out: Path) -> Path:
     return out / "runs" / f"{name}-{run.rate:g}-seed{run.seed}-{run.key}.json"
 
 
-class Processes:
-    """Runs each run in a fresh process with one thread, and ends those still going when the race is interrupted."""
-
-    def __init__(self) -> None:
-        self.alive: set[subprocess.Popen[str]] = set()
-        self.lock = threading.Lock()
-        self.stopped = False
-
-    def __call__(self, run: RunSettings, file: Path, progress: Callable[[int, float], None]) -> Record:
-        """Run it to its end; what went wrong in there comes back as a record with status "failed"."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        log = file.with_suffix(".log")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "comoving.race.worker", str(file)]
-        with log.open("w", encoding="utf-8") as errors, self.lock:
-            if self.stopped:
-                raise KeyboardInterrupt
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-            )
-            self.alive.add(process)
-        assert process.stdin is not None and process.stdout is not None
-        with process:
-            try:
-                process.stdin.write(json.dumps(asdict(run)))
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # it died before it read; its log says why
-            for line in process.stdout:
-                try:
-                    point = json.loads(line)
-                    progress(int(point["step"]), float(point["loss"]))
-                except (ValueError, KeyError, TypeError):
-                    continue  # a library's own chatter
-        with self.lock:
-            self.alive.discard(process)
-            if self.stopped:
-                raise KeyboardInterrupt
-        if process.returncode != 0 or not file.exists():
-            return {"status": "failed", "error": last_words(log, process.returncode)}
-        log.unlink(missing_ok=True)
-        return json.loads(file.read_text(encoding="utf-8"))
-
-    def stop(self) -> None:
-        """End all processes started here."""
-        with self.lock:
-            self.stopped = True
-            for process in self.alive:
-                process.terminate()
-
-
-def last_words(log: Path, code: int) -> str:
-    """The last line of a log that says something: of a traceback, the exception."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    if code < 0:
-        return f"process ended by signal {-code}; see {log.name}"
-    return lines[-1][:500] if lines else f"process ended with code {code}"
-
-
 def code_fingerprint(contender: Contender) -> str:
     """Digest of everything of ours that a run's outcome depends on."""
     here = Path(__file__).parent
@@ -203,8 +139,8 @@ class Race:
     ) -> None:
         self.settings = settings
         self.watcher = watcher or Silence()
-        self.processes = Processes()
-        self.runner = runner or self.processes
+        self.processes = Processes("comoving.race.worker")
+        self.runner = runner or self.in_a_process
         self.entries = [self.entry(contenders.parse(label)) for label in settings.optimizers]
         if data is None:
             try:
@@ -282,6 +218,10 @@ class Race:
         except (OSError, ValueError):
             return None
         return record if record.get("status") in REUSED else None
+
+    def in_a_process(self, run: RunSettings, file: Path, progress: Callable[[int, float], None]) -> Record:
+        """The usual runner."""
+        return self.processes(asdict(run), file, progress)
 
     def one(self, entry: Entry, run: RunSettings) -> None:
         """Run one; a contender that has refused the model is not asked again."""
@@ -368,35 +308,10 @@ def against_adamw(lines: list[Record]) -> None:
             line[f"state{part}_over_parameters"] = line["state" + part] / own if own else None
 
 
-def machine(settings: RaceSettings) -> dict[str, Any]:
-    """What the race ran on."""
-    import platform  # noqa: PLC0415
-
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    gpu = torch.cuda.get_device_name(torch.device(settings.device)) if settings.device.startswith("cuda") else None
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads_per_run": 1,
-        "runs_at_once": settings.jobs,
-        "gpu": gpu,
-        "system": platform.platform(),
-    }
-
-
 def versions(entries: list[Entry]) -> dict[str, str]:
     """Versions of everything that takes part."""
-    packages = {"torch", "numpy", "transformers", "neuraloperator", "scipy", "scikit-learn"}
-    packages |= {p for e in entries if e.contender.foreign for p in e.contender.foreign.packages}
-    found = {p: contenders.version(p) for p in sorted(packages)}
-    return {"python": sys.version.split()[0], "comoving": contenders.version("comoving"), **found}
+    taking_part = {p for e in entries if e.contender.foreign for p in e.contender.foreign.packages}
+    return host.versions({"neuraloperator", *taking_part})
 
 
 def results(race: Race, command: str) -> Record:
@@ -409,7 +324,7 @@ def results(race: Race, command: str) -> Record:
     return {
         "command": command,
         "versions": versions(race.entries),
-        "machine": machine(settings),
+        "machine": host.machine(settings.device, settings.jobs),
         "task": asdict(info),
         "settings": {**asdict(settings), "out": str(settings.out), "batch": batch},
         "summary": lines,

@@ -6,16 +6,14 @@ its own peak memory, and a crash takes nobody else down.
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from comoving.race.files import write_json
+from comoving.race.processes import Reporter
 from comoving.race.runner import train
 from comoving.race.settings import RunSettings
-
-PERIOD = 0.2
 
 
 def main(target: Path) -> None:
@@ -25,17 +23,7 @@ def main(target: Path) -> None:
     if isinstance(fields["rank"], list):
         fields["rank"] = tuple(fields["rank"])
     run = RunSettings(**fields)
-    last = 0.0
-
-    def progress(step: int, loss: float) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > PERIOD or step == run.steps:
-            last = now
-            sys.stdout.write(json.dumps({"step": step, "loss": loss}) + "\n")
-            sys.stdout.flush()
-
-    record = train(run, progress=progress)
+    record = train(run, progress=Reporter(run.steps))
     write_json(target, {"settings": fields, **record})
 
 
