@@ -1,5 +1,6 @@
 """The command line; thin: it turns strings into settings and errors into one line."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -184,7 +185,82 @@ def application() -> Any:
 
         raise typer.Exit(measure(out, quick, shlex.join(["comoving", *ARGUMENTS])))
 
+    app.add_typer(laboratory(), name="lab")
+
     return app
+
+
+def laboratory() -> Any:
+    """The commands of ``comoving lab``."""
+    import typer  # noqa: PLC0415
+
+    lab = typer.Typer(
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        help="Do a few directions carry training? Studies with controls, and computed verdicts.",
+    )
+
+    @lab.command("list")
+    def studies() -> None:  # pyright: ignore[reportUnusedFunction]
+        """List the studies and the configurations."""
+        from comoving.lab.command import listing  # noqa: PLC0415
+
+        for table in listing():
+            show(table)
+
+    @lab.command("run")
+    def run_study(  # pyright: ignore[reportUnusedFunction]
+        study: Annotated[str, typer.Argument(help="1, 2, 12 (1 against 2), 3, 3b or e4; see comoving lab list.")],
+        config: Annotated[str, typer.Option(help="A name of comoving lab list, or the path of a .toml file.")],
+        seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ...; fewer than 3 give no verdict.")] = 3,
+        out: Annotated[Path | None, typer.Option(help="Folder of results. [default: out/lab-STUDY-CONFIG]")] = None,
+        jobs: Annotated[int | None, typer.Option(help="Runs at once. [default: cores, 1 on a GPU]")] = None,
+        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+        steps: Annotated[int | None, typer.Option(help="Updates of each run. [default: the configuration's]")] = None,
+        rate: Annotated[float | None, typer.Option(help="AdamW's rate, the middle of every arm's grid.")] = None,
+        spec_monitor: Annotated[
+            bool, typer.Option("--spec-monitor", help="Write all spectra as JSON lines too, under OUT/spectra.")
+        ] = False,
+        spec_every: Annotated[int | None, typer.Option(help="Updates between readings of the spectra.")] = None,
+        spec_topk: Annotated[int | None, typer.Option(help="Singular values and directions that are read.")] = None,
+        spec_targets: Annotated[str | None, typer.Option(help="Patterns of layers, separated by commas.")] = None,
+        log_tensorboard: Annotated[
+            bool, typer.Option("--log-tensorboard", help="Spectra for TensorBoard, under OUT/tensorboard.")
+        ] = False,
+        log_wandb: Annotated[bool, typer.Option("--log-wandb", help="Spectra to Weights & Biases.")] = False,
+        wandb_project: Annotated[str, typer.Option(help="Its project.")] = "comoving-lab",
+    ) -> None:
+        """Run a study: every arm at the best of equally many rates, on the same seeds; then the verdicts."""
+        from comoving.lab import command  # noqa: PLC0415
+
+        folder = Path("out") / f"lab-{study}-{Path(config).stem}" if out is None else out
+        sinks = {"jsonl": spec_monitor, "tensorboard": log_tensorboard, "wandb": log_wandb}
+        places = {"jsonl": folder / "spectra", "tensorboard": folder / "tensorboard", "wandb": wandb_project}
+        status = command.execute(
+            study=study,
+            name=config,
+            seeds=seeds,
+            out=folder,
+            command=shlex.join(["comoving", *ARGUMENTS]),
+            jobs=jobs or (1 if device.startswith("cuda") else os.cpu_count() or 1),
+            device=device,
+            changes=command.changes(
+                steps=steps, rate=rate, spec_every=spec_every, spec_topk=spec_topk, targets=spec_targets
+            ),
+            log={name: str(places[name]) for name, wanted in sinks.items() if wanted},
+        )
+        raise typer.Exit(status)
+
+    @lab.command("report")
+    def report_studies(  # pyright: ignore[reportUnusedFunction]
+        folder: Annotated[Path, typer.Argument(help="What comoving lab run was given as --out.")],
+    ) -> None:
+        """Write report.html from the results in a folder, and print the verdicts."""
+        from comoving.lab.command import write  # noqa: PLC0415
+
+        raise typer.Exit(write(folder))
+
+    return lab
 
 
 ARGUMENTS: list[str] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comoving.race import contenders, report, sweep
+from comoving.race.bars import Bars
 from comoving.race.extras import require
 from comoving.race.settings import RaceSettings, RunSettings, SettingsError, parse_names, parse_rank, parse_rates
 from comoving.race.table import DASH, columns, remarks
@@ -51,57 +52,24 @@ def label(run: RunSettings) -> str:
     return f"{run.contender} lr {run.rate:g} seed {run.seed}"
 
 
-class Bars:
-    """Progress on stderr: bars on a terminal, one line per finished run elsewhere."""
+class Watching:
+    """Tells the bars how the race goes."""
 
-    def __init__(self, console: Any, steps: int) -> None:
-        progress = require("rich.progress", "cli")
-        self.console, self.steps = console, steps
-        self.bars = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            progress.TextColumn("{task.fields[loss]}"),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.whole = self.bars.add_task("all runs", total=0, loss="")
-        self.tasks: dict[str, Any] = {}
-        self.runs = self.done = 0
-
-    def total(self, runs: int, reused: int) -> None:
-        """Adjust the bar of the whole race."""
-        self.runs = runs
-        self.done = max(self.done, reused)
-        self.bars.update(self.whole, total=runs, completed=self.done)
-        if reused:
-            self.say(f"{reused} of {runs} runs were finished earlier and are used again")
+    def __init__(self, bars: Bars, steps: int) -> None:
+        self.bars, self.steps = bars, steps
+        self.total, self.say = bars.total, bars.say
 
     def started(self, run: RunSettings) -> None:
-        """A bar of its own for the run."""
-        self.tasks[run.key] = self.bars.add_task(label(run), total=self.steps, loss="")
+        """A run begins."""
+        self.bars.started(label(run), self.steps)
 
     def progress(self, run: RunSettings, step: int, loss: float) -> None:
-        """Move the run's bar."""
-        self.bars.update(self.tasks[run.key], completed=step, loss=f"loss {loss:.4g}")
+        """A run has finished ``step`` steps."""
+        self.bars.progress(label(run), step, loss)
 
     def ended(self, run: RunSettings, record: sweep.Record) -> None:
-        """Drop the run's bar and say what came out."""
-        if run.key in self.tasks:
-            self.bars.remove_task(self.tasks.pop(run.key))
-        self.done += 1
-        self.bars.update(self.whole, completed=self.done)
-        result = (
-            f"{record['final']:.4g}" if record["status"] == "finished" else f"{record['status']}: {record['error']}"
-        )
-        seconds = f"  ({record['seconds']:.0f} s)" if "seconds" in record else ""
-        self.say(f"[{self.done}/{self.runs}] {label(run)}: {result}{seconds}")
-
-    def say(self, line: str) -> None:
-        """One line above the bars."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """A run is over."""
+        self.bars.ended(label(run), record)
 
 
 def blocks(widths: list[int], room: int) -> list[list[int]]:
@@ -159,8 +127,8 @@ def execute(settings: RaceSettings, command: str) -> int:
     rich_console = require("rich.console", "cli")
     console = rich_console.Console(stderr=True)
     race = sweep.Race(settings)
-    bars = Bars(console, settings.steps)
-    race.watcher = bars
+    bars = Bars(console)
+    race.watcher = Watching(bars, settings.steps)
     started = time.monotonic()
     try:
         with bars.bars:

@@ -54,6 +54,12 @@ def pieces(text: bytes) -> Iterator[Document]:
         yield str(i), text[i : i + 4096]
 
 
+def opened(name: str) -> Any:
+    """A Hugging Face data set, with its parts where it has any."""
+    datasets = require("datasets", "hf")
+    return datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+
+
 def dataset(name: str) -> Iterator[Document]:
     """A Hugging Face data set: a folder made by ``save_to_disk``, or a name ``load_dataset`` knows.
 
@@ -62,8 +68,7 @@ def dataset(name: str) -> Iterator[Document]:
     Raises:
         ValueError: if it has no column of strings.
     """
-    datasets = require("datasets", "hf")
-    found: Any = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    found = opened(name)
     if hasattr(found, "keys"):
         found = found["train"] if "train" in found else found[next(iter(found))]
     columns = [

@@ -1,0 +1,301 @@
+"""A study's runs: equally many rates for every arm on seed 0, the best one on all seeds, and what follows from that."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import comoving
+from comoving.lab import tasks
+from comoving.lab.config import Config
+from comoving.lab.studies import Arm, Study
+from comoving.lab.train import LabRun
+from comoving.lab.verdicts import coincide
+from comoving.race import host
+from comoving.race.contenders import digest
+from comoving.race.files import finite, write_text
+from comoving.race.processes import Processes
+from comoving.race.settings import SettingsError, check_device
+
+Record = dict[str, Any]
+Runner = Callable[[LabRun, Path, Callable[[int, float], None]], Record]
+
+REUSED = ("finished", "diverged")
+LAB = ("tasks.py", "train.py", "interventions.py")
+RACE = ("runner.py", "tasks/lm.py", "tasks/vit.py")
+
+
+class Watcher(Protocol):
+    """Who is told how it goes; calls come from several threads."""
+
+    def total(self, runs: int, reused: int) -> None:
+        """``runs`` runs are known of by now, ``reused`` of them were found finished."""
+
+    def started(self, name: str, steps: int) -> None:
+        """A run begins."""
+
+    def progress(self, name: str, step: int, loss: float) -> None:
+        """A run has finished ``step`` steps."""
+
+    def ended(self, name: str, record: Record) -> None:
+        """A run is over."""
+
+    def say(self, line: str) -> None:
+        """Something worth one line."""
+
+
+@dataclass
+class Entry:
+    """An arm and its records by (rate, seed)."""
+
+    arm: Arm
+    records: dict[tuple[float, int], Record] = field(default_factory=dict[tuple[float, int], Record])
+
+    def validation(self, rate: float) -> float | None:
+        """Seed 0's last value on the validation data, None unless it finished."""
+        record = self.records.get((rate, 0), {})
+        return record["curve"][-1]["value"] if record.get("status") == "finished" else None
+
+    def best(self, goal: str) -> float | None:
+        """The rate with the best validation of seed 0; None where every one diverged."""
+        found = {rate: v for rate, seed in self.records if seed == 0 and (v := self.validation(rate)) is not None}
+        if not found:
+            return None
+        return (max if goal == "max" else min)(found, key=lambda rate: found[rate])
+
+
+class Campaign:
+    """All runs of one study on one configuration.
+
+    Args:
+        study, config: what is asked.
+        seeds: how many, from 0.
+        out: folder of the results; a campaign that was interrupted goes on from what is there.
+        watcher: is told how it goes.
+        jobs: runs at once, each in a process with one thread.
+        device: of the models.
+        log: sinks for the spectra: "wandb" -> project, "jsonl" and "tensorboard" -> folder.
+        runner: trains one run; a process for each by default.
+
+    Raises:
+        SettingsError: for numbers out of range, or data that cannot be loaded; nothing has run by then.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        config: Config,
+        seeds: int,
+        out: Path,
+        watcher: Watcher,
+        jobs: int = 1,
+        device: str = "cpu",
+        log: Mapping[str, str] | None = None,
+        runner: Runner | None = None,
+    ) -> None:
+        for name, value in (("seeds", seeds), ("jobs", jobs)):
+            if value < 1:
+                raise SettingsError(f"{name} is {value}; it must be at least 1")
+        check_device(device)
+        self.study, self.config, self.seeds, self.out, self.watcher = study, config, seeds, out, watcher
+        self.jobs, self.device, self.log = jobs, device, dict(log or {})
+        self.processes = Processes("comoving.lab.worker")
+        self.runner = runner or self.in_a_process
+        self.rates = [float(f"{config.rate * factor:.4g}") for factor in config.rates]
+        self.entries = [Entry(arm) for arm in study.arms(config)]
+        self.configs = {"": config}
+        self.fingerprints = {"": fingerprint(config)}
+        self.followups: list[str] = []
+        self.known = self.reused = 0
+
+    def run(self, command: str) -> Record:
+        """Run what is not done yet; the results are on disk all along, and returned.
+
+        KeyboardInterrupt ends the processes and goes on to the caller.
+        """
+        try:
+            self.compare(self.entries, command)
+            if coincide(self.results(command)):
+                for what, arms in self.study.followups(self.config):
+                    self.watcher.say(f"studies 1 and 2 coincide; follow-up: {what}")
+                    self.followups.append(what)
+                    entries = [Entry(arm) for arm in arms]
+                    self.entries += entries
+                    self.compare(entries, command)
+        finally:
+            self.save(command)
+        return self.results(command)
+
+    def compare(self, entries: list[Entry], command: str) -> None:
+        """Every arm at every rate on seed 0, then at its best rate on the other seeds."""
+        self.run_all([(entry, self.setting(entry.arm, rate, 0)) for entry in entries for rate in self.rates], command)
+        best = {id(entry): entry.best(self.config.metric["goal"]) for entry in entries}
+        for entry in entries:
+            if best[id(entry)] is None:
+                self.watcher.say(f"{entry.arm.name}: diverged at every rate; no further seeds are run")
+        runs = [
+            (entry, self.setting(entry.arm, rate, seed))
+            for seed in range(1, self.seeds)
+            for entry in entries
+            if (rate := best[id(entry)]) is not None
+        ]
+        self.run_all(runs, command)
+
+    def setting(self, arm: Arm, rate: float, seed: int) -> LabRun:
+        """The run of an arm; a harder task is loaded when it is first needed."""
+        if arm.task not in self.configs:
+            self.configs[arm.task] = self.config.harder_task()
+            self.fingerprints[arm.task] = fingerprint(self.configs[arm.task])
+        return LabRun(
+            self.configs[arm.task], arm, rate, seed, self.device, self.fingerprints[arm.task], self.log
+        )  # fmt: skip
+
+    def run_all(self, runs: list[tuple[Entry, LabRun]], command: str) -> None:
+        """Run or reuse every one of ``runs``, at most ``jobs`` at a time."""
+        missing: list[tuple[Entry, LabRun]] = []
+        for entry, run in runs:
+            record = finished(file_of(run, self.out))
+            if record is None:
+                missing.append((entry, run))
+            else:
+                entry.records[run.rate, run.seed] = record
+        self.known += len(runs)
+        self.reused += len(runs) - len(missing)
+        self.watcher.total(self.known, self.reused)
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            for future in as_completed([pool.submit(self.one, entry, run) for entry, run in missing]):
+                future.result()
+                self.save(command)
+        except BaseException:
+            self.processes.stop()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def one(self, entry: Entry, run: LabRun) -> None:
+        """Run one.
+
+        Raises:
+            SettingsError: if the run fails by a fault rather than by its numbers; others would fail like it.
+        """
+        name = f"{run.arm.name} lr {run.rate:g} seed {run.seed}"
+        self.watcher.started(name, run.config.steps)
+        record = self.runner(run, file_of(run, self.out), lambda step, loss: self.watcher.progress(name, step, loss))
+        self.watcher.ended(name, record)
+        if record["status"] not in REUSED:
+            raise SettingsError(f"{name} failed: {record['error']}")
+        entry.records[run.rate, run.seed] = record
+
+    def in_a_process(self, run: LabRun, file: Path, progress: Callable[[int, float], None]) -> Record:
+        """The usual runner."""
+        return self.processes(run.plain(), file, progress)
+
+    def results(self, command: str) -> Record:
+        """Everything about the study so far: what its report is made of."""
+        config = self.config.plain()
+        return {
+            "study": self.study.name,
+            "title": f"{self.study.title}: {self.config.title}",
+            "question": self.study.question,
+            "command": command,
+            "config": config,
+            "metric": self.config.metric,
+            "seeds": self.seeds,
+            "arms": [self.line(entry) for entry in self.entries],
+            "followups": self.followups,
+            "machine": host.machine(self.device, self.jobs),
+            "versions": host.versions(("datasets",)),
+        }
+
+    def line(self, entry: Entry) -> Record:
+        """One arm."""
+        rate = entry.best(self.config.metric["goal"])
+        tried = sorted({rate for rate, seed in entry.records if seed == 0})
+        return {
+            **entry.arm.plain(),
+            "rates": {f"{rate:g}": entry.validation(rate) for rate in tried},
+            "rate": rate,
+            "runs": [
+                entry.records[rate, s] for s in range(self.seeds) if rate is not None and (rate, s) in entry.records
+            ],
+        }
+
+    def save(self, command: str) -> Path:
+        """Write the results."""
+        file = self.out / f"results-{self.study.name}-{self.config.name}.json"
+        write_text(file, json.dumps(finite(self.results(command)), separators=(",", ":"), allow_nan=False) + "\n")
+        return file
+
+
+CONDENSED = ("sigma_max", "delta_sv_rel", "cos_u_mean", "cos_v_mean", "p", "p_weight")
+
+
+def condensed(record: Record) -> Record:
+    """A record as a study's results hold it: of the spectra only what verdicts and pictures need, in five digits.
+
+    Singular values one by one are kept of seed 0's first and last layer; the file of the run has all of them.
+    """
+    layers = list(record["shapes"])
+    whole = (
+        {f"spec/{name}/sv{i}" for name in (layers[0], layers[-1]) for i in range(1, 100)} if record["seed"] == 0 else ()
+    )
+    spectra = {
+        name: [[step, shortened(value)] for step, value in values]
+        for name, values in record["spectra"].items()
+        if name in whole or name.rpartition("/")[2] in CONDENSED
+    }
+    losses = [shortened(loss) for loss in record["losses"]]
+    return {k: v for k, v in record.items() if k != "settings"} | {"spectra": spectra, "losses": losses}
+
+
+def shortened(value: float | None) -> float | None:
+    """Five significant digits."""
+    return None if value is None else float(f"{value:.5g}")
+
+
+def fingerprint(config: Config) -> str:
+    """Digest of the data of a configuration and of the code that trains on them."""
+    here = Path(__file__).parent
+    package = Path(comoving.__file__).parent
+    code = [*(here / name for name in LAB), *(package / "race" / name for name in RACE)]
+    code += sorted((package / "directions").rglob("*.py"))
+    return f"{tasks.load(config).fingerprint()[:16]}-{digest(code)}-{torch.__version__}"
+
+
+def file_of(run: LabRun, out: Path) -> Path:
+    """Where the record of a run is kept: readable, and unique by everything that decides its outcome."""
+    decisive = {k: v for k, v in run.plain().items() if k != "log"}
+    decisive["arm"] = {k: v for k, v in decisive["arm"].items() if k not in ("name", "role", "summary")}
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+    return out / "runs" / f"{run.config.name}-{run.arm.name}-{run.rate:g}-seed{run.seed}-{key}.json"
+
+
+def finished(file: Path) -> Record | None:
+    """The record of this very run from an earlier start; what failed is tried again."""
+    try:
+        record: Record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if record.get("status") in REUSED else None
+
+
+def found(folder: Path) -> list[Record]:
+    """The results of all studies in a folder.
+
+    Raises:
+        SettingsError: none is there, or one cannot be read.
+    """
+    files: Iterable[Path] = sorted(folder.glob("results-*.json"))
+    try:
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{folder}: a file of results cannot be read: {error}") from error
+    if not results:
+        raise SettingsError(f"{folder} holds no results; run a study first: comoving lab run STUDY --out {folder}")
+    return results
