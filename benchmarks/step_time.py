@@ -184,8 +184,8 @@ EVERY = 10
 """Steps between refreshes, and between roots or eigenbases, of whoever has them, in the table of all recipes."""
 PERIODIC = {"galore", "tensor-galore", "fira", "apollo", "apollo-mini", "tensorgrad", "frugal", "flora", "coap"}
 """Recipes whose refresh period is set to that; the others keep their own."""
-STORED = {"apollo": {"frame": Seeded(stored=True)}}
-"""Recipes that run a second time with their projections kept between steps, as their rivals keep them."""
+DRAWN = {"apollo": {"frame": Seeded()}}
+"""Recipes that run a second time with their projections drawn from the seed at every step instead of stored."""
 
 
 def _constructed(module: str, name: str, **options: Any) -> Callable[[Weights], Stepper]:
@@ -240,9 +240,9 @@ def cpu_recipes(steps: int) -> dict[str, object]:
         options = {"refresh_every": EVERY} if name in PERIODIC else {}
         rank = getattr(recipe, "rank", None) or 64
         contenders[name] = (model, ours(name, model, rank, **options))
-        if name in STORED:
+        if name in DRAWN:
             model = Weights(shapes, torch.float32, "cpu")
-            contenders[f"{name}, stored"] = (model, ours(name, model, rank, **options, **STORED[name]))
+            contenders[f"{name}, drawn"] = (model, ours(name, model, rank, **options, **DRAWN[name]))
         for rival, make in RIVALS.get(name, {}).items():
             model = Weights(shapes, torch.float32, "cpu")
             contenders[f"{name} ({rival})"] = (model, make(model))
@@ -261,7 +261,7 @@ def cpu_recipes(steps: int) -> dict[str, object]:
         "ours / fastest rival": {
             label: figures[label]["mean"] / seconds
             for name, seconds in fastest.items()
-            for label in (name, f"{name}, stored")
+            for label in (name, f"{name}, drawn")
             if label in figures
         },
     }

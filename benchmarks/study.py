@@ -81,6 +81,8 @@ MATRICES = [
     *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
     *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
     *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 32, 1 / 8)),
+    *(f"comoving:rank={share};scale=match" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving:rank={share};scale=match;residual=discard" for share in (1 / 32, 1 / 8)),
     *(f"comoving:rank={share};rule=muon(bf16=True);scale=1.0" for share in (1 / 8, 1 / 2)),
     *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
 ]

@@ -88,6 +88,11 @@ class Update:
         """F."""
         return self.load()
 
+    def decay(self, weights: Tensor) -> None:
+        """w <- shrink w, in place; nothing where there is no decay, which saves a pass over the weights."""
+        if self.shrink != 1.0:
+            weights.mul_(self.shrink)
+
     def write(self, weights: Tensor) -> None:
         """w <- shrink w + factor F d, in place."""
         self.frame.add_lift(weights, self.direction, self.factor, beta=self.shrink)

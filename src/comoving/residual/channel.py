@@ -36,7 +36,7 @@ class Channel(Scaled):
         """w <- shrink w + factor s."""
         gradient = state.pop(HELD)
         scaled = gradient * gains(update, self.per, sqrt(gradient.numel() / update.core.numel()))
-        weights.mul_(update.shrink)
+        update.decay(weights)
         if self.growth is None:
             weights.add_(scaled, alpha=update.factor)
         else:
