@@ -105,8 +105,9 @@ def hub(config: Config) -> Parts:
         raise
     except Exception as error:  # the library raises its own kinds for a name it cannot find, or without a network
         raise ValueError(str(error).splitlines()[0]) from error
-    if "train" not in found or "test" not in found:
-        raise ValueError(f"it needs the parts train and test, and has {', '.join(found)}")
+    parts = list(found) if hasattr(found, "keys") else []
+    if "train" not in parts or "test" not in parts:
+        raise ValueError(f"it needs the parts train and test, and has {', '.join(parts) or 'no parts'}")
     features = found["train"].features
     pictures = next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
