@@ -1,9 +1,9 @@
 import math
 
 import pytest
-from lab.synthetic import BITS, METRIC, broken, run
 
 from comoving.lab.times import Crossing, crossing, explosions, labels, share_target, targets
+from lab.synthetic import BITS, METRIC, broken, run
 
 
 def curve(*values):
