@@ -112,7 +112,7 @@ def caution(test: Paired) -> str:
     """How little three seeds are."""
     if test.count != SEEDS:
         return f"{test.count} seeds"
-    return f"only 3 seeds: t with 2 degrees of freedom, the interval reaches {quantile(2):.2f} standard errors each way"
+    return f"only 3 seeds (2 degrees of freedom: the interval is {quantile(2):.2f} standard errors to each side)"
 
 
 def undefined(test: Paired) -> str | None:

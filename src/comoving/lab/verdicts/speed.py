@@ -131,9 +131,9 @@ def describe(found: Times) -> str:
         if not found.ratios:
             return ""
         return f"time ratios {', '.join(f'{r:.3f}' for r in found.ratios.values())}"
-    mean, low, high = (100 * s for s in saving)
-    verb = f"saves {mean:.1f}%" if mean >= 0 else f"costs {-mean:.1f}% more"
-    return f"{verb} of the {found.unit} to {found.label} (95% CI {low:.1f} to {high:.1f}%), {probability(found.test.p)}"
+    middle, low, high = (1 - saving[i] for i in (0, 2, 1))
+    interval = f"(95% CI {low:.3f} to {high:.3f}), {probability(found.test.p)}"
+    return f"{middle:.3f} of the baseline's {found.unit} to {found.label} {interval}"
 
 
 def obstacle(found: Times) -> str | None:
@@ -150,7 +150,7 @@ def obstacle(found: Times) -> str | None:
 def decide(found: Times, bad: list[int]) -> tuple[str, str]:
     """The answer by :data:`RULE` and why it is not another."""
     if found.bounds and not found.ratios and len(found.bounds) >= SEEDS and not found.trivial:
-        return NO, f"never reaches {found.label} of the baseline, in {len(found.bounds)} of {len(found.bounds)} seeds"
+        return NO, f"in none of {len(found.bounds)} seeds does it reach {found.label}, which the baseline reaches"
     why = obstacle(found)
     if why is not None or found.test.mean is None or found.test.low is None or found.test.p is None:
         return UNKNOWN, why or few(found.test.count)
@@ -158,7 +158,7 @@ def decide(found: Times, bad: list[int]) -> tuple[str, str]:
         return (UNKNOWN, f"{len(bad)} diverged: no yes") if bad else (YES, "")
     if found.test.low > math.log(1 - SAVING):
         return NO, "a saving of 10% is excluded"
-    return UNKNOWN, f"the interval holds both 10% and less, or {probability(found.test.p)} is not below 0.05"
+    return UNKNOWN, "neither a saving of 10% nor its absence is shown"
 
 
 def faster(results: Results, arm: Arm, other: Arm) -> bool | None:
