@@ -1,5 +1,7 @@
 """The few directions in which training moves: watching them, and learning faster along them."""
 
+from .branches import Branch, Branches, add_branches
+from .gain import Amplifier, Gain, amplify
 from .targets import TARGETS, targets
 
-__all__ = ["TARGETS", "targets"]
+__all__ = ["TARGETS", "Amplifier", "Branch", "Branches", "Gain", "add_branches", "amplify", "targets"]
