@@ -15,7 +15,7 @@ from comoving.lab import tasks
 from comoving.lab.config import Config
 from comoving.lab.studies import Arm, Study
 from comoving.lab.train import LabRun
-from comoving.lab.verdicts import coincide
+from comoving.lab.verdicts import follow_up
 from comoving.race import host
 from comoving.race.contenders import digest
 from comoving.race.files import finite, write_text
@@ -108,8 +108,8 @@ class Campaign:
         self.runner = runner or self.in_a_process
         self.rates = [float(f"{config.rate * factor:.4g}") for factor in config.rates]
         self.entries = [Entry(arm) for arm in study.arms(config)]
-        self.configs = {"": config}
-        self.fingerprints = {"": fingerprint(config)}
+        self.configs: dict[str | None, Config] = {None: config}
+        self.fingerprints: dict[str | None, str] = {None: fingerprint(config)}
         self.followups: list[str] = []
         self.known = self.reused = 0
 
@@ -120,7 +120,7 @@ class Campaign:
         """
         try:
             self.compare(self.entries, command)
-            if coincide(self.results(command)):
+            if self.study.followups(self.config) and follow_up(self.results(command)):
                 for what, arms in self.study.followups(self.config):
                     self.watcher.say(f"studies 1 and 2 coincide; follow-up: {what}")
                     self.followups.append(what)
@@ -198,7 +198,7 @@ class Campaign:
 
     def results(self, command: str) -> Record:
         """Everything about the study so far: what its report is made of."""
-        config = self.config.plain()
+        config = self.config.plain() | {"split": self.config.split}
         return {
             "study": self.study.name,
             "title": f"{self.study.title}: {self.config.title}",

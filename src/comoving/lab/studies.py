@@ -27,7 +27,7 @@ class Arm:
         backbone: "frozen" or "zero" under branches.
         layers: "all" targets have branches, or every other one ("half").
         only: after an extraction the rest of the layer stands still.
-        task: "" or "harder".
+        task: None for the configuration's own, or "harder".
     """
 
     name: str
@@ -40,7 +40,7 @@ class Arm:
     backbone: str | None = None
     layers: str = "all"
     only: bool = False
-    task: str = ""
+    task: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """All fields, as JSON holds them."""
@@ -65,13 +65,13 @@ class Study:
     followups: Callable[[Config], list[tuple[str, list[Arm]]]] = lambda config: []
 
 
-def baseline(task: str = "") -> Arm:
+def baseline(task: str | None = None) -> Arm:
     """B0: AdamW on everything."""
     suffix = f"-{task}" if task else ""
     return Arm("B0" + suffix, BASELINE, "none", "AdamW on every weight, nothing extracted", task=task)
 
 
-def branch(backbone: str, rank: int, layers: str = "all", task: str = "") -> Arm:
+def branch(backbone: str, rank: int, layers: str = "all", task: str | None = None) -> Arm:
     """Branches only, beside a backbone that is frozen at random or zero."""
     what = "as initialized" if backbone == "frozen" else "zero"
     where = "every target layer" if layers == "all" else "every other target layer"

@@ -1,0 +1,179 @@
+"""Which runs a study makes: equally many rates for all, the best one on every seed, follow-ups, resuming."""
+
+import json
+
+import pytest
+from lab import synthetic
+
+from comoving.lab import campaign as campaigns
+from comoving.lab import config as configs
+from comoving.lab.campaign import Campaign
+from comoving.lab.studies import find
+from comoving.race.files import write_json
+from comoving.race.settings import SettingsError
+
+BEST = {"E4-r4": 0.004, "B1": 0.001}
+"""The best rate of some arms; of the others it is 0.002."""
+
+
+class Silent:
+    def __init__(self):
+        self.lines = []
+
+    def total(self, runs, reused):
+        self.runs, self.reused = runs, reused
+
+    def started(self, name, steps):
+        pass
+
+    def progress(self, name, step, loss):
+        pass
+
+    def ended(self, name, record):
+        pass
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+class Stub:
+    """Trains nobody; remembers who was asked."""
+
+    def __init__(self, record=None, interrupt_at=None):
+        self.asked, self.record, self.interrupt_at = [], record, interrupt_at
+
+    def __call__(self, run, file, progress):
+        if self.interrupt_at is not None and len(self.asked) >= self.interrupt_at:
+            raise KeyboardInterrupt
+        self.asked.append((run.arm.name, run.rate, run.seed))
+        progress(1, 2.0)
+        good = run.rate == BEST.get(run.arm.name, 0.002)
+        made = synthetic.run(run.seed, final=96.0 if good else 90.0, rate=run.rate)
+        record = {**made, "shapes": {"layer": [4, 4]}, "notes": {}} | ({} if self.record is None else self.record(run))
+        write_json(file, record)
+        return record
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No data are loaded."""
+    monkeypatch.setattr(campaigns, "fingerprint", lambda config: f"of {config.samples}")
+
+
+def made(tmp_path, study="e4", seeds=3, runner=None, **changes):
+    config = configs.configure(configs.load("vit-tiny-digits"), changes)
+    return Campaign(find(study), config, seeds, tmp_path, Silent(), runner=runner or Stub())
+
+
+def test_every_arm_tries_equally_many_rates_and_the_best_one_gets_all_seeds(tmp_path, quick):
+    stub = Stub()
+    results = made(tmp_path, runner=stub).run("comoving lab run e4")
+    names = [arm["name"] for arm in results["arms"]]
+    assert names == ["B0", "E4-r4", "E4-r8", "B1", "B2-r4", "B2-r8", "B3-r4", "B3-r8"]
+    for name in names:
+        own = [(rate, seed) for other, rate, seed in stub.asked if other == name]
+        best = BEST.get(name, 0.002)
+        assert sorted(own) == sorted([(0.001, 0), (0.002, 0), (0.004, 0), (best, 1), (best, 2)])
+    by_name = {arm["name"]: arm for arm in results["arms"]}
+    assert by_name["E4-r4"]["rate"] == 0.004 and [r["seed"] for r in by_name["E4-r4"]["runs"]] == [0, 1, 2]
+    assert by_name["B0"]["rates"] == {"0.001": pytest.approx(90.0), "0.002": pytest.approx(96.0), "0.004": pytest.approx(90.0)}
+    stored = json.loads((tmp_path / "results-e4-vit-tiny-digits.json").read_text())
+    assert stored["arms"][0]["runs"][0]["losses"][0] == pytest.approx(2.41, rel=1e-4)
+    assert campaigns.found(tmp_path) == [stored]
+
+
+def test_lower_is_better_where_the_metric_says_so(tmp_path, quick):
+    config = configs.load("lm-bytes")
+    results = Campaign(find("1"), config, 1, tmp_path, Silent(), runner=Stub()).run("")
+    assert all(arm["rate"] in (0.001, 0.004) for arm in results["arms"])
+
+
+def test_an_interrupted_campaign_goes_on(tmp_path, quick):
+    first = Stub(interrupt_at=7)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, runner=first).run("")
+    partial = campaigns.found(tmp_path)[0]
+    assert sum(len(arm["rates"]) for arm in partial["arms"]) == 7
+    second = Stub()
+    results = made(tmp_path, runner=second).run("")
+    assert len(first.asked) + len(second.asked) == 8 * 5 and not set(first.asked) & set(second.asked)
+    again = Stub()
+    assert made(tmp_path, runner=again).run("") == results and not again.asked
+
+
+def test_studies_share_their_baseline(tmp_path, quick):
+    made(tmp_path, "1").run("")
+    stub = Stub()
+    made(tmp_path, "2", runner=stub).run("")
+    assert {name for name, _, _ in stub.asked} == {"zero-r4", "zero-r8"}
+    assert len(campaigns.found(tmp_path)) == 2
+
+
+def test_what_decides_the_outcome_is_in_the_name_of_the_file(tmp_path, quick):
+    made(tmp_path, "3", seeds=1).run("")
+    for change in ({"steps": 300}, {"weight_decay": 0.1}, {"spec_every": 10}, {"samples": 100}):
+        stub = Stub()
+        made(tmp_path, "3", seeds=1, runner=stub, **change).run("")
+        assert len(stub.asked) == 3, change
+
+
+def test_followups_where_studies_1_and_2_coincide(tmp_path, quick):
+    stub = Stub()
+    campaign = made(tmp_path, "12", runner=stub)
+    results = campaign.run("")
+    names = [arm["name"] for arm in results["arms"]]
+    assert names[5:] == [
+        "frozen-r2", "zero-r2", "frozen-r4-half", "zero-r4-half", "B0-harder", "frozen-r4-harder", "zero-r4-harder",
+    ]  # fmt: skip
+    assert len(results["followups"]) == 3 and any("coincide" in line for line in campaign.watcher.lines)
+    assert {(a["name"], a["layers"], a["task"]) for a in results["arms"]} >= {
+        ("zero-r4-half", "half", None),
+        ("B0-harder", "all", "harder"),
+    }
+
+
+def test_no_followups_where_they_differ(tmp_path, quick):
+    def record(run):
+        shift = -20.0 if run.arm.backbone == "zero" else 0.0
+        value = synthetic.run(run.seed, final=96.0 + shift, rate=run.rate)
+        return {"curve": value["curve"], "final": value["final"]}
+
+    results = made(tmp_path, "12", runner=Stub(record)).run("")
+    assert results["followups"] == [] and len(results["arms"]) == 5
+
+
+def test_an_arm_that_diverges_at_every_rate_gets_no_further_seeds(tmp_path, quick):
+    def record(run):
+        return synthetic.broken(run.seed) if run.arm.name == "B1" else {}
+
+    stub = Stub(record)
+    campaign = made(tmp_path, runner=stub)
+    results = campaign.run("")
+    line = next(arm for arm in results["arms"] if arm["name"] == "B1")
+    assert line["rate"] is None and line["runs"] == [] and set(line["rates"].values()) == {None}
+    assert [seed for name, _, seed in stub.asked if name == "B1"] == [0, 0, 0]
+    assert any("B1: diverged at every rate" in said for said in campaign.watcher.lines)
+
+
+def test_a_fault_ends_the_campaign_and_is_tried_again(tmp_path, quick):
+    class Broken(Stub):
+        def __call__(self, run, file, progress):
+            return {"status": "failed", "error": "out of memory"}
+
+    with pytest.raises(SettingsError, match=r"B0 lr 0.001 seed 0 failed: out of memory"):
+        made(tmp_path, "3", runner=Broken()).run("")
+    assert len(made(tmp_path, "3").run("")["arms"][0]["runs"]) == 3
+
+
+@pytest.mark.parametrize(("options", "message"), [({"seeds": 0}, "seeds is 0; it must be at least 1")])
+def test_numbers_out_of_range(tmp_path, quick, options, message):
+    with pytest.raises(SettingsError, match=message):
+        made(tmp_path, **options)
+
+
+def test_a_folder_without_results(tmp_path):
+    with pytest.raises(SettingsError, match="holds no results; run a study first"):
+        campaigns.found(tmp_path)
+    (tmp_path / "results-x.json").write_text("{")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        campaigns.found(tmp_path)
