@@ -61,7 +61,7 @@ def test_diverged_runs_are_in_the_table(tmp_path):
 def test_several_studies_in_one_page(tmp_path):
     alone = study(rich_study()["arms"][:1], study="3", title="Alone")
     text = save_all([study([arm("B0", "baseline", [])]), alone], tmp_path).read_text()
-    assert 'href="#e4"' in text and 'id="3"' in text and "Alone" in text
+    assert 'href="#e4, vit-tiny-digits"' in text and 'id="3, vit-tiny-digits"' in text and "Alone" in text
     with pytest.raises(ValueError, match="no study"):
         save_all([], tmp_path)
 
