@@ -15,6 +15,7 @@ from comoving.race.extras import require
 from comoving.race.pictures import COLORS, DASHES, STYLE, canvas, png, spread_apart
 
 LAYERS = 4
+PARTS = tuple(part.rstrip("/") for part in OBJECTS.values() if part)
 Series = list[tuple[float, float]]
 
 
@@ -171,7 +172,7 @@ def ratios(results: Results) -> bytes | None:
 def layer_names(run: Run) -> list[str]:
     """Layers with a sigma_max, at most four of them, evenly from first to last."""
     keys = [key[len("spec/") : -len("/sigma_max")] for key in run.get("spectra") or {} if key.endswith("/sigma_max")]
-    keys = [key for key in keys if key.rpartition("/")[2] not in ("grad", "momentum", "update")]
+    keys = [key for key in keys if key.rpartition("/")[2] not in PARTS]
     if len(keys) <= LAYERS:
         return keys
     return [keys[round(i * (len(keys) - 1) / (LAYERS - 1))] for i in range(LAYERS)]
@@ -228,7 +229,7 @@ def over_time(results: Results) -> bytes | None:
                 for arm in arms(results, "baseline")[:1]
                 for run in runs(arm).values()
                 for key, readings in (run.get("spectra") or {}).items()
-                if key.endswith(f"/{part}cos_{side}_mean") and (part or key.split("/")[-2] not in _PARTS)
+                if key.endswith(f"/{part}cos_{side}_mean") and (part or key.split("/")[-2] not in PARTS)
             ]
             mean = mean_series(many)
             if mean:
@@ -249,9 +250,6 @@ def over_time(results: Results) -> bytes | None:
         for axes in places[len(panels) :]:
             axes.set_visible(False)
         return png(figure)
-
-
-_PARTS = ("grad", "momentum", "update")
 
 
 def scatter(results: Results) -> bytes | None:

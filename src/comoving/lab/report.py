@@ -135,6 +135,12 @@ def flat(values: Any) -> str:
     return "; ".join(f"{html.escape(str(k))} <b>{html.escape(str(v))}</b>" for k, v in pairs if v is not None) or DASH
 
 
+def called(results: Results) -> str:
+    """A study's name with its configuration's, escaped; the anchor of its part of the page too."""
+    config = (results.get("config") or {}).get("name")
+    return html.escape(f"{results.get('study', '')}{f', {config}' if config else ''}")
+
+
 def section(results: Results, verdicts: Sequence[Verdict]) -> str:
     """The part of the page on one study."""
     metric = results["metric"]
@@ -152,8 +158,8 @@ def section(results: Results, verdicts: Sequence[Verdict]) -> str:
     )
     followed = "".join(f"<li>{html.escape(text)}</li>" for text in results.get("followups") or [])
     direction = "higher" if metric["goal"] == "max" else "lower"
-    return f"""<article id="{html.escape(str(results.get("study", "")))}">
-<h2>Study {html.escape(str(results.get("study", "")))}: {html.escape(str(results.get("title", "")))}</h2>
+    return f"""<article id="{called(results)}">
+<h2>Study {called(results)}: {html.escape(str(results.get("title", "")))}</h2>
 <p>{html.escape(str(results.get("question", "")))}</p>
 <p class="small">{seeded} seed{"" if seeded == 1 else "s"}, paired: same initialization and batches in every arm, each
 at the best of its rates. {html.escape(metric["name"])}, {direction} is better; tolerance {metric["tolerance"]:g}
@@ -178,7 +184,7 @@ at the best of its rates. {html.escape(metric["name"])}, {direction} is better; 
 
 def page(studies: Sequence[Results]) -> str:
     """The whole HTML text; it refers to nothing outside itself."""
-    names = [html.escape(str(results.get("study", ""))) for results in studies]
+    names = [called(results) for results in studies]
     links = "".join(f'<a href="#{name}">study {name}</a>' for name in names) if len(names) > 1 else ""
     body = "\n".join(section(results, judge(results)) for results in studies)
     return f"""<!doctype html>

@@ -53,8 +53,9 @@ def baseline_of(results: Results, arm: Arm) -> Arm | None:
 
 
 def runs(arm: Arm | None) -> dict[int, Run]:
-    """The runs of an arm by their seed."""
-    return {int(run["seed"]): run for run in (arm or {}).get("runs") or [] if run and "seed" in run}
+    """The runs of an arm by their seed: those that took place, to whatever end."""
+    found = [run for run in (arm or {}).get("runs") or [] if run and "seed" in run]
+    return {int(run["seed"]): run for run in found if run.get("status") in ("finished", "diverged")}
 
 
 def seeds(results: Results, *of: Arm | None) -> list[int]:
@@ -85,7 +86,9 @@ def missing(results: Results, arm: Arm, baseline: Arm | None) -> list[str]:
         wanted = seeds(results, arm, baseline)
         absent = [s for s in wanted if s not in found]
         other = [s for s in wanted if s in found and s not in bad and final(found[s]) is None]
-        reason = f" ({who['error']})" if who.get("error") else ""
+        errors = [run.get("error") for run in who.get("runs") or [] if run and run.get("seed") in absent]
+        reasons = dict.fromkeys(str(error) for error in [who.get("error"), *errors] if error)
+        reason = f" ({'; '.join(reasons)})" if reasons else ""
         if not found:
             said.append(f"{who['name']} has no run{reason}")
             continue

@@ -91,7 +91,7 @@ def times(results: Results, arm: Arm, label: str = MAIN, unit: str = "steps", ot
     found = Times(label, unit)
     own, its, base = runs(arm), runs(other), runs(baseline)
     # Only what is extracted at that step can be due to it; controls may differ from the first step on.
-    begin = results.get("config", {}).get("extract_at") if arm.get("role") == "treatment" else None
+    begin = (results.get("config") or {}).get("extract_at") if arm.get("role") == "treatment" else None
     for seed in seeds(results, arm, other):
         target = targets(results["metric"], final(base.get(seed)))[label]
         if target is None or seed not in its or seed not in own:

@@ -88,7 +88,8 @@ def verdict(results: Results, arm: Arm) -> Verdict:
     if baseline is None:
         return Verdict("stability", arm["name"], UNKNOWN, {}, "there is no baseline to compare with")
     own, base = runs(arm), runs(baseline)
-    both = [seed for seed in seeds(results, arm, baseline) if seed in own and seed in base]
+    told = {seed for seed, run in own.items() if run.get("losses") or run["status"] == "diverged"}
+    both = [seed for seed in seeds(results, arm, baseline) if seed in told and base.get(seed, {}).get("losses")]
     here, there = {s: explosions(own[s]) for s in both}, {s: explosions(base[s]) for s in both}
     blown = [s for s in both if here[s].diverged and not there[s].diverged]
     gone = [s for s in both if here[s].left and not here[s].diverged and not there[s].left]
