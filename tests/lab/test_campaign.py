@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from lab import synthetic
 
 from comoving.lab import campaign as campaigns
 from comoving.lab import config as configs
@@ -11,6 +10,7 @@ from comoving.lab.campaign import Campaign
 from comoving.lab.studies import find
 from comoving.race.files import write_json
 from comoving.race.settings import SettingsError
+from lab import synthetic
 
 BEST = {"E4-r4": 0.004, "B1": 0.001}
 """The best rate of some arms; of the others it is 0.002."""
@@ -76,7 +76,11 @@ def test_every_arm_tries_equally_many_rates_and_the_best_one_gets_all_seeds(tmp_
         assert sorted(own) == sorted([(0.001, 0), (0.002, 0), (0.004, 0), (best, 1), (best, 2)])
     by_name = {arm["name"]: arm for arm in results["arms"]}
     assert by_name["E4-r4"]["rate"] == 0.004 and [r["seed"] for r in by_name["E4-r4"]["runs"]] == [0, 1, 2]
-    assert by_name["B0"]["rates"] == {"0.001": pytest.approx(90.0), "0.002": pytest.approx(96.0), "0.004": pytest.approx(90.0)}
+    assert by_name["B0"]["rates"] == {
+        "0.001": pytest.approx(90.0),
+        "0.002": pytest.approx(96.0),
+        "0.004": pytest.approx(90.0),
+    }
     stored = json.loads((tmp_path / "results-e4-vit-tiny-digits.json").read_text())
     assert stored["arms"][0]["runs"][0]["losses"][0] == pytest.approx(2.41, rel=1e-4)
     assert campaigns.found(tmp_path) == [stored]

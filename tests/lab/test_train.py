@@ -138,7 +138,9 @@ def test_resumed_is_bitwise_the_whole_run(name, stop, tmp_path):
     resumed = train(run_of(name), TASK, checkpoint=tmp_path / "run.pt")
     assert not (tmp_path / "run.pt").exists()
     timeless = {"seconds", "curve"}
-    assert {k: v for k, v in resumed.items() if k not in timeless} == {k: v for k, v in whole.items() if k not in timeless}
+    assert {k: v for k, v in resumed.items() if k not in timeless} == {
+        k: v for k, v in whole.items() if k not in timeless
+    }
     for a, b in zip(resumed["curve"], whole["curve"], strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 

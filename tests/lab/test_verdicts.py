@@ -72,7 +72,7 @@ def test_an_absolute_target_that_the_baseline_never_reaches():
 
 def test_a_target_before_the_directions_are_used():
     results = against(3, 0.01, speed=1.5)
-    results["config"]["extract_at"] = 150
+    results["arms"][1]["begin"] = 150
     early = find(results, "speed: 80% in steps")
     assert early.answer == UNKNOWN and "before the directions are used" in early.text
     assert find(results, "speed").answer == YES

@@ -26,6 +26,8 @@ Record = dict[str, Any]
 Runner = Callable[[LabRun, Path, Callable[[int, float], None]], Record]
 
 REUSED = ("finished", "diverged")
+LATE = ("global", "gain", "extract")
+"""What begins at the split."""
 LAB = ("tasks.py", "train.py", "interventions.py")
 RACE = ("runner.py", "tasks/lm.py", "tasks/vit.py")
 
@@ -198,15 +200,17 @@ class Campaign:
 
     def results(self, command: str) -> Record:
         """Everything about the study so far: what its report is made of."""
-        config = self.config.plain() | {"split": self.config.split}
+        shapes = next((r["shapes"] for entry in self.entries for r in entry.records.values()), {})
         return {
             "study": self.study.name,
             "title": f"{self.study.title}: {self.config.title}",
             "question": self.study.question,
             "command": command,
-            "config": config,
+            "config": self.config.plain(),
             "metric": self.config.metric,
             "seeds": self.seeds,
+            "shapes": shapes,
+            "topk": self.config.topk(shapes),
             "arms": [self.line(entry) for entry in self.entries],
             "followups": self.followups,
             "machine": host.machine(self.device, self.jobs),
@@ -219,6 +223,7 @@ class Campaign:
         tried = sorted({rate for rate, seed in entry.records if seed == 0})
         return {
             **entry.arm.plain(),
+            "begin": self.config.split if entry.arm.action in LATE else None,
             "rates": {f"{rate:g}": entry.validation(rate) for rate in tried},
             "rate": rate,
             "runs": [

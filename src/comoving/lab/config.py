@@ -1,6 +1,7 @@
 """Configurations: a model, its data, a training and the directions that are looked for, as a small TOML file."""
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,10 @@ class Config:
     def split(self) -> int:
         """The number of updates before directions are extracted."""
         return round(self.extract_at * self.steps)
+
+    def topk(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Directions that are read of layers of these shapes."""
+        return min(max(self.spec_topk, *self.ranks), *(min(shape) for shape in shapes.values()), self.hidden_size)
 
     @property
     def metric(self) -> dict[str, Any]:

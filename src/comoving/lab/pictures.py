@@ -6,7 +6,7 @@ from typing import Any
 
 from comoving.lab.statistics import finite
 from comoving.lab.times import labels, targets
-from comoving.lab.verdicts.base import Arm, Results, Run, arms, baseline_of, final, runs
+from comoving.lab.verdicts.base import Arm, Results, Run, arms, baseline_of, runs, validated
 from comoving.lab.verdicts.mechanism import QUANTITIES, points
 from comoving.lab.verdicts.speed import SAVING, times
 from comoving.lab.verdicts.stability import largest
@@ -92,7 +92,7 @@ def draw_curves(axes: Any, results: Results, shown: list[Arm], baseline: Arm) ->
     margin = 0.06 * (top - bottom) or 0.1 * abs(top) or 1.0
     axes.set_ylim(bottom - margin, top + margin)
     metric = results["metric"]
-    found = [targets(metric, final(run)) for run in runs(baseline).values()]
+    found = [targets(metric, validated(run)) for run in runs(baseline).values()]
     last = axes.get_xlim()[1]
     for label in labels(metric):
         known = [value for value in (one[label] for one in found) if value is not None]

@@ -10,7 +10,7 @@ from comoving.lab import pictures
 from comoving.lab.statistics import finite
 from comoving.lab.times import crossing, explosions, labels, targets
 from comoving.lab.verdicts import NO, RULES, UNKNOWN, YES, judge
-from comoving.lab.verdicts.base import Arm, Results, Verdict, arms, baseline_of, diverged, final, runs, seeds
+from comoving.lab.verdicts.base import Arm, Results, Verdict, arms, baseline_of, diverged, final, runs, seeds, validated
 from comoving.race.extras import require
 from comoving.race.files import write_text
 from comoving.race.report import CSS, picture
@@ -89,7 +89,7 @@ def reach(results: Results, arm: Arm, label: str) -> str:
     base, own = runs(baseline_of(results, arm)), runs(arm)
     found: list[tuple[float, float | None]] = []
     for seed, run in own.items():
-        target = targets(results["metric"], final(base.get(seed)))[label]
+        target = targets(results["metric"], validated(base.get(seed)))[label]
         there = None if target is None else crossing(run.get("curve") or [], target, results["metric"]["goal"])
         if there is not None:
             found.append((there.step, there.seconds))

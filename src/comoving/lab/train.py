@@ -120,12 +120,11 @@ class Trial:
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.recorder = Recorder()
-        k = min(max(self.config.spec_topk, *self.config.ranks), *(min(shape) for shape in self.shapes.values()))
         self.monitor = SpectralMonitor(
             self.model,
             self.config.targets,
             every=self.config.spec_every,
-            k=k,
+            k=self.config.topk(self.shapes),
             kinds=KINDS if self.intervention.trains_targets else ("weight",),
             sinks=(self.recorder, *sinks),
         )

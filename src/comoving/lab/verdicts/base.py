@@ -64,8 +64,14 @@ def seeds(results: Results, *of: Arm | None) -> list[int]:
 
 
 def final(run: Run | None) -> float | None:
-    """The held-out value at the end of a run that finished."""
+    """The value on test data at the end of a run that finished."""
     return finite(run.get("final")) if run is not None and run.get("status") == "finished" else None
+
+
+def validated(run: Run | None) -> float | None:
+    """The last value of a finished run's curve, from which the targets on that curve are counted."""
+    curve = (run.get("curve") or []) if run is not None and run.get("status") == "finished" else []
+    return finite(curve[-1].get("value")) if curve else None
 
 
 def diverged(arm: Arm | None) -> list[int]:

@@ -20,7 +20,6 @@ from comoving.lab.verdicts.base import (
     caution,
     diverged,
     few,
-    final,
     listing,
     missing,
     probability,
@@ -28,6 +27,7 @@ from comoving.lab.verdicts.base import (
     seeds,
     sentence,
     undefined,
+    validated,
 )
 
 SAVING = 0.1
@@ -90,10 +90,10 @@ def times(results: Results, arm: Arm, label: str = MAIN, unit: str = "steps", ot
     other = baseline if other is None else other
     found = Times(label, unit)
     own, its, base = runs(arm), runs(other), runs(baseline)
-    # Only what is extracted at that step can be due to it; controls may differ from the first step on.
-    begin = (results.get("config") or {}).get("extract_at") if arm.get("role") == "treatment" else None
+    # What is done to an arm from this step on cannot have been of use before.
+    begin = arm.get("begin")
     for seed in seeds(results, arm, other):
-        target = targets(results["metric"], final(base.get(seed)))[label]
+        target = targets(results["metric"], validated(base.get(seed)))[label]
         if target is None or seed not in its or seed not in own:
             if seed in own:
                 found.unreached.append(seed)
