@@ -71,7 +71,7 @@ class Intervention:
         """Mean principal cosine of the directions in use with the leading ones of the gradient just read."""
         found: list[float] = []
         for name, (u, v) in self.used.items():
-            if u.shape[1]:
+            if u.shape[1] and matrix_of(self.layers[name]).grad is not None:
                 new_u, new_v = self.monitor.directions(name, "gradient")[:2]
                 cosines = torch.cat([principal_cosines(u, new_u), principal_cosines(v, new_v)])
                 found.append(cosines.mean().item())
