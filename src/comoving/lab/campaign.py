@@ -13,7 +13,7 @@ import torch
 import comoving
 from comoving.lab import tasks
 from comoving.lab.config import Config
-from comoving.lab.studies import Arm, Study
+from comoving.lab.studies import BASELINE, Arm, Study
 from comoving.lab.train import LabRun
 from comoving.lab.verdicts import follow_up
 from comoving.race import host
@@ -227,7 +227,9 @@ class Campaign:
             "rates": {f"{rate:g}": entry.validation(rate) for rate in tried},
             "rate": rate,
             "runs": [
-                entry.records[rate, s] for s in range(self.seeds) if rate is not None and (rate, s) in entry.records
+                condensed(entry.records[rate, s], entry.arm.role == BASELINE)
+                for s in range(self.seeds)
+                if rate is not None and (rate, s) in entry.records
             ],
         }
 
@@ -238,30 +240,32 @@ class Campaign:
         return file
 
 
-CONDENSED = ("sigma_max", "delta_sv_rel", "cos_u_mean", "cos_v_mean", "p", "p_weight")
+COMPARED = ("sigma_max", "cos_u_mean", "cos_v_mean", "p", "p_weight")
 
 
-def condensed(record: Record) -> Record:
-    """A record as a study's results hold it: of the spectra only what verdicts and pictures need, in five digits.
+def condensed(record: Record, everything: bool) -> Record:
+    """A record as a study's results hold it, without what neither verdicts nor pictures need; the run's file has it.
 
-    Singular values one by one are kept of seed 0's first and last layer; the file of the run has all of them.
+    Of the spectra, in four digits: every weight's sigma_max; with ``everything`` the other figures that verdicts
+    compare, of gradients, momenta and updates too, and in seed 0 all singular values of the first and the last layer.
     """
     layers = list(record["shapes"])
-    whole = (
-        {f"spec/{name}/sv{i}" for name in (layers[0], layers[-1]) for i in range(1, 100)} if record["seed"] == 0 else ()
-    )
-    spectra = {
-        name: [[step, shortened(value)] for step, value in values]
-        for name, values in record["spectra"].items()
-        if name in whole or name.rpartition("/")[2] in CONDENSED
+    ends = (layers[0], layers[-1]) if everything and record["seed"] == 0 else ()
+    kept = {f"spec/{name}/sigma_max" for name in layers} | {
+        f"spec/{name}/sv{i}" for name in ends for i in range(1, 100)
     }
-    losses = [shortened(loss) for loss in record["losses"]]
+    spectra = {
+        name: [[step, shortened(value, 4)] for step, value in values]
+        for name, values in record["spectra"].items()
+        if name in kept or (everything and name.rpartition("/")[2] in COMPARED)
+    }
+    losses = [shortened(loss, 5) for loss in record["losses"]]
     return {k: v for k, v in record.items() if k != "settings"} | {"spectra": spectra, "losses": losses}
 
 
-def shortened(value: float | None) -> float | None:
-    """Five significant digits."""
-    return None if value is None else float(f"{value:.5g}")
+def shortened(value: float | None, digits: int) -> float | None:
+    """So many significant digits."""
+    return None if value is None else float(f"{value:.{digits}g}")
 
 
 def fingerprint(config: Config) -> str:
