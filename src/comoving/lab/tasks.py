@@ -16,7 +16,7 @@ from comoving.race.tasks import Batch, lm, vit
 PIECE = 250
 """Pictures, or windows of bytes, that are looked at together in an evaluation."""
 WINDOWS = 96
-FASHION_VALIDATION = 2000
+FASHION_VALIDATION = 1000
 SHIFT = 1 / 8
 """Augmentation shifts a picture by at most this share of its side."""
 
@@ -79,7 +79,7 @@ def digits(config: Config) -> Parts:
 
 
 def fashion(config: Config) -> Parts:
-    """Fashion-MNIST of Debian's package: the last 2000 training pictures validate, all 10,000 test pictures test."""
+    """Fashion-MNIST of Debian's package: the last 1000 training pictures validate, all 10,000 test pictures test."""
     folder = vit.find_fashion()
     if folder is None:
         raise SettingsError(f"{config.name}: Fashion-MNIST is missing: apt-get install dataset-fashion-mnist")
