@@ -203,6 +203,7 @@ def test_saved_loaded_and_merged(backbone, tmp_path):
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             assert type(module) is nn.Linear and module.weight is weights[name] and module.weight.requires_grad
+    assert list(model.state_dict()) == list(network().state_dict())
     network().load_state_dict(model.state_dict())
     with pytest.raises(RuntimeError, match="merged already"):
         branches.merge()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from ..linalg import orthonormalize
 from ..validate import check_choice, check_float, check_int
 from . import carry, schedules
 from .hooks import before_step, check_held, check_strided, group_of, refuse_in_backward
@@ -182,9 +183,10 @@ def extract(
     m and v those of W, C gets U^T m V and (U * U)^T v (V * V), R keeps m - U U^T m V V^T and v, and counts are the
     same; likewise the momentum of SGD. Parts of v that are correlated between entries are not known to v, and so lost.
 
-    R is the parameter that was the weight; C is added to the optimizer in a group of its own for each group that has
-    matrices R. A state_dict of the model holds R, C, U and V: see :func:`prepare` for loading it. A fused layer such as
-    qkv is one matrix here. In half precision U, C and V are float32, and U^T R V is zero up to rounding of R.
+    Call it between two steps: the gradient of R is cleared. R is the parameter that was the weight; C is added to the
+    optimizer in a group of its own for each group that has matrices R. A state_dict of the model holds R, C, U and V:
+    see :func:`prepare` for loading it. A fused layer such as qkv is one matrix here. In half precision U, C and V are
+    float32, and U^T R V is zero up to rounding of R.
 
     A scheduler that was made before and is not given here does not know the new groups: torch's LambdaLR then fails at
     its next step, others leave C's rate as it is or by chance get it right. Give it, or make it anew.
@@ -335,4 +337,5 @@ def _leading(name: str, x: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tenso
     if not bool(x.any()):
         raise ValueError(f"extract: what the directions of {name} are taken from is zero")
     u, _, vh = torch.linalg.svd(x.to(dtype), full_matrices=False)
-    return u[:, :rank].clone().contiguous(), vh[:rank].mT.clone().contiguous()
+    # Roundoff of single precision in U^T U would be as much of C in R.
+    return orthonormalize(u[:, :rank]), orthonormalize(vh[:rank].mT)
