@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -403,6 +404,28 @@ def test_schedulers_made_before(kind):
     assert rates[0] == pytest.approx(rates[1], rel=1e-12)
 
 
+def not_told(build):
+    model, optimizer = warmed()
+    scheduler = build(optimizer)
+    train(model, optimizer, 1)
+    extract(model, TARGETS, optimizer, rank=RANK)
+    return optimizer, scheduler
+
+
+def test_schedulers_that_are_not_told():
+    """As the documentation says of torch's."""
+    _, scheduler = not_told(lambda o: LambdaLR(o, lambda t: 0.5**t))
+    with pytest.raises(ValueError, match="zip"):
+        scheduler.step()
+    optimizer, scheduler = not_told(lambda o: CosineAnnealingLR(o, 3))
+    for _ in range(3):
+        scheduler.step()
+        first, own = (g["lr"] for g in optimizer.param_groups)
+        assert own == pytest.approx(5 * first)
+    with pytest.raises(ValueError, match="zip"):
+        scheduler.step()
+
+
 def test_plateaus():
     model, optimizer = warmed()
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, min_lr=[1e-3])
@@ -523,10 +546,40 @@ def test_optimizers_whose_state_cannot_be_split():
 
 
 def test_a_group_that_the_optimizer_refuses():
-    """What goes wrong last of all is undone as well."""
-    model, optimizer = warmed("ours")
-    optimizer.param_groups[0]["max_lr"] = 1.0
+    """What goes wrong last of all, after another group was added, is undone as well."""
+    model = network()
+    optimizer = comoving.AdamW([{"params": list(block.parameters())} for block in model], lr=1e-2, rank=1.0)
+    train(model, optimizer, 2)
+    optimizer.param_groups[1]["max_lr"] = 1.0
     unchanged(model, optimizer, "unknown hyper-parameters", error=TypeError)
+    train(model, optimizer, 2)
+    assert len(optimizer.sites) == len(list(model.parameters()))
+
+
+def test_layers_of_transformers():
+    """GPT-2 stores the transposes of its matrices, in modules of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9, n_positions=8)
+        model = transformers.GPT2Model(config).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    words = torch.arange(8)[None]
+
+    def step():
+        optimizer.zero_grad()
+        model(words).last_hidden_state[..., 0].sum().backward()
+        optimizer.step()
+
+    step()
+    with torch.no_grad():
+        before = model(words).last_hidden_state
+        extraction = extract(model, "attn.qkv,mlp.fc2", optimizer, rank=4, source="momentum")
+        torch.testing.assert_close(model(words).last_hidden_state, before, atol=1e-5, rtol=0)
+    assert extraction.layers == ("h.0.attn.c_attn", "h.0.mlp.c_proj")
+    assert [x.shape for x in extraction.directions("h.0.attn.c_attn")] == [(16, 4), (48, 4)]
+    step()
+    extraction.fold()
+    step()
 
 
 def test_removing_a_group_of_this_librarys_optimizer():

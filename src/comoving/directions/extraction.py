@@ -181,15 +181,17 @@ def extract(
     whichever source it is, and the function is unchanged. Before each step R's gradient becomes G - U U^T G V V^T, and
     after it R is projected likewise, so that R never moves inside the subspace. The optimizer's state is carried: with
     m and v those of W, C gets U^T m V and (U * U)^T v (V * V), R keeps m - U U^T m V V^T and v, and counts are the
-    same; likewise the momentum of SGD. Parts of v that are correlated between entries are not known to v, and so lost.
+    same; likewise the momentum of SGD. C's v is exact where entries of the gradient are uncorrelated.
 
     Call it between two steps: the gradient of R is cleared. R is the parameter that was the weight; C is added to the
     optimizer in a group of its own for each group that has matrices R. A state_dict of the model holds R, C, U and V:
-    see :func:`prepare` for loading it. A fused layer such as qkv is one matrix here. In half precision U, C and V are
+    see :func:`prepare` for loading it. A fused layer like qkv is one matrix here; d_out and d_in are the modes of
+    the weight as it is stored, which transformers' Conv1D has the other way round. In half precision U, C and V are
     float32, and U^T R V is zero up to rounding of R.
 
     A scheduler that was made before and is not given here does not know the new groups: torch's LambdaLR then fails at
-    its next step, others leave C's rate as it is or by chance get it right. Give it, or make it anew.
+    its next step; CosineAnnealingLR, which goes from each rate to the next, serves C too, but fails past its minimum.
+    Give it, or make it anew.
 
     Args:
         model: changed in place.
