@@ -2,22 +2,19 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from ..linalg import orthonormalize
 from ..validate import check_choice, check_float, check_int
 from . import carry, schedules
 from .hooks import before_step, check_held, check_strided, group_of, refuse_in_backward
 from .linears import changeable, check_rank, restored
 from .orthonormal import add_lifted, inside, random_directions, widest_dtype, working_dtype
-
-Source = Literal["weight", "change", "momentum", "random"]
-SOURCES: tuple[Source, ...] = ("weight", "change", "momentum", "random")
+from .sources import SOURCES, Source, leading, source_of
 
 
 class Extracted(nn.Module):
@@ -236,7 +233,7 @@ def extract(
         if source == "random":
             u, v = (random_directions((d, rank), p, seed, index, side) for side, d in enumerate(p.shape))
         else:
-            u, v = _leading(name, _matrix(name, p, source, initial, optimizer), rank, working_dtype(p.dtype))
+            u, v = leading(name, source_of(name, p, source, initial, optimizer), rank, working_dtype(p.dtype))
         layers[name] = _Layer(modules[name], p, Extracted(u, _core(p, u, v), v))
     names = {name: f"{name}.parametrizations.weight.0.C" for name in layers}
     cores: dict[str, tuple[Tensor, Tensor]] = {
@@ -304,40 +301,3 @@ def _trained(name: str, module: nn.Module) -> nn.Parameter:
 def _core(p: Tensor, u: Tensor, v: Tensor) -> Tensor:
     wide = widest_dtype(p.device)
     return inside(p, u.to(wide), v.to(wide)).to(u.dtype)
-
-
-def _matrix(name: str, p: Tensor, source: Source, initial: Mapping[str, Tensor] | None, optimizer: Optimizer) -> Tensor:
-    """What the directions of a layer are taken from.
-
-    Raises:
-        ValueError: it is not there, does not fit, or is not finite.
-    """
-    if source == "weight":
-        return p.detach()
-    if source == "momentum":
-        found = carry.momentum(optimizer, p)
-        if found is None:
-            raise ValueError(f"extract: the optimizer has no momentum of {name}; take a step first, or another source")
-        return found
-    assert initial is not None
-    first = initial.get(f"{name}.weight", initial.get(name))
-    if first is None:
-        raise ValueError(f"extract: initial holds neither {name}.weight nor {name}")
-    if first.shape != p.shape:
-        raise ValueError(f"extract: initial has {name} of shape {tuple(first.shape)}, the model {tuple(p.shape)}")
-    if not bool(first.isfinite().all()):
-        raise ValueError(f"extract: initial has a {name} that is not finite")
-    return p.detach() - first.to(p.device, p.dtype)
-
-
-def _leading(name: str, x: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Leading left and right singular vectors.
-
-    Raises:
-        ValueError: the matrix is zero.
-    """
-    if not bool(x.any()):
-        raise ValueError(f"extract: what the directions of {name} are taken from is zero")
-    u, _, vh = torch.linalg.svd(x.to(dtype), full_matrices=False)
-    # Roundoff of single precision in U^T U would be as much of C in R.
-    return orthonormalize(u[:, :rank]), orthonormalize(vh[:rank].mT)
