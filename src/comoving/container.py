@@ -137,6 +137,20 @@ class Container(Optimizer):
         super().add_param_group({**param_group, **settled, "params": pairs if pairs[0][0] is not None else params})
         self._place(params, sites, len(self.param_groups) - 1)
 
+    def remove_param_group(self, index: int) -> None:
+        """Take a group away again, with the state of its parameters; those of later groups move up by one.
+
+        Raises:
+            IndexError: there is no such group.
+        """
+        for p in self.param_groups.pop(index)["params"]:
+            self.state.pop(p, None)
+            del self.sites[p]
+        del self._fixed[index]
+        self._group_index = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        self._held.clear()
+        self._limit = None
+
     def _group_of(self, p: Tensor) -> dict[str, Any]:
         return self.param_groups[self._group_index[p]]
 

@@ -121,6 +121,16 @@ def test_the_bound_is_within_its_accuracy_from_above(drawn):
     assert (found >= sigma * (1 - 1e-6)).all() and (found <= sigma * 1.003).all()
 
 
+def test_a_product_far_smaller_than_its_terms():
+    """Gram matrices in single precision would be wrong by more than the product."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(1, d, 1, generator=generator).expand(1, d, 2).clone() for d in (9, 7))
+    v[..., 1] += 1e-4 * torch.randn(7, generator=generator)
+    a = torch.tensor([[1.0, -1.0]])
+    sigma = torch.linalg.svdvals((u * a.unsqueeze(-2)).double() @ v.double().mT).amax(-1)
+    torch.testing.assert_close(bound(gram_product(u, a, v)), sigma, rtol=3e-3, atol=0)
+
+
 @given(factors(), st.floats(0.1, 10.0))
 def test_the_clamp_holds_within_one_percent(drawn, relative):
     u, a, v = (x.float() for x in drawn)
@@ -203,6 +213,7 @@ def test_saved_loaded_and_merged(backbone, tmp_path):
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             assert type(module) is nn.Linear and module.weight is weights[name] and module.weight.requires_grad
+    assert list(model.state_dict()) == list(network().state_dict())
     network().load_state_dict(model.state_dict())
     with pytest.raises(RuntimeError, match="merged already"):
         branches.merge()

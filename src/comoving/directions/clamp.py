@@ -5,6 +5,8 @@ from math import ceil, log, log2
 import torch
 from torch import Tensor
 
+from .orthonormal import widest_dtype
+
 ACCURACY = 0.002
 """Relative: sigma_max <= bound <= (1 + ACCURACY) sigma_max, up to roundoff."""
 
@@ -22,7 +24,7 @@ def gram_product(u: Tensor, a: Tensor, v: Tensor) -> Tensor:
     Returns:
         (*batch, r, r).
     """
-    wide = torch.float32 if u.device.type == "mps" else torch.float64
+    wide = widest_dtype(u.device)
     u, a, v = u.to(wide), a.to(wide), v.to(wide)
     return (a.unsqueeze(-1) * (u.mT @ u) * a.unsqueeze(-2)) @ (v.mT @ v)
 

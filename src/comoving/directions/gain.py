@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Amplifier:
 
 def amplify(
     optimizer: Optimizer,
-    directions: Mapping[Where, Bases],
+    directions: Mapping[Any, Bases],
     alpha: float | Gain = 2.0,
 ) -> Amplifier:
     """Multiply the gradient inside a subspace by alpha before each step; the rest passes unchanged.

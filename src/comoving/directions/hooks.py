@@ -22,11 +22,10 @@ def before_step(optimizer: Optimizer, what: str, action: Callable[[], None]) -> 
     Raises:
         ValueError: the optimizer steps in the backward pass. Turned to that later, it raises RuntimeError at its step.
     """
-    if steps_in_backward(optimizer):
-        raise ValueError(f"{what}: {_IN_BACKWARD}")
+    refuse_in_backward(optimizer, what)
 
     def hook(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        if steps_in_backward(stepped):
+        if _steps_in_backward(stepped):
             raise RuntimeError(f"{what}: {_IN_BACKWARD}")
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -45,8 +44,17 @@ def before_step(optimizer: Optimizer, what: str, action: Callable[[], None]) -> 
     return optimizer.register_step_pre_hook(hook)
 
 
-def steps_in_backward(optimizer: Optimizer) -> bool:
-    """Whether gradients are taken up inside ``backward()``, so that no step ever sees them."""
+def refuse_in_backward(optimizer: Optimizer, what: str) -> None:
+    """Raise for an optimizer that takes up gradients inside ``backward()``, so that no step ever sees them.
+
+    Raises:
+        ValueError: naming the way out.
+    """
+    if _steps_in_backward(optimizer):
+        raise ValueError(f"{what}: {_IN_BACKWARD}")
+
+
+def _steps_in_backward(optimizer: Optimizer) -> bool:
     return getattr(optimizer, "_window", None) is not None
 
 

@@ -47,9 +47,17 @@ def check_rank(what: str, name: str, rank: int, shape: Sequence[int]) -> None:
         raise ValueError(f"{what}: rank must lie in [1, {min(shape)}] for {name} of {tuple(shape)}, got {rank}")
 
 
-def restored(module: nn.Module) -> Tensor:
-    """Take the parametrization of a weight away: the weight is the original parameter again, as it stands."""
+def restored(module: nn.Module) -> nn.Parameter:
+    """Take the parametrization of a weight away: the weight is the original parameter again, as it stands.
+
+    It is the first of the module's parameters, as in torch's modules: an optimizer that is built later numbers its
+    state by this order.
+    """
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    for name, p in list(module.named_parameters(recurse=False)):
+        if name != "weight":
+            delattr(module, name)
+            module.register_parameter(name, p)
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight

@@ -15,6 +15,11 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in _TOLERANCE else torch.float32
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def random_directions(shape: tuple[int, ...], like: Tensor, *key: int) -> Tensor:
     """Orthonormal columns of a uniformly random span, (*batch, d, r), in like's working dtype and on its device.
 
