@@ -57,7 +57,7 @@ class Stub:
 @pytest.fixture
 def quick(monkeypatch):
     """No data are loaded."""
-    monkeypatch.setattr(campaigns, "fingerprint", lambda config: f"of {config.samples}")
+    monkeypatch.setattr(campaigns, "examined", lambda config: (f"of {config.samples}", {"layer": [4, 4]}))
 
 
 def made(tmp_path, study="e4", seeds=3, runner=None, **changes):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 import comoving
+from comoving.directions.targets import matrix_of, targets
 from comoving.lab import tasks
 from comoving.lab.config import Config
 from comoving.lab.studies import BASELINE, Arm, Study
@@ -111,7 +112,8 @@ class Campaign:
         self.rates = [float(f"{config.rate * factor:.4g}") for factor in config.rates]
         self.entries = [Entry(arm) for arm in study.arms(config)]
         self.configs: dict[str | None, Config] = {None: config}
-        self.fingerprints: dict[str | None, str] = {None: fingerprint(config)}
+        self.fingerprints: dict[str | None, str] = {}
+        self.fingerprints[None], self.shapes = examined(config)
         self.followups: list[str] = []
         self.known = self.reused = 0
 
@@ -152,7 +154,7 @@ class Campaign:
         """The run of an arm; a harder task is loaded when it is first needed."""
         if arm.task not in self.configs:
             self.configs[arm.task] = self.config.harder_task()
-            self.fingerprints[arm.task] = fingerprint(self.configs[arm.task])
+            self.fingerprints[arm.task], _ = examined(self.configs[arm.task])
         return LabRun(
             self.configs[arm.task], arm, rate, seed, self.device, self.fingerprints[arm.task], self.log
         )  # fmt: skip
@@ -200,7 +202,6 @@ class Campaign:
 
     def results(self, command: str) -> Record:
         """Everything about the study so far: what its report is made of."""
-        shapes = next((r["shapes"] for entry in self.entries for r in entry.records.values()), {})
         return {
             "study": self.study.name,
             "title": f"{self.study.title}: {self.config.title}",
@@ -209,8 +210,8 @@ class Campaign:
             "config": self.config.plain(),
             "metric": self.config.metric,
             "seeds": self.seeds,
-            "shapes": shapes,
-            "topk": self.config.topk(shapes),
+            "shapes": self.shapes,
+            "topk": self.config.topk,
             "arms": [self.line(entry) for entry in self.entries],
             "followups": self.followups,
             "machine": host.machine(self.device, self.jobs),
@@ -268,13 +269,30 @@ def shortened(value: float | None, digits: int) -> float | None:
     return None if value is None else float(f"{value:.{digits}g}")
 
 
-def fingerprint(config: Config) -> str:
-    """Digest of the data of a configuration and of the code that trains on them."""
-    here = Path(__file__).parent
-    package = Path(comoving.__file__).parent
+def examined(config: Config) -> tuple[str, dict[str, list[int]]]:
+    """Digest of the data of a configuration and of the code that trains on them; and the shapes of the target layers.
+
+    Raises:
+        SettingsError: data that cannot be loaded; patterns that find no matrices, or some of too low a rank.
+    """
+    task = tasks.load(config)
+    with torch.random.fork_rng(devices=[]):
+        model = task.model()
+    try:
+        shapes = {name: list(matrix_of(module).shape) for name, module in targets(model, config.targets).items()}
+    except ValueError as error:
+        raise SettingsError(f"{config.name}: {error}") from error
+    for field_name, value in (("spec_topk", config.spec_topk), *(("ranks", rank) for rank in config.ranks)):
+        small = next((name for name, shape in shapes.items() if min(shape) < value), None)
+        if small is not None:
+            limit = min(shapes[small])
+            raise SettingsError(
+                f"{config.name}: {field_name} is {value}; it must lie in [1, {limit}], the rank of {small}"
+            )
+    here, package = Path(__file__).parent, Path(comoving.__file__).parent
     code = [*(here / name for name in LAB), *(package / "race" / name for name in RACE)]
     code += sorted((package / "directions").rglob("*.py"))
-    return f"{tasks.load(config).fingerprint()[:16]}-{digest(code)}-{torch.__version__}"
+    return f"{task.fingerprint()[:16]}-{digest(code)}-{torch.__version__}", shapes
 
 
 def file_of(run: LabRun, out: Path) -> Path:

@@ -61,6 +61,8 @@ def execute(
     stderr = console(stderr=True)
     config = configs.configure(configs.load(name), changes or {})
     bars = Bars(stderr)
+    if log and "wandb" in log:
+        bars.say(f"Weights & Biases keeps its runs in {out / 'wandb'}; wandb sync sends offline ones")
     campaign = Campaign(find(study), config, seeds, out, bars, jobs, device, log)
     if seeds < ENOUGH:
         bars.say(f"{seeds} seed{'s' if seeds > 1 else ''}: not enough evidence for any verdict, {ENOUGH} are needed")

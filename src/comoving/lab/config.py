@@ -1,7 +1,6 @@
 """Configurations: a model, its data, a training and the directions that are looked for, as a small TOML file."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ class Config:
         alpha: factor on the gradient in stable directions (3B), and on the rate of the whole layers in its control B1.
         stable: principal cosine with the reading before from which a direction counts as stable.
         spec_every: updates between readings of the spectra.
-        spec_topk: singular values and directions that are read, where the layers have so many; at least the ranks.
+        spec_topk: singular values and directions that are read; the largest rank if that is more.
         absolute: values to reach, besides shares of the baseline's own final value.
         tolerance: difference of final values that does not matter, in the metric's unit.
         harder: changes that make the task harder, for the follow-up of studies 1 and 2.
@@ -146,9 +145,10 @@ class Config:
         """The number of updates before directions are extracted."""
         return round(self.extract_at * self.steps)
 
-    def topk(self, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Directions that are read of layers of these shapes."""
-        return min(max(self.spec_topk, *self.ranks), *(min(shape) for shape in shapes.values()), self.hidden_size)
+    @property
+    def topk(self) -> int:
+        """Directions that are read of every target layer."""
+        return max(self.spec_topk, *self.ranks)
 
     @property
     def metric(self) -> dict[str, Any]:

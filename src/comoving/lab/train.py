@@ -124,7 +124,7 @@ class Trial:
             self.model,
             self.config.targets,
             every=self.config.spec_every,
-            k=self.config.topk(self.shapes),
+            k=self.config.topk,
             kinds=KINDS if self.intervention.trains_targets else ("weight",),
             sinks=(self.recorder, *sinks),
         )

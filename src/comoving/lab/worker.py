@@ -20,7 +20,7 @@ def sinks(run: LabRun, file: Path) -> tuple[Sink, ...]:
     if "tensorboard" in run.log:
         found.append(TensorBoard(Path(run.log["tensorboard"]) / name))
     if "wandb" in run.log:
-        found.append(WandB(run.log["wandb"], name=name))
+        found.append(WandB(run.log["wandb"], file.parent.parent / "wandb", name=name))
     return tuple(found)
 
 
