@@ -50,7 +50,8 @@ def lightning_callback(**options: Any) -> Any:
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step=step)
 
-            monitor = SpectralMonitor(pl_module, **({"sinks": (_Forward(log),)} | options))
+            given: dict[str, Any] = {"sinks": (_Forward(log),), **options}
+            monitor = SpectralMonitor(pl_module, **given)
             if self._state is not None:
                 monitor.load_state_dict(self._state)
             self.monitor = monitor.attach(*trainer.optimizers)
@@ -72,7 +73,7 @@ def lightning_callback(**options: Any) -> Any:
     return SpectralCallback()
 
 
-def trainer_callback(trainer: Any = None, **options: Any) -> Any:
+def trainer_callback(trainer: Any | None = None, **options: Any) -> Any:
     """A ``transformers.TrainerCallback`` that watches the Trainer's model; its monitor is ``callback.monitor``.
 
         trainer.add_callback(trainer_callback(trainer, every=100))
@@ -97,17 +98,21 @@ def trainer_callback(trainer: Any = None, **options: Any) -> Any:
             self.monitor: SpectralMonitor | None = None
             self._waiting: list[dict[str, float]] = []
 
+        def _keep(self, step: int, values: dict[str, float]) -> None:
+            self._waiting.append(values)
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            later = _Forward(lambda step, values: self._waiting.append(values))
-            monitor = SpectralMonitor(kwargs["model"], **({"sinks": (later,)} | options))
+            given: dict[str, Any] = {"sinks": (_Forward(self._keep),), **options}
+            monitor = SpectralMonitor(kwargs["model"], **given)
             saved = _checkpoint(args, state) / STATE_FILE
             if state.global_step and saved.exists():
                 monitor.load_state_dict(torch.load(saved, weights_only=True))
             self.monitor = monitor.attach(unwrapped(kwargs["optimizer"]))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            log: Any = getattr(trainer, "log", None)
             while self._waiting:
-                trainer.log(self._waiting.pop(0))
+                log(self._waiting.pop(0))
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             folder = _checkpoint(args, state)

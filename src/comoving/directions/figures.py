@@ -41,9 +41,10 @@ def check_finite(matrices: Mapping[Key, Tensor]) -> None:
     Raises:
         ValueError: naming layer and kind.
     """
-    device = next(iter(matrices.values())).device
-    sizes = torch.stack([norm(x).to(device, torch.float64) for x in matrices.values()])
-    for key, finite in zip(matrices, sizes.isfinite().tolist(), strict=True):
+    keys = sorted(matrices, key=lambda key: key.kind == "weight")  # a bad gradient has spoiled the weight already
+    device = matrices[keys[0]].device
+    sizes = torch.stack([norm(matrices[key]).to(device, torch.float64) for key in keys])
+    for key, finite in zip(keys, sizes.isfinite().tolist(), strict=True):
         if not finite and not bool(matrices[key].isfinite().all()):  # a norm may overflow
             raise ValueError(
                 f"the {key.kind} of {key.name} has entries that are NaN or infinite; look for a diverging loss"

@@ -165,9 +165,9 @@ class SpectralMonitor:
     def stable(self, name: str, of: str = "momentum", threshold: float = 0.7) -> tuple[Tensor, Tensor]:
         """The directions of the last reading that the one before it had, too: U (m, j) and V (n, j), orthonormal.
 
-        On each side the directions are turned into principal vectors against the reading before; the j first on both
-        sides are returned, j being the number of principal cosines >= threshold on the side that has fewer. Hence
-        column i of U and column i of V need not belong to one singular value: UU^H and VV^H are what is meant.
+        On each side the subspace is kept whose principal cosines against the reading before are >= threshold: P, Q.
+        With the last reading's A = U diag(s) V^H, the columns are the singular vectors of P P^H A Q Q^H, largest first,
+        as many as the smaller of the two has: column i of U belongs to column i of V.
 
         Args:
             name: of the layer.
@@ -185,10 +185,11 @@ class SpectralMonitor:
         now, before = self._read_before(name, of), self.before.get(Key(name, of))
         if before is None:
             return now.u[:, :0], now.v[:, :0]
-        sides = [_principal(now, a, before, b) for a, b in ((now.u, before.u), (now.v, before.v))]
-        count = min(int((cosines >= threshold).sum()) for _, cosines in sides)
-        u, v = (vectors[:, :count] for vectors, _ in sides)
-        return u, v
+        shape = (len(now.u), len(now.v))
+        old, new = present(before.s, shape), present(now.s, shape)
+        p, q = (_kept(a[:, new], b[:, old], threshold) for a, b in ((now.u, before.u), (now.v, before.v)))
+        a, _, bh = torch.linalg.svd((p.mH @ now.u * now.s) @ (now.v.mH @ q), full_matrices=False)
+        return p @ a, q @ bh.mH
 
     def _read_before(self, name: str, of: str) -> Spectrum:
         if name not in self.modules:
@@ -307,14 +308,11 @@ def _checked(model: nn.Module, patterns: str | Iterable[str], k: int) -> dict[st
     for name, module in modules.items():
         shape = tuple(effective_weight(module).shape)
         check_count(k, shape, f"{name}: k")
-        try:
-            trained: Any = matrix_of(module)
-        except AttributeError:
-            trained = None
-        if trained is None or tuple(trained.shape) != shape:
+        trained = matrix_of(module)
+        if tuple(trained.shape) != shape:
             raise ValueError(
-                f"{name} is parametrized from something else than one matrix of shape {shape}: its gradient has no "
-                f"spectrum to compare with the weight's"
+                f"{name} is parametrized from a tensor of shape {tuple(trained.shape)}, not {shape}: its gradient has "
+                f"no spectrum to compare with the weight's"
             )
         if not (trained.is_floating_point() or trained.is_complex()):
             raise ValueError(f"{name} has a weight of {trained.dtype}, which has no spectrum")
@@ -329,9 +327,7 @@ def _refuse_in_backward(optimizer: Optimizer) -> None:
         )
 
 
-def _principal(now: Spectrum, a: Tensor, before: Spectrum, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The directions a, turned into principal vectors against b, and their cosines; those present only count."""
-    shape = (len(now.u), len(now.v))
-    kept = a[:, present(now.s, shape)]
-    turn, cosines, _ = torch.linalg.svd(kept.mH @ b[:, present(before.s, shape)], full_matrices=False)
-    return kept @ turn, cosines
+def _kept(a: Tensor, b: Tensor, threshold: float) -> Tensor:
+    """An orthonormal basis of the part of span(a) whose principal cosines with span(b) are at least this."""
+    turn, cosines, _ = torch.linalg.svd(a.mH @ b, full_matrices=False)
+    return (a @ turn)[:, cosines >= threshold]

@@ -60,8 +60,8 @@ def leading(  # noqa: PLR0917
         X_i = orth(A^H A X_{i-1}),   Q = orth([X_0, ..., X_q]),   V = Q W,   A V = U diag(s),
 
     where W are the k leading eigenvectors of (A Q)^H A Q, found in double the precision. What the start holds already
-    is kept, so that the result converges to the exact one when A stands still. Where q + 1 blocks fill the shorter side,
-    the result is that of :func:`exact`. Nothing is read on the host.
+    is kept, so that the result converges to the exact one when A stands still. Where q + 1 blocks fill the shorter
+    side, the result is that of :func:`exact`. Nothing is read on the host.
 
     Args:
         a: (*batch, m, n), any floating or complex dtype; finite. Half precision is cast up. Any scale, rank or zero.
