@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import struct
 import warnings
 
 import pytest
@@ -66,20 +67,31 @@ def test_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("spec/a/sigma_max")] == [(1, 1.5), (101, 2.5)]
 
 
+def records(data):
+    """Of a file in LevelDB's log format: in blocks of 32 KiB pieces of (crc, length, kind) that make up records."""
+    whole, at = b"", 7  # after W&B's own header
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
 def history(folder):
-    """The rows of the offline run in this folder, by W&B's own reader."""
+    """The rows of the offline run in this folder."""
     from wandb.proto import wandb_internal_pb2  # noqa: PLC0415
-    from wandb.sdk.internal.datastore import DataStore  # noqa: PLC0415
 
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    store, rows = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
+    rows = []
+    for data in records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        items = record.history.item
-        if items:
-            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+        if record.history.item:
+            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
     return rows
 
 
@@ -122,8 +134,8 @@ def test_options(tmp_path):
     assert from_arguments(parser.parse_args([]), model, optimizer) is None
     with pytest.raises(ValueError, match="need --spec-monitor"):
         from_arguments(parser.parse_args(["--log-wandb"]), model, optimizer)
-    words = f"--spec-monitor --spec-every 2 --spec-topk 3 --spec-targets mlp.fc1 --spec-out jsonl:{tmp_path}/s --spec-out log"
-    monitor = from_arguments(parser.parse_args(words.split()), model, optimizer)
+    words = "--spec-monitor --spec-every 2 --spec-topk 3 --spec-targets mlp.fc1 --spec-out log --spec-out"
+    monitor = from_arguments(parser.parse_args([*words.split(), f"jsonl:{tmp_path}/s"]), model, optimizer)
     assert monitor.k == 3 and list(monitor.modules) == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
     for step in range(3):
         backward(model, step)
@@ -197,7 +209,7 @@ def test_lightning(tmp_path):
             max_epochs=epochs, logger=logger, callbacks=[callback], default_root_dir=tmp_path, accelerator="cpu",
             gradient_clip_val=0.05, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
         )  # fmt: skip
-        data = [sample(step) for step in range(4)]
+        data = torch.utils.data.DataLoader([sample(step) for step in range(4)], batch_size=None)
         trainer.fit(Module(), data, ckpt_path=checkpoint)
         return trainer, logger.rows, callback
 

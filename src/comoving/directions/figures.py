@@ -18,7 +18,7 @@ from .spectra import (
     working,
 )
 
-COLD, WARM = 8, 2
+COLD, WARM = 8, 3
 """Krylov iterations from a random start and from the last reading's directions."""
 _BATCH_ENTRIES = 2**24
 
@@ -119,7 +119,7 @@ def _table(
         fields.append("delta_sv_rel")
         columns.append(change / torch.where(size > 0, size, 1))
         for side in ("u", "v"):
-            new, old = (torch.stack([_there(spectra[key], side) for key in keys]) for spectra in (now, last))
+            new, old = (_there([spectra[key] for key in keys], side) for spectra in (now, last))
             principal = principal_cosines(new, old)
             fields += [*_numbered(f"cos_{side}", k), f"cos_{side}_max", f"cos_{side}_mean"]
             columns += [vector_cosines(new, old), principal[:, :1], principal.mean(-1, keepdim=True)]
@@ -127,17 +127,18 @@ def _table(
         for kind, field in (("momentum", "p"), ("weight", "p_weight")):
             old = [last[Key(key.name, kind)] for key in keys if Key(key.name, kind) in last]
             if old:
-                u, v = (torch.stack([_there(spectrum, side) for spectrum in old]) for side in ("u", "v"))
+                u, v = (_there(old, side) for side in ("u", "v"))
                 stack = torch.stack([working(matrices[key]) for key in keys])
                 fields.append(field)
                 columns.append(projected_energy(stack, u, v).unsqueeze(-1))
     return fields, torch.cat(columns, -1)
 
 
-def _there(spectrum: Spectrum, side: str) -> Tensor:
-    """The vectors, zero for those that belong to no singular value."""
-    vectors = spectrum.u if side == "u" else spectrum.v
-    return vectors * present(spectrum.s, (len(spectrum.u), len(spectrum.v)))
+def _there(spectra: list[Spectrum], side: str) -> Tensor:
+    """The vectors of all, stacked; zero for those that belong to no singular value."""
+    vectors = torch.stack([spectrum.u if side == "u" else spectrum.v for spectrum in spectra])
+    seen = present(torch.stack([spectrum.s for spectrum in spectra]), (len(spectra[0].u), len(spectra[0].v)))
+    return vectors * seen.unsqueeze(-2)
 
 
 def _numbered(name: str, k: int) -> list[str]:

@@ -51,7 +51,7 @@ def exact(a: Tensor, k: int) -> Spectrum:
 
 
 def leading(  # noqa: PLR0917
-    a: Tensor, k: int, start: Tensor | None = None, iterations: int = 2, oversampling: int = 8, seed: int = 0
+    a: Tensor, k: int, start: Tensor | None = None, iterations: int = 3, oversampling: int = 4, seed: int = 0
 ) -> Spectrum:
     """The k leading triplets by block Krylov iteration (arXiv 1504.05477) from a warm or a random start.
 
