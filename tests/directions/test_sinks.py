@@ -114,6 +114,7 @@ def test_wandb_without_login_is_offline_and_loses_nothing(tmp_path, no_login):
     sink.write(1, {"spec/a/sigma_max": 1.5})
     sink.write(101, {"spec/a/sigma_max": 2.5})
     sink.close()
+    wandb.teardown()  # the service writes the file out
     rows = [row for row in history(tmp_path / "runs") if "spec/update" in row]
     assert [(row["spec/update"], row["spec/a/sigma_max"]) for row in rows] == [(1, 1.5), (101, 2.5)]
 

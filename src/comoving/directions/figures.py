@@ -51,75 +51,69 @@ def check_finite(matrices: Mapping[Key, Tensor]) -> None:
             )
 
 
-def spectra_of(
+def reading(
     matrices: Mapping[Key, Tensor], last: Mapping[Key, Spectrum], k: int, full: bool, seed: int
-) -> dict[Key, Spectrum]:
-    """The k leading triplets of every matrix, each from the directions of its last reading where there are any.
+) -> tuple[dict[Key, Spectrum], dict[str, float]]:
+    """The k leading triplets of every matrix, and names and values of the figures; the device is read once.
 
     Args:
         matrices: (m, n) each; finite.
-        last: the reading before.
+        last: the reading before, from whose directions each search starts where there are any.
         k: triplets.
         full: by complete decompositions instead.
         seed: of the random columns.
     """
-    found: dict[Key, Spectrum] = {}
-    for keys in _batches(matrices, last):
-        stack = torch.stack([working(matrices[key]) for key in keys])
-        short = "v" if stack.shape[-2] >= stack.shape[-1] else "u"
-        if full:
-            result = exact(stack, k)
-        elif keys[0] in last:
-            start = torch.stack([getattr(last[key], short) for key in keys])
-            result = leading(stack, k, start, WARM, seed=seed)
-        else:
-            result = leading(stack, k, None, COLD, seed=seed)
-        for i, key in enumerate(keys):
-            found[key] = Spectrum(*(x[i].clone() for x in result))
-    return found
-
-
-def figures(
-    matrices: Mapping[Key, Tensor], now: Mapping[Key, Spectrum], last: Mapping[Key, Spectrum]
-) -> dict[str, float]:
-    """Names and values of a reading; see :class:`comoving.directions.SpectralMonitor`. The device is read once."""
     device = next(iter(matrices.values())).device
+    now: dict[Key, Spectrum] = {}
     names: list[str] = []
     rows: list[Tensor] = []
     for keys in _batches(matrices, last):
-        fields, table = _table(keys, matrices, now, last)
-        names += [key.path + field for key in keys for field in fields]
+        stack = working(torch.stack([matrices[key] for key in keys]))
+        found = _leading(stack, keys, last, k, full, seed)
+        fields, table = _table(stack, keys, found, last)
+        now |= {key: Spectrum(*(x[i] for x in found)) for i, key in enumerate(keys)}
+        for key in keys:
+            path = key.path
+            names += [path + field for field in fields]
         rows.append(table.flatten().to(device, torch.float64))
-    return dict(zip(names, torch.cat(rows).tolist(), strict=True))
+    return now, dict(zip(names, torch.cat(rows).tolist(), strict=True))
 
 
 def _batches(matrices: Mapping[Key, Tensor], last: Mapping[Key, Spectrum]) -> Iterator[list[Key]]:
-    """Keys of matrices that can be decomposed together: of one shape, all with a last reading or all without."""
+    """Keys of matrices that can be decomposed together: alike, all with a last reading or all without."""
     alike: dict[object, list[Key]] = {}
     for key, x in matrices.items():
-        energies = tuple(Key(key.name, kind) in last for kind in ("momentum", "weight"))
-        about = (x.shape, working(x[:0]).dtype, x.device, key in last, key.kind == "weight", energies)
+        compared = tuple(Key(key.name, kind) in last for kind in ("momentum", "weight"))
+        about = (x.shape, x.dtype, x.device, key in last, key.kind == "weight", compared)
         alike.setdefault(about, []).append(key)
     for keys in alike.values():
         count = max(1, _BATCH_ENTRIES // matrices[keys[0]].numel())
         yield from (keys[i : i + count] for i in range(0, len(keys), count))
 
 
-def _table(
-    keys: list[Key], matrices: Mapping[Key, Tensor], now: Mapping[Key, Spectrum], last: Mapping[Key, Spectrum]
-) -> tuple[list[str], Tensor]:
+def _leading(  # noqa: PLR0917
+    stack: Tensor, keys: list[Key], last: Mapping[Key, Spectrum], k: int, full: bool, seed: int
+) -> Spectrum:
+    if full:
+        return exact(stack, k)
+    if keys[0] not in last:
+        return leading(stack, k, None, COLD, seed=seed)
+    before = [last[key] for key in keys]
+    short = [x.v for x in before] if stack.shape[-2] >= stack.shape[-1] else [x.u for x in before]
+    return leading(stack, k, torch.stack(short), WARM, seed=seed)
+
+
+def _table(stack: Tensor, keys: list[Key], now: Spectrum, last: Mapping[Key, Spectrum]) -> tuple[list[str], Tensor]:
     """Fields, and their values for each key: (keys, fields)."""
-    s = torch.stack([now[key].s for key in keys])
-    k = s.shape[-1]
+    s, k = now.s, now.s.shape[-1]
     fields, columns = ["sigma_max", *_numbered("sv", k)], [s[:, :1], s]
     if keys[0] in last:
-        before = torch.stack([last[key].s for key in keys])
-        size = torch.linalg.vector_norm(before, dim=-1, keepdim=True)
-        change = torch.linalg.vector_norm(s - before, dim=-1, keepdim=True)
+        before = _stacked([last[key] for key in keys])
+        size = torch.linalg.vector_norm(before.s, dim=-1, keepdim=True)
+        change = torch.linalg.vector_norm(s - before.s, dim=-1, keepdim=True)
         fields.append("delta_sv_rel")
         columns.append(change / torch.where(size > 0, size, 1))
-        for side in ("u", "v"):
-            new, old = (_there([spectra[key] for key in keys], side) for spectra in (now, last))
+        for side, new, old in zip("uv", _there(now), _there(before), strict=True):
             principal = principal_cosines(new, old)
             fields += [*_numbered(f"cos_{side}", k), f"cos_{side}_max", f"cos_{side}_mean"]
             columns += [vector_cosines(new, old), principal[:, :1], principal.mean(-1, keepdim=True)]
@@ -127,18 +121,19 @@ def _table(
         for kind, field in (("momentum", "p"), ("weight", "p_weight")):
             old = [last[Key(key.name, kind)] for key in keys if Key(key.name, kind) in last]
             if old:
-                u, v = (_there(old, side) for side in ("u", "v"))
-                stack = torch.stack([working(matrices[key]) for key in keys])
                 fields.append(field)
-                columns.append(projected_energy(stack, u, v).unsqueeze(-1))
+                columns.append(projected_energy(stack, *_there(_stacked(old))).unsqueeze(-1).to(s.dtype))
     return fields, torch.cat(columns, -1)
 
 
-def _there(spectra: list[Spectrum], side: str) -> Tensor:
-    """The vectors of all, stacked; zero for those that belong to no singular value."""
-    vectors = torch.stack([spectrum.u if side == "u" else spectrum.v for spectrum in spectra])
-    seen = present(torch.stack([spectrum.s for spectrum in spectra]), (len(spectra[0].u), len(spectra[0].v)))
-    return vectors * seen.unsqueeze(-2)
+def _stacked(spectra: list[Spectrum]) -> Spectrum:
+    return Spectrum(*(torch.stack(parts) for parts in zip(*spectra, strict=True)))
+
+
+def _there(spectra: Spectrum) -> tuple[Tensor, Tensor]:
+    """The vectors, zero for those that belong to no singular value."""
+    seen = present(spectra.s, (spectra.u.shape[-2], spectra.v.shape[-2])).unsqueeze(-2)
+    return spectra.u * seen, spectra.v * seen
 
 
 def _numbered(name: str, k: int) -> list[str]:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..validate import check_int
-from .figures import Key, check_finite, figures, spectra_of
+from .figures import Key, check_finite, reading
 from .matrices import effective_weight, momentum_of, steps_in_backward, unwrapped
 from .sinks import Sink
 from .spectra import Spectrum, check_count, present, working
@@ -250,8 +250,7 @@ class SpectralMonitor:
         order = {name: i for i, name in enumerate(self.modules)}
         matrices = dict(sorted(matrices.items(), key=lambda x: (order[x[0].name], KINDS.index(x[0].kind))))
         check_finite(matrices)
-        now = spectra_of(matrices, self.last, self.k, self.exact, self.updates)
-        values = figures(matrices, now, self.last)
+        now, values = reading(matrices, self.last, self.k, self.exact, self.updates)
         self.before |= {key: self.last[key] for key in now if key in self.last}
         self.last |= now
         for sink in self.sinks:
@@ -266,9 +265,9 @@ class SpectralMonitor:
         Named "updates" and "<reading>/<kind>/<module>/<part>", part u, s or v.
         """
         state = {"updates": torch.tensor(self.updates)}
-        for reading in _READINGS:
-            for (name, kind), spectrum in getattr(self, reading).items():
-                state |= {f"{reading}/{kind}/{name}/{part}": x.clone() for part, x in spectrum._asdict().items()}
+        for which in _READINGS:
+            for (name, kind), spectrum in getattr(self, which).items():
+                state |= {f"{which}/{kind}/{name}/{part}": x.clone() for part, x in spectrum._asdict().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -283,9 +282,9 @@ class SpectralMonitor:
         for entry, value in state.items():
             if entry == "updates":
                 continue
-            reading, kind, rest = entry.split("/", 2)
+            which, kind, rest = entry.split("/", 2)
             name, part = rest.rsplit("/", 1)
-            if reading not in _READINGS or name not in self.modules or kind not in self.kinds:
+            if which not in _READINGS or name not in self.modules or kind not in self.kinds:
                 raise ValueError(
                     f"{entry} in the state is not watched: layers and kinds must be those of the saved run"
                 )
@@ -293,12 +292,12 @@ class SpectralMonitor:
             shape = {"u": (weight.shape[0], self.k), "s": (self.k,), "v": (weight.shape[1], self.k)}.get(part)
             if tuple(value.shape) != shape:
                 raise ValueError(f"{entry} in the state has shape {tuple(value.shape)}; {shape} is expected")
-            parts.setdefault((reading, Key(name, kind)), {})[part] = value.detach().to(weight.device, copy=True)
+            parts.setdefault((which, Key(name, kind)), {})[part] = value.detach().to(weight.device, copy=True)
         incomplete = [key for key, found in parts.items() if set(found) != {"u", "s", "v"}]
         if incomplete:
             raise ValueError(f"the state of {incomplete[0][1].name} is incomplete")
-        for reading in _READINGS:
-            setattr(self, reading, {key: Spectrum(**found) for (r, key), found in parts.items() if r == reading})
+        for which in _READINGS:
+            setattr(self, which, {key: Spectrum(**found) for (r, key), found in parts.items() if r == which})
         self.updates = int(state["updates"])
         self._counts = dict.fromkeys(self._counts, self.updates)
 

@@ -140,13 +140,12 @@ def projected_energy(g: Tensor, u: Tensor, v: Tensor) -> Tensor:
         v: (*batch, n, j), likewise.
 
     Returns:
-        (*batch,) real.
+        (*batch,) real, in double the precision.
     """
     g = working(g)
-    size = g.abs().amax((-2, -1), keepdim=True)
-    g = g / torch.where(size > 0, size, 1)
-    inside = torch.linalg.matrix_norm(u.to(g.dtype).mH @ g @ v.to(g.dtype)).square()
-    whole = torch.linalg.matrix_norm(g).square()
+    core = u.to(g.dtype).mH @ g @ v.to(g.dtype)
+    wide = _WIDE.get(g.dtype, g.dtype)  # squares of very large or small entries would leave float32
+    inside, whole = (torch.linalg.vector_norm(x, dim=(-2, -1), dtype=wide).square() for x in (core, g))
     return (inside / torch.where(whole > 0, whole, 1)).clamp(max=1)
 
 
