@@ -57,9 +57,16 @@ def targets(model: nn.Module, patterns: str | Iterable[str] = TARGETS) -> dict[s
 
 
 def matrix_of(module: nn.Module) -> nn.Parameter:
-    """The parameter that is trained: the weight itself, or what a parametrization starts from."""
+    """The parameter that is trained: the weight itself, or what a parametrization starts from.
+
+    Raises:
+        ValueError: a parametrization that starts from several tensors (weight_norm).
+    """
     if parametrize.is_parametrized(module, "weight"):
-        return module.parametrizations.weight.original  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+        original = getattr(module.parametrizations.weight, "original", None)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        if original is None:
+            raise ValueError(f"the weight of {module} is parametrized from several tensors, no one matrix is trained")
+        return original
     return module.weight  # pyright: ignore[reportReturnType]
 
 

@@ -1,0 +1,97 @@
+"""What a monitor reads of a layer: its weight, and its momentum out of any optimizer's state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import state as slots
+from ..container import Container, Unit
+from ..rules.adam import FIRST
+from ..weights import codes_of
+from .spectra import working
+
+MOMENTA = ("exp_avg", "momentum_buffer")
+"""What the momentum is called in the state of torch's optimizers, and of most others."""
+
+
+@torch.no_grad()
+def effective_weight(module: nn.Module) -> Tensor:
+    """The matrix that the layer multiplies by: after parametrizations, decoded from codes, detached.
+
+    Float32 or wider if decoded; else it may share the parameter's storage.
+    """
+    weight: Any = module.weight
+    codes = codes_of(weight)
+    return (weight if codes is None else codes.decode()).detach()
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside of those of Accelerate or Lightning."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
+
+
+def steps_in_backward(optimizer: Optimizer) -> bool:
+    """Whether an optimizer of this package takes gradients up inside the backward pass."""
+    return getattr(optimizer, "_window", None) is not None
+
+
+@torch.no_grad()
+def momentum_of(optimizer: Optimizer, p: Tensor) -> Tensor | None:
+    """The momentum of a parameter, of its shape; None before its first gradient.
+
+    Of an optimizer of this package it is the rule's momentum (for Adam m), lifted from the frame: F m, or that of each
+    block; where a preconditioner stands before the rule, it is that of preconditioned gradients. Of any other one it is
+    the state "exp_avg" (Adam and its relatives) or "momentum_buffer" (SGD, Muon).
+
+    Raises:
+        ValueError: the state has neither, or one of another shape than the parameter's; the message says what it has.
+    """
+    if isinstance(optimizer, Container):
+        return _lifted(optimizer, p)
+    state: Mapping[str, Any] = optimizer.state.get(p, {})
+    if not state and p.grad is None:
+        return None
+    for name in MOMENTA:
+        if isinstance(state.get(name), Tensor) and state[name].shape == p.shape:
+            return state[name]
+    held = ", ".join(f"{n} {tuple(x.shape)}" if isinstance(x, Tensor) else str(n) for n, x in state.items())
+    raise ValueError(
+        f"{type(optimizer).__name__} has no momentum of shape {tuple(p.shape)} that is known: its state holds "
+        f"{held or 'nothing'}; looked for {' and '.join(MOMENTA)}. Leave momentum out of kinds"
+    )
+
+
+def _lifted(optimizer: Container, p: Tensor) -> Tensor | None:
+    site, state = optimizer.sites[p], optimizer.state.get(p, {})
+    if not state:
+        return None
+    group: Mapping[str, Any] = next(g for g in optimizer.param_groups if any(p is q for q in g["params"]))
+    if site.plain:
+        return state[FIRST]
+    site, group = slots.current(site, group, state), slots.parts_of(site, group)
+    if not site.blocks:
+        return site.view.restore(_core_lifted(Unit(site, group, state)))
+    layout, inner = group["frame"], slots.group_of_block(group)
+    shape = layout.block_shape(site.view.shape)
+    whole = [
+        _core_lifted(Unit(site.block(b), inner, state[str(b)]))
+        if state.get(str(b))
+        else torch.zeros(shape, dtype=site.view.dtype, device=p.device)
+        for b in range(site.blocks)
+    ]
+    return site.view.restore(torch.stack(whole, layout.mode))
+
+
+def _core_lifted(unit: Unit) -> Tensor:
+    name = unit.group["rule"].momentum
+    unit = unit.unpacked(only=name)
+    if name not in unit.state:
+        return torch.zeros(unit.site.view.shape, dtype=unit.site.view.dtype)
+    core = unit.state[name]
+    return unit.frame().lift(core) if unit.site.projected else working(core)
