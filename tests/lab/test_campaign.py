@@ -87,7 +87,7 @@ def test_every_arm_tries_equally_many_rates_and_the_best_one_gets_all_seeds(tmp_
 
 
 def test_lower_is_better_where_the_metric_says_so(tmp_path, quick):
-    config = configs.load("lm-bytes")
+    config = configs.configure(configs.load("lm-bytes"), {"rate": 2e-3})
     results = Campaign(find("1"), config, 1, tmp_path, Silent(), runner=Stub()).run("")
     assert all(arm["rate"] in (0.001, 0.004) for arm in results["arms"])
 

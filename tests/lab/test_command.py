@@ -40,9 +40,7 @@ def test_list_names_studies_and_configurations(capsys):
 
 def test_run_report_and_sinks(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "wandb"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    (tmp_path / "wandb").mkdir()
     file = tmp_path / "small.toml"
     file.write_text(SMALL)
     out = tmp_path / "runs"
@@ -59,7 +57,7 @@ def test_run_report_and_sinks(tmp_path, capsys, monkeypatch):
     assert results["command"].startswith("comoving lab run 3 --config") and results["config"]["spec_every"] == 4
     lines = [json.loads(line) for file in (out / "spectra").glob("*.jsonl") for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 5, 9]
-    assert list((out / "tensorboard").rglob("events*")) and list((tmp_path / "wandb").rglob("*.wandb"))
+    assert list((out / "tensorboard").rglob("events*")) and list((out / "wandb").rglob("*.wandb"))
     (out / "report.html").unlink()
     assert comoving("report", out) == 0
     page = (out / "report.html").read_text()

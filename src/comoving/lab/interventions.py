@@ -206,12 +206,13 @@ class Extracting(Intervention):
 
     def split(self, step: int) -> None:
         """The extraction."""
+        source: Any = self.arm.source
         self.extraction = extract(
             self.model,
             list(self.layers),
             self.optimizer,
             rank=self.arm.rank or 1,
-            source=self.arm.source,
+            source=source,
             initial=self.initial if self.arm.source == "change" else None,
             boost=self.arm.factor,
             seed=self.seed,

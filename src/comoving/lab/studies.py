@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from comoving.directions.branches import Backbone
 from comoving.lab.config import Config
 from comoving.race.settings import SettingsError
 
@@ -37,7 +38,7 @@ class Arm:
     rank: int | None = None
     source: str = ""
     factor: float = 1.0
-    backbone: str | None = None
+    backbone: Backbone | None = None
     layers: str = "all"
     only: bool = False
     task: str | None = None
@@ -71,7 +72,7 @@ def baseline(task: str | None = None) -> Arm:
     return Arm("B0" + suffix, BASELINE, "none", "AdamW on every weight, nothing extracted", task=task)
 
 
-def branch(backbone: str, rank: int, layers: str = "all", task: str | None = None) -> Arm:
+def branch(backbone: Backbone, rank: int, layers: str = "all", task: str | None = None) -> Arm:
     """Branches only, beside a backbone that is frozen at random or zero."""
     what = "as initialized" if backbone == "frozen" else "zero"
     where = "every target layer" if layers == "all" else "every other target layer"

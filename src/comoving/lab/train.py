@@ -56,7 +56,8 @@ class LabRun:
     @staticmethod
     def of(found: Record) -> "LabRun":
         """The inverse of :meth:`plain`."""
-        return LabRun(**{**found, "config": from_plain(found["config"]), "arm": Arm(**found["arm"])})
+        fields: Record = {**found, "config": from_plain(found["config"]), "arm": Arm(**found["arm"])}
+        return LabRun(**fields)
 
 
 class Recorder:
