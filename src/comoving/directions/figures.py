@@ -18,8 +18,8 @@ from .spectra import (
     working,
 )
 
-COLD, WARM = 8, 3
-"""Krylov iterations from a random start and from the last reading's directions."""
+COLD, WARM, WARM_WEIGHT = 8, 2, 3
+"""Krylov iterations: from a random start; from the last reading's directions; the same of weights, which are flat."""
 _BATCH_ENTRIES = 2**24
 
 
@@ -100,7 +100,7 @@ def _leading(  # noqa: PLR0917
         return leading(stack, k, None, COLD, seed=seed)
     before = [last[key] for key in keys]
     short = [x.v for x in before] if stack.shape[-2] >= stack.shape[-1] else [x.u for x in before]
-    return leading(stack, k, torch.stack(short), WARM, seed=seed)
+    return leading(stack, k, torch.stack(short), WARM_WEIGHT if keys[0].kind == "weight" else WARM, seed=seed)
 
 
 def _table(stack: Tensor, keys: list[Key], now: Spectrum, last: Mapping[Key, Spectrum]) -> tuple[list[str], Tensor]:
