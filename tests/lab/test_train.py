@@ -162,6 +162,26 @@ def test_numbers_that_are_not_finite_end_a_run_with_words(at, phase, monkeypatch
     assert len(record["losses"]) == at + 1 and record["curve"]
 
 
+def test_a_gradient_that_is_not_finite(monkeypatch):
+    trial = Trial(run_of("B0"), TASK, ())
+    while trial.step < 8:
+        trial.update()
+    usual = TASK.loss
+
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * math.nan
+
+    monkeypatch.setattr(TASK, "loss", lambda model, batch: Bad.apply(usual(model, batch)))
+    trial.update()
+    assert trial.error == "the energy of the gradient became nan at step 9 (before the split)"
+
+
 def test_weights_that_are_not_finite_at_the_split(monkeypatch):
     trial = Trial(run_of("E4-r2"), TASK, ())
     while trial.step < CONFIG.split:

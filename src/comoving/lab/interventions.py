@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from comoving.directions import SpectralMonitor, add_branches, amplify, extract, prepare
-from comoving.directions.spectra import principal_cosines, projected_energy
+from comoving.directions.spectra import leading, principal_cosines, projected_energy
 from comoving.directions.targets import matrix_of
 from comoving.draws import gaussian
 from comoving.lab.config import Config
@@ -68,14 +68,17 @@ class Intervention:
         return torch.stack(found).mean().item() if found else None
 
     def alignment(self) -> float | None:
-        """Mean principal cosine of the directions in use with the leading ones of the gradient just read."""
-        found: list[float] = []
+        """Mean principal cosine of the directions in use with the leading ones of the gradient, before the step.
+
+        The monitor reads the gradient as the optimizer sees it, which an extraction and a gain change by then.
+        """
+        found: list[Tensor] = []
         for name, (u, v) in self.used.items():
-            if u.shape[1] and matrix_of(self.layers[name]).grad is not None:
-                new_u, new_v = self.monitor.directions(name, "gradient")[:2]
-                cosines = torch.cat([principal_cosines(u, new_u), principal_cosines(v, new_v)])
-                found.append(cosines.mean().item())
-        return fmean(found) if found else None
+            gradient = matrix_of(self.layers[name]).grad
+            if gradient is not None and u.shape[1]:
+                new = leading(gradient, self.config.topk)
+                found.append(torch.cat([principal_cosines(u, new.u), principal_cosines(v, new.v)]).mean())
+        return torch.stack(found).mean().item() if found else None
 
     def end(self) -> None:
         """Fold everything into plain weights."""

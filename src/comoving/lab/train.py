@@ -182,11 +182,15 @@ class Trial:
         loss.backward()
         reading = self.step % self.config.spec_every == 0
         if reading:
-            self.note(self.energy, self.intervention.energy())
+            energy = self.intervention.energy()
+            if energy is not None and not math.isfinite(energy):
+                self.fail(f"the energy of the gradient became {energy}")
+                return
+            self.note(self.energy, energy)
+            self.note(self.alignment, self.intervention.alignment())
         self.guarded(self.optimizer.step)
         self.step += 1
         if reading and self.error is None:
-            self.note(self.alignment, self.intervention.alignment())
             self.intervention.read(self.step)
 
     def guarded(self, act: Callable[[], Any]) -> None:
