@@ -61,7 +61,7 @@ def quick(monkeypatch):
 
 
 def made(tmp_path, study="e4", seeds=3, runner=None, **changes):
-    config = configs.configure(configs.load("vit-tiny-digits"), {"rate": 2e-3, **changes})
+    config = configs.configure(configs.load("vit-tiny-digits"), {"rate": 2e-3, "rates": (0.5, 1.0, 2.0), **changes})
     return Campaign(find(study), config, seeds, tmp_path, Silent(), runner=runner or Stub())
 
 
