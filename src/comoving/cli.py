@@ -242,7 +242,7 @@ def laboratory() -> Any:
             seeds=seeds,
             out=folder,
             command=shlex.join(["comoving", *ARGUMENTS]),
-            jobs=jobs or (1 if device.startswith("cuda") else os.cpu_count() or 1),
+            jobs=jobs if jobs is not None else 1 if device.startswith("cuda") else os.cpu_count() or 1,
             device=device,
             changes=command.changes(
                 steps=steps, rate=rate, spec_every=spec_every, spec_topk=spec_topk, targets=spec_targets

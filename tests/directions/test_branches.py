@@ -290,3 +290,13 @@ def test_an_optimizer_without_the_amplitudes():
     branches = add_branches(model, rank=2)
     with pytest.raises(ValueError, match="does not hold the amplitudes of 0.attn.qkv, .* and 4 more"):
         branches.attach(optimizer)
+
+
+def test_a_model_that_is_wrapped_for_several_processes_is_refused():
+    class DistributedDataParallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Sequential(nn.Linear(8, 8))
+
+    with pytest.raises(ValueError, match="before DistributedDataParallel wraps it"):
+        add_branches(DistributedDataParallel(), "module.0", rank=2)

@@ -277,3 +277,28 @@ def test_bad_input():
     with SpectralMonitor(model, k=2, kinds=("weight", "update"), sinks=[kept]).attach(plain) as monitor:
         plain.step()
     assert kept.closed and list(kept.rows) == [1] and Key(NAME, "update") in monitor.last
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_gradient_scaler_skips_is_no_reading(fused):
+    torch.manual_seed(0)
+    model, kept = nn.Sequential(nn.Linear(8, 8)), Kept()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    monitor = SpectralMonitor(model, "0", every=2, k=2, sinks=[kept]).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (float("inf"), 1.0, 1.0, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 8)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert monitor.updates == 3 and list(kept.rows) == [1, 3]
+
+
+def test_looking_at_a_spectral_norm_does_not_move_it():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4))
+    model = nn.Sequential(layer)
+    before = deepcopy(layer.state_dict())
+    SpectralMonitor(model, "0", k=2, kinds=("weight",)).read()
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    assert all(module.training for module in model.modules())

@@ -39,6 +39,15 @@ def test_a_file_of_the_users(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rate": "x"}, "rate is 'x'; it must be a number"),
+        ({"rate": True}, "rate is True; it must be a number"),
+        ({"rates": 3.0}, "rates is 3.0; it must be a list of numbers"),
+        ({"ranks": [4.0]}, r"ranks is \(4.0,\); it must be a list of ints"),
+        ({"augment": "no"}, "augment is 'no'; it must be true or false"),
+        ({"harder": 3}, "harder is 3; it must be a table"),
+        ({"rates": [1.0, 1.0]}, "rates are .* differ in four digits"),
+        ({"ranks": [4, 4]}, "ranks are .* differ in four digits"),
+        ({"absolute": [float("nan")]}, "absolute are .* must be finite"),
         ({"steps": 0}, "steps is 0; it must be an int of at least 1"),
         ({"steps": 3}, "extract_at 0.2 is step 1 of 3|steps"),
         ({"rate": 0.0}, "rate is 0.0; it must be positive"),

@@ -108,7 +108,17 @@ def test_frozen_and_zero_backbones():
         for name, module in trial.layers.items():
             base = initial[name].detach() if kind == "frozen" else torch.zeros_like(module.weight)
             ranks.append(int(torch.linalg.matrix_rank((module.weight.detach() - base).double(), atol=1e-5)))
-        assert ranks[0::2] == [2] * len(ranks[0::2]) and ranks[1::2] == [0] * len(ranks[1::2])
+        assert ranks == [2] * 6 + [0] * 6
+
+
+@pytest.mark.parametrize("kind", ["frozen", "zero"])
+def test_branches_in_half_of_the_blocks_still_let_the_input_through(kind):
+    trial = Trial(run_of(f"{kind}-r2-half"), TASK, ())
+    with torch.no_grad():
+        outputs = trial.model(pixel_values=TASK.prepared(TASK.parts["test"][0][:8])).logits
+    assert float(outputs.std(0).max()) > 0
+    with_branches = {name for name, m in trial.layers.items() if nn.utils.parametrize.is_parametrized(m)}
+    assert with_branches == {name for name in trial.layers if ".layers.0." in name}
 
 
 def test_b3_moves_the_core_alone():

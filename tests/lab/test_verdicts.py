@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from comoving.lab.verdicts import ANSWERS, NO, RULES, UNKNOWN, YES, Verdict, judge, rule
+from comoving.lab.verdicts.mechanism import points
 from comoving.lab.verdicts.speed import times
 from comoving.lab.verdicts.stable import random_cosine
 from lab.synthetic import BITS, against, arm, baseline, broken, run, study, turned
@@ -72,7 +73,7 @@ def test_an_absolute_target_that_the_baseline_never_reaches():
 
 def test_a_target_before_the_directions_are_used():
     results = against(3, 0.01, speed=1.5)
-    results["arms"][1]["begin"] = 150
+    results["arms"][1]["begin"] = 100
     early = find(results, "speed: 80% in steps")
     assert early.answer == UNKNOWN and "before the directions are used" in early.text
     assert find(results, "speed").answer == YES
@@ -261,3 +262,32 @@ def test_partial_results(gone):
         assert "E4-r4 lacks seed 1 (no)" in verdicts[0].text
     if gone == "seed":
         assert "E4-r4 lacks seed 1" in verdicts[0].text
+
+
+def test_a_target_that_only_the_arm_reaches_before_it_begins():
+    results = against(3, 0.01, speed=3.0)
+    results["arms"][1]["begin"] = 100
+    verdict = find(results, "speed")
+    assert verdict.answer == UNKNOWN and "before the directions are used" in verdict.text
+
+
+def test_a_target_that_the_baseline_reaches_in_some_seeds_only():
+    results = against(5, 0.01, speed=1.5)
+    results["metric"] = {**results["metric"], "absolute": [95.9]}
+    for record in results["arms"][0]["runs"][:2]:
+        for point in record["curve"]:
+            point["value"] = min(point["value"], 95.0)
+    verdict = find(results, "speed: 95.9 accuracy in % in steps")
+    assert verdict.answer == UNKNOWN and "others would be chosen" in verdict.text
+
+
+def test_mechanism_looks_at_directions_in_use_only():
+    results = against(3, 0.01, speed=1.5)
+    treatment = results["arms"][1]
+    treatment["begin"] = 100
+    for record in treatment["runs"]:
+        record["energy"] = [[0, 0.9], [50, 0.9], [100, 0.2], [200, 0.4]]
+    control = {**treatment, "name": "B1", "role": "control", "action": "global"}
+    results["arms"].append(control)
+    found = points(results, "energy")
+    assert [(p.arm, round(p.quantity, 6)) for p in found] == [(treatment["name"], 0.3)] * 3

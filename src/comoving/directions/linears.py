@@ -17,6 +17,8 @@ def changeable(model: nn.Module, patterns: str | Iterable[str], what: str) -> di
         ValueError: what :func:`targets` refuses; a parametrized or quantized layer, a weight that is not real floating
             point, or one that another module shares.
     """
+    if any(type(module).__name__ == "DistributedDataParallel" for module in model.modules()):
+        raise ValueError(f"{what}: change the model before DistributedDataParallel wraps it")
     found = targets(model, patterns)
     holders: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

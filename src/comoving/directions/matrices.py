@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from .. import state as slots
@@ -23,9 +24,24 @@ def effective_weight(module: nn.Module) -> Tensor:
 
     Float32 or wider if decoded; else it may share the parameter's storage.
     """
+    if parametrize.is_parametrized(module, "weight"):
+        return _undisturbed(module).detach()
     weight: Any = module.weight
     codes = codes_of(weight)
     return (weight if codes is None else codes.decode()).detach()
+
+
+def _undisturbed(module: nn.Module) -> Tensor:
+    """A parametrized weight as in evaluation: spectral_norm's power iteration would go on at every look in training."""
+    parts: Any = module.parametrizations
+    modes = [(part, part.training) for part in parts.modules()]
+    parts.eval()
+    try:
+        weight: Any = module.weight
+    finally:
+        for part, training in modes:
+            part.training = training
+    return weight
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

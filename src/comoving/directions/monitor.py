@@ -24,7 +24,8 @@ class SpectralMonitor:
 
     A reading is made at the first update and at every ``every``-th after it: updates 1, 1 + every, 1 + 2 every, ... An
     update is a step of the optimizer, which may be any, in any loop; what it skips (a gradient scaler's overflow, say)
-    does not count. Figures of layer ``<module>`` are named
+    does not count. (Where a fused optimizer skips by itself, only updates that are due for a reading are looked at.)
+    Figures of layer ``<module>`` are named
 
         spec/<module>/F            of the weight, after parametrizations
         spec/<module>/grad/F       of the gradient as the optimizer saw it, after clipping
@@ -210,6 +211,9 @@ class SpectralMonitor:
 
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         due = self._counts[optimizer] % self.every == 0
+        if due and _overflowed(optimizer):
+            self._old = {}
+            return
         self._counts[optimizer] += 1
         if due:
             gathered = self._gather(optimizer)
@@ -330,3 +334,9 @@ def _kept(a: Tensor, b: Tensor, threshold: float) -> Tensor:
     """An orthonormal basis of the part of span(a) whose principal cosines with span(b) are at least this."""
     turn, cosines, _ = torch.linalg.svd(a.mH @ b, full_matrices=False)
     return (a @ turn)[:, cosines >= threshold]
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler has told an optimizer that skips by itself, as fused ones do, to skip this step."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.any())

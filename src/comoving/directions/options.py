@@ -41,8 +41,12 @@ def from_arguments(
         return None
     monitor = SpectralMonitor(model, namespace.spec_targets, every=namespace.spec_every, k=namespace.spec_topk)
     monitor.attach(*([optimizer] if isinstance(optimizer, Optimizer) else optimizer))
-    sinks: list[Sink] = [parse_sink(text) for text in namespace.spec_out or ()]
-    if namespace.log_wandb:
-        sinks.append(WandB(namespace.wandb_project))
+    try:
+        sinks: list[Sink] = [parse_sink(text) for text in namespace.spec_out or ()]
+        if namespace.log_wandb:
+            sinks.append(WandB(namespace.wandb_project))
+    except BaseException:
+        monitor.detach()
+        raise
     monitor.sinks = tuple(sinks or [Log()])
     return monitor

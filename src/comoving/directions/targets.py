@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -77,6 +78,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _is_matrix(module: nn.Module) -> bool:
+    if parametrize.is_parametrized(module, "weight"):  # a look at the weight itself may move it (spectral_norm)
+        original: Any = getattr(module.parametrizations["weight"], "original", None)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        return original is None or original.ndim == 2  # without one, matrix_of says why not
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2
 

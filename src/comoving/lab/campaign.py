@@ -114,6 +114,9 @@ class Campaign:
         self.configs: dict[str | None, Config] = {None: config}
         self.fingerprints: dict[str | None, str] = {}
         self.fingerprints[None], self.shapes = examined(config)
+        for _, arms in study.followups(config):
+            for arm in arms:  # missed here rather than after all other arms
+                self.setting(arm, self.rates[0], 0)
         self.followups: list[str] = []
         self.known = self.reused = 0
 

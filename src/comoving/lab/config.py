@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ from comoving.race.settings import SettingsError
 FOLDER = Path(__file__).with_name("configs")
 TASKS = ("images", "bytes")
 SOURCES = ("change", "weight", "momentum")
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text"),
+    int: ((int,), "an int"),
+    bool: ((bool,), "true or false"),
+    float: ((int, float), "a number"),
+    tuple[int, ...]: ((int,), "a list of ints"),
+    tuple[float, ...]: ((int, float), "a list of numbers"),
+    dict[str, Any]: ((dict,), "a table"),
+}
+"""Annotation of a field -> the types of its value, or of each of its values, and their name."""
 INTEGERS = {
     **dict.fromkeys(("hidden_size", "layers", "heads", "intermediate_size", "steps", "batch"), 1),
     **dict.fromkeys(("patch_size", "image_size", "evaluations", "spec_every", "spec_topk"), 1),
@@ -100,6 +111,7 @@ class Config:
     harder: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
+        self._typed()
         self._one_of("task", TASKS)
         self._one_of("extract_from", SOURCES)
         for name, least in INTEGERS.items():
@@ -117,8 +129,22 @@ class Config:
             raise SettingsError(f"{self.name}: alpha is {self.alpha}; it must be above 1 and finite")
         self._fitting()
 
+    def _typed(self) -> None:
+        """Every field has the type of its annotation; a whole number is a number, too."""
+        for f in fields(self):
+            value, (kinds, wanted) = getattr(self, f.name), KINDS[f.type]
+            listed = wanted.startswith("a list")
+            items: tuple[Any, ...] = value if listed and isinstance(value, tuple) else (value,)
+            wrong = any(not isinstance(x, kinds) or (isinstance(x, bool) and bool not in kinds) for x in items)
+            if wrong or (listed and not isinstance(value, tuple)):
+                raise SettingsError(f"{self.name}: {f.name} is {value!r}; it must be {wanted}")
+
     def _fitting(self) -> None:
         """Fields that must fit each other."""
+        for name in ("rates", "ranks", "absolute"):
+            given = getattr(self, name)
+            if len({f"{value:.4g}" for value in given}) < len(given) or not all(map(isfinite, given)):
+                raise SettingsError(f"{self.name}: {name} are {given}; they must be finite, and differ in four digits")
         if not self.ranks or not self.rates:
             raise SettingsError(f"{self.name}: ranks and rates must not be empty")
         if self.hidden_size % self.heads:

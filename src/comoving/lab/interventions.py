@@ -1,6 +1,6 @@
 """What an arm does to a training: nothing, larger rates, branches, a gain, or an extraction."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -101,6 +101,19 @@ class Global(Intervention):
         self.optimizer.param_groups[0]["initial_lr"] *= self.arm.factor
 
 
+def every_other_block(names: Iterable[str]) -> list[str]:
+    """The layers of the first, third, ... block of the model; its name ends with a number.
+
+    Whole blocks, for a block in which some weights are zero and have no branch passes nothing on.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        blocks.setdefault(".".join(parts[: number + 1]), []).append(name)
+    return [name for block in list(blocks)[::2] for name in blocks[block]]
+
+
 class OnBranches(Intervention):
     """Branches only: the weights of all target layers stand still, frozen or zero."""
 
@@ -108,8 +121,7 @@ class OnBranches(Intervention):
 
     def groups(self, rate: float) -> list[dict[str, Any]]:
         """The branches are made here."""
-        every = 1 if self.arm.layers == "all" else 2
-        chosen = list(self.layers)[::every]
+        chosen = list(self.layers) if self.arm.layers == "all" else every_other_block(self.layers)
         for name, module in self.layers.items():
             if name not in chosen:
                 weight = matrix_of(module).requires_grad_(False)

@@ -26,7 +26,7 @@ class Arm:
         source: of directions: "change", "weight", "momentum", "stable" or "random".
         factor: on a learning rate, or on a gradient.
         backbone: "frozen" or "zero" under branches.
-        layers: "all" targets have branches, or every other one ("half").
+        layers: "all" targets have branches, or those of every other block ("half").
         only: after an extraction the rest of the layer stands still.
         task: None for the configuration's own, or "harder".
     """
@@ -75,7 +75,7 @@ def baseline(task: str | None = None) -> Arm:
 def branch(backbone: Backbone, rank: int, layers: str = "all", task: str | None = None) -> Arm:
     """Branches only, beside a backbone that is frozen at random or zero."""
     what = "as initialized" if backbone == "frozen" else "zero"
-    where = "every target layer" if layers == "all" else "every other target layer"
+    where = "every target layer" if layers == "all" else "the target layers of every other block"
     name = "-".join([backbone, f"r{rank}", *([layers] if layers != "all" else []), *([task] if task else [])])
     summary = f"branches of rank {rank} on {where}; the weights of all target layers stay {what}"
     return Arm(
@@ -103,7 +103,7 @@ def coinciding(config: Config) -> list[tuple[str, list[Arm]]]:
     low = min(config.ranks)
     kinds = ("frozen", "zero")
     found = [
-        (f"fewer layers: branches of rank {low} on every other layer", [branch(k, low, "half") for k in kinds]),
+        (f"fewer layers: branches of rank {low} in every other block", [branch(k, low, "half") for k in kinds]),
         (f"harder task: {config.harder}", [baseline("harder"), *(branch(k, low, task="harder") for k in kinds)]),
     ]
     if low > 1:

@@ -12,13 +12,13 @@ from comoving.race.files import write_json
 from comoving.race.processes import Reporter
 
 
-def sinks(run: LabRun, file: Path) -> tuple[Sink, ...]:
-    """Where else the spectra go."""
+def sinks(run: LabRun, file: Path, step: int) -> tuple[Sink, ...]:
+    """Where else the spectra go; what a run that was interrupted has written of later steps is dropped."""
     name, found = file.stem, list[Sink]()
     if "jsonl" in run.log:
-        found.append(JSONLines(Path(run.log["jsonl"]) / f"{name}.jsonl"))
+        found.append(JSONLines(Path(run.log["jsonl"]) / f"{name}.jsonl", resume_at=step))
     if "tensorboard" in run.log:
-        found.append(TensorBoard(Path(run.log["tensorboard"]) / name))
+        found.append(TensorBoard(Path(run.log["tensorboard"]) / name, resume_at=step))
     if "wandb" in run.log:
         found.append(WandB(run.log["wandb"], file.parent.parent / "wandb", name=name))
     return tuple(found)
@@ -29,12 +29,9 @@ def main(target: Path) -> None:
     torch.set_num_threads(1)
     fields = json.load(sys.stdin)
     run = LabRun.of(fields)
-    record = train(
-        run,
-        progress=Reporter(run.config.steps),
-        checkpoint=target.with_suffix(".pt"),
-        sinks=sinks(run, target),
-    )
+    checkpoint = target.with_suffix(".pt")
+    step = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+    record = train(run, progress=Reporter(run.config.steps), checkpoint=checkpoint, sinks=sinks(run, target, step))
     write_json(target, {"settings": fields, **record})
 
 

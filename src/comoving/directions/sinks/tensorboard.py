@@ -11,14 +11,16 @@ class TensorBoard:
 
     Args:
         folder: where TensorBoard looks.
+        resume_at: updates of a run that goes on; TensorBoard forgets what was written of later ones.
 
     Raises:
         ImportError: without the extra "log".
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, resume_at: int | None = None) -> None:
         require("tensorboard", "log")
-        self._writer = require("torch.utils.tensorboard", "log").SummaryWriter(str(folder))
+        writer = require("torch.utils.tensorboard", "log").SummaryWriter
+        self._writer = writer(str(folder), purge_step=None if resume_at is None else resume_at + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A scalar each, at this update."""

@@ -10,6 +10,7 @@ from comoving.lab.verdicts.base import (
     SIGNIFICANT,
     UNKNOWN,
     YES,
+    Arm,
     Results,
     Run,
     Verdict,
@@ -27,7 +28,8 @@ STRONG = 0.5
 QUANTITIES = {"energy": "p_t", "alignment": "alignment"}
 
 RULE = (
-    "Spearman's correlation, over the runs of all arms with directions, of the run's mean p_t (or alignment) with its "
+    "Spearman's correlation, over the runs of all arms with directions, of the run's mean p_t (or alignment), from the "
+    "step on from which they are used, with its "
     "speed-up, the logarithm of the baseline's steps to 90% of its final over the run's own. Yes: positive with p < "
     "0.05. No: the 95% interval (Fisher's transform) lies below 0.5, so that a strong correlation is excluded. Else, "
     "with fewer than 6 runs or 3 seeds: not enough evidence. A run that never arrives counts with the steps it had, "
@@ -46,11 +48,17 @@ class Point:
     bound: bool
 
 
-def mean_of(run: Run, quantity: str) -> float | None:
-    """The mean over training; None where nothing was read."""
-    numbers = [finite(value) for _, value in run.get(quantity) or []]
+def mean_of(run: Run, quantity: str, begin: int = 0) -> float | None:
+    """The mean over training from step ``begin`` on, when directions are used; None where nothing was read then."""
+    numbers = [finite(value) for step, value in run.get(quantity) or [] if step >= begin]
     sound = [value for value in numbers if value is not None]
     return math.fsum(sound) / len(sound) if sound else None
+
+
+def directed(results: Results) -> list[Arm]:
+    """The arms that use directions and have a baseline; B1 uses none."""
+    found = arms(results, "treatment", "control")
+    return [arm for arm in found if arm.get("action") != "global" and baseline_of(results, arm) is not None]
 
 
 def points(results: Results, quantity: str) -> list[Point]:
@@ -61,13 +69,11 @@ def points(results: Results, quantity: str) -> list[Point]:
         quantity: "energy" or "alignment".
     """
     found: list[Point] = []
-    for arm in arms(results, "treatment", "control"):
-        if baseline_of(results, arm) is None:
-            continue
+    for arm in directed(results):
         ratios = times(results, arm)
         bad = diverged(arm)
         for seed, run in runs(arm).items():
-            value = mean_of(run, quantity)
+            value = mean_of(run, quantity, arm.get("begin") or 0)
             ratio = ratios.ratios.get(seed, ratios.bounds.get(seed))
             if value is not None and ratio is not None and seed not in bad:
                 found.append(Point(arm["name"], seed, value, -math.log(ratio), seed in ratios.bounds))
@@ -80,8 +86,7 @@ def verdict(results: Results, quantity: str) -> Verdict:
     found = points(results, quantity)
     test = spearman([p.quantity for p in found], [p.speedup for p in found])
     figures = {"correlation": test.value, "p": test.p, "low": test.low, "high": test.high, "runs": len(found)}
-    directed = [a for a in arms(results, "treatment", "control") if any(run.get(quantity) for run in runs(a).values())]
-    lost = sum(len(diverged(arm)) for arm in directed)
+    lost = sum(len(diverged(arm)) for arm in directed(results) if any(run.get(quantity) for run in runs(arm).values()))
     bounds = sum(point.bound for point in found)
     spread = len({point.seed for point in found})
     words = [

@@ -56,7 +56,7 @@ class Times:
         bounds: seed -> a number the ratio exceeds, where only the arm never arrives.
         unreached: seeds in which the other never arrives (or has no target, as its run is missing or diverged).
         trivial: seeds with a time of zero or without one.
-        early: seeds in which both arrive before the directions are used.
+        early: seeds in which the arm arrives before anything is done to it.
         test: of the logarithms.
     """
 
@@ -117,7 +117,7 @@ def times(results: Results, arm: Arm, label: str = MAIN, unit: str = "steps", ot
         if not before or not after:
             found.trivial.append(seed)
             continue
-        if begin is not None and max(here.step, there.step) <= begin:
+        if begin is not None and here.step <= begin:
             found.early.append(seed)
         found.ratios[seed] = after / before
     found.test = paired([math.log(r) for r in found.ratios.values()], [0.0] * len(found.ratios))
@@ -140,6 +140,8 @@ def obstacle(found: Times) -> str | None:
     """Why no mean of these times means anything; None if nothing is in the way."""
     if found.early:
         return f"{found.label} is reached before the directions are used, in seed {listing(found.early)}"
+    if found.unreached and found.ratios:
+        return f"the baseline does not reach {found.label} in seed {listing(found.unreached)}: others would be chosen"
     if found.trivial:
         return f"{found.label} is reached at the start (or no time was kept), in seed {listing(found.trivial)}"
     if found.bounds:
