@@ -49,7 +49,8 @@ class Recipe:
         summary: one line.
         paper: the arXiv id, or where else it is described.
         options: hyper-parameters of :class:`comoving.LowRankOptimizer` that make the method.
-        relative_rate: its usual learning rate as a multiple of AdamW's.
+        relative_rate: its usual learning rate as a multiple of AdamW's; for most a mean of the best ones on the race's
+            tasks (docs/frontier.md).
         full_rank: whether it ignores ``rank``.
         rank: that of the method where it has one of its own, which a user may still override; None for 0.25.
         state: the formula of its state where that is no polynomial of m, n and r.
@@ -120,7 +121,7 @@ _RECIPES = (
             refresh_every=200,
             scale=0.25,
         ),  # fmt: skip
-        relative_rate=10.0,
+        relative_rate=15.0,
     ),
     Recipe(
         "q-galore",
@@ -137,7 +138,7 @@ _RECIPES = (
             refresh_every=200,
             scale=0.25,
         ),  # fmt: skip
-        relative_rate=10.0,
+        relative_rate=15.0,
     ),
     Recipe(
         "loqt",
@@ -166,7 +167,8 @@ _RECIPES = (
             refresh_every=1,
             scale=1.0,
             betas=(0.908, 0.99),
-        ),  # fmt: skip
+        ),  # fmt: skip,
+        relative_rate=2.5,
     ),
     Recipe(
         "fira",
@@ -180,21 +182,21 @@ _RECIPES = (
             refresh_every=200,
             scale=0.25,
         ),  # fmt: skip
-        relative_rate=10.0,
+        relative_rate=20.0,
     ),
     Recipe(
         "apollo",
         "the whole gradient, each channel scaled as Adam scales a random projection of it",
         "2412.05270",
         _RANDOM | dict(frame=Seeded(stored=True), transport=Keep(), residual=Channel()),
-        relative_rate=10.0,
+        relative_rate=5.0,
     ),
     Recipe(
         "apollo-mini",
         "the whole gradient with one scale for the tensor, from a random projection of rank 1",
         "2412.05270",
         _RANDOM | dict(frame=Seeded(stored=True), transport=Keep(), residual=Channel(per="tensor"), scale=sqrt(128)),
-        relative_rate=10.0,
+        relative_rate=7.0,
         rank=1,
     ),
     Recipe(
@@ -202,6 +204,7 @@ _RECIPES = (
         "Adam in a random frame, begun anew with each, and signSGD outside of it",
         "2411.07837",
         _RANDOM | dict(transport=Reset(), residual=Sign()),
+        relative_rate=0.5,
     ),
     Recipe(
         "tensorgrad",
@@ -216,6 +219,7 @@ _RECIPES = (
             scale=1.0,
         ),  # fmt: skip
         state="mr + 2 nr + 0.1 mn + 0.2 B mn",
+        relative_rate=2.0,
     ),
     Recipe(
         "tensor-galore",
@@ -228,25 +232,29 @@ _RECIPES = (
             codec=Full(),
             refresh_every=50,
             scale=1.0,
-        ),  # fmt: skip
+        ),  # fmt: skip,
+        relative_rate=2.0,
     ),
     Recipe(
         "tucker-adam",
         "update-aware Tensor-GaLore: moments rotated through every change of factors, error feedback",
         "2501.02379 with 2410.16103, mode by mode",
         _FOLLOWING | {"finder": Power(momentum=0.9)},
+        relative_rate=2.0,
     ),
     Recipe(
         "nystrom-tucker-adam",
         "tucker-adam with factors from a small sample of fibres, drawn by the energy of their slices",
         "this package; sampling as in Drineas, Kannan and Mahoney, 2006",
         _FOLLOWING | {"finder": NystroemTucker()},
+        relative_rate=2.0,
     ),
     Recipe(
         "streaming-tucker-adam",
         "tucker-adam with factors from sketches that every gradient is added to",
         "1904.10951 for the sketch",
         _FOLLOWING | {"finder": StreamingTucker()},
+        relative_rate=2.0,
     ),
     Recipe(
         "tt-adam",
@@ -278,6 +286,7 @@ _RECIPES = (
         "2502.16982",
         dict(rule=Muon(bf16=True)),
         full_rank=True,
+        relative_rate=4.0,
     ),
     Recipe(
         "dion",
@@ -293,7 +302,7 @@ _RECIPES = (
             refresh_every=1,
             scale="spectral",
         ),  # fmt: skip
-        relative_rate=10.0,
+        relative_rate=15.0,
     ),
     Recipe(
         "flora",
@@ -331,6 +340,7 @@ _RECIPES = (
         "2412.08894",
         dict(rule=Scheduled(), moments=RankOne()),
         full_rank=True,
+        relative_rate=2.5,
     ),
     Recipe(
         "lion",
@@ -388,6 +398,7 @@ _RECIPES = (
         "2409.11321",
         dict(rule=SOAP(), betas=(0.95, 0.95)),
         full_rank=True,
+        relative_rate=3.0,
     ),
     Recipe(
         "low-rank-soap",
@@ -407,7 +418,7 @@ _RECIPES = (
         "this package",
         _FOLLOWING
         | {"finder": Power(momentum=0.9, exact_up_to=32), "codec": Int8(), "moments": "auto", "scale": "auto"},
-        relative_rate=2.0,
+        relative_rate=3.0,
     ),
 )
 
