@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import sqrt
 
+import torch
 from torch import Tensor
 
 from ..codecs import Codec
@@ -35,10 +36,18 @@ class Channel(Scaled):
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor s."""
         gradient = state.pop(HELD)
-        scaled = gradient * gains(update, self.per, sqrt(gradient.numel() / update.core.numel()))
+        phi = gains(update, self.per, sqrt(gradient.numel() / update.core.numel()))
+        if self.growth is not None:
+            phi = phi * brake(_scaled_norm(gradient, phi), state[LAST], self.growth)
         update.decay(weights)
-        if self.growth is None:
-            weights.add_(scaled, alpha=update.factor)
-        else:
-            allowed = brake(norm(scaled), state[LAST], self.growth)
-            weights.addcmul_(scaled, allowed.to(scaled.dtype), value=update.factor)
+        weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
+
+
+def _scaled_norm(gradient: Tensor, phi: Tensor) -> Tensor:
+    """|phi g|, without the product where torch is fast without it."""
+    if phi.ndim == 0 or phi.numel() == 1:
+        return phi.reshape(()) * norm(gradient)
+    shared = [n for n in range(gradient.ndim) if phi.shape[n] == 1]
+    if gradient.ndim - 1 in shared and gradient.is_contiguous():
+        return norm(phi * torch.linalg.vector_norm(gradient, dim=shared, keepdim=True))
+    return norm(gradient * phi)
