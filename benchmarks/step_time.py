@@ -34,6 +34,8 @@ from comoving.parts import part
 from plain_ldadam import PlainLDAdam
 
 Stepper = Callable[[int], None]
+DECAY = 0.01
+"""Of everybody: our default, while some others have none, which would save them a pass over the weights."""
 
 
 class Weights(nn.Module):
@@ -84,7 +86,7 @@ def peer(module: str, model: Weights, rank: int, **options: object) -> Stepper:
     """A step of galore-torch's or apollo-torch's AdamW."""
     kind = {"galore_torch": "GaLoreAdamW", "apollo_torch": "APOLLOAdamW"}[module]
     group = {"params": list(model.weights), "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    optimizer = getattr(importlib.import_module(module), kind)([group | options], lr=1e-3)
+    optimizer = getattr(importlib.import_module(module), kind)([group | options], lr=1e-3, weight_decay=DECAY)
     return lambda step: optimizer.step()
 
 
@@ -192,7 +194,8 @@ def _constructed(module: str, name: str, **options: Any) -> Callable[[Weights], 
     """Makes a step of an optimizer that takes parameters."""
 
     def make(model: Weights) -> Stepper:
-        optimizer = getattr(importlib.import_module(module), name)(list(model.weights), lr=1e-3, **options)
+        constructor = getattr(importlib.import_module(module), name)
+        optimizer = constructor(list(model.weights), lr=1e-3, weight_decay=DECAY, **options)
         return lambda step: optimizer.step()
 
     return make
