@@ -18,7 +18,8 @@ def full_precision() -> AbstractContextManager[Any]:
     stack = ExitStack()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     for device in ["cpu"] if accelerator is None else ["cpu", accelerator.type]:
-        stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.is_autocast_enabled(device):  # entering costs time for every parameter
+            stack.enter_context(torch.autocast(device, enabled=False))
     return stack
 
 

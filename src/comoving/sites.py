@@ -1,6 +1,7 @@
 """A site: what was decided, once, about one parameter."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod, sqrt
 
 from .codecs import Codec
@@ -64,7 +65,7 @@ class Site:
             block_mode=None,
         )
 
-    @property
+    @cached_property
     def projected(self) -> bool:
         """Whether any mode is compressed."""
         return any(r is not None for r in self.ranks)
