@@ -7,7 +7,7 @@ import torch
 
 import comoving
 from comoving.codecs import Full, Int8
-from comoving.finders import Exact
+from comoving.finders import Exact, RandomProjection
 from comoving.frames import Seeded
 from comoving.residual import Channel, Discard, Feedback, Fira, Sign, Sparse
 from comoving.residual.gains import brake
@@ -374,6 +374,27 @@ def test_a_window_of_accumulation_decays_once(lazy):
             step(optimizer, p, g + h)
         step(other, q, g + h)
         close(p.detach(), q.detach(), 1e-9)
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+@pytest.mark.parametrize("then", ["apply", "step"])
+def test_a_sum_is_limited_by_its_own_norm(per, then):
+    """Not by that of the last gradient of the sum alone, which the engine knows: here it is a hundredth of the sum."""
+    options = {"rank": 2, "refresh_every": 2, "frame": Seeded(), "finder": RandomProjection(), "transport": Keep()}
+    options |= {"residual": Channel(per=per)}
+    p, optimizer = lone(randn((6, 9)), **options)
+    q, other = lone(randn((6, 9)), **options)
+    for t in range(5):
+        g, h = 2.0**t * randn((6, 9), seed=2 * t), 2.0**t * randn((6, 9), seed=2 * t + 1) / 100
+        optimizer.absorb(p, g)
+        if then == "step":
+            step(optimizer, p, h)
+        else:
+            optimizer.absorb(p, h)
+            optimizer.apply(p)
+        step(other, q, g + h)
+        close(p.detach(), q.detach(), 1e-9)
+        close(optimizer.state[p]["scaled.norm"], other.state[q]["scaled.norm"], 1e-9)
 
 
 # -------------------------------------------------------------------------------------------------------- refusals

@@ -305,7 +305,7 @@ REACHED = {
     "adamw": 3e-5, "galore": 3e-4, "ldadam": 2e-3, "tensor-galore": 2e-2, "tucker-adam": 5e-4, "comoving": 6e-3,
     "nystrom-tucker-adam": 3e-4, "streaming-tucker-adam": 1.5e-3, "galore+ef": 6e-3, "tensor-galore+ef": 0.15,
     "q-galore": 2e-4, "loqt": 1e-7,
-    "fira": 4e-6, "apollo": 1e-12, "apollo-mini": 1e-8, "frugal": 1e-6, "tensorgrad": 1e-2,
+    "fira": 1e-4, "apollo": 1e-12, "apollo-mini": 1e-8, "frugal": 1e-6, "tensorgrad": 1e-2,
     "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
     "shampoo": 1e-9, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
     "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 4e-12, "lion": 3e-2, "adafactor": 4e-13,

@@ -15,7 +15,7 @@ from .container import Container, Unit
 from .linalg import norm
 from .precondition import Plain
 from .residual import Passage
-from .state import CORE, REST, RUNNING, SIZE, WINDOW
+from .state import CORE, HELD_NORM, REST, RUNNING, SIZE, WINDOW
 from .validate import check_choice, check_float, check_int
 
 _SMALL = 1e-6  # torch's, in clip_grad_norm_
@@ -298,6 +298,7 @@ class InBackward(Container):
                 residual, core = unit.group["residual"], working.state[CORE]
                 residual.rescale(factor, core, self._standing(working), working.state, unit.group["codec"])
             working.state[CORE] = working.state[CORE] * factor
+            working.state.pop(HELD_NORM, None)
             working.pack_into(unit.state, moved=False)
 
     # --------------------------------------------------------------------------------------------------------- refusals

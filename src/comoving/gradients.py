@@ -41,8 +41,8 @@ def norms(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
 
 def any_nonfinite(figures: Iterable[Tensor]) -> Tensor:
     """One flag for all gradients, on the first one's device, from one scalar figure of each."""
-    finite = [x.isfinite() for x in figures]
-    return ~torch.stack([x.to(finite[0].device) for x in finite]).all()
+    listed = list(figures)
+    return ~torch.stack([x.to(listed[0].device) for x in listed]).isfinite().all()
 
 
 def sums(params: Iterable[Tensor]) -> list[Tensor]:

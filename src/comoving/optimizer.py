@@ -312,6 +312,10 @@ class LowRankOptimizer(InBackward):
         turned = refreshing and restored.core is not None  # else |g~|^2 = |z|^2 + |e|^2
         total = restored.norm() if turned and group["diagnostics"] else None
         kept = residual.keep(restored.dense, state["core"], passage, opening, state, codec)
+        if residual.holds and opening and size is not None:
+            state[slots.HELD_NORM] = size
+        else:
+            state.pop(slots.HELD_NORM, None)
         if self._window is not None and self._window.clip is not None:
             state[slots.REST] = outside(kept, seen, z, state.get(slots.REST))
         if group["diagnostics"]:
@@ -336,7 +340,8 @@ class LowRankOptimizer(InBackward):
         factor = rate * update_scale(site, group["scale"])
         by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
         compressed = by_modes if isinstance(group["frame"], Modes) else None
-        update = Update(unit.frame, compressed, z, d, factor, shrink, rate, clock, group["eps"])
+        size = state.pop(slots.HELD_NORM, None)
+        update = Update(unit.frame, compressed, z, d, factor, shrink, rate, clock, group["eps"], size)
         group["residual"].write(weights, update, state, group["codec"])  # 6, 7
         unit.pack_into(stored)
 

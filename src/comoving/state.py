@@ -16,7 +16,7 @@ from .draws import scramble
 from .frames.base import Ranks
 from .precondition import Plain
 from .residual import Discard
-from .residual.base import HELD
+from .residual.base import HELD, HELD_NORM
 from .rounding import SEED
 from .rules import Adam
 from .rules.adam import FIRST, SECOND
@@ -33,7 +33,7 @@ of fixed ranks before the first report."""
 CORE, WINDOW, REST, SIZE = "core", "window", "rest", "size"
 """What is there between the first gradient and the step only: z; and where steps are taken in the backward pass, how
 many gradients there were (on the host), the norm of their part outside the frame, and that of all, once stepped."""
-UNFINISHED = (CORE, HELD, WINDOW, REST, SIZE)
+UNFINISHED = (CORE, HELD, HELD_NORM, WINDOW, REST, SIZE)
 RUNNING = "gradient_norm"
 """The key of groups for the norm of the last window's gradients; there where clipping goes by it."""
 MEMORY = "finder."

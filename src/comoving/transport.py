@@ -48,7 +48,11 @@ class Clock:
 
     def weight(self, decay: float) -> Tensor:
         """1 - decay^t, float64: 1 - 0.999 in float32 is off by 5e-5. Positive also before the first step."""
-        return (1 - decay ** self.t.double()).clamp_min(_TINY)
+        if torch.compiler.is_compiling() or self.t.device.type != "cpu":
+            return (1 - decay ** self.t.double()).clamp_min(_TINY)
+        # The host's own arithmetic, where the count is there: a tenth of the time, several times a parameter. numpy()
+        # refuses tensors of devices, so that this waits for none.
+        return torch.tensor(max(1 - decay ** float(self.t.numpy()), _TINY), dtype=torch.float64, device="cpu")
 
 
 class Transport(Protocol):

@@ -71,6 +71,7 @@ class Update:
         rate: -lr.
         clock: that of the rule.
         eps: likewise.
+        size: the norm of this step's gradient, where it is known.
     """
 
     load: Callable[[], Frame]
@@ -82,6 +83,7 @@ class Update:
     rate: float
     clock: Clock
     eps: float
+    size: Tensor | None = None
 
     @cached_property
     def frame(self) -> Frame:
@@ -98,8 +100,9 @@ class Update:
         self.frame.add_lift(weights, self.direction, self.factor, beta=self.shrink)
 
 
-HELD = "held"
-"""The slot for what a residual holds from :meth:`Residual.keep` to :meth:`Residual.write`; gone between two steps."""
+HELD, HELD_NORM = "held", "held.norm"
+"""The slots for what a residual holds from :meth:`Residual.keep` to :meth:`Residual.write`, gone between two steps, and
+for its norm, where it is a single gradient whose norm the engine knows."""
 
 
 class Residual(Protocol):

@@ -38,15 +38,15 @@ class Channel(Scaled):
         gradient = state.pop(HELD)
         phi = gains(update, self.per, sqrt(gradient.numel() / update.core.numel()))
         if self.growth is not None:
-            phi = phi * brake(_scaled_norm(gradient, phi), state[LAST], self.growth)
+            phi = phi * brake(_scaled_norm(gradient, phi, update.size), state[LAST], self.growth)
         update.decay(weights)
         weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
 
 
-def _scaled_norm(gradient: Tensor, phi: Tensor) -> Tensor:
-    """|phi g|, without the product where torch is fast without it."""
+def _scaled_norm(gradient: Tensor, phi: Tensor, size: Tensor | None) -> Tensor:
+    """|phi g|, without the product where torch is fast without it; ``size`` is |g| where that is known."""
     if phi.ndim == 0 or phi.numel() == 1:
-        return phi.reshape(()) * norm(gradient)
+        return phi.reshape(()) * (norm(gradient) if size is None else size)
     shared = [n for n in range(gradient.ndim) if phi.shape[n] == 1]
     if gradient.ndim - 1 in shared and gradient.is_contiguous():
         return norm(phi * torch.linalg.vector_norm(gradient, dim=shared, keepdim=True))

@@ -1,6 +1,7 @@
 """By how much the rule scales a gradient, and how fast the norm of an update may grow."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -34,12 +35,12 @@ def gains(update: Update, per: str, stretch: float = 1.0) -> Tensor:
 
 def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
     # Squares of the entries may leave float32's range.
+    wide = torch.complex128 if x.is_complex() else torch.float64
     if len(modes) == x.ndim:
-        wide = torch.complex128 if x.is_complex() else torch.float64
-        return torch.linalg.vector_norm(x, dim=modes, keepdim=True, dtype=wide).to(x.dtype.to_real())
-    unit = x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)
-    # Torch's own norms, the largest entry and those along leading modes, are many times slower on the CPU.
-    return abs_squared(x / unit).sum(modes, keepdim=True).sqrt_().mul_(unit)
+        sizes = torch.linalg.vector_norm(x, dim=modes, keepdim=True, dtype=wide)
+    else:  # torch's own norms along leading modes are many times slower on the CPU
+        sizes = abs_squared(x.to(wide)).sum(modes, keepdim=True).sqrt_()
+    return sizes.to(x.dtype.to_real())
 
 
 def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
@@ -53,10 +54,9 @@ def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
         last: of the last update, 0 before the first; updated in place.
         growth: >= 1.
     """
-    over = torch.where(last > 0, (size / (last + _SMALL)).clamp_min(growth) / growth, torch.ones_like(last))
-    after = size / over
-    last.copy_(torch.where((after > 0) & after.isfinite(), after, last))
-    return 1 / over
+    limit = torch.where(last > 0, (last + _SMALL) * growth, size)
+    last.copy_(torch.where((size > 0) & (size < inf), torch.minimum(size, limit), last))
+    return torch.where(size > limit, limit / size, 1.0)
 
 
 @dataclass(frozen=True)
