@@ -6,7 +6,7 @@ CUDA:  python benchmarks/step_time.py --device cuda --out benchmarks/results/ste
 CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDAdam written plainly (plain_ldadam.py);
 a complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10
 steps; and every recipe on 4 matrices 512x512 and 2 of 1408x512 at rank 64, beside each other's implementation that is
-installed and right, both refreshing equally often.
+installed and right, both refreshing equally often; the cheaper ones also on matrices twice as large.
 
 CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
 
@@ -234,11 +234,24 @@ RIVALS: dict[str, dict[str, Callable[[Weights], Stepper]]] = {
 """Recipe -> others' implementations of the same method."""
 
 
+LARGE = ("adamw", "galore", "apollo", "apollo-mini", "lion", "adafactor")
+"""Recipes with a rival whose step on larger matrices is a matter of milliseconds."""
+
+
 def cpu_recipes(steps: int) -> dict[str, object]:
     """Every recipe, and whoever else does the same."""
-    shapes: list[tuple[int, ...]] = [(512, 512)] * 4 + [(1408, 512)] * 2
+    return _recipes(steps, [(512, 512)] * 4 + [(1408, 512)] * 2, tuple(comoving.recipes()))
+
+
+def cpu_large(steps: int) -> dict[str, object]:
+    """Those of LARGE on larger matrices, where the host's time per parameter counts for less."""
+    return _recipes(steps, [(1024, 1024)] * 4 + [(2816, 1024)] * 2, LARGE)
+
+
+def _recipes(steps: int, shapes: list[tuple[int, ...]], names: tuple[str, ...]) -> dict[str, object]:
     contenders: dict[str, tuple[Weights, Stepper]] = {}
-    for name, recipe in comoving.recipes().items():
+    for name in names:
+        recipe = comoving.recipes()[name]
         model = Weights(shapes, torch.float32, "cpu")
         options = {"refresh_every": EVERY} if name in PERIODIC else {}
         rank = getattr(recipe, "rank", None) or 64
@@ -320,12 +333,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--tables", default="matrices,tensor,codecs,recipes", help="of the CPU")
+    parser.add_argument("--tables", default="matrices,tensor,codecs,recipes,large", help="of the CPU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.device == "cpu":
-        tables = {"matrices": cpu_matrices, "tensor": cpu_tensor, "codecs": cpu_codecs, "recipes": cpu_recipes}
+        tables = {
+            "matrices": cpu_matrices,
+            "tensor": cpu_tensor,
+            "codecs": cpu_codecs,
+            "recipes": cpu_recipes,
+            "large": cpu_large,
+        }
         results = {name: table(options.steps) for name, table in tables.items() if name in options.tables.split(",")}
     else:
         results = {"llama-1b": cuda_llama(options.steps, options.device)}
