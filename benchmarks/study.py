@@ -76,6 +76,8 @@ MATRICES = [
     *(f"dion:rank={share};codec=int8;scale=0.2-match" for share in (1 / 8, 1 / 2)),
     *(f"fira:rank={share};moments=int8" for share in (1 / 32, 1 / 8)),
     *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion", "online-subspace-descent")),
+    *(f"online-subspace-descent:rank={s};moments=int8;residual=fira" for s in (1 / 64, 1 / 32, 1 / 8, 1 / 4, 1 / 2)),
+    *(f"online-subspace-descent:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
     *(f"{name}:rank=0.25" for name in ("coap", "dct-adamw", "flora", "low-rank-soap", "frugal")),
     "apollo-mini:rank=1",
     *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
@@ -291,15 +293,16 @@ def draw(found: dict[str, Any], file: Path) -> None:
         if line["deviation"] is not None:
             axes.errorbar(share, line["mean"], line["deviation"], color="0.7", capsize=2, lw=1)
         families.setdefault(family, []).append((share, line["mean"], " ".join(options) if whole else ""))
-    for family, points in families.items():
+    for i, (family, points) in enumerate(families.items()):
         points.sort()
-        axes.plot([p[0] for p in points], [p[1] for p in points], "o-", ms=4, lw=1, label=family)
+        marker = "osD^"[i // 10 % 4]  # there are ten colours
+        axes.plot([p[0] for p in points], [p[1] for p in points], f"{marker}-", ms=4, lw=1, label=family)
         for share, value, note in points:
             axes.annotate(note, (share, value), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("state of the projected parameters / AdamW's")
     axes.set_ylabel(TASKS[found["task"]].metric)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130, bbox_inches="tight")
 

@@ -250,7 +250,15 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("recipe", ["adamw", "muon", "soap"])
 @pytest.mark.parametrize(
-    "options", [{"codec": Int8()}, {"finder": "exact"}, {"transport": "carry"}, {"residual": "feedback"}, {"budget": 1}]
+    "options",
+    [
+        {"codec": Int8()},
+        {"finder": "exact"},
+        {"transport": "carry"},
+        {"residual": "feedback"},
+        {"budget": 1},
+        {"scale": "match"},
+    ],
 )
 def test_what_full_rank_would_ignore_is_refused(recipe, options):
     with pytest.raises(ValueError, match=f"{recipe} has full rank: {next(iter(options))} would have nothing to act on"):

@@ -422,7 +422,7 @@ _RECIPES = (
     ),
 )
 
-_PROJECTING = {"finder", "transport", "residual", "codec", "bases", "ranks", "budget", "+ef"}
+_PROJECTING = {"finder", "transport", "residual", "codec", "bases", "ranks", "budget", "scale", "+ef"}
 """What concerns projected parameters alone."""
 _SUFFIXES: dict[str, dict[str, Any]] = {"+ef": {"residual": Feedback()}}
 
