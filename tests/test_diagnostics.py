@@ -202,3 +202,13 @@ def test_a_norm_that_overflows_is_no_bad_gradient(policy, shape, dtype, value):
     assert p.isfinite().all()
     if value < 1e5:
         assert (p < 0).all()
+
+
+@pytest.mark.parametrize("residual", [Discard(), Feedback()], ids=str)
+def test_figures_can_be_read_where_a_norm_overflowed_or_nothing_came(residual):
+    p, optimizer = lone(torch.zeros(8, 24), rank=2, residual=residual)
+    for value in (0.0, 1e25):
+        step(optimizer, p, torch.full((8, 24), value))
+        figures = optimizer.diagnostics()["parameter 0"]
+        assert list(figures) == ["captured", "overlap", "defect", "error", "bound"]
+        assert value or figures["captured"] == figures["error"] == figures["bound"] == 0

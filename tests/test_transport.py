@@ -769,7 +769,8 @@ def test_the_clock_counts_alike_on_the_host_and_where_it_is_traced(decay, monkey
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for host, clock in zip(on_host, clocks, strict=True):
         traced = clock.weight(decay)
-        assert host.dtype == traced.dtype == torch.float64
-        assert host.shape == traced.shape == ()
+        assert isinstance(host, float)
+        assert traced.dtype == torch.float64
+        assert traced.shape == ()
         assert host > 0
         assert abs(host - traced) <= 1e-12 * traced  # in float32 it would be 5e-5

@@ -8,8 +8,11 @@ Per parameter and step, with g~ = g + e_{t-1} the gradient and what feedback kep
     error      the Frobenius norm of what is kept (feedback), before it is encoded, or lost in this step (no feedback)
     bound      q (|g| + bound before) + b1/(1 - b1) |F m - F' m'| + codec error, the running bound on the error
 
-Everything is computed on the parameter's device, without reading it there.
+A step writes on the parameter's device what these follow from, without reading it: |g~|, |z|, and "error" and "bound"
+where feedback keeps something; without feedback both are sqrt(|g~|^2 - |z|^2). The rest is arithmetic of whoever reads.
 """
+
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -20,41 +23,63 @@ from .linalg import norm
 _TINY = torch.finfo(torch.float32).tiny
 FIELDS = ("captured", "overlap", "defect", "error", "bound")
 SLOT = "diagnostics"
+STORED = ("total", "inside", "overlap", "defect", "error", "bound")
+"""The figures in that slot, float32: |g~|, |z| and four of :data:`FIELDS`."""
 
 
-def measure(  # noqa: PLR0917
+def measure(figures: Tensor, own: Tensor, core: Tensor) -> None:
+    """Write what a step without feedback shows into the figures, in place.
+
+    Args:
+        figures: (6,) float32, in the order of :data:`STORED`.
+        own: |g|.
+        core: z.
+    """
+    figures[:2] = torch.stack([own, norm(core)])
+
+
+def measure_kept(  # noqa: PLR0917
     figures: Tensor,
     own: Tensor,
     total: Tensor | None,
     core: Tensor,
-    kept: Tensor | None,
+    kept: Tensor,
     codec: Tensor,
     lost: Tensor,
     whole: bool,
 ) -> None:
-    """Write "captured", "error" and "bound" of one step into the figures, in place.
+    """Write what a step with feedback shows into the figures, in place.
 
     Args:
-        figures: (5,) float32, in the order of :data:`FIELDS`.
+        figures: (6,) float32, in the order of :data:`STORED`.
         own: |g|.
         total: |g~| where it was measured; else |g~|^2 = |z|^2 + |e|^2, which holds while the frame stands.
         core: z.
-        kept: |e| before it is encoded, or None without feedback.
+        kept: |e| before it is encoded.
         codec: bound on the codec's error.
         lost: b1/(1 - b1) |F m - F' m'|.
         whole: whether z is all of g~ inside the frame; later gradients of an accumulation window leave e aside, q is 1.
     """
-    inside = norm(core).square()
-    if kept is None:
-        energy = own.square()
-        error = bound = (energy - inside).clamp_min(0).sqrt()
-    else:
-        error = kept
-        energy = inside + error.square() if total is None else total.square()
-        q = (1 - inside / energy.clamp_min(_TINY)).clamp_min(0).sqrt()
-        before = torch.where(figures[4].isfinite(), figures[4], error)  # a norm may overflow once, not for ever
-        bound = (q if whole else 1) * (own + before) + lost + codec
-    figures[0], figures[3], figures[4] = inside / energy.clamp_min(_TINY), error, bound
+    inside = norm(core)
+    total = torch.hypot(inside, kept) if total is None else total
+    q = (1 - (inside / total.clamp_min(_TINY)).square()).clamp_min(0).sqrt()
+    before = torch.where(figures[5].isfinite(), figures[5], kept)  # a norm may overflow once, not for ever
+    bound = (q if whole else 1) * (own + before) + lost + codec
+    figures[:2], figures[4:] = torch.stack([total, inside]), torch.stack([kept, bound])
+
+
+def reading(figures: Tensor, feeds: bool) -> dict[str, float]:
+    """The figures by the names in :data:`FIELDS`, read from the device at once.
+
+    Args:
+        figures: as :func:`measure` or :func:`measure_kept` left them.
+        feeds: whether it was the latter.
+    """
+    total, inside, overlap, defect, error, bound = figures.tolist()
+    if not feeds:
+        error = bound = sqrt(max(total**2 - inside**2, 0.0))
+    captured = (inside / max(total, _TINY)) ** 2
+    return dict(zip(FIELDS, (captured, overlap, defect, error, bound), strict=True))
 
 
 def overlap_defect(overlap: Overlap) -> Tensor:

@@ -319,9 +319,12 @@ class LowRankOptimizer(InBackward):
         if self._window is not None and self._window.clip is not None:
             state[slots.REST] = outside(kept, seen, z, state.get(slots.REST))
         if group["diagnostics"]:
-            own = norm(seen) if size is None else size
-            lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
-            error_control.measure(state[error_control.SLOT], own, total, z, kept, rounded, lost, opening)
+            figures, own = state[error_control.SLOT], norm(seen) if size is None else size
+            if kept is None:
+                error_control.measure(figures, own, z)
+            else:
+                lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
+                error_control.measure_kept(figures, own, total, z, kept, rounded, lost, opening)
         unit.pack_into(stored, moved=refreshing)
 
     def _apply(self, unit: Unit, weights: Tensor) -> None:
@@ -370,8 +373,8 @@ class LowRankOptimizer(InBackward):
             del state[name]
         state.update(moved)
         if group["diagnostics"]:
-            state[error_control.SLOT][1] = error_control.overlap_defect(overlap)
-            state[error_control.SLOT][2] = new.defect()
+            state[error_control.SLOT][2] = error_control.overlap_defect(overlap)
+            state[error_control.SLOT][3] = new.defect()
         image = moved[rule.momentum] if transport.projects else overlap.move(momentum)
         decay, intake = rule.recursion(clock)
         return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image, state["tick"])
@@ -498,7 +501,7 @@ class LowRankOptimizer(InBackward):
         at once.
         """
         return {
-            unit.site.name: dict(zip(error_control.FIELDS, unit.state[error_control.SLOT].tolist(), strict=True))
+            unit.site.name: error_control.reading(unit.state[error_control.SLOT], unit.group["residual"].feeds)
             for p in self.state
             for unit in self._opened(p)
             if error_control.SLOT in unit.state

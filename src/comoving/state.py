@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import bases
 from .codecs import Codec, Full, Part
-from .diagnostics import FIELDS, SLOT
+from .diagnostics import SLOT, STORED
 from .draws import scramble
 from .frames.base import Ranks
 from .precondition import Plain
@@ -275,7 +275,7 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
         parts |= {MEMORY + name: part for name, part in remembered.items()}
         parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:
-            parts[SLOT] = Part((len(FIELDS),), torch.float32)
+            parts[SLOT] = Part((len(STORED),), torch.float32)
         if group["ranks"].adaptive:
             parts |= {RANKS: Part((len(shape),), torch.int64), VALUE: Part((len(shape),), torch.float64)}
     return parts

@@ -37,22 +37,25 @@ class Clock:
     tick: int = 0
 
     @cached_property
-    def weight1(self) -> Tensor:
+    def weight1(self) -> float | Tensor:
         """c1 = 1 - b1^t."""
         return self.weight(self.beta1)
 
     @cached_property
-    def weight2(self) -> Tensor:
+    def weight2(self) -> float | Tensor:
         """c2 = 1 - b2^t."""
         return self.weight(self.beta2)
 
-    def weight(self, decay: float) -> Tensor:
-        """1 - decay^t, float64: 1 - 0.999 in float32 is off by 5e-5. Positive also before the first step."""
+    def weight(self, decay: float) -> float | Tensor:
+        """1 - decay^t, float64: 1 - 0.999 in float32 is off by 5e-5. Positive also before the first step.
+
+        A number where the count is on the host, which an optimizer's is unless its parameters are elsewhere; a
+        0-dimensional tensor on the count's device, or while it is traced.
+        """
         if torch.compiler.is_compiling() or self.t.device.type != "cpu":
             return (1 - decay ** self.t.double()).clamp_min(_TINY)
-        # The host's own arithmetic, where the count is there: a tenth of the time, several times a parameter. numpy()
-        # refuses tensors of devices, so that this waits for none.
-        return torch.tensor(max(1 - decay ** float(self.t.numpy()), _TINY), dtype=torch.float64, device="cpu")
+        # numpy() refuses tensors of devices, so that this waits for none.
+        return max(1 - decay ** float(self.t.numpy()), _TINY)
 
 
 class Transport(Protocol):
@@ -177,7 +180,7 @@ class Rotate(_Following, _Slotless):
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The formula above for each slot by its kind."""
         moved = self._move_most(state, rule, overlap)
-        c1_squared, c2 = clock.weight1.square(), clock.weight2
+        c1_squared, c2 = clock.weight1**2, clock.weight2
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
                 turn, mean, mean_moved = _in_bases(slot, state, moved, overlap)
@@ -237,7 +240,7 @@ class Carry(_Following):
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The formula above for each slot by its kind."""
         moved = self._move_most(state, rule, overlap)
-        c1_squared = clock.weight1.square()
+        c1_squared = clock.weight1**2
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
                 v, mass, bound = state[slot.name], state[mass_of(slot.name)], state[_bound_of(slot.name)]

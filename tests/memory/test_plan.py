@@ -179,7 +179,7 @@ def test_parts_of_the_state_by_hand() -> None:
         "feedback": feedback,
         "finder": 0,
         "preconditioner": 0,
-        "scalars": 4 + 5 * 4,
+        "scalars": 4 + 6 * 4,
     }
     assert set(plan.state) == set(STATE)
     assert plan.projected == plan.parameters == 16 * 48

@@ -110,6 +110,8 @@ class Residual(Protocol):
 
     holds: ClassVar[bool]
     """Whether :meth:`keep` may hold on to the gradient itself until :meth:`write`."""
+    feeds: ClassVar[bool]
+    """Whether :meth:`keep` keeps something of a gradient for the steps that follow, and returns its norm."""
     rescales: ClassVar[bool]
     """Whether :meth:`size` and :meth:`rescale` make sense."""
 
@@ -155,7 +157,7 @@ class Residual(Protocol):
             codec: likewise.
 
         Returns:
-            The Frobenius norm of what is kept, before encoding; None where nothing is.
+            The Frobenius norm of what is kept, before encoding; None of a residual that does not feed.
         """
         ...
 
@@ -194,6 +196,7 @@ class Inside:
     """What residuals share that choose nothing themselves, and write nothing but the lifted direction."""
 
     holds: ClassVar[bool] = False
+    feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:

@@ -1,6 +1,7 @@
 """Generalized error feedback."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class Feedback(Inside):
     A and Y are stored through the codec, in the slots "feedback.gradients.<part>" and "feedback.momenta.<part>", and
     1/b in "feedback.weight".
     """
+
+    feeds: ClassVar[bool] = True
 
     lazy: bool = True
     decay: float = 1.0

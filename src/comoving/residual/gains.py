@@ -1,7 +1,6 @@
 """By how much the rule scales a gradient, and how fast the norm of an update may grow."""
 
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor
@@ -34,13 +33,10 @@ def gains(update: Update, per: str, stretch: float = 1.0) -> Tensor:
 
 
 def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
-    # Squares of the entries may leave float32's range.
-    wide = torch.complex128 if x.is_complex() else torch.float64
     if len(modes) == x.ndim:
-        sizes = torch.linalg.vector_norm(x, dim=modes, keepdim=True, dtype=wide)
-    else:  # torch's own norms along leading modes are many times slower on the CPU
-        sizes = abs_squared(x.to(wide)).sum(modes, keepdim=True).sqrt_()
-    return sizes.to(x.dtype.to_real())
+        return torch.linalg.vector_norm(x, dim=modes, keepdim=True)
+    # Torch's own norms along leading modes are many times slower on the CPU.
+    return abs_squared(x).sum(modes, keepdim=True).sqrt_()
 
 
 def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
@@ -54,9 +50,10 @@ def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
         last: of the last update, 0 before the first; updated in place.
         growth: >= 1.
     """
-    limit = torch.where(last > 0, (last + _SMALL) * growth, size)
-    last.copy_(torch.where((size > 0) & (size < inf), torch.minimum(size, limit), last))
-    return torch.where(size > limit, limit / size, 1.0)
+    after = torch.where(last > 0, (last + _SMALL) * growth, size).minimum(size)
+    factor = after / size  # NaN for a size of zero, and for a first one that is infinite
+    torch.where(factor > 0, after, last, out=last)
+    return factor.nan_to_num_(1.0)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class MomentumBuffer(Inside):
         decay: mu in [0, 1].
     """
 
+    feeds: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
 
     decay: float = 0.95

@@ -50,6 +50,7 @@ class Sparse:
     """
 
     holds: ClassVar[bool] = False
+    feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
 
     fraction: float = 0.05

@@ -99,7 +99,7 @@ class Adafactor:
         tiny = torch.finfo(mean.dtype).tiny
         root = mean.clamp_min(tiny).rsqrt()
         if self.decay is None:
-            root = root * clock.weight2.sqrt()
+            root = root * clock.weight2**0.5
         u = top * root
         for n, r in enumerate(factors):
             share = r / mean.clamp_min(tiny)

@@ -47,6 +47,6 @@ class Adam:
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""
         mass = state.get(mass_of(SECOND))
-        root = (clock.weight2 if mass is None else mass).sqrt()
+        root = (clock.weight2 if mass is None else mass) ** 0.5
         scale = state[SECOND].sqrt().add_(eps * root).mul_(clock.weight1 / root)  # (sqrt(v / c2) + eps) c1
         return state[FIRST] / scale
