@@ -6,7 +6,8 @@ CUDA:  python benchmarks/step_time.py --device cuda --out benchmarks/results/ste
 CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDAdam written plainly (plain_ldadam.py);
 a complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10
 steps; and every recipe on 4 matrices 512x512 and 2 of 1408x512 at rank 64, beside each other's implementation that is
-installed and right, both refreshing equally often; the cheaper ones also on matrices twice as large.
+installed and right, both refreshing equally often; the cheaper ones also on matrices twice as large. Codecs: the
+default with its moments, and with its frame, in each of them, and what encoding costs by itself.
 
 CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import comoving
+from comoving.codecs import Codec
 from comoving.frames import Seeded
 from comoving.parts import part
 from plain_ldadam import PlainLDAdam
@@ -182,6 +184,46 @@ def cpu_codecs(steps: int) -> dict[str, object]:
     return {"figures": figures, "mean / float32": ratios}
 
 
+BASES = {"float32": "full", "8 bits": "int8", "4 bits": "int4"}
+"""What stores the frame in the table of bases."""
+ENCODED = CODECS | {"8 bits, stochastic": "int8(rounding='stochastic')"}
+"""What encodes a million numbers in the table of encodings."""
+
+
+def cpu_bases(steps: int) -> dict[str, object]:
+    """The default with feedback in 8 bits and its frame in each codec, between two refreshes."""
+    models = {name: Weights([(1024, 1024)], torch.float32, "cpu") for name in BASES}
+    options = {"refresh_every": 10**6, "residual": part("residual", "feedback"), "codec": part("codec", "int8")}
+    contenders = {
+        name: (model, ours("comoving", model, 256, bases=part("bases", BASES[name]), **options))
+        for name, model in models.items()
+    }
+    figures = race(contenders, steps, "cpu")
+    return {"shapes": [(1024, 1024)], "rank": 256, "figures": figures,
+            "mean / float32": _ratios(figures, figures["float32"]["mean"])}  # fmt: skip
+
+
+def cpu_encodings(steps: int) -> dict[str, object]:
+    """A million numbers encoded by each codec."""
+    contenders = {
+        name: (model, _encoding(part("codec", codec), model))
+        for name, codec in ENCODED.items()
+        for model in [Weights([(1024, 1024)], torch.float32, "cpu")]
+    }
+    figures = race(contenders, steps, "cpu")
+    return {"shapes": [(1024, 1024)], "figures": figures, "mean / 8 bits": _ratios(figures, figures["8 bits"]["mean"])}
+
+
+def _encoding(codec: Codec, model: Weights) -> Stepper:
+    p = model.weights[0]
+    stored = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in codec.parts(tuple(p.shape), p.dtype).items()}
+
+    def step(index: int) -> None:
+        codec.encode(p.grad, stored)
+
+    return step
+
+
 EVERY = 10
 """Steps between refreshes, and between roots or eigenbases, of whoever has them, in the table of all recipes."""
 PERIODIC = {"galore", "tensor-galore", "fira", "apollo", "apollo-mini", "tensorgrad", "frugal", "flora", "coap"}
@@ -333,7 +375,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--tables", default="matrices,tensor,codecs,recipes,large", help="of the CPU")
+    parser.add_argument("--tables", default="matrices,tensor,codecs,bases,encodings,recipes,large", help="of the CPU")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -342,6 +384,8 @@ def main() -> None:
             "matrices": cpu_matrices,
             "tensor": cpu_tensor,
             "codecs": cpu_codecs,
+            "bases": cpu_bases,
+            "encodings": cpu_encodings,
             "recipes": cpu_recipes,
             "large": cpu_large,
         }
