@@ -11,6 +11,7 @@ from comoving import AdamW, LowRankOptimizer, build, param_groups, recipes
 from comoving.codecs import Int8
 from comoving.finders import Exact, Power
 from comoving.frames import Modes
+from comoving.parts import part
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
 
@@ -100,6 +101,30 @@ def test_raise_accepts_finite_gradients_whose_norm_overflows():
     assert p.isfinite().all() and all(
         x.isfinite().all() for n, x in optimizer.state[p].items() if n.startswith("moment")
     )
+
+
+@pytest.mark.parametrize(
+    "moments", ["full", "int8", "int8(table='dynamic')", "int4(rounding='stochastic')", "rank_one"]
+)
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+@pytest.mark.parametrize("residual", ["discard", "feedback", "fira", "channel"])
+@pytest.mark.parametrize("rule", ["adam", "momentum", "lion"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_gradient_whose_squares_overflow_makes_no_weight_nan(rule, residual, per, moments, transport):
+    """Second moments become infinite, or as large as can be stored: entries may stand still, but stay numbers."""
+    if residual in {"fira", "channel"}:
+        residual = f"{residual}(per='{per}')"
+    elif per == "tensor":
+        pytest.skip("nothing is scaled")
+    parts = {"rule": rule, "residual": residual, "moments": moments}
+    p, options = matrix(24, 32), {role: part(role, spec) for role, spec in parts.items()}
+    optimizer = LowRankOptimizer([p], 1e-3, 4, transport=TRANSPORTS[transport], **options)
+    for t, size in enumerate((1.0, 1.0, 1e20, 1.0, 1.0, 1.0)):
+        p.grad = size * torch.randn(24, 32, generator=torch.Generator().manual_seed(t))
+        before = p.detach().clone()
+        optimizer.step()
+        assert p.isfinite().all()
+        assert t > 1 or not torch.equal(p, before)
 
 
 def test_skip_does_not_skip_finite_gradients_whose_norm_overflows():

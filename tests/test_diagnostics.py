@@ -212,3 +212,12 @@ def test_figures_can_be_read_where_a_norm_overflowed_or_nothing_came(residual):
         figures = optimizer.diagnostics()["parameter 0"]
         assert list(figures) == ["captured", "overlap", "defect", "error", "bound"]
         assert value or figures["captured"] == figures["error"] == figures["bound"] == 0
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-6])
+def test_what_is_lost_of_a_double_precision_gradient_is_seen_where_almost_all_is_captured(small):
+    p, optimizer = lone(torch.zeros(8, 12, dtype=REAL), rank=2, finder=Exact())
+    u, v = (torch.linalg.qr(randn((d, 3), seed=d)).Q for d in (8, 12))
+    step(optimizer, p, u @ torch.diag(torch.tensor([2.0, 1.0, small], dtype=REAL)) @ v.mT)
+    figures = optimizer.diagnostics()["parameter 0"]
+    assert figures["error"] == figures["bound"] == pytest.approx(small, rel=1e-3)

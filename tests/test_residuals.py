@@ -245,13 +245,14 @@ def test_channels_are_the_whole_modes(dtype):
 def test_the_limit_survives_zeros():
     """Zeros neither set the limit nor loosen it; a norm that overflows stops one update alone."""
     last = torch.zeros((), dtype=torch.float32)
-    sizes = [0.0, 5.0, 0.0, 50.0, float("inf"), 1.0, 1.0]
+    sizes = [float("inf"), 0.0, 5.0, 0.0, float("nan"), 50.0, float("inf"), 1.0, 1.0]
     after = []
     for size in sizes:
         brakes = brake(torch.tensor(size), last, 1.01)
         assert brakes.isfinite()
         after.append((round(float(brakes), 4), round(float(last), 4)))
-    assert after == [(1.0, 0.0), (1.0, 5.0), (1.0, 5.0), (0.101, 5.05), (0.0, 5.05), (1.0, 1.0), (1.0, 1.0)]
+    start = [(1.0, 0.0), (1.0, 0.0), (1.0, 5.0), (1.0, 5.0), (1.0, 5.0)]
+    assert after == [*start, (0.101, 5.05), (0.0, 5.05), (1.0, 1.0), (1.0, 1.0)]
 
 
 @pytest.mark.parametrize("residual", [Fira(), Channel(), Channel(per="tensor")], ids=str)

@@ -24,14 +24,14 @@ _TINY = torch.finfo(torch.float32).tiny
 FIELDS = ("captured", "overlap", "defect", "error", "bound")
 SLOT = "diagnostics"
 STORED = ("total", "inside", "overlap", "defect", "error", "bound")
-"""The figures in that slot, float32: |g~|, |z| and four of :data:`FIELDS`."""
+"""The figures in that slot, in working precision: |g~|, |z| and four of :data:`FIELDS`."""
 
 
 def measure(figures: Tensor, own: Tensor, core: Tensor) -> None:
     """Write what a step without feedback shows into the figures, in place.
 
     Args:
-        figures: (6,) float32, in the order of :data:`STORED`.
+        figures: (6,), in the order of :data:`STORED`.
         own: |g|.
         core: z.
     """
@@ -51,7 +51,7 @@ def measure_kept(  # noqa: PLR0917
     """Write what a step with feedback shows into the figures, in place.
 
     Args:
-        figures: (6,) float32, in the order of :data:`STORED`.
+        figures: (6,), in the order of :data:`STORED`.
         own: |g|.
         total: |g~| where it was measured; else |g~|^2 = |z|^2 + |e|^2, which holds while the frame stands.
         core: z.

@@ -275,7 +275,7 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
         parts |= {MEMORY + name: part for name, part in remembered.items()}
         parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:
-            parts[SLOT] = Part((len(STORED),), torch.float32)
+            parts[SLOT] = Part((len(STORED),), site.view.dtype.to_real())
         if group["ranks"].adaptive:
             parts |= {RANKS: Part((len(shape),), torch.int64), VALUE: Part((len(shape),), torch.float64)}
     return parts

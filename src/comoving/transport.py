@@ -8,6 +8,7 @@ the old frame in mode n (None where both are whole), |R|^2 is taken entry by ent
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Protocol
 
 import torch
@@ -49,8 +50,8 @@ class Clock:
     def weight(self, decay: float) -> float | Tensor:
         """1 - decay^t, float64: 1 - 0.999 in float32 is off by 5e-5. Positive also before the first step.
 
-        A number where the count is on the host, which an optimizer's is unless its parameters are elsewhere; a
-        0-dimensional tensor on the count's device, or while it is traced.
+        A number where the count is on the host, which it is unless ``on_nonfinite="skip"`` keeps it beside parameters
+        that are elsewhere; else, and while it is traced, a 0-dimensional tensor on the count's device.
         """
         if torch.compiler.is_compiling() or self.t.device.type != "cpu":
             return (1 - decay ** self.t.double()).clamp_min(_TINY)
@@ -187,7 +188,7 @@ class Rotate(_Following, _Slotless):
                 # All of it times c2, which saves a pass over the core and changes nothing.
                 ratio = c2 / c1_squared
                 spread = state[slot.name] - mean.mul_(ratio)
-                moved[slot.name] = turn.move_squares(spread).add_(mean_moved.mul_(ratio)).abs_()
+                moved[slot.name] = _known(turn.move_squares(spread).add_(mean_moved.mul_(ratio)).abs_())
         return moved
 
 
@@ -250,7 +251,7 @@ class Carry(_Following):
                 present = mass_moved > 0
                 variance = torch.where(present, turn.move_squares(spread) / mass_moved, 0)
                 estimate = mass_moved * (variance + mean_moved / c1_squared)
-                moved[slot.name] = torch.maximum(estimate, mean_moved / bound.clamp_min(_TINY))
+                moved[slot.name] = _known(torch.maximum(estimate, mean_moved / bound.clamp_min(_TINY)))
                 moved[mass_of(slot.name)] = mass_moved.contiguous()
                 moved[_bound_of(slot.name)] = bound.clone()
         return moved
@@ -310,6 +311,11 @@ def _aligned(turned: Tensor) -> Tensor:
         turned = torch.cat([turned, torch.eye(rows, dtype=turned.dtype, device=turned.device)], dim=-1)
     # QR keeps every column as near to the span of those before it as it can; columns beyond the square are dropped.
     return orthonormalize(turned[:, :rows])
+
+
+def _known(variance: Tensor) -> Tensor:
+    """A variance, in place: infinite where squares overflowed and their difference is no number; d becomes 0 there."""
+    return variance.nan_to_num_(inf, posinf=inf)
 
 
 def _in_bases(slot: Slot, state: State, moved: State, overlap: Overlap) -> tuple[Overlap, Tensor, Tensor]:

@@ -236,6 +236,7 @@ def test_residuals(residual, codec, shape, ranks, size, turned, dtype):
     dense = seen.dense.clone() if seen.dense is g else seen.dense
     size_kept = residual.keep(dense, core, Passage(frame, moved, 0.8, 0.2, old, m, **turn, tick=1), True, state, codec)
     assert torch.equal(g, before)
+    assert (size_kept is not None) is residual.feeds
     returned = turned and getattr(residual, "momentum", False)
     expected = g - frame.lift(core) + (4.0 * (old.lift(m) - frame.lift(moved)) if returned else 0)
     then = 0.8 * moved + 0.2 * core
@@ -272,6 +273,7 @@ def test_a_buffer_that_keeps_part_of_what_the_frame_holds(residual, codec, shape
             core = core + frame.project(dense if i == 0 else g)
             outside = residual.keep(dense, core, Passage(frame, core, 0.0, 1.0, frame, core), i == 0, state, codec)
             assert torch.equal(g, before)
+            assert residual.feeds
             kept = kept + g
         inside = frame.project(kept)
         assert (core - inside).norm() <= slack * core.numel() ** 0.5

@@ -11,6 +11,7 @@ from ..linalg import norm
 from ..validate import check_choice
 from .base import Part, as_real
 
+_MOST = 2.0**126
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -24,7 +25,8 @@ class RankOne:
     r = |X| 1,   c = |X|^T 1,   x ~ S * r c^T / (1^T |X| 1)
 
     the best such matrix with X's row and column sums. S has a bit a number, eight a byte. Lossy beyond any bound on
-    single entries; the rows of mode 0 are not apart from one another.
+    single entries; the rows of mode 0 are not apart from one another. Entries above 2^126/(ab), infinity too, count as
+    that, so that no sum overflows.
 
     Args:
         signed: whether signs are stored; False for x >= 0.
@@ -62,7 +64,7 @@ class RankOne:
         """The sums, the shorter of them divided by that of all entries; the sign of 0 is negative."""
         a, b = _sides(tuple(x.shape), x.dtype)
         matrix = as_real(x).reshape(a, b)
-        sizes = matrix.abs() if self.signed else matrix
+        sizes = (matrix.abs() if self.signed else matrix).clamp_max(_MOST / (a * b))
         rows, columns = parts["rows"].copy_(sizes.sum(1)), parts["columns"].copy_(sizes.sum(0))
         total = rows.sum()
         columns.div_(torch.where(total > 0, total, 1))

@@ -14,7 +14,7 @@ from .base import Part
 from .grid import grid
 from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_levels, up
 
-_LEAST = 2.0**-63  # its square is float32's smallest normal number
+_LEAST, _MOST = 2.0**-63, 2.0**63  # their squares are normal float32 numbers
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Root:
     No level is 0: what is divided by its root must not become 0 where others of its block are large. An entry far
     below its block's largest therefore comes out too large, as the square of the least level, which makes a step
     smaller, never larger. The step of a block that is not zero is at least 2^-63, so that step^2 is a normal number.
+    What is above 2^126, infinity too, is stored as 2^126: an infinite step would decode to NaN.
 
     Args:
         block: largest number of entries in a block, >= 8.
@@ -82,7 +83,7 @@ class Root:
 
     def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Round the roots to levels."""
-        roots = grid(tuple(x.shape), x.dtype, self.block).cut(x).sqrt()
+        roots = grid(tuple(x.shape), x.dtype, self.block).cut(x).sqrt().clamp_max_(_MOST)
         largest, generator = roots.amax(-1, keepdim=True), advanced(parts, x.device)
         top = 2**self.bits - 1 if self.table == "linear" else 1
         step = parts["step"].copy_(torch.where(largest > 0, (largest / top).clamp_min(_LEAST), 0))

@@ -16,7 +16,7 @@ _SMALL = 1e-8
 
 
 def gains(update: Update, per: str, stretch: float = 1.0) -> Tensor:
-    """phi = |d| / (stretch |z| + 1e-8), real, with as many modes as z.
+    """phi = |d| / (stretch |z| + 1e-8), real, with as many modes as z; 0 where one of the norms overflows.
 
     Args:
         update: d and z, and the frame that they are coordinates in.
@@ -28,7 +28,7 @@ def gains(update: Update, per: str, stretch: float = 1.0) -> Tensor:
     d, z = update.direction, update.core
     everything = tuple(range(z.ndim))
     modes = everything if per == "tensor" or update.compressed is None else update.compressed
-    phi = _norms(d, modes) / (_norms(z, modes) * stretch + _SMALL)
+    phi = (_norms(d, modes) / (_norms(z, modes) * stretch + _SMALL)).nan_to_num_(0.0, posinf=0.0)
     return phi.reshape(()) if modes == everything else phi  # a core of blocks has another order than its tensor
 
 
@@ -51,7 +51,7 @@ def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
         growth: >= 1.
     """
     after = torch.where(last > 0, (last + _SMALL) * growth, size).minimum(size)
-    factor = after / size  # NaN for a size of zero, and for a first one that is infinite
+    factor = after / size  # NaN for a size that is zero or NaN, and for a first one that is infinite
     torch.where(factor > 0, after, last, out=last)
     return factor.nan_to_num_(1.0)
 
