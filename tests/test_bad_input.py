@@ -127,6 +127,18 @@ def test_a_gradient_whose_squares_overflow_makes_no_weight_nan(rule, residual, p
         assert t > 1 or not torch.equal(p, before)
 
 
+@pytest.mark.parametrize("recipe", recipes())
+def test_no_recipe_makes_a_weight_nan_of_a_gradient_whose_squares_overflow(recipe):
+    model = Mixed()
+    optimizer = build(recipe, model, 1e-3)
+    for t, size in enumerate((1.0, 1.0, 1e20, 1.0, 1.0, 1.0)):
+        gradients(model, t)
+        for p in model.parameters():
+            p.grad *= size
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_skip_does_not_skip_finite_gradients_whose_norm_overflows():
     p = matrix(8, 12)
     optimizer = LowRankOptimizer([p], 1e-2, 1.0, on_nonfinite="skip")

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..codecs import Part
 from ..linalg import abs_squared, norm
 from ..validate import check_float
+from .base import bounded
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Factored:
 
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """w, a new tensor."""
+        gradient = bounded(gradient)
         modes = range(gradient.ndim)
         fresh = max(1, step) ** -self.decay  # 0 where an empty first gradient has set the count back
         squares = abs_squared(gradient) + self.floor

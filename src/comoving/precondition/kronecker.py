@@ -9,6 +9,7 @@ from ..codecs import Part
 from ..linalg import InverseRoot, add_gram, inverse_root, multiply_factors, norm
 from ..rules.shampoo import check_exponent
 from ..validate import check_choice, check_float, check_int
+from .base import bounded
 
 _CALLS = "precondition.calls"
 
@@ -71,11 +72,12 @@ class Kronecker:
 
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """g', a new tensor."""
+        gradient = bounded(gradient)
         weight = 1 - self.decay ** state[_CALLS].add_(1).double()
         power = self.exponent or 1 / (2 * gradient.ndim)
         roots: dict[int, Tensor] = {}
         for n in self._modes(tuple(gradient.shape)):
-            factor = add_gram(state[_factor(n)], self._bounded(gradient), n, self.decay, 1 - self.decay)
+            factor = add_gram(state[_factor(n)], gradient, n, self.decay, 1 - self.decay)
             kept = state.get(_root(n))
             if kept is not None and (step - 1) % self.every != 0:
                 roots[n] = kept
@@ -87,13 +89,6 @@ class Kronecker:
             return turned
         length = norm(turned)
         return turned * torch.where(length > 0, norm(gradient) / length, 0).to(turned.dtype)
-
-    @staticmethod
-    def _bounded(gradient: Tensor) -> Tensor:
-        """The gradient, at most so large that its Gram matrices stay finite: an infinite one would stay for ever."""
-        most = torch.finfo(gradient.dtype).max ** 0.5 / gradient.numel()
-        size = gradient.abs().amax()
-        return gradient * torch.where(size > most, most / size, 1).to(gradient.dtype)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
         return [n for n, d in enumerate(shape) if d <= self.max_size or self.above == "diagonal"]
