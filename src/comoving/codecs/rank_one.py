@@ -64,7 +64,7 @@ class RankOne:
         """The sums, the shorter of them divided by that of all entries; the sign of 0 is negative."""
         a, b = _sides(tuple(x.shape), x.dtype)
         matrix = as_real(x).reshape(a, b)
-        sizes = (matrix.abs() if self.signed else matrix).clamp_max(_MOST / (a * b))
+        sizes = (matrix.abs() if self.signed else matrix).clamp_max_(_MOST / (a * b))
         rows, columns = parts["rows"].copy_(sizes.sum(1)), parts["columns"].copy_(sizes.sum(0))
         total = rows.sum()
         columns.div_(torch.where(total > 0, total, 1))

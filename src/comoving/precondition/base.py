@@ -31,10 +31,3 @@ class Precondition(Protocol):
             step: the number of this step, from 1.
         """
         ...
-
-
-def bounded(gradient: Tensor) -> Tensor:
-    """The gradient, at most so large that sums of its squares stay finite: an infinite one would stay in means."""
-    most = torch.finfo(gradient.dtype).max ** 0.5 / gradient.numel()
-    size = gradient.abs().amax()
-    return gradient * torch.where(size > most, most / size, 1).to(gradient.dtype)

@@ -9,7 +9,6 @@ from torch import Tensor
 from ..codecs import Part
 from ..linalg import abs_squared, norm
 from ..validate import check_float
-from .base import bounded
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,11 @@ class Factored:
 
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """w, a new tensor."""
-        gradient = bounded(gradient)
         modes = range(gradient.ndim)
         fresh = max(1, step) ** -self.decay  # 0 where an empty first gradient has set the count back
-        squares = abs_squared(gradient) + self.floor
+        # An infinite mean would stay for ever.
+        most = torch.finfo(gradient.dtype).max / gradient.numel()
+        squares = abs_squared(gradient).add_(self.floor).clamp_max_(most)
         w = gradient
         for n in modes:
             others = [m for m in modes if m != n]

@@ -9,7 +9,6 @@ from ..codecs import Part
 from ..linalg import InverseRoot, add_gram, inverse_root, multiply_factors, norm
 from ..rules.shampoo import check_exponent
 from ..validate import check_choice, check_float, check_int
-from .base import bounded
 
 _CALLS = "precondition.calls"
 
@@ -24,7 +23,7 @@ class Kronecker:
     A_n = (L_n / (1 - decay^k) + eps I)^-exponent,   k the number of calls so far
     g'  = g x_1 A_1 ... x_N A_N,  times |g| / |g'| with ``norm_matched``, which leaves the rule the gradient's size
 
-    L_n counts g before its root is taken. The factors are as large as the modes squared: it is the modes of at most
+    A gradient whose Gram matrices would overflow is scaled down first. L_n counts g before its root is taken. The factors are as large as the modes squared: it is the modes of at most
     ``max_size`` entries that have them. Frames, momentum and error feedback all live in the coordinates of g', which
     change slowly with L_n: what feedback kept is not brought up to date.
 
@@ -72,7 +71,7 @@ class Kronecker:
 
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """g', a new tensor."""
-        gradient = bounded(gradient)
+        gradient = _bounded(gradient)
         weight = 1 - self.decay ** state[_CALLS].add_(1).double()
         power = self.exponent or 1 / (2 * gradient.ndim)
         roots: dict[int, Tensor] = {}
@@ -100,3 +99,10 @@ def _factor(mode: int) -> str:
 
 def _root(mode: int) -> str:
     return f"precondition.{mode}.root"
+
+
+def _bounded(gradient: Tensor) -> Tensor:
+    """The gradient, at most so large that its Gram matrices stay finite: an infinite one would stay for ever."""
+    most = torch.finfo(gradient.dtype).max ** 0.5 / gradient.numel()
+    size = gradient.abs().amax()
+    return gradient * torch.where(size > most, most / size, 1).to(gradient.dtype)
