@@ -23,9 +23,10 @@ class Kronecker:
     A_n = (L_n / (1 - decay^k) + eps I)^-exponent,   k the number of calls so far
     g'  = g x_1 A_1 ... x_N A_N,  times |g| / |g'| with ``norm_matched``, which leaves the rule the gradient's size
 
-    A gradient whose Gram matrices would overflow is scaled down first. L_n counts g before its root is taken. The factors are as large as the modes squared: it is the modes of at most
+    L_n counts g before its root is taken. The factors are as large as the modes squared: it is the modes of at most
     ``max_size`` entries that have them. Frames, momentum and error feedback all live in the coordinates of g', which
-    change slowly with L_n: what feedback kept is not brought up to date.
+    change slowly with L_n: what feedback kept is not brought up to date. A gradient whose Gram matrices would overflow
+    is scaled down first.
 
     Args:
         decay: in [0, 1).
