@@ -123,6 +123,25 @@ def test_a_gradient_whose_squares_overflow_makes_no_weight_nan(rule, residual, m
         assert t > 1 or not torch.equal(p, before)
 
 
+@pytest.mark.parametrize("statistics", ["carry", "keep", "reset"])
+@pytest.mark.parametrize("rank", [1.0, 4])
+@pytest.mark.parametrize(
+    "rule",
+    ["shampoo(every=1)", "shampoo(every=1, root='newton')", "shampoo(every=1, graft=False)", "soap(every=1)",
+     "shampoo(every=1, average=False)", "soap(every=2, one_sided=True)", "muon", "adafactor"],
+)  # fmt: skip
+def test_statistics_of_modes_stay_finite_where_squares_overflow(rule, rank, statistics):
+    """Roots and bases are made anew at every step here, of factors that have seen such a gradient."""
+    p = matrix(24, 32)
+    optimizer = LowRankOptimizer([p], 1e-3, rank, rule=part("rule", rule), transport=Rotate(statistics=statistics))
+    for t, size in enumerate((1.0, 1.0, 1e20, 1.0, 1.0, 1.0)):
+        p.grad = size * torch.randn(24, 32, generator=torch.Generator().manual_seed(t))
+        before = p.detach().clone()
+        optimizer.step()
+        assert p.isfinite().all()
+        assert t > 1 or not torch.equal(p, before)
+
+
 @pytest.mark.parametrize("recipe", recipes())
 def test_no_recipe_makes_a_weight_nan_of_a_gradient_whose_squares_overflow(recipe):
     model = Mixed()

@@ -3,7 +3,7 @@
 from .checks import trouble
 from .cosine import cosine_columns, cosine_transform
 from .incremental import incremental_qr
-from .kronecker import InverseRoot, add_gram, inverse_root, leading_basis, multiply_factors, turned_basis
+from .kronecker import InverseRoot, add_gram, bounded, inverse_root, leading_basis, multiply_factors, turned_basis
 from .leading import Method, leading_directions, unit_size
 from .multilinear import abs_squared, add_multilinear, all_but_one, correlate, gram, inner, multilinear, norm, unfold
 from .nystrom import nystrom_tucker
@@ -26,6 +26,7 @@ __all__ = [
     "add_gram",
     "add_multilinear",
     "all_but_one",
+    "bounded",
     "correlate",
     "cosine_columns",
     "cosine_transform",

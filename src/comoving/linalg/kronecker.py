@@ -17,8 +17,15 @@ InverseRoot = Literal["eigh", "newton"]
 _WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
+def bounded(x: Tensor) -> Tensor:
+    """x, at most so large that its Gram matrices stay finite: an infinite one would stay in a factor for ever."""
+    most = torch.finfo(x.dtype).max ** 0.5 / x.numel()
+    size = x.abs().amax()
+    return x * torch.where(size > most, most / size, 1).to(x.dtype)
+
+
 def add_gram(factor: Tensor, x: Tensor, mode: int, keep: float, add: float) -> Tensor:
-    """L <- keep L + add X_(n) X_(n)^H, or its diagonal where L is one; in place."""
+    """L <- keep L + add X_(n) X_(n)^H, or its diagonal where L is one; in place. x must be :func:`bounded`."""
     if factor.ndim == 1:
         others = [n for n in range(x.ndim) if n != mode]
         squares = abs_squared(x)

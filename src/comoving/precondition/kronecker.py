@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
-from ..linalg import InverseRoot, add_gram, inverse_root, multiply_factors, norm
+from ..linalg import InverseRoot, add_gram, bounded, inverse_root, multiply_factors, norm
 from ..rules.shampoo import check_exponent
 from ..validate import check_choice, check_float, check_int
 
@@ -72,7 +72,7 @@ class Kronecker:
 
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """g', a new tensor."""
-        gradient = _bounded(gradient)
+        gradient = bounded(gradient)
         weight = 1 - self.decay ** state[_CALLS].add_(1).double()
         power = self.exponent or 1 / (2 * gradient.ndim)
         roots: dict[int, Tensor] = {}
@@ -100,10 +100,3 @@ def _factor(mode: int) -> str:
 
 def _root(mode: int) -> str:
     return f"precondition.{mode}.root"
-
-
-def _bounded(gradient: Tensor) -> Tensor:
-    """The gradient, at most so large that its Gram matrices stay finite: an infinite one would stay for ever."""
-    most = torch.finfo(gradient.dtype).max ** 0.5 / gradient.numel()
-    size = gradient.abs().amax()
-    return gradient * torch.where(size > most, most / size, 1).to(gradient.dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import InverseRoot, abs_squared, add_gram, inverse_root, multiply_factors, norm
+from ..linalg import InverseRoot, abs_squared, add_gram, bounded, inverse_root, multiply_factors, norm
 from ..slots import Kind, Slot
 from ..transport import Clock, mass_of
 from ..validate import check_choice, check_float, check_int
@@ -90,8 +90,9 @@ class Shampoo:
             state[SECOND].mul_(clock.beta2).add_(abs_squared(z), alpha=1 - clock.beta2)
         keep, add = (self.decay, 1 - self.decay) if self.average else (1.0, 1.0)
         due = (clock.tick - 1) % self.every == 0
+        limited = bounded(z)
         for n in range(z.ndim):
-            factor = add_gram(state[_factor(n)], z, n, keep, add)
+            factor = add_gram(state[_factor(n)], limited, n, keep, add)
             if self.every > 1 and factor.ndim == 2 and (due or _root(n) not in state):
                 root, held = self._root(factor, z, clock), state.get(_root(n))
                 state[_root(n)] = root if held is None else held.copy_(root)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import abs_squared, add_gram, leading_basis, multilinear, turned_basis
+from ..linalg import abs_squared, add_gram, bounded, leading_basis, multilinear, turned_basis
 from ..slots import Kind, Slot
 from ..transport import Clock, mass_of
 from ..validate import check_choice, check_float, check_int
@@ -81,8 +81,9 @@ class SOAP:
                 for name in {SECOND, mass_of(SECOND)} & state.keys():
                     state[name].copy_(state[name].index_select(n, order))
         decay = clock.beta2 if self.decay is None else self.decay
+        limited = bounded(z)
         for n in modes:
-            factor = add_gram(state[_factor(n)], z, n, decay, 1 - decay)
+            factor = add_gram(state[_factor(n)], limited, n, decay, 1 - decay)
             if clock.tick == 1:
                 state[_basis(n)].copy_(leading_basis(factor))
         state[FIRST].lerp_(z, 1 - clock.beta1)
