@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comoving.linalg import qr
 from comoving.race.extras import require
 from comoving.race.tasks import TASKS
 
@@ -141,7 +142,7 @@ def turning(
     weights = 1 / torch.arange(1, rank + 1)
     for t in range(steps):
         left, right = (_interface([step.at(angle * t) for step in side]) for side in sides)
-        q = torch.linalg.qr(draw(rank, rank)).Q
+        q, _ = qr(draw(rank, rank))
         x = (left * weights) @ (q @ right.mT)
         x = x.add_(draw(*x.shape), alpha=noise * float(x.norm()) / math.sqrt(x.numel()))
         yield x.reshape((size,) * order)
@@ -166,5 +167,5 @@ def _interface(steps: list[list[Tensor]]) -> Tensor:
     x = steps[0][0]
     for leaf, transfer in steps[1:]:
         r = transfer.shape[1]
-        x = torch.linalg.qr(torch.kron(x, leaf) @ transfer.reshape(r * r, r)).Q
-    return torch.linalg.qr(x).Q
+        x, _ = qr(torch.kron(x, leaf) @ transfer.reshape(r * r, r))
+    return qr(x)[0]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..linalg import svd
 from ..validate import check_int
 from .figures import Key, check_finite, reading
 from .matrices import effective_weight, momentum_of, steps_in_backward, unwrapped
@@ -189,7 +190,7 @@ class SpectralMonitor:
         shape = (len(now.u), len(now.v))
         old, new = present(before.s, shape), present(now.s, shape)
         p, q = (_kept(a[:, new], b[:, old], threshold) for a, b in ((now.u, before.u), (now.v, before.v)))
-        a, _, bh = torch.linalg.svd((p.mH @ now.u * now.s) @ (now.v.mH @ q), full_matrices=False)
+        a, _, bh = svd((p.mH @ now.u * now.s) @ (now.v.mH @ q))
         return p @ a, q @ bh.mH
 
     def _read_before(self, name: str, of: str) -> Spectrum:
@@ -332,7 +333,7 @@ def _refuse_in_backward(optimizer: Optimizer) -> None:
 
 def _kept(a: Tensor, b: Tensor, threshold: float) -> Tensor:
     """An orthonormal basis of the part of span(a) whose principal cosines with span(b) are at least this."""
-    turn, cosines, _ = torch.linalg.svd(a.mH @ b, full_matrices=False)
+    turn, cosines, _ = svd(a.mH @ b)
     return (a @ turn)[:, cosines >= threshold]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..linalg import orthonormalize
+from ..linalg import orthonormalize, svd
 from . import carry
 
 Source = Literal["weight", "change", "momentum", "random"]
@@ -48,6 +48,6 @@ def leading(name: str, x: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor
     """
     if not bool(x.any()):
         raise ValueError(f"extract: what the directions of {name} are taken from is zero")
-    u, _, vh = torch.linalg.svd(x.to(dtype), full_matrices=False)
+    u, _, vh = svd(x.to(dtype))
     # Roundoff of single precision in U^T U would be as much of C in R.
     return orthonormalize(u[:, :rank]), orthonormalize(vh[:rank].mT)

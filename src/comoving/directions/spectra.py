@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+from ..linalg import WIDE, eigh, qr, svd
+
 _WORKING = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 
 
@@ -46,7 +47,7 @@ def exact(a: Tensor, k: int) -> Spectrum:
         ValueError: for k outside its interval.
     """
     check_count(k, a.shape)
-    u, s, vh = torch.linalg.svd(working(a), full_matrices=False)
+    u, s, vh = svd(working(a))
     return Spectrum(u[..., :k].contiguous(), s[..., :k].contiguous(), vh[..., :k, :].mH.contiguous())
 
 
@@ -94,10 +95,10 @@ def leading(  # noqa: PLR0917
         block = _orthonormal(a.mH @ (a @ block))
         blocks.append(block)
     basis = _orthonormal(torch.cat(blocks, -1))
-    image = (a @ basis).to(_WIDE.get(a.dtype, a.dtype))
-    turn = torch.linalg.eigh(image.mH @ image).eigenvectors[..., -k:].flip(-1)
+    image = (a @ basis).to(WIDE.get(a.dtype, a.dtype))
+    turn = eigh(image.mH @ image)[1][..., -k:].flip(-1)
     v = basis @ turn.to(a.dtype)
-    u, r = torch.linalg.qr((image @ turn).to(a.dtype))  # orthonormal also where singular values vanish
+    u, r = qr((image @ turn).to(a.dtype))  # orthonormal also where singular values vanish
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     present = diagonal.abs() >= torch.finfo(a.dtype).tiny
     return Spectrum(
@@ -123,7 +124,7 @@ def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (*batch, min(i, j)).
     """
-    return torch.linalg.svdvals(working(a).mH @ working(b)).clamp(max=1)
+    return svd(working(a).mH @ working(b))[1].clamp(max=1)
 
 
 def vector_cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def projected_energy(g: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """
     g = working(g)
     core = u.to(g.dtype).mH @ g @ v.to(g.dtype)
-    wide = _WIDE.get(g.dtype, g.dtype)  # squares of very large or small entries would leave float32
+    wide = WIDE.get(g.dtype, g.dtype)  # squares of very large or small entries would leave float32
     inside, whole = (torch.linalg.vector_norm(x, dim=(-2, -1), dtype=wide).square() for x in (core, g))
     return (inside / torch.where(whole > 0, whole, 1)).clamp(max=1)
 
@@ -159,5 +160,5 @@ def _start(a: Tensor, width: int, start: Tensor | None, seed: int) -> Tensor:
 
 
 def _orthonormal(a: Tensor) -> Tensor:
-    """Householder's, since blocks may be rank-deficient: any A is completed, and nothing is read on the host."""
-    return torch.linalg.qr(a).Q
+    """Householder's, since blocks may be rank-deficient: any A is completed."""
+    return qr(a)[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..frames.bond import BondFrame
 from ..frames.interface import Interface, change, identity, product
-from ..linalg import leading_eigenvectors, orthonormalize
+from ..linalg import leading_eigenvectors, orthonormalize, qr, qr_triangle, svd
 
 Method = Literal["gram", "svd"]
 Step = Callable[[Interface, Tensor], tuple[Interface, Tensor]]
@@ -54,7 +54,7 @@ def extend(interface: Interface, x: Tensor, add: int | None = None) -> tuple[Int
     room = min(interface.rank if add is None else add, basis.shape[0] - interface.rank, rows.shape[1])
     if room > 0:
         residual = rows - basis @ (basis.mH @ rows)
-        q = torch.linalg.qr(torch.cat([basis, _directions(residual, room)], dim=-1)).Q
+        q, _ = qr(torch.cat([basis, _directions(residual, room)], dim=-1))
         basis = torch.cat([basis, q[:, interface.rank :]], dim=-1)
     return Interface(interface.sizes, basis.unflatten(0, shape), children), product(basis.mH, x)
 
@@ -96,7 +96,7 @@ def _prune(edge: Interface, ranks: list[int], energy: Tensor, mirrored: bool) ->
         children = tuple(pruned)
         transfer, old = change(transfer, *turns), change(old, *turns)
     # Householder's, so orthonormal whatever is left; for such small matrices also the fastest.
-    basis = torch.linalg.qr(transfer.flatten(0, -2)).Q.contiguous()
+    basis = qr(transfer.flatten(0, -2))[0].contiguous()
     return Interface(edge.sizes, basis.reshape(transfer.shape), children), basis.mH @ old.flatten(0, -2)
 
 
@@ -153,10 +153,10 @@ def _leading(rows: Tensor, rank: int, method: Method) -> Tensor:
     """An orthonormal basis (n, rank) of the leading left singular vectors; completed where there are fewer."""
     n, columns = rows.shape
     if method == "svd" and rank <= columns:
-        tall = torch.linalg.qr(rows.mH if n < columns else rows)
         if n < columns:
-            return torch.linalg.svd(tall.R.mH, full_matrices=False).U[:, :rank].contiguous()
-        return (tall.Q @ torch.linalg.svd(tall.R, full_matrices=False).U[:, :rank]).contiguous()
+            return svd(qr_triangle(rows.mH).mH)[0][:, :rank].contiguous()
+        q, r = qr(rows)
+        return (q @ svd(r)[0][:, :rank]).contiguous()
     if rank <= columns < n:
         return orthonormalize(_directions(rows, rank))
     return leading_eigenvectors(rows @ rows.mH, rank)

@@ -2,6 +2,7 @@
 
 from .checks import trouble
 from .cosine import cosine_columns, cosine_transform
+from .decompositions import WIDE, eigh, pinv, qr, qr_triangle, svd
 from .incremental import incremental_qr
 from .kronecker import InverseRoot, add_gram, bounded, inverse_root, leading_basis, multiply_factors, turned_basis
 from .leading import Method, leading_directions, unit_size
@@ -20,6 +21,7 @@ from .trains import tt_randomized, tt_svd
 from .tsqr import tsqr, tsqr_r
 
 __all__ = [
+    "WIDE",
     "InverseRoot",
     "Method",
     "abs_squared",
@@ -30,6 +32,7 @@ __all__ = [
     "correlate",
     "cosine_columns",
     "cosine_transform",
+    "eigh",
     "gram",
     "inner",
     "incremental_qr",
@@ -45,7 +48,11 @@ __all__ = [
     "nystrom_tucker",
     "orthogonality_defect",
     "orthonormalize",
+    "pinv",
+    "qr",
+    "qr_triangle",
     "reorthonormalize",
+    "svd",
     "tsqr",
     "tsqr_r",
     "tt_randomized",

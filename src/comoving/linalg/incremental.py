@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .checks import require_dtype, trouble
-from .tsqr import dependent_columns, householder, phase_of, qr_backward, tsqr
+from .decompositions import qr
+from .tsqr import dependent_columns, phase_of, qr_backward, tsqr
 
 
 def incremental_qr(q: Tensor, r: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ def _dead(columns: Tensor, r2: Tensor, before: int) -> Tensor:
 def _complete(q: Tensor, rest: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
     """Householder's QR of [Q, W] with W's dependent columns as zeros: it completes the basis to orthonormal columns."""
     k = q.shape[-1]
-    whole, triangle = householder(torch.cat([q, rest], -1))
+    whole, triangle = qr(torch.cat([q, rest], -1))
     phase = phase_of(triangle.diagonal(dim1=-2, dim2=-1)[..., k:])
     added = whole[..., k:] * phase.unsqueeze(-2)
     r2 = (added.mH @ rest).triu()

@@ -10,11 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .decompositions import WIDE, eigh, qr
 from .multilinear import abs_squared, gram, multilinear
 
 InverseRoot = Literal["eigh", "newton"]
-
-_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 def bounded(x: Tensor) -> Tensor:
@@ -49,10 +48,10 @@ def inverse_root(factor: Tensor, eps: float, power: float, method: InverseRoot =
         return (factor + eps) ** -power
     d, roundoff = factor.shape[-1], torch.finfo(factor.dtype).eps
     if method == "eigh":
-        values, vectors = torch.linalg.eigh(factor)
+        values, vectors = eigh(factor)
         values = torch.maximum(values, d * roundoff * values[..., -1:].clamp_min(0)) + eps
         return (vectors * (values**-power).unsqueeze(-2)) @ vectors.mH
-    wide = factor.to(_WIDE.get(factor.dtype, factor.dtype))
+    wide = factor.to(WIDE.get(factor.dtype, factor.dtype))
     size = torch.linalg.matrix_norm(wide, keepdim=True)
     eye = torch.eye(d, dtype=wide.dtype, device=wide.device)
     return _newton(wide + (eps + roundoff * size) * eye, round(1 / power), 1 / roundoff).to(factor.dtype)
@@ -82,7 +81,7 @@ def multiply_factors(x: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
 
 def leading_basis(factor: Tensor) -> Tensor:
     """All eigenvectors of a Hermitian matrix, largest eigenvalue first."""
-    return torch.linalg.eigh(factor).eigenvectors.flip(-1)
+    return eigh(factor)[1].flip(-1)
 
 
 def turned_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +94,4 @@ def turned_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """
     product = factor @ basis
     order = (basis.conj() * product).sum(0).real.argsort(descending=True, stable=True)
-    columns = product[:, order]
-    if columns.dtype == torch.complex64:  # whose reflectors can be NaN on graded columns
-        columns = columns.to(torch.complex128)
-    return torch.linalg.qr(columns).Q.to(basis.dtype), order
+    return qr(product[:, order])[0], order

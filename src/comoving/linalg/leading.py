@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .decompositions import svd
 from .multilinear import gram, unfold
 from .orthogonal import leading_eigenvectors, orthonormalize
 
@@ -23,7 +24,7 @@ def leading_directions(x: Tensor, mode: int, rank: int, method: Method = "gram")
     """
     columns = x.numel() // x.shape[mode]
     if method == "svd" and rank <= columns:
-        return torch.linalg.svd(unfold(x, mode, x.ndim), full_matrices=False).U[:, :rank].contiguous()
+        return svd(unfold(x, mode, x.ndim))[0][:, :rank].contiguous()
     if rank <= columns < x.shape[mode]:  # the other side is the small one
         wide = unfold(x, mode, x.ndim)
         return orthonormalize(wide @ leading_eigenvectors(wide.mH @ wide, rank))

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from .checks import trouble
+from .cosine import cosine_columns
+from .decompositions import WIDE, asks_host, eigh, qr
 
-_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+_INDEPENDENT, _JITTER = 1e-5, 1e-5
+"""Of columns of unit length: what must be left of each beyond those before it, and what is added where that is not."""
 
 
 def _default_tolerance(u: Tensor) -> float:
@@ -24,22 +27,26 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
     CholeskyQR: R^H R = A^H A, Q = A R^-1, in double the precision, so that one pass serves condition numbers up to
     about 1e6 and a second one up to 1e12. The defect max |Q^H Q - I| is measured; what passes the tolerance after two
     passes (A rank-deficient, say) goes to Householder's QR, which completes any A to an orthonormal basis. The
-    measurement is read on the host: call this at a refresh, not at every step.
+    measurement is read on the host where that is the device: call this at a refresh, not at every step. Elsewhere
+    nothing is waited for: columns of unit length that are nearly dependent get 1e-5 of the cosine transform's columns
+    added, and two more passes follow.
 
     Args:
         a: (*batch, d, r) with r <= d, in float32, float64, complex64 or complex128 (half precision is cast up by the
             caller: no decomposition exists for it).
         tolerance: largest accepted defect; default 32 machine epsilons times sqrt(r).
         trusted: A is Gaussian, hence of a condition number far below 1e4: one pass in double the precision is then
-            enough, or two where there is none, and nothing is read on the host. At most half as wide as long it has
-            one below 10, and one pass in its own precision is enough.
+            enough, or two where there is none. At most half as wide as long it has one below 10, and one pass in its
+            own precision is enough.
 
     Returns:
         Q of a's shape and dtype, contiguous.
     """
     limit = _default_tolerance(a) if tolerance is None else tolerance
+    if not trusted and not asks_host(a):
+        return _unseen(a)
     tall = trusted and 2 * a.shape[-1] <= a.shape[-2]
-    q = a if tall else a.to(_WIDE.get(a.dtype, a.dtype))
+    q = a if tall else a.to(WIDE.get(a.dtype, a.dtype))
     passes = 1 if tall or (trusted and q.dtype != a.dtype) else 2
     for _ in range(passes):
         factor, info = torch.linalg.cholesky_ex(q.mH @ q)
@@ -53,12 +60,30 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
             return narrow
         if trouble(failed):
             break
-    if trusted:
+    if trusted and not (asks_host(a) and not bool(q.sum().isfinite())):
         return q.to(a.dtype).contiguous()
-    q, r = torch.linalg.qr(a)
+    q, r = qr(a)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     present = diagonal.abs() >= torch.finfo(a.dtype).tiny  # the sign of a complex denormal is NaN
     return (q * torch.where(present, diagonal.sgn(), 1).unsqueeze(-2)).contiguous()
+
+
+def _unseen(a: Tensor) -> Tensor:
+    """:func:`orthonormalize` by products and Cholesky's factors alone, of A of any rank, decided on the device."""
+    x = a.to(WIDE.get(a.dtype, a.dtype))
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    length = torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+    x = x / torch.where(length > 0, length, 1)
+    factor, info = torch.linalg.cholesky_ex(x.mH @ x)
+    left = factor.diagonal(dim1=-2, dim2=-1).abs().amin(-1)
+    dependent = (info != 0) | ~(left >= _INDEPENDENT)
+    d, r = a.shape[-2:]
+    waves = cosine_columns(d, torch.arange(r, device=a.device), x.dtype.to_real())
+    x = x + torch.where(dependent[..., None, None], _JITTER, 0.0).to(waves.dtype) * waves
+    for _ in range(3):
+        factor, _ = torch.linalg.cholesky_ex(x.mH @ x)
+        x = torch.linalg.solve_triangular(factor.mH, x, upper=True, left=False)
+    return x.to(a.dtype).contiguous()
 
 
 def reorthonormalize(u: Tensor, tolerance: float | None = None) -> Tensor:
@@ -75,7 +100,7 @@ def leading_eigenvectors(hermitian: Tensor, count: int) -> Tensor:
 
     The result is a copy: a slice would keep all d eigenvectors alive for as long as the frame lives.
     """
-    vectors = torch.linalg.eigh(hermitian).eigenvectors
+    vectors = eigh(hermitian)[1]
     return vectors[..., -count:].flip(-1).contiguous()
 
 
@@ -89,11 +114,11 @@ def leading_singular(a: Tensor, count: int, own: Tensor | None = None) -> tuple[
         own: (k,) with k <= r, real: a diagonal block that stands before the first k rows of A; none by default.
         count: <= r.
     """
-    wide = a.to(_WIDE.get(a.dtype, a.dtype))
+    wide = a.to(WIDE.get(a.dtype, a.dtype))
     product = wide @ wide.mH
     if own is not None:
         product.diagonal()[: own.shape[-1]].add_(own.to(product.dtype).square())
-    values, vectors = torch.linalg.eigh(product)
+    values, vectors = eigh(product)
     leading = vectors[..., -count:].flip(-1).to(a.dtype).contiguous()
     return leading, values[..., -count:].flip(-1).clamp_min(0).sqrt().to(a.dtype.to_real())
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .checks import require_dtype, require_within
+from .decompositions import WIDE, eigh, svd
 from .tsqr import tsqr, tsqr_r, wide_gram
-
-_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 def leading_left_vectors(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -99,19 +98,19 @@ def _inverse_where(x: Tensor, where: Tensor) -> Tensor:
 
 def _decompose(a: Tensor) -> tuple[Tensor, Tensor]:
     d, m = a.shape[-2:]
-    if m >= 2 * d and a.dtype in _WIDE:
+    if m >= 2 * d and a.dtype in WIDE:
         # wide_gram takes tall matrices and sums conjugates on the left: A A^H = conj(gram of A^T).
-        values, vectors = torch.linalg.eigh(wide_gram(a.mT).conj())
+        values, vectors = eigh(wide_gram(a.mT).conj())
         real = torch.empty((), dtype=a.dtype).real.dtype
         return vectors.flip(-1).to(a.dtype), values.flip(-1).clamp(min=0).sqrt().to(real)
     if m >= 2 * d:
-        u, s, _ = torch.linalg.svd(tsqr_r(a.mH).mH, full_matrices=False)
+        u, s, _ = svd(tsqr_r(a.mH).mH)
         return u, s
     if d >= 2 * m:
         q, r = tsqr(a)
-        u, s, _ = torch.linalg.svd(r, full_matrices=False)
+        u, s, _ = svd(r)
         return q @ u, s
-    u, s, _ = torch.linalg.svd(a, full_matrices=False)
+    u, s, _ = svd(a)
     return u, s
 
 

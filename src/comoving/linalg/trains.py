@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import per_mode, require_dtype, require_order, require_within, train_rank_limits
+from .decompositions import pinv
 from .singular import fix_gauge, leading_left_vectors, left_vectors
 from .tsqr import tsqr
 
@@ -214,6 +215,6 @@ def _reconstruct(sides: tuple[list[Tensor], list[Tensor]], order: int) -> list[T
     psi, omega = sides
     eps = torch.finfo(psi[0].dtype).eps
     for k in range(order - 1):
-        inverse = torch.linalg.pinv(omega[k], rtol=8 * eps * max(omega[k].shape))
+        inverse = pinv(omega[k], 8 * eps * max(omega[k].shape))
         psi[k + 1] = torch.tensordot(inverse, psi[k + 1], 1)
     return psi

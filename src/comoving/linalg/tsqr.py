@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .checks import require_dtype, require_within
+from .decompositions import WIDE, qr, qr_triangle
 
-_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _TALL, _NARROW = 64, 512  # rows per column from which, and columns up to which, the Gram matrix is the faster way
 _LEAF = 4096  # rows of a leaf, at least; one QR of many more rows is slower and less orthogonal
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # entries that are cast up at a time: what stays in cache, what fills a GPU
@@ -37,7 +37,7 @@ def tsqr(a: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
             which come out as NaN or as LAPACK's error.
         block: rows per leaf of the tree, at least 2 n. Without it, single precision with m >= 64 n and n <= 512 tries
             the Gram matrix first and reads one number on the host to decide; leaves then have max(4096, 16 n) rows,
-            and fewer than two of them are one QR. complex64 reads one boolean per QR (see :func:`householder`).
+            and fewer than two of them are one QR.
 
     Returns:
         Q (*batch, m, n) and R (*batch, n, n) in a's dtype.
@@ -143,7 +143,7 @@ def _factor(a: Tensor, block: int | None, want_q: bool) -> tuple[Tensor | None, 
     m, n = a.shape[-2:]
     if 0 in a.shape:
         return a.clone(), a.new_zeros(*a.shape[:-2], n, n)
-    if block is None and a.dtype in _WIDE and m >= _TALL * n and n <= _NARROW:
+    if block is None and a.dtype in WIDE and m >= _TALL * n and n <= _NARROW:
         found = _cholesky(a, want_q)
         if found is not None:
             return found
@@ -154,7 +154,7 @@ def _tree(a: Tensor, block: int, want_q: bool) -> tuple[Tensor | None, Tensor]:
     m, n = a.shape[-2:]
     leaves = m // block
     if leaves < 2:  # the root, where signs are cheapest to set
-        q, r = householder(a, want_q)
+        q, r = _thin(a, want_q)
         phase = phase_of(r.diagonal(dim1=-2, dim2=-1))
         r *= phase.conj().unsqueeze(-1)
         if r.is_complex():
@@ -164,7 +164,7 @@ def _tree(a: Tensor, block: int, want_q: bool) -> tuple[Tensor | None, Tensor]:
     parts = [a[..., :cut, :].unflatten(-2, (leaves, block))]
     if cut < m:  # the rest, shorter than a block and perhaps than it is wide, gives a trapezoid
         parts.append(a[..., cut:, :])
-    pairs = [householder(x, want_q) for x in parts]
+    pairs = [_thin(x, want_q) for x in parts]
     stacked = torch.cat([pairs[0][1].flatten(-3, -2), *(r for _, r in pairs[1:])], -2)
     top, r = _tree(stacked, block, want_q)
     if top is None:
@@ -173,16 +173,9 @@ def _tree(a: Tensor, block: int, want_q: bool) -> tuple[Tensor | None, Tensor]:
     return torch.cat([head, *(q @ top[..., leaves * n :, :] for q, _ in pairs[1:])], -2), r
 
 
-def householder(a: Tensor, want_q: bool = True) -> tuple[Tensor, Tensor]:
-    """LAPACK's QR, whose complex reflectors give NaN on a triangle graded below 1e-38: complex64 is then cast up.
-
-    For complex64 one boolean is read on the host.
-    """
-    mode = "reduced" if want_q else "r"
-    q, r = torch.linalg.qr(a, mode)
-    if a.dtype == torch.complex64 and not bool(r.isfinite().all()):
-        q, r = (x.to(a.dtype) for x in torch.linalg.qr(a.to(_WIDE[a.dtype]), mode))
-    return q, r
+def _thin(a: Tensor, want_q: bool) -> tuple[Tensor, Tensor]:
+    """Householder's QR; an empty Q where none is wanted."""
+    return qr(a) if want_q else (a.new_empty(0), qr_triangle(a))
 
 
 def _chunks(a: Tensor) -> tuple[Tensor, ...]:
@@ -192,7 +185,7 @@ def _chunks(a: Tensor) -> tuple[Tensor, ...]:
 
 def wide_gram(a: Tensor) -> Tensor:
     """A^H A of a tall single-precision A, accumulated in double precision without a double-precision copy of A."""
-    wide = _WIDE[a.dtype]
+    wide = WIDE[a.dtype]
     total = a.new_zeros(*a.shape[:-2], a.shape[-1], a.shape[-1], dtype=wide)
     for rows in _chunks(a):
         x = rows.to(wide)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import abs_squared, gram, multilinear, norm, orthonormalize, unfold
+from ..linalg import abs_squared, eigh, gram, multilinear, norm, orthonormalize, unfold
 from .base import Reading
 
 Directions = Sequence[Tensor | None]
@@ -49,7 +49,7 @@ def read(frame: ModeFrame, gradient: Tensor, momentum: Tensor) -> tuple[Reading 
 def _principal(m: Tensor, mode: int) -> Tensor:
     """Eigenvectors of m_(n) m_(n)^H, largest first, in m's dtype."""
     square = gram(m / m.abs().amax().clamp_min(torch.finfo(m.dtype).tiny), mode, m.ndim)
-    vectors = torch.linalg.eigh(square.to(torch.complex128 if m.is_complex() else torch.float64)).eigenvectors
+    vectors = eigh(square.to(torch.complex128 if m.is_complex() else torch.float64))[1]
     return vectors.flip(-1).to(m.dtype)
 
 

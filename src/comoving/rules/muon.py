@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..linalg import svd
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_choice, check_float, check_int
@@ -143,6 +144,6 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
 
 def polar(x: Tensor) -> Tensor:
     """U_r V_r^H over the singular values above rounding, a new tensor of x's shape (*batch, m, n)."""
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    u, s, vh = svd(x)
     kept = s > max(x.shape[-2:]) * torch.finfo(s.dtype).eps * s[..., :1]
     return (u * kept.unsqueeze(-2)) @ vh
