@@ -2,6 +2,7 @@
 
 CPU:   python benchmarks/step_time.py --out benchmarks/results/step_time_cpu.json
 CUDA:  python benchmarks/step_time.py --device cuda --out benchmarks/results/step_time_cuda.json
+Older: python benchmarks/step_time.py --before REVISION --out benchmarks/results/step_time_before_cpu.json
 
 CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDAdam written plainly (plain_ldadam.py);
 a complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10
@@ -10,6 +11,10 @@ installed and right, both refreshing equally often; the cheaper ones also on mat
 default with its moments, and with its frame, in each of them, and what encoding costs by itself.
 
 CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
+
+--before compares every recipe with itself at another git revision, on the matrices of the table of all recipes and on
+small complex tensors: the same gradients, step by step in turn, in REPEATS runs, and of each step the fastest, since
+what else a shared machine does only ever adds time.
 
 Every contender steps once, then the next one, and so on, so that a drift of the machine's speed meets all alike. The
 first step, which makes the first frame, is left out of every figure. "mean" is what training pays, refreshes included.
@@ -33,6 +38,7 @@ import comoving
 from comoving.codecs import Codec
 from comoving.frames import Seeded
 from comoving.parts import part
+from older import older
 from plain_ldadam import PlainLDAdam
 
 Stepper = Callable[[int], None]
@@ -325,6 +331,52 @@ def _recipes(steps: int, shapes: list[tuple[int, ...]], names: tuple[str, ...]) 
     }
 
 
+REPEATS = 3
+"""Runs of a comparison with an older revision."""
+
+
+def before(steps: int, revision: str) -> dict[str, object]:
+    """Every recipe now and at an older revision: the sum over steps of the fastest of each, and its ratio."""
+    packages = {"now": comoving, revision: older(revision)}
+    kinds: list[tuple[str, list[tuple[int, ...]], torch.dtype]] = [
+        ("matrices", [(512, 512)] * 2 + [(1408, 512)], torch.float32),
+        ("tensors", [(24, 24, 16, 9)], torch.complex64),
+    ]
+    figures: dict[str, dict[str, float]] = {}
+    for kind, shapes, dtype in kinds:
+        for name in comoving.recipes():
+            fastest: dict[str, list[float]] = {}
+            for _ in range(REPEATS):
+                times = _in_turn(packages, name, shapes, dtype, steps)
+                fastest = {which: [*map(min, t, fastest.get(which, t))] for which, t in times.items()}
+            now, then = (sum(t[1:]) / steps for t in fastest.values())
+            figures[f"{kind}, {name}"] = {"mean": now, "worst/median": max(fastest["now"][1:]) / now, "before": then}
+            print(f"{kind}, {name}: {now / then:.3f}", file=sys.stderr)
+    return {
+        "before": revision,
+        "figures": figures,
+        "mean / before": {n: f["mean"] / f["before"] for n, f in figures.items()},
+    }
+
+
+def _in_turn(
+    packages: dict[str, Any], name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, steps: int
+) -> dict[str, list[float]]:
+    """Seconds of each step of each package's recipe, one after the other on the same gradients."""
+    options = {"refresh_every": EVERY} if name in PERIODIC else {}
+    models = {which: Weights(shapes, dtype, "cpu") for which in packages}
+    rank = None if dtype.is_complex else comoving.recipes()[name].rank or 64
+    optimizers = {which: p.build(name, models[which], 1e-3, rank=rank, **options) for which, p in packages.items()}
+    times: dict[str, list[float]] = {which: [] for which in packages}
+    for index in range(steps + 1):
+        for which in sorted(packages, reverse=index % 2 == 1):  # neither is always the first
+            models[which].new_gradients(index)
+            start = time.perf_counter()
+            optimizers[which].step()
+            times[which].append(time.perf_counter() - start)
+    return times
+
+
 def cuda_llama(steps: int, device: str) -> dict[str, object]:
     """The matrices of LLaMA-1B (hidden 2048, MLP 5461, 24 layers) at rank 256."""
     shapes: list[tuple[int, ...]] = ([(2048, 2048)] * 4 + [(5461, 2048)] * 2 + [(2048, 5461)]) * 24
@@ -376,10 +428,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tables", default="matrices,tensor,codecs,bases,encodings,recipes,large", help="of the CPU")
+    parser.add_argument("--before", metavar="REVISION", help="compare with this one instead")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.device == "cpu":
+    if options.before:
+        results = {"before": before(options.steps, options.before)}
+    elif options.device == "cpu":
         tables = {
             "matrices": cpu_matrices,
             "tensor": cpu_tensor,
