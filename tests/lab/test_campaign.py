@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from comoving.files import write_json
 from comoving.lab import campaign as campaigns
 from comoving.lab import config as configs
 from comoving.lab.campaign import Campaign
 from comoving.lab.studies import find
-from comoving.race.files import write_json
 from comoving.race.settings import SettingsError
 from lab import synthetic
 
