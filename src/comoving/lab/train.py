@@ -281,10 +281,10 @@ class Trial:
 
 
 def stored(file: Path, device: str = "cpu") -> Record | None:
-    """The checkpoint in a file; None where there is none, or a damaged one, which the log then names.
+    """The checkpoint in a file; None where there is none. A damaged one is named in the log, and removed.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read or removed.
     """
     if not file.exists():
         return None
@@ -305,5 +305,8 @@ def stored(file: Path, device: str = "cpu") -> Record | None:
         except Exception as error:  # zipfile, zlib and torch's reader have no common class for bytes of any kind
             said = (str(error) or type(error).__name__).splitlines()[0]
             LOG.warning("%s is damaged (%s); the run begins anew", file, said)
-            return None
+            found = None
+    if found is None:
+        with explained(file):
+            file.unlink()
     return found
