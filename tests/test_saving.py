@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from comoving import files
 from comoving.files import check_folder, write_bytes, write_text
 
 FULL = Path("/dev/full")
+PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 OLD = b"what was there before"
 
 
@@ -228,3 +230,18 @@ def test_a_folder_is_examined_and_not_made(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, how: False)
     with pytest.raises(PermissionError, match="choose a place that may be written to"):
         check_folder(tmp_path / "a")
+
+
+def test_the_loop_of_the_page_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    weights = []
+    for name, ends in (("whole", (60,)), ("in parts", (25, 60))):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for end in ends:
+            names = {}
+            with torch.random.fork_rng():
+                exec(code.replace("range(begin, 60)", f"range(begin, {end})"), names)
+        weights.append(names["model"].state_dict())
+    assert names["begin"] == 20
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
