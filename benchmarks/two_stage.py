@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import comoving
 from comoving.bench.gradients import saved
+from comoving.files import write_json
 from comoving.race import contenders, sweep
 from comoving.race.command import settings_from
-from comoving.race.files import write_json
 from comoving.race.tasks import TASKS
 
 BASE = "tucker-adam"

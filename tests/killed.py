@@ -3,7 +3,6 @@
 python tests/killed.py FOLDER writes FOLDER/checkpoint.pt in the middle of windows too, and FOLDER/final.pt at the end.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -29,12 +28,6 @@ class Net(nn.Module):
     def forward(self, x):
         h = self.embed(x)
         return self.lm_head(self.norm(h + self.down(torch.relu(self.up(h)))))
-
-
-def save(folder, payload, name):
-    """Whole or not at all, whenever the process dies."""
-    torch.save(payload, folder / f"{name}.tmp")
-    os.replace(folder / f"{name}.tmp", folder / name)
 
 
 def main(folder, pause):
@@ -63,10 +56,10 @@ def main(folder, pause):
             optimizer.step()
             scheduler.step()
         if (k + 1) % 3 == 0:
-            payload = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save(folder, payload | {"scheduler": scheduler.state_dict(), "done": k + 1}, "checkpoint.pt")
+            state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+            comoving.save(folder / "checkpoint.pt", **state, done=k + 1)
         time.sleep(pause)
-    save(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "final.pt")
+    comoving.save(folder / "final.pt", model=model, optimizer=optimizer)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from .groups import param_groups
 from .memory import Plan, plan
 from .optimizer import LowRankOptimizer
 from .recipes import Recipe, build, recipes
+from .saving import save
 from .state import state_bytes
 
 __version__ = "0.1.0"
@@ -19,5 +20,6 @@ __all__ = [
     "param_groups",
     "plan",
     "recipes",
+    "save",
     "state_bytes",
 ]

@@ -1,5 +1,6 @@
 """The command line; thin: it turns strings into settings and errors into one line."""
 
+import errno
 import os
 import shlex
 import sys
@@ -281,6 +282,17 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(BAD_INPUT)
 
 
+def of_the_system(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if error.errno != errno.ENOSPC:
+        return str(error)
+    # No file of ours is without a name. What waits to be written would fail again when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return f"standard output: {error.strerror}; free some space, or send it elsewhere"
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command ``comoving``; ends the process with status 0, 1 (no contender finished), 2 (bad input) or 130."""
     ARGUMENTS[:] = list(sys.argv[1:] if arguments is None else arguments)
@@ -294,8 +306,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     command = typer.main.get_command(application())
     try:
         status = command.main(list(ARGUMENTS), prog_name="comoving", standalone_mode=False)
+        sys.stdout.flush()
     except (SettingsError, ImportError) as error:
         fail(str(error))
+    except OSError as error:
+        fail(of_the_system(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:

@@ -43,10 +43,11 @@ def test_json_lines_go_on_where_a_run_is_resumed(tmp_path):
     sink.write(201, {"x": 1.0})
     sink.close()
     assert [row["step"] for row in lines(path)] == [1, 101, 201] and lines(path)[2] == {"step": 201, "x": 1.0}
-    path.write_text("a picture\n")
-    with pytest.raises(ValueError, match="holds a line that is no reading"):
-        JSONLines(path)
-    assert path.read_text() == "a picture\n"
+    for other in (b"a picture\n", b"\x89PNG\n"):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match=f"{path} holds .*no reading.*: move it away"):
+            JSONLines(path)
+        assert path.read_bytes() == other
 
 
 def test_the_log(caplog):

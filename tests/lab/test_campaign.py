@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from comoving.files import write_json
 from comoving.lab import campaign as campaigns
 from comoving.lab import config as configs
 from comoving.lab.campaign import Campaign
 from comoving.lab.studies import find
-from comoving.race.files import write_json
 from comoving.race.settings import SettingsError
 from lab import synthetic
 
@@ -178,6 +178,82 @@ def test_numbers_out_of_range(tmp_path, quick, options, message):
 def test_a_folder_without_results(tmp_path):
     with pytest.raises(SettingsError, match="holds no results; run a study first"):
         campaigns.found(tmp_path)
-    (tmp_path / "results-x.json").write_text("{")
-    with pytest.raises(SettingsError, match="cannot be read"):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="give the folder that comoving lab run had as --out.*file"):
+        campaigns.found(tmp_path / "file")
+
+
+def removed(record, *path):
+    for step in path[:-1]:
+        record = record[step]
+    del record[path[-1]]
+
+
+def replaced(record, *path, by):
+    for step in path[:-1]:
+        record = record[step]
+    record[path[-1]] = by
+
+
+RESULTS = [
+    (lambda r: removed(r, "metric"), "it lacks metric"),
+    (lambda r: removed(r, "metric", "goal"), "metric lacks goal"),
+    (lambda r: replaced(r, "metric", "goal", by="up"), "metric.goal is 'up' and must be one of max, min"),
+    (lambda r: removed(r, "arms"), "it lacks arms"),
+    (lambda r: replaced(r, "arms", by=[]), r"arms is \[\] and must be a list of 1 or more"),
+    (lambda r: replaced(r, "arms", by={"B0": {}}), "arms is {'B0': {}} and must be a list of 1 or more"),
+    (lambda r: removed(r, "arms", 1, "name"), r"arms\[1\] lacks name"),
+    (lambda r: replaced(r, "arms", 1, "rank", by="4"), r"arms\[1\].rank is '4' and must be an int"),
+    (lambda r: removed(r, "arms", 0, "runs", 2, "seed"), r"arms\[0\].runs\[2\] lacks seed"),
+    (lambda r: replaced(r, "arms", 0, "runs", 0, "losses", by="x"), r"arms\[0\].runs\[0\].losses is 'x'"),
+    (lambda r: removed(r, "arms", 0, "runs", 0, "curve", 1, "step"), r"runs\[0\].curve\[1\] lacks step"),
+    (
+        lambda r: replaced(r, "arms", 0, "runs", 0, "curve", 1, "seconds", by=-1),
+        "seconds is -1 and must be at least",
+    ),
+    (lambda r: replaced(r, "arms", 0, "runs", 0, "spectra", by={"a": [[1]]}), r"spectra.a\[0\] is \[1\]"),
+    (lambda r: replaced(r, "config", by=[1]), r"config is \[1\] and must be an object"),
+    (lambda r: replaced(r, "seeds", by="three"), "seeds is 'three' and must be an int"),
+    ("{", "is no JSON, or cut short"),
+    ("", "is no JSON, or cut short"),
+    ("[]", r"the whole is \[\] and must be an object"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), RESULTS, ids=[says for _, says in RESULTS])
+def test_damaged_results_are_named_and_what_to_do(damage, says, tmp_path):
+    results, file = json.loads(json.dumps(synthetic.against())), tmp_path / "results-e4-x.json"
+    if callable(damage):
+        damage(results)
+    file.write_text(json.dumps(results) if callable(damage) else damage)
+    with pytest.raises(SettingsError, match=says) as found:
         campaigns.found(tmp_path)
+    assert str(found.value).startswith(f"{file} ") and "comoving lab run with the same --out" in str(found.value)
+
+
+DAMAGES = [
+    (lambda r: removed(r, "curve"), "it lacks curve"),
+    (lambda r: replaced(r, "curve", by=[]), "curve is"),
+    (lambda r: replaced(r, "losses", by={}), "losses is {}"),
+    (lambda r: removed(r, "shapes"), "it lacks shapes"),
+    (lambda r: replaced(r, "spectra", by=[]), "spectra is"),
+    (lambda r: replaced(r, "status", by="failed"), "status is 'failed' and must be one of finished, diverged"),
+    (lambda r: replaced(r, "status", by="diverged"), "it lacks error"),
+    ('{"status": "finished"', "is no JSON, or cut short"),
+    ("[3]", "must be an object"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), DAMAGES, ids=[says for _, says in DAMAGES])
+def test_a_damaged_record_is_named_and_the_run_made_anew(damage, says, tmp_path, quick):
+    whole = made(tmp_path, "3", seeds=1).run("")
+    file = sorted((tmp_path / "runs").iterdir())[1]
+    record = json.loads(file.read_text())
+    if callable(damage):
+        damage(record)
+    file.write_text(json.dumps(record) if callable(damage) else damage)
+    stub = Stub()
+    campaign = made(tmp_path, "3", seeds=1, runner=stub)
+    assert campaign.run("") == whole and len(stub.asked) == 1
+    (line,) = campaign.watcher.lines
+    assert line.startswith(f"{file} ") and says in line and line.endswith("; the run is made anew")

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from comoving import cli
+from comoving.lab import campaign
 from comoving.lab import config as configs
+from comoving.lab.studies import find
 
 SMALL = """
 title = "a very small ViT on digits"
@@ -38,7 +40,7 @@ def test_list_names_studies_and_configurations(capsys):
     assert all(word in shown for word in (*configs.names(), "3b", "e4", "ViT-S on CIFAR-100"))
 
 
-def test_run_report_and_sinks(tmp_path, capsys, monkeypatch):
+def test_run_report_and_sinks(tmp_path, capsys, caplog, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     file = tmp_path / "small.toml"
@@ -46,8 +48,15 @@ def test_run_report_and_sinks(tmp_path, capsys, monkeypatch):
     out = tmp_path / "runs"
     options = ["--seeds", 1, "--out", out, "--spec-every", 4, "--jobs", 1]
     sinks = ["--spec-monitor", "--log-tensorboard", "--log-wandb", "--wandb-project", "tests"]
+    config = configs.configure(configs.load(str(file)), {"spec_every": 4})
+    run = campaign.Campaign(find("3"), config, 1, out, None).setting(find("3").arms(config)[0], 1e-3, 0)
+    checkpoint = campaign.file_of(run, out).with_suffix(".pt")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"half a checkpoint")
     assert comoving("run", "3", "--config", file, *options, *sinks) == 0
     said = capsys.readouterr()
+    logged = [record.getMessage() for record in caplog.records if record.name.startswith("comoving.")]
+    assert logged == [f"{checkpoint} is damaged (File is not a zip file); the run begins anew"]
     assert (
         "1 seed: not enough evidence for any verdict, 3 are needed" in said.err
         and "[1/1] B0 lr 0.001 seed 0" in said.err

@@ -83,6 +83,9 @@ def test_files_that_are_none(tmp_path):
     file.write_text('title = "t"\ntask = "bytes"\n')
     with pytest.raises(SettingsError, match="missing hidden_size, layers, heads"):
         configs.load(str(file))
+    file.write_text('title = "t"\nharder = 3\n')
+    with pytest.raises(SettingsError, match="harder is 3; it must be a table"):
+        configs.load(str(file))
     file.write_text('title = "t"\n[harder]\nnothing = 1\n')
     with pytest.raises(SettingsError, match="unknown field 'nothing'"):
         configs.load(str(file))

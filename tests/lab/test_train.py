@@ -2,16 +2,18 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from torch import nn
 
+import comoving
 from comoving.directions import targets
 from comoving.lab import config as configs
 from comoving.lab import tasks
 from comoving.lab.studies import STUDIES, Arm, branch
-from comoving.lab.train import LabRun, Trial, train
+from comoving.lab.train import LabRun, Trial, stored, train
 from comoving.race.runner import rate_factor
 
 CONFIG = configs.configure(
@@ -155,6 +157,57 @@ def test_resumed_is_bitwise_the_whole_run(name, stop, tmp_path):
     }
     for a, b in zip(resumed["curve"], whole["curve"], strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def ours(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("comoving.")]
+
+
+def turned(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    path.write_bytes(raw)
+
+
+DAMAGES = {
+    **{f"cut at {share}": lambda path, s=share: os.truncate(path, int(s * path.stat().st_size))
+       for share in (0, 0.0001, 0.01, 0.5, 0.99)},
+    "last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "one byte": turned,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "text": lambda path: path.write_bytes(b"garbage\n" * 99),
+    "pickle": lambda path: path.write_bytes(b"\x80\x02]q\x00."),
+    "a list": lambda path: torch.save([1, 2], path),
+    "a tensor": lambda path: torch.save(torch.ones(3), path),
+    "a part": lambda path: torch.save({"step": 3, "model": {}}, path),
+    "code": lambda path: torch.save(os.truncate, path),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_run_begins_anew(damage, tmp_path, caplog):
+    path = tmp_path / "run.pt"
+    trial = Trial(run_of("B0"), TASK, ())
+    trial.evaluate()
+    trial.update()
+    comoving.save(path, trial.state())
+    assert stored(path)["step"] == 1 and not ours(caplog)
+    DAMAGES[damage](path)
+    assert stored(path) is None and not path.exists()
+    (said,) = ours(caplog)
+    assert said.startswith(f"{path} is damaged (") and said.endswith("); the run begins anew") and "\n" not in said
+
+
+def test_a_run_with_a_damaged_checkpoint_is_the_whole_run(tmp_path, caplog):
+    (tmp_path / "run.pt").write_bytes(b"garbage")
+    again, whole = train(run_of("B0"), TASK, checkpoint=tmp_path / "run.pt"), train(run_of("B0"), TASK)
+    assert again["losses"] == whole["losses"] and not (tmp_path / "run.pt").exists()
+    assert len(ours(caplog)) == 1
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(IsADirectoryError, match="remove the folder"):
+        train(run_of("B0"), TASK, checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize(("at", "phase"), [(3, "before the split"), (15, "after the split")])

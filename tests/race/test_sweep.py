@@ -10,9 +10,9 @@ from dataclasses import asdict
 
 import pytest
 
+from comoving.files import write_json
 from comoving.race import report, sweep
 from comoving.race.command import blocks
-from comoving.race.files import write_json
 from comoving.race.runner import train
 from comoving.race.sweep import Race, beyond, reach, results, save
 from comoving.race.table import remarks, size
@@ -59,17 +59,79 @@ def test_interrupted_race_resumes(tmp_path):
     assert len(fourth.runs) == 1
 
 
-def test_half_written_or_failed_runs_are_run_again(tmp_path):
-    made = settings(tmp_path)
-    runner = InProcess()
-    race = race_of(made, runner)
-    race.run()
+class Told(sweep.Silence):
+    """A watcher that remembers what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def without(*names):
+    return lambda record: {key: value for key, value in record.items() if key not in names}
+
+
+def changed(**values):
+    return lambda record: record | values
+
+
+DAMAGES = {
+    "empty": (b"", "is no JSON, or cut short"),
+    "cut short": (lambda record: json.dumps(record)[:50].encode(), "is no JSON, or cut short"),
+    "garbage": (b"\xff\x00garbage", "is no JSON, or cut short"),
+    "deep": (b"[" * 10**5, "is no JSON, or cut short"),
+    "NaN": (lambda record: json.dumps(record | {"final": float("nan")}).encode(), "it holds NaN"),
+    "a list": ([1, 2], r"the whole is \[1, 2\] and must be an object"),
+    "null": (None, "the whole is None and must be an object"),
+    "no status": (without("status"), "it lacks status"),
+    "other status": (changed(status="done"), "status is 'done' and must be one of finished, diverged, refused, failed"),
+    "list of statuses": (changed(status=["finished"]), "status is .* must be one of"),
+    "no final": (without("final", "spikes"), "it lacks final, spikes"),
+    "final in words": (changed(final="good"), "final is 'good' and must be a finite number"),
+    "no error": (changed(status="refused"), "it lacks error"),
+    "short losses": (changed(losses=[1.0]), r"losses is \[1.0\] and must be a list of 12 or more"),
+    "null in losses": (changed(losses=[1.0] * 12 + [None]), r"losses\[12\] is None"),
+    "other curve": (changed(validation=[{"step": 1}] * 3), r"validation\[0\] lacks seconds, value"),
+    "true for a number": (changed(state=True), "state is True and must be an int"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_is_named_and_the_run_made_anew(damage, tmp_path):
+    made, runner, told = settings(tmp_path), InProcess(), Told()
+    race_of(made, runner).run()
     file = sweep.file_of(runner.runs[0], tmp_path)
-    file.write_text(file.read_text()[:50])
+    whole, (damaged, says) = json.loads(file.read_text()), DAMAGES[damage]
+    found = damaged(whole) if callable(damaged) else damaged
+    file.write_bytes(found if isinstance(found, bytes) else json.dumps(found).encode())
+    for _ in range(2):
+        Race(made, told, runner, data="small").run()
+    assert len(runner.runs) == 2 and json.loads(file.read_text())["final"] == whole["final"]
+    (line,) = told.lines
+    assert line.startswith(f"{file} ") and line.endswith("; the run is made anew") and re.search(says, line)
+
+
+@pytest.mark.parametrize("record", [{"status": "failed", "error": "killed"}, None])
+def test_failed_or_missing_runs_are_run_without_a_word(record, tmp_path):
+    made, runner, told = settings(tmp_path), InProcess(), Told()
     race_of(made, runner).run()
-    file.write_text(json.dumps({"status": "failed", "error": "killed"}))
+    file = sweep.file_of(runner.runs[0], tmp_path)
+    file.unlink() if record is None else file.write_text(json.dumps(record))
+    Race(made, told, runner, data="small").run()
+    assert len(runner.runs) == 2 and not told.lines
+
+
+def test_a_folder_in_place_of_a_record_is_named_before_anything_runs(tmp_path):
+    made, runner = settings(tmp_path), InProcess()
     race_of(made, runner).run()
-    assert len(runner.runs) == 3
+    file = sweep.file_of(runner.runs[0], tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(IsADirectoryError, match=f"remove the folder.*{file.name}"):
+        race_of(made, runner).run()
+    assert len(runner.runs) == 1
 
 
 @pytest.mark.parametrize(

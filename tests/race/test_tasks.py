@@ -95,6 +95,11 @@ def test_idx_reader(tmp_path):
     (tmp_path / "other").write_bytes(b"\x00\x00\x0d" + raw[3:])
     with pytest.raises(ValueError, match="not an idx file"):
         vit.read_idx(tmp_path / "other")
+    whole = (tmp_path / "x.gz").read_bytes()
+    for damaged in (whole[:-9], whole[:30], b"", b"garbage", whole[:12] + bytes(20) + whole[32:]):
+        (tmp_path / "x.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"x\.gz is not "):
+            vit.read_idx(tmp_path / "x.gz")
 
 
 def test_fashion_mnist_from_idx_files(tmp_path):

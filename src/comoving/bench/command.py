@@ -13,8 +13,8 @@ import torch
 from comoving.bench import clock, report, subspace
 from comoving.bench.contenders import contenders, sampled
 from comoving.bench.gradients import from_training, train_tensor, turning
+from comoving.files import check_folder, write_bytes, write_json, write_text
 from comoving.race.extras import require
-from comoving.race.files import write_json, write_text
 
 NOTE = (
     "Times are processor time on one thread, medians, contenders in turn; only ratios within a run mean anything. Load "
@@ -110,6 +110,7 @@ def execute(out: Path, quick: bool, command: str) -> int:
     # Missed here rather than after minutes of measuring.
     for module, extra in (("matplotlib.figure", "cli"), ("transformers", "hf"), ("neuralop.models", "pde")):
         require(module, extra)
+    check_folder(out)
     console = rich_console.Console(stderr=True)
 
     def say(line: str) -> None:
@@ -117,11 +118,10 @@ def execute(out: Path, quick: bool, command: str) -> int:
 
     with one_thread():
         found = measure(QUICK if quick else FULL, command, say)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "subspace.json", found)
     write_text(out / "subspace.md", report.markdown(found))
-    (out / "subspace-accuracy.png").write_bytes(report.accuracy(found))
-    (out / "subspace-order.png").write_bytes(report.order(found))
+    write_bytes(out / "subspace-accuracy.png", report.accuracy(found))
+    write_bytes(out / "subspace-order.png", report.order(found))
     report.show(found, rich_console.Console(width=None if sys.stdout.isatty() else 170))
     console.print(f"written to {out}", markup=False, highlight=False)
     return 0

@@ -8,6 +8,7 @@ import torch
 
 from comoving.race.extras import require
 
+from ..saving import save
 from .matrices import unwrapped
 from .monitor import SpectralMonitor
 
@@ -117,7 +118,7 @@ def trainer_callback(trainer: Any | None = None, **options: Any) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             folder = _checkpoint(args, state)
             if self.monitor is not None and state.is_world_process_zero and folder.is_dir():
-                torch.save(self.monitor.state_dict(), folder / STATE_FILE)
+                save(folder / STATE_FILE, self.monitor)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.monitor is not None:

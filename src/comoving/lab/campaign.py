@@ -1,5 +1,6 @@
 """A study's runs: equally many rates for every arm on seed 0, the best one on all seeds, and what follows from that."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -12,14 +13,15 @@ import torch
 
 import comoving
 from comoving.directions.targets import matrix_of, targets
+from comoving.files import finite, refused, write_text
 from comoving.lab import tasks
 from comoving.lab.config import Config
+from comoving.lab.records import RESULTS, RUN
 from comoving.lab.studies import BASELINE, Arm, Study
 from comoving.lab.train import LabRun
 from comoving.lab.verdicts import follow_up
-from comoving.race import host
+from comoving.race import host, records
 from comoving.race.contenders import digest
-from comoving.race.files import finite, write_text
 from comoving.race.processes import Processes
 from comoving.race.settings import SettingsError, check_device
 
@@ -166,7 +168,7 @@ class Campaign:
         """Run or reuse every one of ``runs``, at most ``jobs`` at a time."""
         missing: list[tuple[Entry, LabRun]] = []
         for entry, run in runs:
-            record = finished(file_of(run, self.out))
+            record = finished(file_of(run, self.out), self.watcher.say)
             if record is None:
                 missing.append((entry, run))
             else:
@@ -306,26 +308,37 @@ def file_of(run: LabRun, out: Path) -> Path:
     return out / "runs" / f"{run.config.name}-{run.arm.name}-{run.rate:g}-seed{run.seed}-{key}.json"
 
 
-def finished(file: Path) -> Record | None:
-    """The record of this very run from an earlier start; what failed is tried again."""
+def finished(file: Path, say: Callable[[str], None]) -> Record | None:
+    """The record of this very run from an earlier start; one whose file is damaged is run again, which is said.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     try:
-        record: Record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return records.read(file, RUN)
+    except FileNotFoundError:
         return None
-    return record if record.get("status") in REUSED else None
+    except records.Misshapen as error:
+        say(f"{error}; the run is made anew")
+        return None
 
 
 def found(folder: Path) -> list[Record]:
     """The results of all studies in a folder.
 
     Raises:
-        SettingsError: none is there, or one cannot be read.
+        SettingsError: none is there, or one is damaged.
+        OSError: ``folder`` is a file, or one in it cannot be read.
     """
+    if folder.exists() and not folder.is_dir():
+        raise refused(errno.ENOTDIR, folder, "give the folder that comoving lab run had as --out")
     files: Iterable[Path] = sorted(folder.glob("results-*.json"))
     try:
-        results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{folder}: a file of results cannot be read: {error}") from error
+        results = [records.read(file, RESULTS) for file in files]
+    except records.Misshapen as error:
+        raise SettingsError(
+            f"{error}; comoving lab run with the same --out writes it anew from the finished runs, or remove it"
+        ) from error
     if not results:
         raise SettingsError(f"{folder} holds no results; run a study first: comoving lab run STUDY --out {folder}")
     return results

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from comoving.files import check_folder
 from comoving.lab import config as configs
 from comoving.lab import report
 from comoving.lab.campaign import Campaign, found
@@ -59,6 +60,7 @@ def execute(
             require(module, "log")
     console = require("rich.console", "cli").Console
     stderr = console(stderr=True)
+    check_folder(out)
     config = configs.configure(configs.load(name), changes or {})
     bars = Bars(stderr)
     if log and "wandb" in log:
@@ -88,6 +90,7 @@ def write(folder: Path) -> int:
         require(module, "cli")
     require("scipy.stats", "lab")
     results = found(folder)
+    check_folder(folder)
     console = require("rich.console", "cli").Console(width=None if sys.stdout.isatty() else 200)
     for study in results:
         console.print(report.table(study, judge(study)))

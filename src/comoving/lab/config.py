@@ -229,7 +229,10 @@ def load(name: str) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is no TOML: {error}") from error
     _known(path.stem, found)
-    _known(path.stem, found.get("harder", {}))
+    harder = found.get("harder", {})
+    if not isinstance(harder, dict):
+        raise SettingsError(f"{path.stem}: harder is {harder!r}; it must be a table")
+    _known(path.stem, harder)
     missing = [f.name for f in fields(Config) if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in missing if name not in found and name != "name"]
     if missing:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from comoving.files import write_text
 from comoving.lab import pictures
 from comoving.lab.statistics import finite
 from comoving.lab.times import crossing, explosions, labels, targets
 from comoving.lab.verdicts import NO, RULES, UNKNOWN, YES, judge
 from comoving.lab.verdicts.base import Arm, Results, Verdict, arms, baseline_of, diverged, final, runs, seeds, validated
 from comoving.race.extras import require
-from comoving.race.files import write_text
 from comoving.race.report import CSS, picture
 from comoving.race.table import DASH
 

@@ -1,7 +1,9 @@
 """One run of the laboratory: one arm at one rate and one seed, trained from start to end and measured."""
 
+import logging
 import math
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import comoving
 from comoving.directions import SpectralMonitor, targets
 from comoving.directions.sinks import Sink
+from comoving.files import explained
 from comoving.lab import tasks
 from comoving.lab.config import Config, from_plain
 from comoving.lab.interventions import Intervention, intervention
 from comoving.lab.studies import Arm
 from comoving.race.runner import rate_factor, spikes, validation_steps
 
+LOG = logging.getLogger(__name__)
 KINDS = ("weight", "gradient", "momentum", "update")
 CHECKPOINT_EVERY = 60.0
 """Seconds between checkpoints of a long run."""
@@ -98,8 +103,9 @@ def train(
     devices = [torch.device(run.device)] if torch.device(run.device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         trial = Trial(run, task, sinks)
-        if checkpoint is not None and checkpoint.exists():
-            trial.load(torch.load(checkpoint, map_location=run.device, weights_only=True))
+        found = None if checkpoint is None else stored(checkpoint, run.device)
+        if found is not None:
+            trial.load(found)
         trial.train(progress, checkpoint)
         record = trial.record()
     if checkpoint is not None:
@@ -158,7 +164,7 @@ class Trial:
             if self.step in due and self.error is None:
                 self.evaluate()
                 if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_EVERY:
-                    save(self.state(), checkpoint)
+                    comoving.save(checkpoint, self.state())
                     saved = time.monotonic()
         self.monitor.close()
 
@@ -248,6 +254,7 @@ class Trial:
         }
 
     MEASURED = ("step", "seconds", "losses", "curve", "energy", "alignment")
+    STATE = ("model", "optimizer", "monitor", "intervention", "batches", "spectra", *MEASURED)
 
     def state(self) -> Record:
         """Everything a run needs to go on, for ``weights_only=True``."""
@@ -273,9 +280,33 @@ class Trial:
             setattr(self, name, found[name])
 
 
-def save(state: Record, file: Path) -> None:
-    """Write a checkpoint that appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(file)
+def stored(file: Path, device: str = "cpu") -> Record | None:
+    """The checkpoint in a file; None where there is none. A damaged one is named in the log, and removed.
+
+    Raises:
+        OSError: the file cannot be read or removed.
+    """
+    if not file.exists():
+        return None
+    with explained(file):
+        raw = file.open("rb")
+    with raw:
+        try:
+            # torch does not look at the sums of tensors' bytes.
+            if zipfile.ZipFile(raw).testzip() is not None:
+                raise ValueError("its bytes do not add up")
+            raw.seek(0)
+            found = torch.load(raw, map_location=device, weights_only=True)
+            lacking = [name for name in Trial.STATE if name not in found]
+            if lacking:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # zipfile, zlib and torch's reader have no common class for bytes of any kind
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            LOG.warning("%s is damaged (%s); the run begins anew", file, said)
+            found = None
+    if found is None:
+        with explained(file):
+            file.unlink()
+    return found

@@ -1,15 +1,16 @@
 """The process of one run: JSON settings on standard input, JSON lines of progress out, the record to a file."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
 import torch
 
 from comoving.directions.sinks import JSONLines, Sink, TensorBoard, WandB
-from comoving.lab.train import LabRun, train
-from comoving.race.files import write_json
-from comoving.race.processes import Reporter
+from comoving.files import write_json
+from comoving.lab.train import LabRun, stored, train
+from comoving.race.processes import Relay, Reporter
 
 
 def sinks(run: LabRun, file: Path, step: int) -> tuple[Sink, ...]:
@@ -27,10 +28,12 @@ def sinks(run: LabRun, file: Path, step: int) -> tuple[Sink, ...]:
 def main(target: Path) -> None:
     """Train what standard input asks for and write the record to ``target``."""
     torch.set_num_threads(1)
+    logging.getLogger("comoving").addHandler(Relay())
     fields = json.load(sys.stdin)
     run = LabRun.of(fields)
     checkpoint = target.with_suffix(".pt")
-    step = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+    found = stored(checkpoint)
+    step = 0 if found is None else found["step"]
     record = train(run, progress=Reporter(run.config.steps), checkpoint=checkpoint, sinks=sinks(run, target, step))
     write_json(target, {"settings": fields, **record})
 

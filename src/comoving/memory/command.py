@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import check_folder, write_bytes, write_json
 from ..race.extras import require
-from ..race.files import write_json
 from ..race.settings import SettingsError, parse_rank
 from ..units import parse_bytes, show_bytes
 from . import report
@@ -38,6 +38,9 @@ def execute(
     Raises:
         SettingsError: for anything that cannot be planned.
     """
+    if out is not None:
+        require("matplotlib.figure", "cli")
+        check_folder(out)
     given = {name: value for name, value in options.items() if value is not None}
     if limit is not None and rank is not None:
         raise SettingsError(f"--fit looks for the rank: leave --rank {rank} out")
@@ -59,12 +62,9 @@ def execute(
         raise SettingsError(str(error)) from error
     record = _record(plans, found)
     if out is not None:
-        for module in ("matplotlib.figure",):
-            require(module, "cli")
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "plan.json", record)
         bars = [(f"{p.recipe} {'' if p.rank is None else p.rank} {name}".strip(), p) for name, p in plans]
-        (out / "plan.png").write_bytes(report.picture(bars, bound))
+        write_bytes(out / "plan.png", report.picture(bars, bound))
     if as_json:
         sys.stdout.write(json.dumps(record, indent=2) + "\n")
         return 0

@@ -217,10 +217,10 @@ def generate(spec: AllenCahnData, progress: Callable[[int], None] = lambda done:
 
 def load(spec: AllenCahnData, progress: Callable[[int], None] = lambda done: None) -> tuple[Stored, Stored]:
     """:func:`generate`, kept on disk by :func:`comoving.race.cache.load`."""
-    stored = cache.load(
+    return cache.load(  # pyright: ignore[reportReturnType]
         f"allen-cahn-{spec.resolution}",
         spec,
         Path(__file__),
-        lambda: dict(zip(("start", "future"), generate(spec, progress), strict=True)),
+        ("start", "future"),
+        lambda: generate(spec, progress),
     )
-    return stored["start"], stored["future"]

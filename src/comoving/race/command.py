@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from comoving.files import check_folder
 from comoving.race import contenders, report, sweep
 from comoving.race.bars import Bars
 from comoving.race.extras import require
@@ -124,6 +125,7 @@ def execute(settings: RaceSettings, command: str) -> int:
     # Missed here rather than after an hour of training.
     for module in ("rich.console", "matplotlib.figure"):
         require(module, "cli")
+    check_folder(settings.out)
     rich_console = require("rich.console", "cli")
     console = rich_console.Console(stderr=True)
     race = sweep.Race(settings)

@@ -131,10 +131,10 @@ def generate(spec: DarcyData, progress: Callable[[int], None] = lambda done: Non
 
 def load(spec: DarcyData, progress: Callable[[int], None] = lambda done: None) -> tuple[Array, Array]:
     """:func:`generate`, kept on disk by :func:`comoving.race.cache.load`."""
-    stored = cache.load(
+    return cache.load(  # pyright: ignore[reportReturnType]
         f"darcy-{spec.resolution}",
         spec,
         Path(__file__),
-        lambda: dict(zip(("a", "u"), generate(spec, progress), strict=True)),
+        ("a", "u"),
+        lambda: generate(spec, progress),
     )
-    return stored["a"], stored["u"]

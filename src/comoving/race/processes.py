@@ -1,6 +1,7 @@
 """Runs in processes of their own, one thread each: settings in, progress and a record out."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from comoving.files import make_folder
+
 Record = dict[str, Any]
 
 PERIOD = 0.2
+LOG = logging.getLogger(__name__)
 
 
 class Processes:
@@ -20,7 +24,8 @@ class Processes:
 
     Args:
         worker: the module that a process runs with the file of the record as its argument. It reads the settings of the
-            run as JSON from standard input, may print ``{"step": ..., "loss": ...}`` lines, and writes the file.
+            run as JSON from standard input, may print lines ``{"step": ..., "loss": ...}`` and ``{"said": ...}`` (for
+            the log), and writes the file.
     """
 
     def __init__(self, worker: str) -> None:
@@ -31,7 +36,7 @@ class Processes:
 
     def __call__(self, run: Mapping[str, Any], file: Path, progress: Callable[[int, float], None]) -> Record:
         """Run it to its end; what went wrong in there comes back as a record with status "failed"."""
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         log = file.with_suffix(".log")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", self.worker, str(file)]
@@ -52,6 +57,9 @@ class Processes:
             for line in process.stdout:
                 try:
                     point = json.loads(line)
+                    if "said" in point:
+                        LOG.warning("%s", point["said"])
+                        continue
                     progress(int(point["step"]), float(point["loss"]))
                 except (ValueError, KeyError, TypeError):
                     continue  # a library's own chatter
@@ -78,6 +86,15 @@ def last_words(log: Path, code: int) -> str:
     if code < 0:
         return f"process ended by signal {-code}; see {log.name}"
     return lines[-1][:500] if lines else f"process ended with code {code}"
+
+
+class Relay(logging.Handler):
+    """In the process of a run: hands what is logged to the parent, whose log people see."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line of JSON."""
+        sys.stdout.write(json.dumps({"said": self.format(record)}) + "\n")
+        sys.stdout.flush()
 
 
 class Reporter:

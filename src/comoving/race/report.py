@@ -5,8 +5,8 @@ import html
 from pathlib import Path
 from typing import Any
 
+from comoving.files import write_bytes, write_text
 from comoving.race import pictures
-from comoving.race.files import write_text
 from comoving.race.table import DASH, columns, remarks
 
 CSS = """
@@ -93,8 +93,7 @@ contender from the same initialization on the same batches, each at the best of 
 def save(found: dict[str, Any], out: Path) -> Path:
     """Write ``curves.png``, ``frontier.png`` and ``report.html`` into ``out``."""
     curves, frontier = pictures.curves(found), pictures.frontier(found)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "curves.png").write_bytes(curves)
-    (out / "frontier.png").write_bytes(frontier)
+    write_bytes(out / "curves.png", curves)
+    write_bytes(out / "frontier.png", frontier)
     write_text(out / "report.html", page(found, curves, frontier))
     return out / "report.html"

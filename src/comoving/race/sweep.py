@@ -1,6 +1,5 @@
 """The race: which runs are due, running them in processes of their own, keeping what is done."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -9,16 +8,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from comoving.race import contenders, host
+from comoving.files import write_json
+from comoving.race import contenders, host, records
 from comoving.race.contenders import Contender
-from comoving.race.files import write_json
 from comoving.race.processes import Processes
+from comoving.race.records import cases, having, integer, listed, maybe, number, text
+from comoving.race.runner import validation_steps
 from comoving.race.settings import RaceSettings, RunSettings, SettingsError
 
 Record = dict[str, Any]
 Runner = Callable[[RunSettings, Path, Callable[[int, float], None]], Record]
 
-REUSED = ("finished", "diverged", "refused")
+_NUMBERS = ("final", "seconds", "step_seconds", "optimizer_seconds", "worst_step_ratio")
+_BYTES = ("peak_memory", "state", "state_projected", "parameters", "parameters_projected")
+_LOOK = having({"step": integer, "seconds": number, "value": number})
+FINISHED = {
+    **dict.fromkeys(_NUMBERS, number),
+    **dict.fromkeys(_BYTES, integer),
+    **dict.fromkeys(("final_loss", "refresh_share"), maybe(number)),
+    "spikes": listed(integer),
+}
+"""What the file of a finished run holds, beside its curves."""
+ENDED = ("diverged", "refused", "failed")
 CODE = (
     "contenders.py",
     "runner.py",
@@ -109,6 +120,16 @@ def file_of(run: RunSettings, out: Path) -> Path:
     """Where the record of a run is kept: readable, and unique by the key of its settings."""
     name = "".join(c if c.isalnum() or c in "-+." else "_" for c in run.contender)[:60]
     return out / "runs" / f"{name}-{run.rate:g}-seed{run.seed}-{run.key}.json"
+
+
+def shape_of(run: RunSettings) -> records.Check:
+    """What the file of a run may hold."""
+    curves = {
+        "losses": listed(number, run.steps),
+        "validation": listed(_LOOK, len(validation_steps(run.steps, run.validations))),
+    }
+    ended = having({"error": text})
+    return cases("status", {"finished": having({**FINISHED, **curves}), **dict.fromkeys(ENDED, ended)})
 
 
 def code_fingerprint(contender: Contender) -> str:
@@ -211,13 +232,21 @@ class Race:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def finished(self, run: RunSettings) -> Record | None:
-        """The record of this very run from an earlier start; what failed (out of memory, killed) is tried again."""
-        file = file_of(run, self.settings.out)
+        """The record of this very run from an earlier start; what failed (out of memory, killed) is tried again.
+
+        So is a run whose file is damaged, which is said.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
         try:
-            record: Record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = records.read(file_of(run, self.settings.out), shape_of(run))
+        except FileNotFoundError:
             return None
-        return record if record.get("status") in REUSED else None
+        except records.Misshapen as error:
+            self.watcher.say(f"{error}; the run is made anew")
+            return None
+        return None if record["status"] == "failed" else record
 
     def in_a_process(self, run: RunSettings, file: Path, progress: Callable[[int, float], None]) -> Record:
         """The usual runner."""

@@ -5,13 +5,14 @@ its own peak memory, and a crash takes nobody else down.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
 import torch
 
-from comoving.race.files import write_json
-from comoving.race.processes import Reporter
+from comoving.files import write_json
+from comoving.race.processes import Relay, Reporter
 from comoving.race.runner import train
 from comoving.race.settings import RunSettings
 
@@ -19,6 +20,7 @@ from comoving.race.settings import RunSettings
 def main(target: Path) -> None:
     """Train what standard input asks for and write the record to ``target``."""
     torch.set_num_threads(1)
+    logging.getLogger("comoving").addHandler(Relay())
     fields = json.load(sys.stdin)
     if isinstance(fields["rank"], list):
         fields["rank"] = tuple(fields["rank"])

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from comoving.race.files import finite, write_text
+from comoving.files import finite, make_folder, write_text
 
 
 class JSONLines:
@@ -21,9 +21,12 @@ class JSONLines:
 
     def __init__(self, path: str | Path, resume_at: int | None = None) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
+            try:
+                text = self.path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self.path} holds no readings ({error}): move it away") from error
             whole = text[: text.rfind("\n") + 1]
             kept = "".join(line for line in whole.splitlines(keepends=True) if self._stays(line, resume_at))
             if kept != text:
@@ -34,7 +37,7 @@ class JSONLines:
         try:
             step = int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} holds a line that is no reading: {line[:60]!r}") from error
+            raise ValueError(f"{self.path} holds a line that is no reading, {line[:60]!r}: move it away") from error
         return resume_at is None or step <= resume_at
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

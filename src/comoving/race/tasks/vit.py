@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,14 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """Read an idx file (gzipped where it ends in .gz) of unsigned bytes: two zeros, type, dimensions, sizes, data.
 
     Raises:
-        ValueError: if the file is not idx, holds another type, or is cut short.
+        ValueError: if the file is not gzip or idx, holds another type, or is cut short.
     """
     raw = path.read_bytes()
     if path.suffix == ".gz":
-        raw = gzip.decompress(raw)
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is not a whole gzip file ({error}): install its package again") from error
     if len(raw) < 4 or raw[:3] != bytes((0, 0, IDX_UNSIGNED_BYTE)):
         raise ValueError(f"{path} is not an idx file of unsigned bytes")
     start = 4 + 4 * raw[3]
