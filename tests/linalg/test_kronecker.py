@@ -79,13 +79,15 @@ def test_newton_roots_are_those_of_the_eigenvalues_in_double_precision(p, size, 
     values = (values + (1e-12 + d * eps * norms)).abs()
     expected = (vectors * (values ** (-1 / p)).unsqueeze(-2)) @ vectors.mH
     assert root.isfinite().all()
-    # Of double precision nothing is left in eigenvalues of a few machine epsilons.
-    loose = 1e-4 if dtype in (torch.float32, torch.complex64) else 100 * eps * float((norms / values).max()) + 1e-9
     gaps = torch.linalg.matrix_norm(root - expected) / torch.linalg.matrix_norm(expected)
-    assert gaps.max() <= min(loose, 0.5)
+    rounding = 100 * torch.finfo(REAL).eps * (norms / values).amax(-1)
+    known = rounding < 1e-3  # nothing is left of eigenvalues of a few machine epsilons of double precision
+    assert (known | (eps < 1e-10)).all()
+    assert known[-1]
+    assert (gaps <= rounding + 10 * eps)[known].all()
 
 
-@pytest.mark.parametrize("shape", [(30, 20, 10), (300, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(30, 20, 10), (90, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL], ids=str)
 def test_newton_roots_of_factors_that_rounding_has_made_indefinite(shape, dtype):
     """Those of a gradient of rank one, and one whose negative eigenvalues are far beyond what is added."""
