@@ -5,7 +5,18 @@ from .cosine import cosine_columns, cosine_transform
 from .incremental import incremental_qr
 from .kronecker import InverseRoot, add_gram, bounded, inverse_root, leading_basis, multiply_factors, turned_basis
 from .leading import Method, leading_directions, unit_size
-from .multilinear import abs_squared, add_multilinear, all_but_one, correlate, gram, inner, multilinear, norm, unfold
+from .multilinear import (
+    abs_squared,
+    add_multilinear,
+    all_but_one,
+    correlate,
+    gram,
+    inner,
+    multilinear,
+    norm,
+    sgn_,
+    unfold,
+)
 from .nystrom import nystrom_tucker
 from .orthogonal import (
     leading_eigenvectors,
@@ -46,6 +57,7 @@ __all__ = [
     "orthogonality_defect",
     "orthonormalize",
     "reorthonormalize",
+    "sgn_",
     "tsqr",
     "tsqr_r",
     "tt_randomized",
