@@ -92,7 +92,7 @@ def reading(figures: Tensor, residual: Residual) -> dict[str, float]:
         bound = total * sqrt(1 - captured + _rounding(figures)) if seen else inf
     elif residual.bounded:
         error = min(error, bound)  # which is a difference as well, of numbers that may be larger
-    found = dict(zip(FIELDS, (captured, overlap, defect, error, bound), strict=True))
+    found: dict[str, float] = dict(zip(FIELDS, (captured, overlap, defect, error, bound), strict=True))
     if not residual.bounded:
         del found["bound"]
     return found
