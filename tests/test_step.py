@@ -9,12 +9,15 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import comoving
 from comoving import LowRankOptimizer, build, param_groups, recipes
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import Exact, Power
 from comoving.residual import Discard, Feedback
 from comoving.rules import Adam, Lion, Momentum
 from comoving.transport import Carry, Keep, Reset, Rotate
+from comoving.views import Heads
+from contract.support import lone, randn
 
 RECIPES = [*recipes(), "galore+ef", "tensor-galore+ef"]
 
@@ -264,17 +267,98 @@ def test_gradients_of_another_memory_layout(recipe, layout, on_nonfinite):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "galore", "ldadam", "tensor-galore", "adamw"])
-def test_parameters_of_another_memory_layout(recipe):
-    model, twin = Mixed(torch.float64), Mixed(torch.float64)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data = p.data.mT.contiguous().mT
-    assert not model.wide.is_contiguous()
-    train(model, build(recipe, model, 1e-2), 5)
-    train(twin, build(recipe, twin, 1e-2), 5)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+def reversed_in_memory(x):
+    """x with the strides of its transpose."""
+    order = tuple(reversed(range(x.ndim)))
+    return x.permute(order).contiguous().permute(order)
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def idle_stride(x, mode):
+    """x with a stride along a mode of one entry that no contiguous tensor has."""
+    strides = list(x.stride())
+    assert x.shape[mode] == 1
+    strides[mode] = 7
+    return x.as_strided(x.shape, strides)
+
+
+LAID = {
+    "channels last": ((12, 9, 3, 3), channels_last),
+    "channels last, one filter": ((1, 12, 5, 5), channels_last),
+    "channels last, one channel": ((12, 1, 5, 5), channels_last),
+    "channels last, one pixel": ((14, 14, 1, 1), channels_last),
+    "transposed": ((14, 14), reversed_in_memory),
+    "transposed, an idle stride in front": ((1, 14, 14), lambda x: idle_stride(reversed_in_memory(x), 0)),
+    "transposed, an idle stride inside": ((14, 1, 14), lambda x: idle_stride(reversed_in_memory(x), 1)),
+    "an idle stride": ((14, 1, 14), lambda x: idle_stride(x, 1)),
+    "columns of a wider one": ((14, 14), lambda x: torch.cat([x, x], 1)[:, :14]),
+    "every second entry": ((14, 14), lambda x: torch.stack([x, x], -1)[..., 0]),
+    "an expanded one's clone": ((14, 14), lambda x: x[:1].expand(14, 14).clone().copy_(x)),
+    "every second of a vector": ((12,), lambda x: torch.stack([x, x], -1)[..., 0]),
+}
+"""Shapes, and functions that lay a tensor out in memory in a way of their own."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_parameters_of_another_memory_layout(recipe, dtype):
+    """They step as contiguous ones do, with gradients that lie as they do or otherwise, and go on lying so."""
+    model, twin = nn.ParameterDict(), nn.ParameterDict()
+    for i, (name, (shape, lay)) in enumerate(LAID.items()):
+        start = randn(shape, dtype, i)
+        model[name], twin[name] = nn.Parameter(lay(start)), nn.Parameter(start.clone())
+    strides = {name: p.stride() for name, p in model.items()}
+    ours, plain = build(recipe, model, 1e-2), build(recipe, twin, 1e-2)
+    for t, of_gradient in enumerate([None, torch.clone, reversed_in_memory]):
+        for i, (name, (shape, lay)) in enumerate(LAID.items()):
+            twin[name].grad = randn(shape, dtype, 100 * t + i)
+            model[name].grad = (of_gradient or lay)(twin[name].grad)
+        ours.step()
+        plain.step()
+    for i, (name, (shape, _)) in enumerate(LAID.items()):
+        torch.testing.assert_close(model[name], twin[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        assert model[name].stride() == strides[name]
+        assert not torch.allclose(twin[name], randn(shape, dtype, i), atol=1e-3)
+
+
+@pytest.mark.parametrize("view", ["tensor", "matrix", "pairs", Heads(4)], ids=str)
+@pytest.mark.parametrize(
+    "lay",
+    [reversed_in_memory, lambda x: torch.stack([x, x], -1)[..., 0], lambda x: torch.cat([x.new_zeros(1), x.flatten()])],
+    ids=["transposed", "every second entry", "at an odd offset"],
+)
+def test_every_view_of_another_memory_layout(view, lay):
+    shape = (12, 20) if isinstance(view, Heads) else (12, 10, 2)
+    start = randn(shape)
+    laid = lay(start)
+    laid = laid[1:].view(shape) if laid.ndim == 1 else laid
+    (p, ours), (q, plain) = (lone(torch.zeros(shape, dtype=start.dtype), view=view, rank=2) for _ in range(2))
+    p.data, q.data = laid, start.clone()
+    for t in range(3):
+        q.grad = randn(shape, seed=t)
+        p.grad = lay(q.grad)[1:].view(shape) if lay(q.grad).ndim == 1 else lay(q.grad)
+        ours.step()
+        plain.step()
+    torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+    assert p.data_ptr() == laid.data_ptr()
+    assert not torch.allclose(q, start, atol=1e-4)
+
+
+def test_a_channels_last_convolution_to_one_channel_trains():
+    model = nn.Conv2d(128, 1, 5).to(memory_format=torch.channels_last)
+    optimizer = comoving.AdamW(model.named_parameters())
+    x = torch.randn(2, 128, 8, 8, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("codec", [Full(), BFloat16(), Int8()])

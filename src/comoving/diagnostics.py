@@ -8,19 +8,28 @@ Per parameter and step, with g~ = g + e_{t-1} the gradient and what feedback kep
     error      the Frobenius norm of what is kept (feedback), before it is encoded, or lost in this step (no feedback)
     bound      q (|g| + bound before) + b1/(1 - b1) |F m - F' m'| + codec error, the running bound on the error
 
+Without feedback the error is q |g~|, and so is the bound. Of Dion's buffer
+(:class:`comoving.residual.MomentumBuffer`), which keeps part of what the frame holds, there is no bound, and no such
+figure. q^2 is a difference that rounding leaves within 32 machine epsilons: these are added to it in the bound. The
+rounding of what is kept, of the size of a machine epsilon of the momentum and of the gradients since the last refresh,
+is not counted.
+
+A norm above 1.8e19 overflows in single precision: figures that need it are inf, none is NaN, and the bound begins anew
+with the first error that is finite. One below 1e-19 counts as 0.
+
 A step writes on the parameter's device what these follow from, without reading it: |g~|, |z|, and "error" and "bound"
-where feedback keeps something; without feedback both are sqrt(|g~|^2 - |z|^2). The rest is arithmetic of whoever reads.
+where feedback keeps something. The rest is arithmetic of whoever reads.
 """
 
-from math import sqrt
+from math import inf, isfinite, isnan, sqrt
 
 import torch
 from torch import Tensor
 
 from .frames import Overlap
 from .linalg import norm
+from .residual import Residual
 
-_TINY = torch.finfo(torch.float32).tiny
 FIELDS = ("captured", "overlap", "defect", "error", "bound")
 SLOT = "diagnostics"
 STORED = ("total", "inside", "overlap", "defect", "error", "bound")
@@ -60,26 +69,37 @@ def measure_kept(  # noqa: PLR0917
         lost: b1/(1 - b1) |F m - F' m'|.
         whole: whether z is all of g~ inside the frame; later gradients of an accumulation window leave e aside, q is 1.
     """
-    inside = norm(core)
+    inside, tiny = norm(core), torch.finfo(figures.dtype).tiny
     total = torch.hypot(inside, kept) if total is None else total
-    q = (1 - (inside / total.clamp_min(_TINY)).square()).clamp_min(0).sqrt()
-    before = torch.where(figures[5].isfinite(), figures[5], kept)  # a norm may overflow once, not for ever
-    bound = (q if whole else 1) * (own + before) + lost + codec
+    q = (1 + _rounding(figures) - (inside / total.clamp_min(tiny)).square()).clamp_min(0).sqrt()
+    bound = (q if whole else 1) * (own + figures[5]) + lost + codec
+    bound = torch.where(bound.isfinite(), bound, kept + codec)  # a norm may overflow once, not for ever
     figures[:2], figures[4:] = torch.stack([total, inside]), torch.stack([kept, bound])
 
 
-def reading(figures: Tensor, feeds: bool) -> dict[str, float]:
-    """The figures by the names in :data:`FIELDS`, read from the device at once.
+def reading(figures: Tensor, residual: Residual) -> dict[str, float]:
+    """The figures by the names in :data:`FIELDS`, read from the device at once; without "bound" where there is none.
 
     Args:
-        figures: as :func:`measure` or :func:`measure_kept` left them.
-        feeds: whether it was the latter.
+        figures: as :func:`measure` or, where the residual feeds, :func:`measure_kept` left them.
+        residual: of the same parameter.
     """
-    total, inside, overlap, defect, error, bound = figures.tolist()
-    if not feeds:
-        error = bound = sqrt(max(total**2 - inside**2, 0.0))
-    captured = (inside / max(total, _TINY)) ** 2
-    return dict(zip(FIELDS, (captured, overlap, defect, error, bound), strict=True))
+    total, inside, overlap, defect, error, bound = (inf if isnan(x) else x for x in figures.tolist())
+    seen = isfinite(total) and isfinite(inside)
+    captured = (min(inside / total, 1.0) ** 2 if total else 0.0) if seen else inf
+    if not residual.feeds:
+        error = total * sqrt(1 - captured) if seen else inf
+        bound = total * sqrt(1 - captured + _rounding(figures)) if seen else inf
+    elif residual.bounded:
+        error = min(error, bound)  # which is a difference as well, of numbers that may be larger
+    found: dict[str, float] = dict(zip(FIELDS, (captured, overlap, defect, error, bound), strict=True))
+    if not residual.bounded:
+        del found["bound"]
+    return found
+
+
+def _rounding(figures: Tensor) -> float:
+    return 32 * torch.finfo(figures.dtype).eps
 
 
 def overlap_defect(overlap: Overlap) -> Tensor:

@@ -498,10 +498,10 @@ class LowRankOptimizer(InBackward):
         """Name -> {"captured", "overlap", "defect", "error", "bound"} of each projected parameter.
 
         The figures are those of :mod:`comoving.diagnostics` after the last step; each parameter's, or block's, are read
-        at once.
+        at once. There is no "bound" where the residual has none (:class:`comoving.residual.MomentumBuffer`).
         """
         return {
-            unit.site.name: error_control.reading(unit.state[error_control.SLOT], unit.group["residual"].feeds)
+            unit.site.name: error_control.reading(unit.state[error_control.SLOT], unit.group["residual"])
             for p in self.state
             for unit in self._opened(p)
             if error_control.SLOT in unit.state

@@ -102,15 +102,24 @@ class View:
     def see(self, x: Tensor) -> Tensor:
         """x, of the parameter's shape, in the engine's shape and working dtype; shares storage where it can."""
         x = x.to(_WORKING.get(x.dtype, x.dtype)).resolve_conj()  # autograd hands out lazily conjugated gradients
-        if self.name == "pairs":
-            return torch.view_as_complex(x.contiguous())
-        return x.reshape(self.shape)
+        seen = self._shared(x)
+        return self._own(x) if seen is None else seen
 
     def see_storage(self, x: Tensor) -> Tensor | None:
-        """x in the engine's shape and sharing x's storage, to be written to; None where that is impossible."""
-        if x.dtype in _WORKING or not x.is_contiguous():
+        """x in the engine's shape and sharing x's storage, to be written to; None where :meth:`see` must copy."""
+        return None if x.dtype in _WORKING or x.is_conj() else self._shared(x)
+
+    def _shared(self, x: Tensor) -> Tensor | None:
+        """x in the engine's shape without a copy; None where strides, or an odd offset of pairs, forbid it."""
+        try:
+            return torch.view_as_complex(x) if self.name == "pairs" else x.view(self.shape)
+        except RuntimeError:
             return None
-        return self.see(x)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """A copy of x in the engine's shape."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        return torch.view_as_complex(x) if self.name == "pairs" else x.view(self.shape)
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`see`, in working precision: x in the parameter's own shape."""

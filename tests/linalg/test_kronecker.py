@@ -65,6 +65,44 @@ def test_newton_agrees_with_eigh_on_ill_conditioned_factors(method):
     close(inverse_root(a, 1e-12, 0.25, method), expected, 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL, COMPLEX], ids=str)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e15])
+@pytest.mark.parametrize("p", range(2, 13))
+def test_newton_roots_are_those_of_the_eigenvalues_in_double_precision(p, size, dtype):
+    """Of every rank, stacked; d machine epsilons of the norm are added to the diagonal."""
+    d, eps = 10, torch.finfo(dtype).eps
+    factors = torch.stack([semidefinite(d, rank, dtype, rank) for rank in range(1, d + 1)]) * size
+    root = inverse_root(factors, 1e-12, 1 / p, "newton").to(COMPLEX)
+    wide = (factors.to(COMPLEX) + factors.to(COMPLEX).mH) / 2
+    values, vectors = torch.linalg.eigh(wide)
+    norms = torch.linalg.matrix_norm(wide)[:, None]
+    values = (values + (1e-12 + d * eps * norms)).abs()
+    expected = (vectors * (values ** (-1 / p)).unsqueeze(-2)) @ vectors.mH
+    assert root.isfinite().all()
+    gaps = torch.linalg.matrix_norm(root - expected) / torch.linalg.matrix_norm(expected)
+    rounding = 100 * torch.finfo(REAL).eps * (norms / values).amax(-1)
+    known = rounding < 1e-3  # nothing is left of eigenvalues of a few machine epsilons of double precision
+    assert (known | (eps < 1e-10)).all()
+    assert known[-1]
+    assert (gaps <= rounding + 10 * eps)[known].all()
+
+
+@pytest.mark.parametrize("shape", [(30, 20, 10), (90, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL], ids=str)
+def test_newton_roots_of_factors_that_rounding_has_made_indefinite(shape, dtype):
+    """Those of a gradient of rank one, and one whose negative eigenvalues are far beyond what is added."""
+    for seed in range(5):
+        x = randn(shape[:1], dtype, seed)
+        for n, d in enumerate(shape[1:], 1):
+            x = x.unsqueeze(-1) * randn((d,), dtype, 10 * n + seed)
+        for n, d in enumerate(shape):
+            factor = add_gram(torch.zeros(d, d, dtype=dtype), x, n, 0.99, 0.01)
+            noise = randn((d, d), dtype, seed)
+            worse = factor + 1e-5 * factor.abs().max() * (noise + noise.mH)
+            assert inverse_root(factor, 1e-12, 1 / (2 * len(shape)), "newton").isfinite().all()
+            assert inverse_root(worse, 1e-12, 1 / (2 * len(shape)), "newton").isfinite().all()
+
+
 @FIELDS
 def test_factors_multiply_their_modes(dtype):
     x, a, b = randn((3, 4, 2), dtype), randn((3, 3), dtype, 1), randn((2,), REAL, 2)

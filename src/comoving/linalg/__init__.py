@@ -6,7 +6,18 @@ from .decompositions import WIDE, eigh, pinv, qr, qr_triangle, svd
 from .incremental import incremental_qr
 from .kronecker import InverseRoot, add_gram, bounded, inverse_root, leading_basis, multiply_factors, turned_basis
 from .leading import Method, leading_directions, unit_size
-from .multilinear import abs_squared, add_multilinear, all_but_one, correlate, gram, inner, multilinear, norm, unfold
+from .multilinear import (
+    abs_squared,
+    add_multilinear,
+    all_but_one,
+    correlate,
+    gram,
+    inner,
+    multilinear,
+    norm,
+    sgn_,
+    unfold,
+)
 from .nystrom import nystrom_tucker
 from .orthogonal import (
     leading_eigenvectors,
@@ -52,6 +63,7 @@ __all__ = [
     "qr",
     "qr_triangle",
     "reorthonormalize",
+    "sgn_",
     "svd",
     "tsqr",
     "tsqr_r",

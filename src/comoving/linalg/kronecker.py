@@ -4,7 +4,7 @@ A factor is a Hermitian matrix (d_n, d_n) or, for a mode too long for one, its d
 """
 
 from collections.abc import Mapping
-from math import ceil, log
+from functools import cache
 from typing import Literal
 
 import torch
@@ -40,9 +40,10 @@ def inverse_root(factor: Tensor, eps: float, power: float, method: InverseRoot =
         eps: > 0.
         power: > 0; 1/p with an integer p for "newton".
         method: "eigh" decomposes; eigenvalues below d machine epsilons of the largest, roundoff, are raised to that.
-            "newton" is the coupled Newton iteration for inverse p-th roots (Guo and Higham, SIAM J. Matrix Anal. Appl.
-            28, 2006; Iannazzo, 2006), in double the precision and with nothing but matrix products, so that no device
-            is waited for; the same multiple of the norm is added to the diagonal.
+            "newton" is a coupled Newton iteration for inverse roots (Guo and Higham, SIAM J. Matrix Anal. Appl. 28,
+            2006; Iannazzo, 2006), in double the precision and with nothing but matrix products, so that no device is
+            waited for; the same multiple of the Frobenius norm is added to the diagonal, and what rounding has made
+            negative beyond that counts by its size.
     """
     if factor.ndim == 1:
         return (factor + eps) ** -power
@@ -51,23 +52,55 @@ def inverse_root(factor: Tensor, eps: float, power: float, method: InverseRoot =
         values, vectors = eigh(factor)
         values = torch.maximum(values, d * roundoff * values[..., -1:].clamp_min(0)) + eps
         return (vectors * (values**-power).unsqueeze(-2)) @ vectors.mH
-    wide = factor.to(WIDE.get(factor.dtype, factor.dtype))
-    size = torch.linalg.matrix_norm(wide, keepdim=True)
+    wide, p, ridge = factor.to(WIDE.get(factor.dtype, factor.dtype)), round(1 / power), d * roundoff
+    unit = wide.abs().amax((-2, -1), keepdim=True).clamp_min(eps)  # squares must not leave the range
+    wide = (wide + wide.mH) / (2 * unit)
     eye = torch.eye(d, dtype=wide.dtype, device=wide.device)
-    return _newton(wide + (eps + roundoff * size) * eye, round(1 / power), 1 / roundoff).to(factor.dtype)
+    wide = wide + (eps / unit + ridge * torch.linalg.matrix_norm(wide, keepdim=True)) * eye
+    return (_newton(wide, p, ridge / (1 + ridge * d**0.5)) * unit ** (-1 / p)).to(factor.dtype)
 
 
-def _newton(a: Tensor, p: int, condition: float) -> Tensor:
-    """A^(-1/p): X <- X T, M <- T^p M with T = ((p+1) I - M)/p, from X = z^(1/p) I and M = z A, |M| <= (p+1)/2."""
-    # Small eigenvalues of M grow by (1 + 1/p)^p a step until they are near 1, where a few quadratic steps do the rest.
-    steps = ceil(log(condition) / (p * log(1 + 1 / p))) + 8
-    z = (1 + p) / (2 * torch.linalg.matrix_norm(a, keepdim=True))
+def _newton(a: Tensor, p: int, least: float) -> Tensor:
+    """|A|^(-1/p): X <- X T, M <- M T^p with T = ((2p+1) I - M^2) / 2p, from X = |A|^(-1/p) I and M = A / |A|.
+
+    It is Newton's iteration for the inverse 2p-th root of A^2, and takes an eigenvalue of M to the sign of itself. That
+    for the inverse p-th root of A, with M in place of M^2, is lost with the first eigenvalue that rounding has made
+    negative. M and X are multiplied by numbers that let M's smallest eigenvalues grow fastest.
+
+    Args:
+        a: (*batch, d, d), Hermitian.
+        p: >= 1.
+        least: smallest |eigenvalue| / |A| that is brought to 1; smaller ones, rounding, stay below.
+    """
+    size = torch.linalg.matrix_norm(a, keepdim=True)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    x, m = z ** (1 / p) * eye, z * a
-    for _ in range(steps):
-        t = ((p + 1) * eye - m) / p
-        x, m = x @ t, torch.linalg.matrix_power(t, p) @ m
+    x, m = size ** (-1 / p) * eye, a / size
+    for c in _scales(p, least):
+        t = ((2 * p + 1) * eye - c**2 * (m @ m)) * (c ** (1 / p) / (2 * p))
+        x, m = x @ t, m @ torch.linalg.matrix_power(t, p)
     return (x + x.mH) / 2
+
+
+@cache
+def _scales(p: int, least: float) -> tuple[float, ...]:
+    """What M is multiplied by before each step of :func:`_newton`, all of its eigenvalues in [least, 1] at first.
+
+    A step takes m to f(cm), f(m) = m ((2p+1 - m^2) / 2p)^p <= f(1) = 1. c is the largest for which the largest
+    eigenvalues become no smaller than the smallest ones, nor than 1/4: what they lose in size is lost to rounding.
+    """
+
+    def f(m: float) -> float:
+        return m * ((2 * p + 1 - m**2) / (2 * p)) ** p
+
+    scales: list[float] = []
+    while least < 1 - 1e-12:
+        low, high = 1.0, (2 * p + 1) ** 0.5
+        for _ in range(60):
+            c = (low + high) / 2
+            low, high = (c, high) if f(c) > max(f(c * least), 0.25) else (low, c)
+        scales.append(low)
+        least = f(low * least)
+    return (*scales, 1.0)
 
 
 def multiply_factors(x: Tensor, factors: Mapping[int, Tensor]) -> Tensor:

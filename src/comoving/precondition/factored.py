@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
-from ..linalg import abs_squared, norm
+from ..linalg import abs_squared, bounded, norm
 from ..validate import check_float
 
 
@@ -21,7 +21,8 @@ class Factored:
     w    = g / sqrt(V),  then  w / max(1, RMS(w) / clip)
 
     For a matrix V is the paper's R C / 1^T R; a vector keeps the whole V. w has entries of about unit size. Several
-    gradients that are absorbed for one step are preconditioned one by one.
+    gradients that are absorbed for one step are preconditioned one by one. |g|^2 counts as at most so large that its
+    means stay finite; without a clip, a g for which they would not is scaled down first.
 
     Args:
         decay: in (0, 1].
@@ -46,9 +47,10 @@ class Factored:
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """w, a new tensor."""
         modes = range(gradient.ndim)
+        gradient = gradient if self.clip is not None else bounded(gradient)
         fresh = max(1, step) ** -self.decay  # 0 where an empty first gradient has set the count back
-        # An infinite mean would stay for ever.
-        most = torch.finfo(gradient.dtype).max / gradient.numel()
+        # An infinite mean would stay for ever; half, because sums round.
+        most = torch.finfo(gradient.dtype).max / (2 * gradient.numel())
         squares = abs_squared(gradient).add_(self.floor).clamp_max_(most)
         w = gradient
         for n in modes:

@@ -114,6 +114,9 @@ class Residual(Protocol):
     """Whether :meth:`keep` keeps something of a gradient for the steps that follow, and returns its norm."""
     rescales: ClassVar[bool]
     """Whether :meth:`size` and :meth:`rescale` make sense."""
+    bounded: ClassVar[bool]
+    """Whether what is kept, or lost, is g~ outside the frame and what the momentum loses, or less: then
+    :mod:`comoving.diagnostics` bound it."""
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """A refresh comes: choose anew what lies outside the frame by choice. Before :meth:`split`."""
@@ -198,6 +201,7 @@ class Inside:
     holds: ClassVar[bool] = False
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """Nothing is chosen."""

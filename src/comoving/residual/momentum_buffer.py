@@ -24,7 +24,7 @@ class MomentumBuffer(Inside):
 
     Inside the frame M is heavy-ball momentum, outside it is error feedback: the rule sees the momentum already, and
     should average no more itself (:class:`comoving.rules.Columns`). M is as large as the gradient, and stored through
-    the codec. Of the diagnostics, the bound does not count what M keeps inside the frame.
+    the codec. Diagnostics have no "bound": what M keeps inside the frame may leave the next one.
 
     Args:
         decay: mu in [0, 1].
@@ -32,6 +32,7 @@ class MomentumBuffer(Inside):
 
     feeds: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
 
     decay: float = 0.95
 

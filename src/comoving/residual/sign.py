@@ -17,7 +17,8 @@ class Sign(Holding):
     w <- shrink w - lr (scale F d + rate sgn(g - F z))
 
     sgn(x) = x / |x|, the phase of a complex x, and 0 at 0. What is below ``floor`` of the gradient's largest entry
-    counts as 0 too: it may be the rounding of g - F z, which would move weights without a gradient at full speed.
+    counts as 0 too: it may be the rounding of g - F z, which would move weights without a gradient at full speed. So
+    does what is no normal number, whose last digits are all that there is.
 
     Args:
         rate: relative to lr, > 0.
@@ -40,7 +41,7 @@ class Sign(Holding):
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor F d + rate sgn(g - F z)."""
         gradient = state.pop(HELD)
-        least = gradient.abs().amax() * self.floor
+        least = (gradient.abs().amax() * self.floor).clamp_min(torch.finfo(gradient.dtype).tiny)
         rest = update.frame.add_lift(gradient.clone(memory_format=torch.contiguous_format), update.core, -1.0)
         rest = torch.where(rest.abs() > least, rest.sgn(), 0)
         update.write(weights)

@@ -52,6 +52,7 @@ class Sparse:
     holds: ClassVar[bool] = False
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
 
     fraction: float = 0.05
     choose: str = "top"

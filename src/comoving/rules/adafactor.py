@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..linalg import abs_squared
+from ..linalg import abs_squared, bounded
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_choice, check_float
@@ -33,7 +33,8 @@ class Adafactor:
 
     r_n has d_n entries, real, in the slot "factor.n"; a vector keeps all of V. m is kept for b1 = 0 too, where it is
     the last gradient or direction. The second kind is no average of gradients: error feedback, and finders that look
-    at momentum, are refused with it. The relative step size of the paper, by the weights' RMS, is left out.
+    at momentum, are refused with it. The relative step size of the paper, by the weights' RMS, is left out. s is at
+    most so large that its means stay finite; without a clip, a z for which they would not is scaled down first.
 
     Args:
         decay: b2_t = 1 - t^decay, decay < 0; None for a constant b2, the group's second, with V / (1 - b2^t).
@@ -73,7 +74,9 @@ class Adafactor:
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The means and m, in place."""
-        squares = abs_squared(z).add_(self.floor)
+        z = z if self.clip is not None else bounded(z)
+        # An infinite mean would stay for ever; half, because sums round.
+        squares = abs_squared(z).add_(self.floor).clamp_max_(torch.finfo(z.dtype).max / (2 * max(1, z.numel())))
         t = clock.t.double()
         # After a restart of t the means begin anew with it, which the host's count would not.
         decay: Tensor | float = clock.beta2 if self.decay is None else (1 - t.clamp_min(1) ** self.decay)

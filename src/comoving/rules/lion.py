@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..linalg import sgn_
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_float
@@ -55,4 +56,4 @@ class Lion:
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor; eps does not count."""
-        return taken(state).sgn_()
+        return sgn_(taken(state))
