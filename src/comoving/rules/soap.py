@@ -33,6 +33,14 @@ class SOAP:
     turning z. So that this is not made as large as everything else, max(r_n) machine epsilons of the largest
     sqrt(v / c2) are added to eps.
 
+    Permuted, v knows nothing of a direction that a turn of the bases brings in: as published m' / sqrt(v) is without
+    limit there, thousands where gradients have few live rows. Entries of d' are therefore cut to Adam's own bound
+
+    |d'| <= sqrt(K c2) / c1,   K = (1 - b1)^2 / (1 - b2) (1 + rho + ... + rho^(t-1)),   rho = b1^2 / b2
+
+    (Cauchy-Schwarz over the two averages; 1 for b1 = b2), which nothing exceeds while the bases stand and no codec
+    rounds; kappa, being at most c2, leaves it as it is. |d| is at most sqrt(r_1 ... r_N) times that.
+
     m lives in the core and v in the bases, so that a change of frame moves m by R_n and v by Q'_n^H R_n Q_n, exactly
     (|R|^2 and all) where frames of one span follow each other. With :class:`comoving.transport.Keep` the numbers of all
     four stay: bases that were found in the old coordinates serve the new ones until they turn.
@@ -100,7 +108,7 @@ class SOAP:
         if turned:
             scale.add_(scale.amax() * (turned * torch.finfo(scale.dtype).eps))
         scale.add_(eps).mul_(clock.weight1)
-        return multilinear(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, bases)
+        return multilinear(_cut(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, clock), bases)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
         long = [n for n, d in enumerate(shape) if d > 1]
@@ -109,6 +117,13 @@ class SOAP:
 
     def _bases(self, x: Tensor, state: dict[str, Tensor]) -> list[Tensor | None]:
         return [state.get(_basis(n)) for n in range(x.ndim)]
+
+
+def _cut(x: Tensor, clock: Clock) -> Tensor:
+    """Entries of x, in place, at most as large as Adam's can be."""
+    if x.is_complex():
+        return x.mul_((clock.limit / x.abs()).clamp_max_(1))
+    return x.clamp_(-clock.limit, clock.limit)
 
 
 def _factor(mode: int) -> str:
