@@ -50,7 +50,8 @@ class SOAP:
         every: steps between power iterations, >= 1.
         max_size: longest mode that is turned, >= 1.
         one_sided: of a matrix, turn the shorter side alone, the first on a tie; in a frame of one
-            side that is the compressed one, so that L and Q are as small as its rank.
+            side that is the compressed one, so that L and Q are as small as its rank. Of a tensor all modes, also where
+            only two are longer than 1.
     """
 
     momentum = FIRST
@@ -111,8 +112,8 @@ class SOAP:
         return multilinear(_cut(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, clock), bases)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
-        long = [n for n, d in enumerate(shape) if d > 1]
-        sides = [min(long, key=lambda n: shape[n])] if self.one_sided and len(long) == 2 else range(len(shape))
+        # Not by which modes are longer than 1: ranks that change would then change the slots.
+        sides = [min((0, 1), key=lambda n: shape[n])] if self.one_sided and len(shape) == 2 else range(len(shape))
         return [n for n in sides if shape[n] <= self.max_size]
 
     def _bases(self, x: Tensor, state: dict[str, Tensor]) -> list[Tensor | None]:
