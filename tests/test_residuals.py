@@ -83,7 +83,7 @@ def test_fira(shape, per, growth, dtype):
     references = [
         FiraReference(
             p.detach(), rank=2, refresh_at=phased(optimizer, p, 7), alpha=0.3, gamma=growth,
-            columnwise=per == "channel", find=lambda g, old, p=p: one_sided(optimizer, p), **HYPER,
+            columnwise=per == "channel", first_bounded=True, find=lambda g, old, p=p: one_sided(optimizer, p), **HYPER,
         )
         for p in params
     ]  # fmt: skip
@@ -110,7 +110,7 @@ def test_apollo(shape, recipe, growth, dtype):
     references = [
         Apollo(
             p.detach(), rank=rank, refresh_at=phased(optimizer, p, 7), scale=scale, channelwise=per == "channel",
-            gamma=growth, find=lambda g, old, p=p: one_sided(optimizer, p) * stretch,
+            gamma=growth, first_bounded=True, find=lambda g, old, p=p: one_sided(optimizer, p) * stretch,
             **(HYPER | {"eps": 1e-3 * stretch}),
         )
         for p in params
@@ -245,14 +245,14 @@ def test_channels_are_the_whole_modes(dtype):
 def test_the_limit_survives_zeros():
     """Zeros neither set the limit nor loosen it; a norm that overflows stops one update alone."""
     last = torch.zeros((), dtype=torch.float32)
-    sizes = [float("inf"), 0.0, 5.0, 0.0, float("nan"), 50.0, float("inf"), 1.0, 1.0]
+    sizes = [float("inf"), 0.0, 1e-4, 50.0, 0.0, float("nan"), 50.0, float("inf"), 1.0, 1.0, 1e-4]
     after = []
     for size in sizes:
-        brakes = brake(torch.tensor(size), last, 1.01)
+        brakes = brake(torch.tensor(size), last, 1.01, torch.tensor(5.0))
         assert brakes.isfinite()
         after.append((round(float(brakes), 4), round(float(last), 4)))
-    start = [(1.0, 0.0), (1.0, 0.0), (1.0, 5.0), (1.0, 5.0), (1.0, 5.0)]
-    assert after == [*start, (0.101, 5.05), (0.0, 5.05), (1.0, 1.0), (1.0, 1.0)]
+    start = [(0.0, 0.0), (1.0, 0.0), (1.0, 0.0), (0.1, 5.0), (1.0, 5.0), (1.0, 5.0)]
+    assert after == [*start, (0.101, 5.05), (0.0, 5.05), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)]
 
 
 @pytest.mark.parametrize("residual", [Fira(), Channel(), Channel(per="tensor")], ids=str)

@@ -1,6 +1,7 @@
 """Combinations of parts that make no sense, refused at construction with the reason."""
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -119,9 +120,9 @@ def _by_modes(site: Site, group: Group) -> bool:
 
 
 def _slots_change_with_rank(site: Site, group: Group) -> bool:
-    compressed = [r is not None for r in site.ranks]
-    short = tuple(1 if c else d for c, d in zip(compressed, site.core_shape, strict=True))
-    return kinds(group["rule"], short) != kinds(group["rule"], site.view.shape)
+    whole = kinds(group["rule"], site.view.shape)
+    ends = [(d,) if r is None else (1, d) for r, d in zip(site.ranks, site.view.shape, strict=True)]
+    return any(kinds(group["rule"], core) != whole for core in product(*ends))
 
 
 def _varies(site: Site, group: Group) -> bool:
@@ -156,7 +157,8 @@ _PROJECTED: tuple[Refusal, ...] = (
     ("ranks", lambda s, g: g["ranks"].adaptive and type(g["frame"]) is not Modes,
      "and frame {frame} has no spectrum for each mode to choose ranks by"),
     ("ranks", lambda s, g: g["ranks"].adaptive and _slots_change_with_rank(s, g),
-     "and rule {rule} has slots of another kind for long modes than for short ones"),
+     "and rule {rule} has slots of another kind for long modes than for short ones: use ranks=Fixed(), a rule whose "
+     "max_size is no less than any mode, or one_sided=False"),
     ("rule", lambda s, g: not getattr(g["frame"], "modal", True) and _by_modes(s, g),
      "and it keeps statistics of single modes of the core, while that of frame {frame} has none that could follow it"),
     ("scale", lambda s, g: g["scale"] == "spectral" and not _one_side_of_a_matrix(s),

@@ -58,6 +58,23 @@ class Clock:
         # numpy() refuses tensors of devices, so that this waits for none.
         return max(1 - decay ** float(self.t.numpy()), _TINY)
 
+    @cached_property
+    def ratio(self) -> Tensor:
+        """K = (1 - b1)^2 / (1 - b2) (1 + rho + ... + rho^(t-1)), rho = b1^2 / b2: Adam's bound on |m|^2 / v, float64.
+
+        By Cauchy-Schwarz over the two averages, for any t gradients; inf for b2 = 0.
+        """
+        t, b1, b2 = self.t.double(), self.beta1, self.beta2
+        rho = b1 * b1 / b2 if b2 else inf if b1 else 0.0
+        terms = t if rho == 1 else torch.full_like(t, inf) if rho == inf else (1 - rho**t) / (1 - rho)
+        return terms * ((1 - b1) ** 2 / (1 - b2))
+
+    @cached_property
+    def limit(self) -> float | Tensor:
+        """sqrt(K c2) / c1, which no entry of Adam's direction exceeds; a number where the count is on the host."""
+        limit = (self.ratio * self.weight2).sqrt() / self.weight1
+        return float(limit.numpy()) if limit.device.type == "cpu" else limit
+
 
 class Transport(Protocol):
     """Moves the slots of a rule from one frame to the next; a frozen dataclass without tensors."""
@@ -230,13 +247,11 @@ class Carry(_Following):
 
     def adopt(self, state: State, rule: Sequence[Slot], clock: Clock) -> None:
         """kappa = c2 everywhere, and K summed up for constant decay rates."""
-        ratio = clock.beta1**2 / clock.beta2
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
                 v = state[slot.name]
                 state[mass_of(slot.name)] = torch.ones_like(v[(slice(1),) * v.ndim]) * clock.weight2
-                terms = clock.t.double() if ratio == 1 else (1 - ratio ** clock.t.double()) / (1 - ratio)
-                state[_bound_of(slot.name)] = (terms * ((1 - clock.beta1) ** 2 / (1 - clock.beta2))).to(clock.t.dtype)
+                state[_bound_of(slot.name)] = clock.ratio.to(clock.t.dtype)
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The formula above for each slot by its kind."""

@@ -13,6 +13,8 @@ The moments stay as they are when U is drawn anew. In the published code `scale`
 sees d without the bias correction, which multiplies the update at the end (`corrected=False`, as in Fira), and a square
 matrix is projected on the right. `scale_first` applies the scale before the limiter, a difference by its 1e-8 only.
 phi is invariant under U -> c U but for eps and 1e-8, so the variance of U hardly matters; d and z are both random.
+
+`first_bounded` is comoving's, not the paper's: the first s is brought down to |s| <= |d|.
 """
 
 import math
@@ -49,12 +51,14 @@ class Apollo:
         limiter_eps=1e-8,
         scale_first=False,
         corrected=True,
+        first_bounded=False,
         side=None,
         find=None,
     ):
         self.p, self.lr, self.betas, self.eps, self.wd, self.scale = p.clone(), lr, betas, eps, weight_decay, scale
         self.gamma, self.phi_eps, self.limiter_eps = gamma, phi_eps, limiter_eps
         self.channelwise, self.scale_first, self.corrected = channelwise, scale_first, corrected
+        self.first_bounded = first_bounded
         self.side = Side(p.shape, side)
         self.refresh_at = refresh_at or every(200)
         self.find = find or gaussian(self.side.size, rank, p.dtype)
@@ -81,7 +85,8 @@ class Apollo:
         else:
             d, c = uncorrected(self.m, self.v, self.t, self.betas, self.eps)
         s = self.phi(d, z) * g * (self.scale if self.scale_first else 1.0)
-        s = limited(s, self.last, self.gamma, self.limiter_eps)
+        first = torch.linalg.norm(d) if self.first_bounded else None
+        s = limited(s, self.last, self.gamma, self.limiter_eps, first)
         self.last = float(torch.linalg.norm(s))
         self.p = self.p * (1 - self.lr * self.wd)
         self.p = self.p - self.lr * c * s * (1.0 if self.scale_first else self.scale)

@@ -14,6 +14,8 @@ which is no residual unless alpha is 1. The published code also measures d witho
 the limiter alike, and corrects the whole update at the end, p = p - lr c (alpha U d + s) with
 c = sqrt(1-b2^t) / (1-b1^t) and d = m / (sqrt(v) + eps) (`corrected=False`): the same without a limiter, and but for
 eps, and another limiter since c changes with t.
+
+`first_bounded` is comoving's, not the paper's: the first s is brought down to |s| <= |d| sqrt((m n - core) / core).
 """
 
 import torch
@@ -42,12 +44,13 @@ class Fira:
         columnwise=True,
         alpha_in_residual=False,
         corrected=True,
+        first_bounded=False,
         side=None,
         find=None,
     ):
         self.p, self.lr, self.betas, self.eps, self.wd, self.alpha = p.clone(), lr, betas, eps, weight_decay, alpha
         self.gamma, self.phi_eps, self.limiter_eps, self.columnwise = gamma, phi_eps, limiter_eps, columnwise
-        self.alpha_in_residual, self.corrected = alpha_in_residual, corrected
+        self.alpha_in_residual, self.corrected, self.first_bounded = alpha_in_residual, corrected, first_bounded
         self.side = Side(p.shape, side)
         rank = min(rank, *p.shape)
         self.refresh_at = refresh_at or every(200)
@@ -75,7 +78,8 @@ class Fira:
         else:
             d, c = uncorrected(self.m, self.v, self.t, self.betas, self.eps)
         inside = self.side.lift(self.u, z) * (self.alpha if self.alpha_in_residual else 1.0)
-        s = limited(self.phi(d, z) * (g - inside), self.last, self.gamma, self.limiter_eps)
+        first = torch.linalg.norm(d) * (g.numel() / d.numel() - 1) ** 0.5 if self.first_bounded else None
+        s = limited(self.phi(d, z) * (g - inside), self.last, self.gamma, self.limiter_eps, first)
         self.last = float(torch.linalg.norm(s))
         self.p = self.p * (1 - self.lr * self.wd)
         self.p = self.p - self.lr * c * (self.alpha * self.side.lift(self.u, d) + s)

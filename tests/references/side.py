@@ -54,8 +54,13 @@ def uncorrected(m, v, t, betas, eps):
     return m / (torch.sqrt(v) + eps), (1 - b2**t) ** 0.5 / (1 - b1**t)
 
 
-def limited(s, last, gamma, eps):
-    """Norm-growth limiter: s / (max(|s| / (last + eps), gamma) / gamma); the first s (last is None) passes."""
-    if gamma is None or last is None:
+def limited(s, last, gamma, eps, first=None):
+    """Norm-growth limiter: s / (max(|s| / (last + eps), gamma) / gamma); the first s (last is None) passes.
+
+    Ours, not the papers': with ``first`` the first s is brought down to that norm.
+    """
+    if gamma is None:
         return s
+    if last is None:
+        return s if first is None else s * min(1.0, float(first) / float(torch.linalg.norm(s)))
     return s / (max(float(torch.linalg.norm(s)) / (last + eps), gamma) / gamma)

@@ -16,16 +16,19 @@ from .grid import grid
 from .root import Root
 from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_integers, to_levels
 
+_RANGE = torch.finfo(torch.float32)
+
 
 @dataclass(frozen=True)
 class Int4:
-    """x ~ step * level: two codes a byte and one float32 step a block (at least 1.2e-38).
+    """x ~ step * level: two codes a byte and one float32 step a block, from 1.2e-38 to 3.4e38.
 
     linear      levels -7, ..., 7 and step = max|x| / 7
     normal      16 levels in [-1, 1], 0 among them, and step = max|x|: quantiles of a normal distribution, as in QLoRA's
                 NF4 (arXiv 2305.14314)
 
-    Rows of mode 0 are cut as for :class:`comoving.codecs.Int8`.
+    Rows of mode 0 are cut as for :class:`comoving.codecs.Int8`. What is too large for any step, as float64 can be, is
+    stored as the outermost level.
 
     Args:
         block: largest number of reals in a block, >= 8.
@@ -78,7 +81,7 @@ class Int4:
         values = grid(tuple(x.shape), x.dtype, self.block).cut(x)
         largest = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg())
         top = 7 if self.table == "linear" else 1
-        step.copy_(largest.div_(top).clamp_min_(torch.finfo(torch.float32).tiny))
+        step.copy_(largest.div_(top).clamp_(_RANGE.tiny, _RANGE.max))
         scaled, generator = values / step, advanced(parts, x.device)
         if self.table == "linear":
             codes = to_integers(scaled, generator).clamp_(-7, 7).add_(7)

@@ -17,12 +17,12 @@ from .root import Root
 from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_integers, to_levels
 
 _CACHED = 2**18  # real numbers: a megabyte in float32
-_TINY = torch.finfo(torch.float32).tiny
+_RANGE = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
 class Int8:
-    """x ~ step * level: a byte a real number and one float32 step a block (at least 1.2e-38).
+    """x ~ step * level: a byte a real number and one float32 step a block, from 1.2e-38 to 3.4e38.
 
     linear      levels -127, ..., 127 and step = max|x| / 127
     dynamic     256 levels in [-1, 1] that are dense near 0, down to 5.5e-7: the dynamic tree of 8-bit optimizers (arXiv
@@ -30,7 +30,7 @@ class Int8:
                 max(max x, -min x / 0.993): all of the block lies between the outermost levels
 
     Each row of mode 0 is cut into ceil(n / block) blocks of nearly equal width; a last short block is filled up with
-    zeros.
+    zeros. What is too large for any step, as float64 can be, is stored as the outermost level.
 
     Args:
         block: largest number of reals in a block, >= 8.
@@ -91,6 +91,7 @@ class Int8:
         codes, step = parts["codes"], parts["step"]
         values = grid(tuple(x.shape), x.dtype, self.block).cut(x)
         generator = advanced(parts, x.device)
+        clamped = generator is not None or values.dtype == torch.float64  # alone can exceed the largest step
         norms: list[Tensor] = []
         for rows in _row_slices(codes):
             block, own = values[rows], step[rows]
@@ -99,12 +100,12 @@ class Int8:
             # is stored, so that decoding agrees.
             top, bottom = block.amax(-1, keepdim=True), block.amin(-1, keepdim=True).neg_()
             if self.table == "linear":
-                own.copy_(torch.maximum(top, bottom).div_(127).clamp_min_(_TINY))
+                own.copy_(torch.maximum(top, bottom).div_(127).clamp_(_RANGE.tiny, _RANGE.max))
                 rounded = to_integers(block.div_(own), generator)
-                codes[rows].copy_(rounded if generator is None else rounded.clamp_(-127, 127))
+                codes[rows].copy_(rounded.clamp_(-127, 127) if clamped else rounded)
             else:
                 lowest = -tables.dynamic()[0]
-                own.copy_(torch.maximum(top, bottom.div_(lowest)).clamp_min_(_TINY))
+                own.copy_(torch.maximum(top, bottom.div_(lowest)).clamp_(_RANGE.tiny, _RANGE.max))
                 scaled = block.div_(own)
                 levels = tables.table(tables.dynamic(), scaled.dtype, scaled.device)
                 codes[rows].copy_(to_levels(scaled.contiguous(), levels, generator))

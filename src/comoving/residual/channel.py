@@ -16,7 +16,8 @@ from .gains import LAST, Scaled, brake, gains
 class Channel(Scaled):
     """The frame serves to measure a scale only: the update is the whole gradient (APOLLO, arXiv 2412.05270).
 
-    s = phi g,   phi = |d| / (sqrt(full / core) |z| + 1e-8)   channel by channel, or one phi of the tensor (APOLLO-Mini)
+    s = phi g    channel by channel, or with one phi of the tensor (APOLLO-Mini)
+    phi = |d| / (sqrt(full / core) max(|z|, u |g|) + 1e-8),   u machine epsilon
     s <- s min(1, growth (|s_last| + 1e-8) / |s|)
     w <- shrink w - lr scale s
 
@@ -25,28 +26,32 @@ class Channel(Scaled):
     that, so that ``scale`` is the paper's. (d does not change with the size of z, but for eps.) An entry of the update
     is then of size sqrt(core/full), and of size 1 with scale "match".
 
+    The floor u |g| is ours, and so is the limit of the first s, |s| <= |d|, its size where the frame holds the average
+    share of g: one drawn at random may hold next to nothing of a gradient of low rank, another nothing of a channel.
+
     Several gradients of one step add up. The state is |s_last|, one number, in the slot "scaled.norm"; see
     :func:`comoving.residual.gains.brake` for zeros.
 
     Args:
         per: "channel" or "tensor"; see :func:`comoving.residual.gains.gains`.
-        growth: by how much |s| may grow in a step, >= 1; None for no limit.
+        growth: by how much |s| may grow in a step, >= 1; None for no limit, that of the first s neither.
     """
 
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor s."""
         gradient = state.pop(HELD)
-        phi = gains(update, self.per, sqrt(gradient.numel() / update.core.numel()))
+        size = norm(gradient) if update.size is None else update.size
+        phi = gains(update, self.per, size, sqrt(gradient.numel() / update.core.numel()))
         if self.growth is not None:
-            phi = phi * brake(_scaled_norm(gradient, phi, update.size), state[LAST], self.growth)
+            phi = phi * brake(_scaled_norm(gradient, phi, size), state[LAST], self.growth, norm(update.direction))
         update.decay(weights)
         weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
 
 
-def _scaled_norm(gradient: Tensor, phi: Tensor, size: Tensor | None) -> Tensor:
-    """|phi g|, without the product where torch is fast without it; ``size`` is |g| where that is known."""
+def _scaled_norm(gradient: Tensor, phi: Tensor, size: Tensor) -> Tensor:
+    """|phi g|, without the product where torch is fast without it; ``size`` is |g|."""
     if phi.ndim == 0 or phi.numel() == 1:
-        return phi.reshape(()) * (norm(gradient) if size is None else size)
+        return phi.reshape(()) * size
     shared = [n for n in range(gradient.ndim) if phi.shape[n] == 1]
     if gradient.ndim - 1 in shared and gradient.is_contiguous():
         return norm(phi * torch.linalg.vector_norm(gradient, dim=shared, keepdim=True))

@@ -15,20 +15,26 @@ LAST = "scaled.norm"
 _SMALL = 1e-8
 
 
-def gains(update: Update, per: str, stretch: float = 1.0) -> Tensor:
-    """phi = |d| / (stretch |z| + 1e-8), real, with as many modes as z; 0 where one of the norms overflows.
+def gains(update: Update, per: str, size: Tensor, stretch: float = 1.0) -> Tensor:
+    """phi = |d| / (stretch max(|z|, u |g|) + 1e-8), real, with as many modes as z; 0 where one of the norms overflows.
+
+    u is the unit of rounding, machine epsilon: a channel of z below it may hold nothing, where d, of earlier gradients,
+    does, and a quotient of both would be without limit.
 
     Args:
         update: d and z, and the frame that they are coordinates in.
         per: "channel", one phi for every index along the whole modes, each of norms over the compressed ones (for a
             matrix with one compressed side GaLore's columns or rows); "tensor", one phi. Where no mode is whole, or
             the frame is not mode-wise, both are one phi.
+        size: |g|.
         stretch: the factor of z.
     """
     d, z = update.direction, update.core
     everything = tuple(range(z.ndim))
     modes = everything if per == "tensor" or update.compressed is None else update.compressed
-    phi = (_norms(d, modes) / (_norms(z, modes) * stretch + _SMALL)).nan_to_num_(0.0, posinf=0.0)
+    norms = _norms(z, modes)
+    norms = torch.maximum(norms, size.to(norms.dtype) * torch.finfo(norms.dtype).eps)
+    phi = (_norms(d, modes) / (norms * stretch + _SMALL)).nan_to_num_(0.0, posinf=0.0)
     return phi.reshape(()) if modes == everything else phi  # a core of blocks has another order than its tensor
 
 
@@ -39,20 +45,24 @@ def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
     return abs_squared(x).sum(modes, keepdim=True).sqrt_()
 
 
-def brake(size: Tensor, last: Tensor, growth: float) -> Tensor:
+def brake(size: Tensor, last: Tensor, growth: float, first: Tensor) -> Tensor:
     """The factor that keeps the norm of an update below growth (last + 1e-8); ``last`` becomes the norm after it.
 
-    Before the first update that is not zero there is no limit, and one that is zero leaves the limit as it was: in the
-    papers a single zero gradient would stop all later steps, which could grow from 1e-8 by one percent each.
+    Before the first update that is not zero the limit is ``first``; the papers have none there. One that is zero leaves
+    the limit as it was: in the papers a single zero gradient would stop all later steps, which could grow from 1e-8 by
+    one percent each. What is below the root of machine epsilon times ``first`` counts as zero: it may be the rounding
+    of a gradient that lies in the frame.
 
     Args:
         size: the norm before, a real scalar.
         last: of the last update, 0 before the first; updated in place.
         growth: >= 1.
+        first: the limit of the first update.
     """
-    after = torch.where(last > 0, (last + _SMALL) * growth, size).minimum(size)
-    factor = after / size  # NaN for a size that is zero or NaN, and for a first one that is infinite
-    torch.where(factor > 0, after, last, out=last)
+    after = torch.where(last > 0, (last + _SMALL) * growth, first).minimum(size)
+    factor = after / size  # NaN for a size that is zero or NaN
+    counts = (factor > 0) & (size > first * torch.finfo(size.dtype).eps ** 0.5)
+    torch.where(counts, after, last, out=last)
     return factor.nan_to_num_(1.0)
 
 
@@ -64,7 +74,8 @@ class Scaled(Holding):
 
     Args:
         per: "channel" or "tensor"; see :func:`gains`.
-        growth: by how much |s| may grow in a step, >= 1; None for no limit.
+        growth: by how much |s| may grow in a step, >= 1; None for no limit, not even the first one: what keeps |s|
+            finite then is the floor under |z| alone.
     """
 
     per: str = "channel"

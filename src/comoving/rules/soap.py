@@ -33,6 +33,14 @@ class SOAP:
     turning z. So that this is not made as large as everything else, max(r_n) machine epsilons of the largest
     sqrt(v / c2) are added to eps.
 
+    Permuted, v knows nothing of a direction that a turn of the bases brings in: as published m' / sqrt(v) is without
+    limit there, thousands where gradients have few live rows. Entries of d' are therefore cut to Adam's own bound
+
+    |d'| <= sqrt(K c2) / c1,   K = (1 - b1)^2 / (1 - b2) (1 + rho + ... + rho^(t-1)),   rho = b1^2 / b2
+
+    (Cauchy-Schwarz over the two averages; 1 for b1 = b2), which nothing exceeds while the bases stand and no codec
+    rounds; kappa, being at most c2, leaves it as it is. |d| is at most sqrt(r_1 ... r_N) times that.
+
     m lives in the core and v in the bases, so that a change of frame moves m by R_n and v by Q'_n^H R_n Q_n, exactly
     (|R|^2 and all) where frames of one span follow each other. With :class:`comoving.transport.Keep` the numbers of all
     four stay: bases that were found in the old coordinates serve the new ones until they turn.
@@ -42,7 +50,8 @@ class SOAP:
         every: steps between power iterations, >= 1.
         max_size: longest mode that is turned, >= 1.
         one_sided: of a matrix, turn the shorter side alone, the first on a tie; in a frame of one
-            side that is the compressed one, so that L and Q are as small as its rank.
+            side that is the compressed one, so that L and Q are as small as its rank. Of a tensor all modes, also where
+            only two are longer than 1.
     """
 
     momentum = FIRST
@@ -100,15 +109,22 @@ class SOAP:
         if turned:
             scale.add_(scale.amax() * (turned * torch.finfo(scale.dtype).eps))
         scale.add_(eps).mul_(clock.weight1)
-        return multilinear(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, bases)
+        return multilinear(_cut(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, clock), bases)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
-        long = [n for n, d in enumerate(shape) if d > 1]
-        sides = [min(long, key=lambda n: shape[n])] if self.one_sided and len(long) == 2 else range(len(shape))
+        # Not by which modes are longer than 1: ranks that change would then change the slots.
+        sides = [min((0, 1), key=lambda n: shape[n])] if self.one_sided and len(shape) == 2 else range(len(shape))
         return [n for n in sides if shape[n] <= self.max_size]
 
     def _bases(self, x: Tensor, state: dict[str, Tensor]) -> list[Tensor | None]:
         return [state.get(_basis(n)) for n in range(x.ndim)]
+
+
+def _cut(x: Tensor, clock: Clock) -> Tensor:
+    """Entries of x, in place, at most as large as Adam's can be."""
+    if x.is_complex():
+        return x.mul_((clock.limit / x.abs()).clamp_max_(1))
+    return x.clamp_(-clock.limit, clock.limit)
 
 
 def _factor(mode: int) -> str:
