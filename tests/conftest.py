@@ -1,8 +1,14 @@
-"""One thread, so that results and times do not depend on the machine, and one fixed Hypothesis profile."""
+"""One thread, or as many as ``TEST_THREADS`` says; a fixed Hypothesis profile; pairs of arguments unless ``--full``."""
+
+import os
 
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)
+from pairwise import pytest_addoption, pytest_collection_modifyitems
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems"]
+
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("fixed")
