@@ -5,8 +5,19 @@ A case is drawn from two integers alone (:func:`comoving.fuzz.cases.draw`), run 
 """
 
 from .bounds import Bound, step_bound
-from .cases import Case, draw
-from .check import Outcome, examine
+from .cases import Case, Parameter, draw
+from .check import Outcome, examine, largest
 from .gradients import STRUCTURES, sequence
 
-__all__ = ["STRUCTURES", "Bound", "Case", "Outcome", "draw", "examine", "sequence", "step_bound"]
+__all__ = [
+    "STRUCTURES",
+    "Bound",
+    "Case",
+    "Outcome",
+    "Parameter",
+    "draw",
+    "examine",
+    "largest",
+    "sequence",
+    "step_bound",
+]

@@ -203,7 +203,7 @@ def _direction(  # noqa: PLR0911, PLR0912  (one case a rule)
         case Columns():
             return _Size(root, root)
         case Muon():
-            return _muon(rule, shape, core)
+            return _muon(rule, shape, core, fixed=core == prod(shape))
         case Momentum():
             return _momentum(rule, group, full, absorbed)
         case _:
@@ -246,16 +246,19 @@ def _rounding(codec: Codec) -> tuple[float, float]:
     return (h, 1.25) if codec.rounding == "nearest" else (2 * h, 3.0)
 
 
-def _muon(rule: Muon, shape: tuple[int, ...], core: int) -> _Size:
+def _muon(rule: Muon, shape: tuple[int, ...], core: int, fixed: bool) -> _Size:
     if rule.method == "newton-schulz" and rule.coefficients != Muon().coefficients:
         raise _None(f"Muon's polynomial {rule.coefficients} may map singular values anywhere")
     value = 1.0 if rule.method == "polar" else _QUINTIC * (1.03 if rule.bf16 else 1.0)
-    # An update of (rows, columns) matrices; which modes these are matters for the scale alone: take the largest.
+    if not fixed:  # sqrt(core / max(rows, columns)) singular values: of a core of any shape
+        size = value * (0.2 if rule.scale == "match" else 1.0 if isinstance(rule.scale, str) else rule.scale)
+        return _Size(size * sqrt(core), size * sqrt(core))
+    # The modes of a matrix matter for the scale alone: take the larger one.
     long = [d for d in shape if d > 1] or [1]
-    cuts = [(long[0], core // long[0] or 1)]
+    cuts = [(long[0], core // long[0])]
     if len(long) > 2 and rule.over != "flat":
         cuts.append((long[0], long[1]))
-    norm = entry = 0.0
+    sizes: list[_Size] = []
     for rows, columns in cuts:
         match rule.scale:
             case "match":
@@ -264,10 +267,8 @@ def _muon(rule: Muon, shape: tuple[int, ...], core: int) -> _Size:
                 s = sqrt(max(1.0, rows / columns))
             case _:
                 s = float(rule.scale)
-        matrices = core / (rows * columns)
-        norm = max(norm, value * s * sqrt(max(1.0, matrices) * min(rows, columns)))
-        entry = max(entry, value * s)
-    return _Size(norm, entry)
+        sizes.append(_Size(value * s * sqrt(core / max(rows, columns)), value * s))
+    return _Size(max(size.norm for size in sizes), max(size.entry for size in sizes))
 
 
 def _momentum(rule: Momentum, group: Mapping[str, Any], full: int, absorbed: int) -> _Size:

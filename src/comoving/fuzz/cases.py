@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..codecs import Full
+from ..frames import Blocks
 from ..groups import param_groups
 from ..optimizer import LowRankOptimizer
 from ..recipes import Recipe, build, recipes
@@ -204,6 +206,10 @@ def draw(seed: int, index: int, chosen: Sequence[str] = ()) -> Case:
     steps = r.randint(8, 16)
     options = _common(r, parameters, experts)
     options |= composition(r) if recipe is None else _for_recipe(r, recipe)
+    if recipe is None and not experts and not heads and all(len(p.shape) > 2 for p in parameters) and r.random() < 0.2:
+        options["frame"] = Blocks(r.choice((0, 1, 2)), options["frame"])
+    if r.random() < 0.06 and "ranks" not in options:
+        options |= {"budget": r.choice(("40%", "70%", 0.3)), "codec": "auto", "moments": r.choice(("auto", Full()))}
     skip = options.get("on_nonfinite") == "skip"
     absorbed = r.choice((2, 3)) if not skip and r.random() < 0.12 else 1
     return Case(
@@ -243,6 +249,8 @@ def _headed(r: Random, size: int) -> Parameter:
 def _shape(r: Random, least: int) -> tuple[int, ...]:
     order = r.choices((1, 2, 3, 4, 5), (1.2, 5, 2, 1.5, 0.6))[0]
     order = max(order, least)
+    if order == 2 and r.random() < 0.05:
+        return r.randint(40, 128), r.randint(40, 256)  # LAPACK has other algorithms for larger matrices
     most = {1: 40, 2: 40, 3: 16, 4: 10, 5: 7}[order]
     while True:
         sizes = tuple(1 if r.random() < 0.08 else r.randint(2, most) for _ in range(order))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..optimizer import LowRankOptimizer
-from .bounds import Bound, step_bound
+from .bounds import step_bound
 from .cases import Case
 
-__all__ = ["FAILURES", "KINDS", "Outcome", "examine", "updates"]
+__all__ = ["FAILURES", "KINDS", "Outcome", "examine", "largest"]
 
 FAILURES = ("raised", "warned", "nonfinite", "step", "resume", "gradient", "random", "skip")
 """What a case may fail by: an exception or a warning in a step; weights or state that are not finite; a step above its
@@ -138,24 +138,10 @@ class _Run:
                     raise _Broken("nonfinite", f"step {self.step}: state {slot} of {name}")
 
     def _bounded(self, name: str, p: Tensor, old: Tensor) -> None:
-        bound = self._bound(p)
-        if bound.none:
-            return
-        case, site = self.case, self.optimizer.sites[p]
-        lr, decay = case.lr, case.options.get("weight_decay", 0.01)
-        # The weights round what is added to them, to half a unit in their last place, or one where it is drawn.
-        rounding = torch.finfo(p.dtype).eps * float(p.detach().abs().amax()) / lr
-        for update in updates(site, p.detach(), old, lr, decay):
-            rms = float(torch.linalg.vector_norm(update)) / sqrt(update.numel())
-            entry = float(update.abs().amax())
-            for kind, size, most in (("RMS", rms, bound.rms), ("entry", entry, bound.entry)):
-                self.share = max(self.share, (size - rounding) / most)
-                if size > most * _SLACK + rounding:
-                    raise _Broken("step", f"step {self.step}: {name} by {kind} {size:.4g} lr, bound {most:.4g}")
-
-    def _bound(self, p: Tensor) -> Bound:
-        group = next(g for g in self.optimizer.param_groups if any(q is p for q in g["params"]))
-        return step_bound(self.optimizer.sites[p], group, self.step + 1, self.case.absorbed)
+        share, what = largest(self.optimizer, p, old, self.step + 1, self.case.absorbed)
+        self.share = max(self.share, share)
+        if share > _SLACK:
+            raise _Broken("step", f"step {self.step}: {name} by {what}")
 
     def _resumed(self) -> tuple[nn.Module, LowRankOptimizer]:
         """A copy of the model, with an optimizer from a checkpoint that was written and read."""
@@ -181,13 +167,37 @@ class _Run:
                 )
 
 
-def updates(site: Any, new: Tensor, old: Tensor, lr: float, weight_decay: float) -> tuple[Tensor, ...]:
-    """(w_new - (1 - lr weight_decay) w_old) / lr in double precision, as the optimizer sees it, block by block."""
+def largest(optimizer: LowRankOptimizer, p: Tensor, old: Tensor, steps: int, absorbed: int = 1) -> tuple[float, str]:
+    """The last update of a parameter over its bound, and both in words; 0 where there is no bound.
+
+    The update (w_new - (1 - lr weight_decay) w_old) / lr is taken in double precision, block by block. What the
+    weights' own dtype rounds, up to a unit in the last place of the largest, is taken off.
+
+    Args:
+        optimizer: that has made the step.
+        p: the parameter after it.
+        old: a copy from before it.
+        steps: the number of steps so far.
+        absorbed: as for :func:`comoving.fuzz.bounds.step_bound`.
+    """
+    site, new = optimizer.sites[p], p.detach()
+    group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
+    bound = step_bound(site, group, steps, absorbed)
+    if bound.none:
+        return 0.0, bound.reason
     wide = torch.complex128 if new.is_complex() else torch.float64
-    change = (new.to(wide) - old.to(wide) * (1 - lr * weight_decay)) / lr
-    view = site.view
-    seen = torch.view_as_complex(change.contiguous()) if view.name == "pairs" else change.reshape(view.shape)
-    return seen.unbind(site.block_mode) if site.blocks else (seen,)
+    lr, shrink = group["lr"], 1 - group["lr"] * group["weight_decay"]
+    change = (new.to(wide) - old.to(wide) * shrink) / lr
+    seen = torch.view_as_complex(change.contiguous()) if site.view.name == "pairs" else change.reshape(site.view.shape)
+    rounding = torch.finfo(new.dtype).eps * float(new.abs().amax()) / lr
+    share, words = 0.0, ""
+    for update in (seen,) if site.block_mode is None else seen.unbind(site.block_mode):
+        rms = float(torch.linalg.vector_norm(update)) / sqrt(update.numel())
+        for kind, size, most in (("RMS", rms, bound.rms), ("entry", float(update.abs().amax()), bound.entry)):
+            own = max(0.0, size - rounding) / most
+            if own >= share:
+                share, words = own, f"{kind} {size:.4g} lr, bound {most:.4g}"
+    return share, words
 
 
 def _params(case: Case, model: nn.Module) -> dict[str, nn.Parameter]:
