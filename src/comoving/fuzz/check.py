@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optimizer import LowRankOptimizer
-from .bounds import step_bound
+from .bounds import Bound, step_bound
 from .cases import Case
 
 __all__ = ["FAILURES", "KINDS", "Outcome", "examine", "largest"]
@@ -128,8 +128,8 @@ class _Run:
 
     def _finite(self, name: str, p: Tensor) -> None:
         site = self.optimizer.sites[p]
-        if site.plain and site.view.stored_dtype == torch.float16:
-            return  # torch's own AdamW, whose eps is 0 in float16
+        if site.view.stored_dtype == torch.float16 and self._bound(p).none:
+            return  # whose largest number is 65504; and in torch's own AdamW for it eps is 0
         if not bool(p.isfinite().all()):
             raise _Broken("nonfinite", f"step {self.step}: weights of {name}")
         for slot, x in _tensors(self.optimizer.state.get(p, {})):
@@ -142,6 +142,9 @@ class _Run:
         self.share = max(self.share, share)
         if share > _SLACK:
             raise _Broken("step", f"step {self.step}: {name} by {what}")
+
+    def _bound(self, p: Tensor) -> Bound:
+        return step_bound(self.optimizer.sites[p], _group(self.optimizer, p), self.step + 1, self.case.absorbed)
 
     def _resumed(self) -> tuple[nn.Module, LowRankOptimizer]:
         """A copy of the model, with an optimizer from a checkpoint that was written and read."""
@@ -181,7 +184,7 @@ def largest(optimizer: LowRankOptimizer, p: Tensor, old: Tensor, steps: int, abs
         absorbed: as for :func:`comoving.fuzz.bounds.step_bound`.
     """
     site, new = optimizer.sites[p], p.detach()
-    group = next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
+    group = _group(optimizer, p)
     bound = step_bound(site, group, steps, absorbed)
     if bound.none:
         return 0.0, bound.reason
@@ -198,6 +201,10 @@ def largest(optimizer: LowRankOptimizer, p: Tensor, old: Tensor, steps: int, abs
             if own >= share:
                 share, words = own, f"{kind} {size:.4g} lr, bound {most:.4g}"
     return share, words
+
+
+def _group(optimizer: LowRankOptimizer, p: Tensor) -> dict[str, Any]:
+    return next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
 
 
 def _params(case: Case, model: nn.Module) -> dict[str, nn.Parameter]:
