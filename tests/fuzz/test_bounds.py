@@ -86,7 +86,7 @@ def test_what_residuals_add():
     inside, outside = 0.25 * b, sqrt(0.75) * b
     assert bound(residual=Sign(rate=0.3), **options).rms == pytest.approx(inside + 0.3)
     assert bound(residual=Fira(), **options).rms == pytest.approx(inside + outside * 1.01**2, rel=1e-6)
-    assert bound(residual=Channel(growth=2.0), **options).rms > bound(residual=Channel(), **options).rms
+    assert bound(residual=Channel(growth=2.0), **options).rms == pytest.approx(0.5 * b * 2.0**2, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,8 @@ def test_bounds_of_other_rules(options, rms):
         (dict(rule=Scheduled(), moments=RankOne()), "far below"),
         (dict(rule=Scheduled(), moments=Int8(), transport=Keep(), rank=0.25), "far below"),
         (dict(moments=RankOne()), "far below"),
+        (dict(residual=Fira(growth=None), rank=0.25), "puts no limit"),
+        (dict(residual=Channel(growth=None), rank=0.25), "puts no limit"),
         (dict(betas=(0.9, 0.0)), "forgets every gradient but the last"),
     ],
 )

@@ -30,6 +30,7 @@ from ..frames import Modes
 from ..groups import update_scale
 from ..precondition import Factored
 from ..residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from ..residual.gains import Scaled
 from ..rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Rule, Scheduled, Shampoo
 from ..sites import Site
 from ..state import group_of_block, parts_of
@@ -290,12 +291,12 @@ def _beside(
     residual = group["residual"]
     match residual:
         case Fira():
-            # The first one at most as long as the part of a gradient outside the frame is to that inside, on average.
-            first = size.norm * sqrt(full / core if group["ranks"].adaptive else (full - core) / core)
-            rest = _grown(first, residual.growth, steps)
+            # The first is as large outside the frame as d is inside, entry by entry; adaptive cores count as full.
+            share = 1.0 if group["ranks"].adaptive else (full - core) / core
+            rest = _grown(size.norm * sqrt(share), residual, steps)
             return _Size(lifted.norm + rest, lifted.entry + rest)
         case Channel():
-            rest = scale * _grown(size.norm, residual.growth, steps)
+            rest = scale * _grown(size.norm * sqrt(full / core), residual, steps)
             return _Size(rest, rest)
         case Sign():
             return _Size(lifted.norm + residual.rate * sqrt(full), lifted.entry + residual.rate)
@@ -307,8 +308,8 @@ def _beside(
             return lifted
 
 
-def _grown(first: float, growth: float | None, steps: int) -> float:
+def _grown(first: float, residual: Scaled, steps: int) -> float:
     """The longest scaled rest after so many steps, each longer than the last by the growth and 1e-8 at most."""
-    if growth is None:
-        return first
-    return (first + steps * 1e-8) * growth ** (steps - 1)
+    if residual.growth is None:
+        raise _None(f"{residual} puts no limit on what it scales: |g| / |z| may be anything")
+    return (first + steps * 1e-8) * residual.growth ** (steps - 1)
