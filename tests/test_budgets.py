@@ -333,6 +333,29 @@ def test_experts_share_codecs_and_train():
     assert torch.isfinite(p).all()
 
 
+@pytest.mark.parametrize("options", [{"codec": "auto"}, {"moments": "auto"}, {"codec": "auto", "moments": "auto"}])
+@pytest.mark.parametrize("recipe", comoving.recipes())
+def test_every_recipe_is_assigned_codecs_and_steps_or_is_refused_at_construction(recipe, options):
+    """Also where the budget cannot be met in full precision; trees have more ranks than their tensor has modes."""
+    if comoving.recipes()[recipe].full_rank:
+        with pytest.raises(ValueError, match="have nothing to act on"):
+            comoving.build(recipe, Model(), 1e-2, budget=0.9, **options)
+        return
+    for limit in (300_000, 80_000, 100):
+        model = Model()
+        try:
+            optimizer = comoving.build(recipe, model, 1e-2, budget=limit, **options)
+        except ValueError as error:
+            assert limit < 300_000
+            assert "budget must be at least" in str(error)
+            continue
+        assert limit > 100
+        for t in range(2):
+            feed(model, optimizer, t)
+        assert state_bytes(optimizer, projected=True) <= limit
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_the_table_shows_each_parameters_codecs():
     model, optimizer = build(0.2)
     table = explain(optimizer)

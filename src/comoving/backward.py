@@ -1,7 +1,7 @@
 """Stepping inside the backward pass: a gradient is taken in, and freed, as soon as it is accumulated."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
@@ -15,7 +15,7 @@ from .container import Container, Unit
 from .linalg import norm
 from .precondition import Plain
 from .residual import Passage
-from .state import CORE, HELD_NORM, REST, RUNNING, SIZE, WINDOW
+from .state import CORE, HELD_NORM, REST, RUNNING, SIZE, WINDOW, commit
 from .validate import check_choice, check_float, check_int
 
 _SMALL = 1e-6  # torch's, in clip_grad_norm_
@@ -33,6 +33,7 @@ class Window:
         stepped: parameters that have been stepped since the last step().
         checked: whether groups were looked at since then.
         incomplete: whether a gradient was dropped since then.
+        closing: what gradients are multiplied by in the step() that ends the window, once that is known.
         norm: of the last finished window.
     """
 
@@ -43,6 +44,7 @@ class Window:
     stepped: set[Tensor] = field(default_factory=set[Tensor])
     checked: bool = False
     incomplete: bool = False
+    closing: float | None = None
     norm: float | None = None
 
     def factor(self, size: float) -> float:
@@ -150,12 +152,16 @@ class InBackward(Container):
     # ------------------------------------------------------------------------------------------------- what steps
 
     @abstractmethod
-    def apply(self, p: Tensor) -> None:
-        """Steps 5-7 for one parameter that torch's AdamW does not serve."""
+    def _write(self, p: Tensor, written: set[str]) -> None:
+        """Steps 5-7 for one parameter that torch's AdamW does not serve, with the blocks of it that were written."""
 
     @abstractmethod
-    def _take(self, p: Tensor, gradient: Tensor) -> None:
-        """Steps 1-4 for one parameter that torch's AdamW does not serve."""
+    def _take(self, p: Tensor, gradient: Tensor, but: Collection[str] = ()) -> None:
+        """Steps 1-4 for one parameter that torch's AdamW does not serve, but for some of its blocks."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """What follows from steps 1-4 for other parameters, once they cannot fail any more."""
 
     @abstractmethod
     def _standing(self, unit: Unit) -> Passage:
@@ -193,11 +199,17 @@ class InBackward(Container):
         if not self._finite(gradient, site.name, window):
             window.incomplete = True
             return
-        if site.plain:
-            _, _, state = self._open(p)
-            state[CORE] = state[CORE].add_(gradient) if CORE in state else gradient
-        else:
-            self._take(p, gradient)
+        before = self._saved(p)
+        try:
+            if site.plain:
+                _, _, state = self._open(p)
+                state[CORE] = state[CORE].add_(gradient) if CORE in state else gradient
+            else:
+                self._take(p, gradient)
+        except BaseException:
+            self._put_back(p, before)
+            raise
+        self._settle()
         count = 1 + max((unit.state.get(WINDOW, 0) for unit in self._opened(p)), default=0)
         for unit in self._with_gradients(p):
             unit.state[WINDOW] = count
@@ -208,14 +220,20 @@ class InBackward(Container):
     def _finish(self, window: Window) -> None:
         """End of a window: step whatever has a gradient and was not stepped inside the backward pass."""
         for p in self.sites:
-            if p.grad is not None:  # set by hand
-                self._take_up(p)
-        factor = window.factor(self.param_groups[0].get(RUNNING, 0.0))
-        if window.clip is not None and window.exact:
-            window.norm = self._total({unit.site.name: self._size(unit) for unit in self._all_with_gradients()})
-            factor = window.factor(window.norm)
+            given = p.grad
+            if given is not None:  # set by hand
+                try:
+                    self._take_up(p)
+                except BaseException:
+                    p.grad = given
+                    raise
+        if window.closing is None:  # else an earlier try has stepped some, and what is left has another norm
+            window.closing = window.factor(self.param_groups[0].get(RUNNING, 0.0))
+            if window.clip is not None and window.exact:
+                window.norm = self._total({unit.site.name: self._size(unit) for unit in self._all_with_gradients()})
+                window.closing = window.factor(window.norm)
         for p in list(self._pending()):
-            self._step_one(p, factor)
+            self._step_one(p, window.closing)
         if window.clip is not None and not window.exact:
             units = [unit for p in self.sites for unit in self._opened(p)]
             sizes = {unit.site.name: unit.state.pop(SIZE) for unit in units if SIZE in unit.state}
@@ -228,9 +246,18 @@ class InBackward(Container):
             self._count_skipped()
         window.stepped.clear()
         window.checked = window.incomplete = False
+        window.closing = None
 
     def _step_one(self, p: Tensor, factor: float) -> None:
-        """Step a parameter by its gradients of this window, multiplied by this."""
+        """Step a parameter by its gradients of this window, multiplied by this; where that fails it is as it was."""
+        before, written = self._saved(p), set[str]()
+        try:
+            self._step_scaled(p, factor, written)
+        except BaseException:
+            self._put_back(p, before, written)
+            raise
+
+    def _step_scaled(self, p: Tensor, factor: float, written: set[str]) -> None:
         window, site = self._window, self.sites[p]
         assert window is not None
         for unit in self._with_gradients(p) if window.clip is not None and not window.exact else ():
@@ -241,11 +268,13 @@ class InBackward(Container):
             del unit.state[WINDOW]
             unit.state.pop(REST, None)
         if not site.plain:
-            self.apply(p)
+            self._write(p, written)
             return
         p.grad = self.state[p].pop(CORE)
-        self._step_dense([p], self.param_groups[self._group_index[p]])
-        p.grad = None
+        try:
+            self._step_dense([p], self.param_groups[self._group_index[p]])
+        finally:
+            p.grad = None
 
     def _with_gradients(self, p: Tensor) -> list[Unit]:
         return [unit for unit in self._opened(p) if CORE in unit.state]
@@ -299,7 +328,7 @@ class InBackward(Container):
                 residual.rescale(factor, core, self._standing(working), working.state, unit.group["codec"])
             working.state[CORE] = working.state[CORE] * factor
             working.state.pop(HELD_NORM, None)
-            working.pack_into(unit.state, moved=False)
+            commit(unit.state, working.packed(unit.state, moved=False))
 
     # --------------------------------------------------------------------------------------------------------- refusals
 

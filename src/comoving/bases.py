@@ -136,13 +136,11 @@ def _replace(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
 
 
 def _fresh(codec: Codec, held: Mapping[str, Tensor], u: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
-    """Tensors to encode U into: those that are there where they fit, and a seed that goes on."""
+    """Tensors to encode U into, and a seed that goes on."""
     own: dict[str, Tensor] = {}
     for name, part in codec.parts((u.shape[1], u.shape[0]), u.dtype).items():
-        if name in held and tuple(held[name].shape) == part.shape:
-            own[name] = held[name]
-        elif part.seed:
-            own[name] = torch.tensor(scramble(*key), device="cpu")
+        if part.seed:
+            own[name] = held[name].clone() if name in held else torch.tensor(scramble(*key), device="cpu")
         else:
             own[name] = u.new_zeros(part.shape, dtype=part.dtype)
     return own

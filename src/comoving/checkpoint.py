@@ -30,7 +30,7 @@ from .state import (
     first_seeds,
     group_of_block,
     layout,
-    pack,
+    packed,
     parts_of,
     resized,
     rule_slots,
@@ -120,7 +120,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
     fits = all(name in state and tuple(state[name].shape) == expected[name].shape for name in moved if name in expected)
     fits = fits and _said(state, site) in (None, site.ranks)
     if not fits and site.projected:
-        state = dict(unpacked(site, group, state))
+        state = unpacked(site, group, state)
         rule, momentum = group["rule"], group["rule"].momentum
         _check_movable(state, site, group)
         shape, device = tuple(state[momentum].shape), state[momentum].device
@@ -157,11 +157,7 @@ def _is_of(name: str, slot: str) -> bool:
 
 def _packed(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
     """The state with its moments as they are stored here."""
-    stored: dict[str, Any] = {}
-    if isinstance(group["moments"], Full):
-        return state
-    pack(site, group, dict(state), stored)
-    return stored
+    return packed(site, group, state, {})
 
 
 def _blocks_of(saved: Mapping[str, Any], site: Site) -> dict[int, dict[str, Any]]:

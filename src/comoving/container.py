@@ -1,6 +1,6 @@
 """An optimizer without its step: groups, the state of parameters and of their blocks, budget and checkpoints."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -19,6 +19,7 @@ from .ranks import Record
 from .ranks import assignment as assignments
 from .ranks import budget as budgets
 from .ranks.limit import limit_bytes, parse_budget
+from .resume import Resume
 from .rules.turn import Turn
 from .schedule import stagger
 from .sites import Site
@@ -49,12 +50,12 @@ class Unit(NamedTuple):
         return bases.load(self.group, self.state, view.shape, view.dtype, self.state.get(self.group["rule"].momentum))
 
     def unpacked(self, only: str | None = None) -> "Unit":
-        """The unit with its moments, or ``only`` one of them, decoded."""
+        """The unit with a state of its own, in which its moments, or ``only`` one of them, are decoded."""
         return self._replace(state=slots.unpacked(self.site, self.group, self.state, only))
 
-    def pack_into(self, state: dict[str, Any], moved: bool = True) -> None:
-        """Encode the moments of an unpacked unit again, where they have moved, into the state that it came from."""
-        slots.pack(self.site, self.group, self.state, state, moved)
+    def packed(self, held: Mapping[str, Any], moved: bool = True) -> dict[str, Any]:
+        """The state of an unpacked unit as it is stored; moments that have not moved keep the codes that are held."""
+        return slots.packed(self.site, self.group, self.state, held, moved)
 
 
 class Container(Optimizer):
@@ -98,6 +99,8 @@ class Container(Optimizer):
         self._held: dict[Tensor, int] = {}
         self._complete = True
         self._limit: int | None = None
+        self._resume = Resume()
+        self._releases: list[tuple[float, list[Tensor]]] = []
 
     # ---------------------------------------------------------------------------------------------------------- groups
 
@@ -248,22 +251,39 @@ class Container(Optimizer):
         own = slots.parts_of(site, group)
         return [Unit(slots.current(site, group, state), own, state)] if "step" in state else []
 
-    def _with_gradient(self, p: Tensor, seen: Tensor) -> list[tuple[Unit, Tensor]]:
-        """What a gradient belongs to: the parameter, or each block that it is not zero in."""
+    def _saved(self, p: Tensor) -> dict[str, Any] | None:
+        """A parameter's state as it is, to be put back: steps replace its tensors, and change none."""
+        state = self.state.get(p)
+        if state is None:
+            return None
+        return {name: dict(x) if isinstance(x, dict) else x for name, x in state.items()}
+
+    def _put_back(self, p: Tensor, saved: dict[str, Any] | None, but: Collection[str] = ()) -> None:
+        """Put a saved state in place of what a step that failed has made of it, but for some blocks."""
+        kept = {name: x for name, x in self.state.get(p, {}).items() if name in but}
+        if saved is None and not kept:
+            self.state.pop(p, None)
+        else:
+            slots.commit(self.state[p], (saved or {}) | kept)
+        self._held.pop(p, None)
+        self._releases.clear()
+
+    def _with_gradient(self, p: Tensor, seen: Tensor, but: Collection[str] = ()) -> list[tuple[Unit, Tensor]]:
+        """What a gradient belongs to: the parameter, or each block that it is not zero in, but for some of them."""
         site, group, state = self._open(p)
         if not site.blocks:
             return [(Unit(site, group, state), seen)]
         blocks = group["frame"].split(seen)
         live = torch.stack([block.any() for block in blocks]).tolist()
-        return [(self._unit(p, b), block) for b, block in enumerate(blocks) if live[b]]
+        return [(self._unit(p, b), block) for b, block in enumerate(blocks) if live[b] and str(b) not in but]
 
-    def _with_core(self, p: Tensor, weights: Tensor) -> list[tuple[Unit, Tensor]]:
-        """What has absorbed a gradient, and its weights."""
+    def _with_core(self, p: Tensor, weights: Tensor) -> list[tuple[str | None, Unit, Tensor]]:
+        """What has absorbed a gradient, and its weights; blocks with their number."""
         site, group, state = self._open(p)
         if not site.blocks:
-            return [(Unit(site, group, state), weights)]
+            return [(None, Unit(site, group, state), weights)]
         blocks = group["frame"].split(weights)
-        return [(self._unit(p, int(b)), blocks[int(b)]) for b, own in state.items() if "core" in own]
+        return [(b, self._unit(p, int(b)), blocks[int(b)]) for b, own in state.items() if "core" in own]
 
     def _count_skipped(self, bad: Tensor | None = None) -> None:
         """Count a step that was skipped; by a flag on the device where one is given."""

@@ -138,8 +138,8 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
     for site in sites:
         if site.projected:
             try:
-                group["finder"].parts(site.view.shape, site.ranks, site.view.dtype)
                 one = site.block(0) if site.blocks else site
+                group["finder"].parts(one.view.shape, one.ranks, one.view.dtype)
                 group["residual"].parts(group["codec"], one.view.shape, one.core_shape, one.view.dtype)
             except ValueError as error:
                 raise ValueError(f"{site.name}: {error}") from None

@@ -1,6 +1,6 @@
 """The engine: one optimizer, seven steps."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -27,10 +27,11 @@ from .ranks import budget as budgets
 from .ranks.assignment import settled
 from .ranks.reading import leading, read
 from .residual import Discard, Passage, Residual, Update
+from .resume import WHOLE, Resume
 from .rounding import Rounding
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
-from .rules.base import averaged
+from .rules.base import averaged, replaces
 from .rules.turn import compiled, turned
 from .schedule import next_refresh, refresh_due
 from .transport import Clock, Rotate, Transport
@@ -193,33 +194,65 @@ class LowRankOptimizer(InBackward):
         return loss
 
     def _step_all(self) -> None:
-        """Every parameter that has a gradient."""
+        """Every parameter that has a gradient, and was not stepped by it already when the last step failed."""
         self._check_structure()
         self._check_closed()
-        bad = self._inspect_gradients()
-        if bad is not None and any(self._changes_shape(p) for p in self._norms) and trouble(bad):
-            return  # what has no state of its shape yet could not be put back
-        for group in self.param_groups:
-            ready = [p for p in group["params"] if p.grad is not None]
-            for p in ready:
-                self._open(p)
-            for p in ready:
-                if not self.sites[p].plain:
-                    with self._undone_if(bad, [p]):
-                        self._take(p, gradients.usable(p.grad, bad))
-                        self.apply(p)
-            dense = [p for p in ready if self.sites[p].plain]
-            for device in {p.device for p in dense}:
-                here = [p for p in dense if p.device == device]
-                with self._undone_if(bad, here):
-                    self._step_dense(here, group)
-        self._norms = {}
+        done, self._resume = self._resume.by_the_same_gradients(), Resume()
+        opened: list[Tensor] = []
+        try:
+            bad = self._inspect_gradients()
+            if bad is not None and any(self._changes_shape(p) for p in self._norms) and trouble(bad):
+                return  # what has no state of its shape yet could not be put back
+            for group in self.param_groups:
+                ready = [p for p in group["params"] if p.grad is not None and (p not in done or done[p])]
+                for p in ready:
+                    opened += [] if p in self.state else [p]
+                    self._open(p)
+                for p in ready:
+                    if not self.sites[p].plain:
+                        self._step_by_rule(p, bad, done)
+                dense = [p for p in ready if self.sites[p].plain]
+                for device in {p.device for p in dense}:
+                    here = [p for p in dense if p.device == device]
+                    with self._undone_if(bad, here):
+                        self._step_dense(here, group)
+                    done.update(dict.fromkeys(here, WHOLE))
+        except BaseException as error:
+            self._resume = Resume(done)
+            for p in opened:
+                if p not in done:
+                    self.state.pop(p, None)
+            if done:
+                error.add_note(
+                    f"{len(done)} parameters had been stepped before this was raised; step() with the same gradients "
+                    f"goes on with the others."
+                )
+            raise
+        finally:
+            self._norms = {}
+
+    def _step_by_rule(self, p: Tensor, bad: Tensor | None, done: dict[Tensor, frozenset[str]]) -> None:
+        """All seven steps for one parameter; its blocks that an earlier try has stepped are left out."""
+        assert p.grad is not None
+        before, written = self._saved(p), set(done.get(p, WHOLE))
+        try:
+            with self._undone_if(bad, [p]):
+                self._take(p, gradients.usable(p.grad, bad), written)
+                self._write(p, written)
+        except BaseException:
+            self._put_back(p, before, written)
+            if written:
+                done[p] = frozenset(written)
+            raise
+        done[p] = WHOLE
+        self._settle()
 
     @torch.no_grad()
     def absorb(self, p: Tensor, gradient: Tensor) -> None:
         """Steps 1-4 for one parameter that torch's AdamW does not serve: take a gradient into core and feedback.
 
-        Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only.
+        Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only. Where anything
+        raises, the parameter's state is as it was.
         """
         site = self.sites[p]
         if site.plain:
@@ -227,70 +260,114 @@ class LowRankOptimizer(InBackward):
         # The caller may clear its gradient before apply().
         held = not site.projected or self.param_groups[self._group_index[p]]["residual"].holds
         with gradients.full_precision():
-            self._take(p, gradient.clone() if held else gradient)
+            before = self._saved(p)
+            try:
+                self._take(p, gradient.clone() if held else gradient)
+            except BaseException:
+                self._put_back(p, before)
+                raise
+            self._settle()
 
-    def _take(self, p: Tensor, gradient: Tensor) -> None:
-        """Steps 1-4 for one parameter, which may hold on to the gradient until step 7."""
+    def _take(self, p: Tensor, gradient: Tensor, but: Collection[str] = ()) -> None:
+        """Steps 1-4 for one parameter, which may hold on to the gradient until step 7, but for some of its blocks."""
         site, group, _ = self._open(p)
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
-        for unit, part in self._with_gradient(p, seen):
+        for unit, part in self._with_gradient(p, seen, but):
             self._absorb(p, unit, part, self._norms.get(p) if part is seen else None)
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
-        """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it."""
+        """Steps 5-7 for one parameter: turn what was absorbed into an update, and write it.
+
+        Where anything raises before that is written, parameter and state are as they were; of a parameter with blocks
+        those that were reached before it have been stepped.
+
+        Raises:
+            RuntimeError: nothing was absorbed; experts that saw no token are no reason.
+        """
+        site = self.sites[p]
+        if site.plain:
+            raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
+        if not site.blocks and "core" not in self.state.get(p, {}):
+            raise RuntimeError(f"{site.name} has no gradient to apply: call absorb() first")
+        self._write(p, set())
+
+    def _write(self, p: Tensor, written: set[str]) -> None:
+        """Steps 5-7; the blocks whose weights have been written are added to the set."""
         view, codes = self.sites[p].view, codes_of(p)
         if isinstance(codes, DeferringLinear):
-            return self._apply_deferred(p, codes)
+            return self._write_deferred(p, codes)
         storage = view.see_storage(p) if codes is None else None
         weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
-        units = self._with_core(p, weights)
-        with gradients.full_precision():
-            for unit, part in units:
-                self._apply(unit, part)
-        if codes is not None and units:
+        at_once = storage is None and (codes is not None or not _share_storage(weights, p))
+        states: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for number, unit, part in self._with_core(p, weights):
+            with gradients.full_precision():
+                state = self._apply(unit, part)
+            states.append((unit.state, state))
+            if not at_once and number is not None:
+                slots.commit(unit.state, state)
+                written.add(number)
+        if codes is not None and states:
             codes.encode(view.restore(weights))
         elif codes is None and storage is None:
-            p.copy_(self._rounded(p, view.restore(weights), [unit for unit, _ in units]))  # once, at the end
+            p.copy_(self._rounded(p, view.restore(weights), [state for _, state in states]))  # once, at the end
+        for stored, state in states:
+            slots.commit(stored, state)
 
-    def _apply_deferred(self, p: Tensor, codes: DeferringLinear) -> None:
+    def _write_deferred(self, p: Tensor, codes: DeferringLinear) -> None:
         """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
-        for unit, weights in self._with_core(p, codes.decode()):
+        for _, unit, weights in self._with_core(p, codes.decode()):
             count, merged = (unit.state[slots.MEMORY + name] for name in (REFRESHES, MERGED))
             if int(count) == int(merged) and codes.change is not None:
                 with gradients.full_precision():
-                    self._apply(unit, weights)
+                    state = self._apply(unit, weights)
                 codes.take(weights, 1 - unit.group["lr"] * unit.group["weight_decay"])
+                slots.commit(unit.state, state)
                 continue
             frame: Any = unit.frame()
             (mode,) = (n for n, u in enumerate(frame.factors) if u is not None)
-            with gradients.full_precision():
-                codes.merge(weights, frame.factors[mode], mode == 0)
-            merged.copy_(count)
+            before = [x.clone() for x in codes.numbers()]
+            try:
+                with gradients.full_precision():
+                    codes.merge(weights, frame.factors[mode], mode == 0)
+            except BaseException:
+                for x, value in zip(codes.numbers(), before, strict=True):
+                    x.copy_(value)
+                raise
+            unit.state[slots.MEMORY + MERGED] = count.clone()
             del unit.state["core"]
             unit.state["tick"] += 1
 
-    def _rounded(self, p: Tensor, weights: Tensor, units: list[Unit]) -> Tensor:
+    def _rounded(self, p: Tensor, weights: Tensor, states: list[dict[str, Any]]) -> Tensor:
         """Weights as they are written to a parameter, whose own dtype does the rest."""
-        if not (self.sites[p].rounded and units):
+        if not (self.sites[p].rounded and states):
             return weights
-        seeds = [rounds.advance(unit.state) for unit in units]
+        seeds = [rounds.advance(state) for state in states]
         return rounds.stochastic_bfloat16(weights, rounds.generator(p.device, seeds))
 
     def _absorb(self, p: Tensor, unit: Unit, seen: Tensor, size: Tensor | None) -> None:
-        """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known."""
+        """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known.
+
+        All of it happens in a copy of the state, which takes the state's place at the end.
+        """
         site, group, stored = unit
-        given, seen = seen, group["precondition"].apply(seen, stored, stored["tick"] + 1)
+        unit = unit.unpacked(only=group["rule"].momentum if site.projected else "")
+        given, seen = seen, self._preconditioned(seen, unit)
         if not site.projected:
-            stored["core"] = stored["core"] + seen if "core" in stored else seen
+            core = stored["core"] + seen if "core" in stored else seen
+            slots.commit(stored, unit.state | {"core": core})
             return
-        unit = unit.unpacked(only=group["rule"].momentum)
         passage = self._standing(unit)
         opening = "core" not in stored
         refreshing = opening and self._refresh_due(unit, passage.frame)
-        unit = unit.unpacked() if refreshing else unit
+        if refreshing:
+            unit = unit.unpacked()
+            unit.state["step"] = unit.state["step"].clone()  # transports may set it back
         residual, codec, state = group["residual"], group["codec"], unit.state
-        memory = slots.memory_of(state)
+        memory = {name: x.clone() for name, x in slots.memory_of(state).items()}
+        if group["diagnostics"]:
+            state[error_control.SLOT] = state[error_control.SLOT].clone()
         if refreshing:
             residual.renew(seen, state, codec)
         seen = residual.split(seen, state)
@@ -302,10 +379,7 @@ class LowRankOptimizer(InBackward):
                 restored = restored.measured() if group["diagnostics"] else restored
                 unit, kept = self._adapt(p, unit, seen, memory)
                 passage = self._refresh(unit, restored, memory, kept)  # 3
-            if NEXT in memory:
-                every, tick = group["refresh_every"], max(0, state["tick"])
-                step = next_refresh(tick, every, site.phase, group["finder"].interval(memory, every))
-                memory[NEXT] = torch.tensor(step, device="cpu")
+            _time_next(unit, memory)
         state.update(slots.remembered(memory))
         z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
         state["core"] = z if opening else state["core"] + z
@@ -319,24 +393,38 @@ class LowRankOptimizer(InBackward):
         if self._window is not None and self._window.clip is not None:
             state[slots.REST] = outside(kept, seen, z, state.get(slots.REST))
         if group["diagnostics"]:
-            figures, own = state[error_control.SLOT], norm(seen) if size is None else size
+            own = norm(seen) if size is None else size
             if kept is None:
-                error_control.measure(figures, own, z)
+                error_control.measure(state[error_control.SLOT], own, z)
             else:
                 lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
-                error_control.measure_kept(figures, own, total, z, kept, rounded, lost, opening)
-        unit.pack_into(stored, moved=refreshing)
+                error_control.measure_kept(state[error_control.SLOT], own, total, z, kept, rounded, lost, opening)
+        slots.commit(stored, unit.packed(stored, moved=refreshing))
 
-    def _apply(self, unit: Unit, weights: Tensor) -> None:
-        """Steps 5-7 for a parameter or a block of it, on its weights in working precision."""
+    @staticmethod
+    def _preconditioned(seen: Tensor, unit: Unit) -> Tensor:
+        """The gradient as the preconditioner makes it, whose statistics are replaced by copies before they move."""
+        part: Precondition = unit.group["precondition"]
+        for name in part.parts(unit.site.view.shape, unit.site.view.dtype):
+            unit.state[name] = unit.state[name].clone()
+        return part.apply(seen, unit.state, unit.state["tick"] + 1)
+
+    def _apply(self, unit: Unit, weights: Tensor) -> dict[str, Any]:
+        """Steps 5-7 for a parameter or a block of it, on its weights in working precision; the state afterwards.
+
+        The weights are written last, by the residual: what may raise has been done by then.
+        """
         stored, unit = unit.state, unit.unpacked()
         site, group, state = unit
         rule: Rule = group["rule"]
-        state["step"] += 1
+        state["step"] = state["step"] + 1
         state["tick"] += 1
         clock, z = _clock(unit), state.pop("core")
+        own = rule.slots(site.core_shape)
+        moving = [slot.name for slot in (*group["transport"].slots(own), *(() if replaces(rule) else own))]
+        state.update({n: state[n].clone() for n in moving if n in state and state[n] is stored.get(n)})
         if site.projected:
-            group["transport"].age(state, rule.slots(site.core_shape), clock)
+            group["transport"].age(state, own, clock)
         turn = self._compiled if self._compiled is not None and getattr(rule, "timeless", False) else turned
         d = turn(rule, z, state, clock, group["eps"])  # 5
         rate, shrink = -group["lr"], 1 - group["lr"] * group["weight_decay"]
@@ -345,8 +433,11 @@ class LowRankOptimizer(InBackward):
         compressed = by_modes if isinstance(group["frame"], Modes) else None
         size = state.pop(slots.HELD_NORM, None)
         update = Update(unit.frame, compressed, z, d, factor, shrink, rate, clock, group["eps"], size)
-        group["residual"].write(weights, update, state, group["codec"])  # 6, 7
-        unit.pack_into(stored)
+        packed = unit.packed(stored)
+        numbers = {n: x.clone() for n, x in packed.items() if n != "step" and isinstance(x, Tensor) and not x.ndim}
+        packed.update(numbers)  # which residuals may write to
+        group["residual"].write(weights, update, packed, group["codec"])  # 6, 7
+        return packed
 
     def _refresh(self, unit: Unit, seen: Operand, memory: Memory, kept: Frame | None) -> Passage:
         """Step 3: a new frame, searched from what is kept of the old one, and the moments in it."""
@@ -396,8 +487,9 @@ class LowRankOptimizer(InBackward):
                 others = [q for q, other in self.sites.items() if other.projected and q is not p]
                 ranks, gain = budgets.grant(claim, ranks, reading, limit - self._held_by(others))
                 if gain > 0:
-                    budgets.release(gain, {q: self.state.get(q, {}) for q in others}, self._claim)
-            state[slots.VALUE].copy_(torch.tensor(budgets.prices(claim, reading, ranks)))
+                    self._releases.append((gain, others))
+            prices = budgets.prices(claim, reading, ranks)
+            state[slots.VALUE] = torch.tensor(prices, dtype=torch.float64, device="cpu")
             slots.set_ranks(state, ranks)
             site = slots.current(site, group, state)
         self._held.pop(p, None)
@@ -407,6 +499,12 @@ class LowRankOptimizer(InBackward):
         stale = {name: part for name, part in parts.items() if memory[name].shape != part.shape}
         memory.update(slots.zeros(stale, seen.device, state["step"].device))
         return Unit(site, group, state), leading(old, directions, site.ranks)
+
+    def _settle(self) -> None:
+        """Ask others for the ranks that a refresh would have had, now that nothing of it can fail."""
+        for gain, others in self._releases:
+            budgets.release(gain, {q: self.state.get(q, {}) for q in others}, self._claim)
+        self._releases.clear()
 
     def _standing(self, unit: Unit) -> Passage:
         """The passage of a momentum whose frame stays as it is."""
@@ -506,6 +604,18 @@ class LowRankOptimizer(InBackward):
             for unit in self._opened(p)
             if error_control.SLOT in unit.state
         }
+
+
+def _time_next(unit: Unit, memory: Memory) -> None:
+    """Note when a finder that times its own refreshes wants the next one."""
+    if NEXT in memory:
+        every, tick = unit.group["refresh_every"], max(0, unit.state["tick"])
+        step = next_refresh(tick, every, unit.site.phase, unit.group["finder"].interval(memory, every))
+        memory[NEXT] = torch.tensor(step, device="cpu")
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _clock(unit: Unit) -> Clock:

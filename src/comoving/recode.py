@@ -8,7 +8,7 @@ from torch import Tensor
 from .codecs import Codec, Full, Part
 from .ranks.assignment import LADDER
 from .sites import Site
-from .state import moments, pack, ranks_in, resized, unpacked, zeros
+from .state import moments, packed, ranks_in, resized, unpacked, zeros
 
 
 def recoded(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,12 +36,7 @@ def _moments(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     found = next((name for name, parts in stores.items() if _stored_as(parts, state)), "here")
     if found == "here":
         return state
-    plain = dict(unpacked(site, {**group, "moments": ladder[found]}, state))
-    if isinstance(group["moments"], Full):
-        return plain
-    coded: dict[str, Any] = {}
-    pack(site, group, plain, coded)
-    return coded
+    return packed(site, group, unpacked(site, {**group, "moments": ladder[found]}, state), {})
 
 
 def _buffer(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:

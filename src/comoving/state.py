@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import bases
-from .codecs import Codec, Full, Part
+from .codecs import Codec, Full, Part, store
 from .diagnostics import SLOT, STORED
 from .draws import scramble
 from .frames.base import Ranks
@@ -70,9 +70,9 @@ def current(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> S
     return resized(site, group, tuple(None if r < 0 else r for r in state[RANKS].tolist()))
 
 
-def set_ranks(state: Mapping[str, Any], ranks: Ranks) -> None:
+def set_ranks(state: dict[str, Any], ranks: Ranks) -> None:
     """Ask for ranks, as numbers with -1 for whole."""
-    state[RANKS].copy_(torch.tensor([-1 if r is None else r for r in ranks]))
+    state[RANKS] = torch.tensor([-1 if r is None else r for r in ranks], dtype=torch.int64, device="cpu")
 
 
 def ranks_in(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> Ranks:
@@ -146,10 +146,10 @@ def first_moments(site: Site, group: Mapping[str, Any], like: Tensor, scalars: t
 
 
 def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any], only: str | None = None) -> dict[str, Any]:
-    """The state with its moments, or ``only`` one of them, decoded; the state itself where they are stored plainly."""
-    if isinstance(group["moments"], Full):
-        return state
+    """The state in a dict of its own, with its moments, or ``only`` one of them, decoded."""
     working = dict(state)
+    if isinstance(group["moments"], Full):
+        return working
     if site.projected:
         site = resized(site, group, ranks_in(site, group, state))
     for slot in rule_slots(site, group):
@@ -167,32 +167,40 @@ def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any], only: 
     return working
 
 
-def pack(
-    site: Site, group: Mapping[str, Any], working: dict[str, Any], state: dict[str, Any], moved: bool = True
-) -> None:
-    """Bring the state up to date with its unpacked form; coded tensors are overwritten in place where shapes agree.
+def packed(
+    site: Site, group: Mapping[str, Any], working: Mapping[str, Any], held: Mapping[str, Any], moved: bool = True
+) -> dict[str, Any]:
+    """An unpacked state as it is stored, in a dict and with coded tensors of its own.
 
-    Unless the moments have ``moved``, they stay as they are stored.
+    Args:
+        site: of the parameter.
+        group: its hyper-parameters.
+        working: the state, unpacked.
+        held: the state as it was stored, of which moments that have not moved keep their codes.
+        moved: whether they have.
     """
-    if working is state:
-        return
-    coded: dict[str, Tensor] = {}
+    result = dict(working)
+    if isinstance(group["moments"], Full):
+        return result
     for slot in rule_slots(site, group):
-        store = _store(slot, group["moments"])
-        if store is None or slot.name not in working:
+        codec = _store(slot, group["moments"])
+        if codec is None or slot.name not in result:
             continue
-        value = working.pop(slot.name)
-        own: dict[str, Tensor] = {}
-        for name, part in store.parts(tuple(value.shape), value.dtype).items():
-            held = working[f"{slot.name}.{name}"] if part.seed else state.get(f"{slot.name}.{name}", value)
-            fits = held is not value and tuple(held.shape) == part.shape
-            own[name] = held if fits else value.new_zeros(part.shape, dtype=part.dtype)
+        value, prefix = result.pop(slot.name), f"{slot.name}."
         if moved:
-            store.encode(value, own)
-        coded |= {f"{slot.name}.{name}": x for name, x in own.items()}
-    for name in set(state) - set(working) - set(coded):
+            own = {n.removeprefix(prefix): x for n, x in result.items() if n.startswith(prefix)}  # seeds
+            _, own = store(codec, value, own)
+        else:
+            own = {name: held[prefix + name] for name in codec.parts(tuple(value.shape), value.dtype)}
+        result |= {prefix + name: x for name, x in own.items()}
+    return result
+
+
+def commit(state: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Bring a state up to date, all at once."""
+    for name in state.keys() - new.keys():
         del state[name]
-    state.update(working | coded)
+    state.update(new)
 
 
 def zeros(parts: Mapping[str, Part], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
@@ -239,8 +247,7 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
     state = {"tick": 0, **zeros({n: x for n, x in parts.items() if n not in later}, p.device, scalars)}
     state |= first_seeds(site, group, seed)
     if not site.projected:
-        working = state | first_moments(site, group, p, scalars)
-        pack(site, group, working, state)
+        state = packed(site, group, state | first_moments(site, group, p, scalars), {})
     return {**state, **asked(site, group)}
 
 

@@ -24,9 +24,10 @@ from comoving.finders import (
     RandomProjection,
 )
 from comoving.finders.nystroem import inclusion
-from comoving.frames import CosineFrame, Cosines, ModeFrame, Modes, Seeded
+from comoving.frames import Blocks, CosineFrame, Cosines, ModeFrame, Modes, Seeded
 from comoving.linalg import cosine_columns, cosine_transform, leading_singular, unfold
 from comoving.parts import part
+from comoving.ranks import Tolerance
 from comoving.residual import Feedback
 from comoving.transport import Carry, Keep, Rotate
 from contract import test_finders as contract
@@ -213,15 +214,34 @@ def test_the_factor_is_that_of_the_weighted_sample(dtype):
     assert (plain @ plain.mH - u @ u.mH).norm() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("samples", "says"), [(3, r"samples must lie in \[4, 24\].*got 3"), (25, r"samples must lie in \[4, 24\].*got 25")]
-)
-def test_sample_counts_that_fit_no_unfolding_are_refused_at_construction(samples, says):
+def test_more_samples_than_columns_are_refused_at_construction():
     p = torch.nn.Parameter(torch.zeros(16, 24))
-    with pytest.raises(ValueError, match=f"weight: {says}"):
-        LowRankOptimizer([("weight", p)], rank=4, finder=Nystroem(samples=samples))
+    with pytest.raises(ValueError, match=r"weight: samples must lie in \[1, 24\].*mode 0, got 25"):
+        LowRankOptimizer([("weight", p)], rank=4, finder=Nystroem(samples=25))
     LowRankOptimizer([("weight", p)], rank=4, finder=Nystroem(samples=24))
-    LowRankOptimizer([("weight", p)], rank=4, finder=Nystroem(samples=4))
+
+
+@pytest.mark.parametrize("columns", ["uniform", "energy"])
+def test_a_fixed_number_of_samples_follows_the_rank_where_that_is_higher(columns):
+    """In the exact span of as many columns as the rank asks for; ranks that adapt pass the number on the way."""
+    x = randn((16, 24), REAL)
+    finder, more = Nystroem(samples=3, columns=columns), Nystroem(samples=4, columns=columns)
+    frames = [search(f, x, (4, None), False)[1].factors[0] for f in (finder, more)]
+    close(frames[0] @ frames[0].T, frames[1] @ frames[1].T, 1e-9)
+    p = torch.nn.Parameter(torch.zeros(16, 24))
+    optimizer = LowRankOptimizer([p], rank=2, finder=finder, ranks=Tolerance(step=1, error=0.05))
+    for t in range(12):
+        p.grad = randn((16, 24), torch.float32, t)
+        optimizer.step()
+    assert optimizer.state[p]["frame.0"].shape[1] > 3
+    assert p.isfinite().all()
+
+
+def test_blocks_are_sampled_by_their_own_columns():
+    p = torch.nn.Parameter(torch.zeros(3, 16, 24))
+    LowRankOptimizer([p], rank=4, frame=Blocks(), finder=Nystroem(samples=24))
+    with pytest.raises(ValueError, match=r"samples must lie in \[1, 24\].*got 25"):
+        LowRankOptimizer([p], rank=4, frame=Blocks(), finder=Nystroem(samples=25))
 
 
 # ------------------------------------------------------------------------------------------------- Brand's updates

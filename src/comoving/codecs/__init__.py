@@ -6,5 +6,6 @@ from .int4 import Int4
 from .int8 import Int8
 from .rank_one import RankOne
 from .root import Root
+from .store import store
 
-__all__ = ["BFloat16", "Codec", "Full", "Int4", "Int8", "Part", "RankOne", "Root"]
+__all__ = ["BFloat16", "Codec", "Full", "Int4", "Int8", "Part", "RankOne", "Root", "store"]

@@ -37,22 +37,25 @@ class Codec(Protocol):
         ...
 
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor, contiguous. The caller may overwrite it, and then must encode: it can be the storage itself."""
+        """The tensor, contiguous: of :class:`comoving.codecs.Full` the storage itself, else a new one."""
         ...
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """x plus the stored tensor, contiguous; may be the storage, as in :meth:`decode`. x stays as it is."""
+        """x plus the stored tensor, contiguous and new: x and the parts stay as they are."""
         ...
 
     def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Write x into the parts, in place, and return its Frobenius norm.
 
-        x may be what :meth:`decode` returned, and may be overwritten.
+        x may be overwritten.
         """
         ...
 
-    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
-        """Multiply what is stored by a factor > 0, in place; by its step where there is one, without rounding anew."""
+    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """The parts of what is stored times a factor > 0: by its step where there is one, without rounding anew.
+
+        The given parts stay as they are; what does not change is the same tensor.
+        """
         ...
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:

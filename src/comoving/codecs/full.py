@@ -28,8 +28,9 @@ class Full:
         return parts["value"]
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """x added to the storage, in place."""
-        return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+        """x plus the storage, a new tensor."""
+        value = parts["value"]
+        return torch.add(value, x, out=torch.empty_like(value))
 
     def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Copy x, unless x is the storage."""
@@ -37,9 +38,9 @@ class Full:
             parts["value"].copy_(x)
         return norm(x)
 
-    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
-        """Multiply what is stored by a factor > 0."""
-        parts["value"].mul_(factor)
+    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """What is stored times a factor > 0."""
+        return {"value": parts["value"] * factor}
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Zero."""
@@ -74,9 +75,9 @@ class BFloat16:
         parts["value"].copy_(as_real(x))
         return norm(x)
 
-    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
-        """Multiply what is stored by a factor > 0."""
-        parts["value"].mul_(factor)
+    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """What is stored times a factor > 0."""
+        return {"value": parts["value"] * factor}
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """2^-8 of the norm of what is stored."""

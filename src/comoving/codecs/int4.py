@@ -91,9 +91,9 @@ class Int4:
         parts["codes"].copy_(nibbles.pack(codes.to(torch.uint8)))
         return size
 
-    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
-        """Multiply what is stored by a factor > 0."""
-        parts["step"].mul_(factor)
+    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """What is stored times a factor > 0."""
+        return {**parts, "step": parts["step"] * factor}
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Half a step, or half the wider gap beside its level, for each entry; all of it where rounding is stochastic.

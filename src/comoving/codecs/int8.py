@@ -111,9 +111,9 @@ class Int8:
                 codes[rows].copy_(to_levels(scaled.contiguous(), levels, generator))
         return norm(torch.stack(norms))
 
-    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
-        """Multiply what is stored by a factor > 0."""
-        parts["step"].mul_(factor)
+    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """What is stored times a factor > 0."""
+        return {**parts, "step": parts["step"] * factor}
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Half a step for each entry, or half the wider gap beside its level; all of it where rounding is stochastic.

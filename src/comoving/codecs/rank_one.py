@@ -72,9 +72,9 @@ class RankOne:
             parts["signs"].copy_(_packed(matrix.reshape(-1) > 0))
         return norm(x)
 
-    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
-        """Multiply what is stored by a factor > 0."""
-        parts["rows"].mul_(factor)
+    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """What is stored times a factor > 0."""
+        return {**parts, "rows": parts["rows"] * factor}
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """From entries that are not negative: |X - r c^T|^2 <= |X|^2 + |r c^T|^2, |X| <= the norm of the sums."""

@@ -101,9 +101,9 @@ class Root:
         parts["codes"].copy_(codes if self.bits == 8 else nibbles.pack(codes))
         return norm(x)
 
-    def scale(self, parts: Mapping[str, Tensor], factor: float) -> None:
-        """Multiply what is stored by a factor > 0."""
-        parts["step"].mul_(factor**0.5)
+    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """What is stored times a factor > 0."""
+        return {**parts, "step": parts["step"] * factor**0.5}
 
     def error(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Of level c with gaps of at most h beside it an entry is off by step^2 (c h + h^2 / 4) at most.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..frames import ModeFrame
 from ..frames.base import Ranks
 from .operand import Operand
 
@@ -87,6 +88,23 @@ class Timed(Protocol):
     def interval(self, memory: Memory, every: int) -> int:
         """Steps from the refresh that was just made to the next one, >= 1; ``every`` is the group's period."""
         ...
+
+
+def check_inner(inner: object, timed: bool) -> None:
+    """Raise unless a finder may stand inside another one, of mode-wise frames.
+
+    Args:
+        inner: the finder.
+        timed: whether it may time its own refreshes; not where the outer one does.
+
+    Raises:
+        ValueError: no finder, or one of other frames; two that time refreshes.
+    """
+    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("parts", "observe", "find"))
+    if not finds or ModeFrame not in getattr(inner, "fills", (ModeFrame,)):
+        raise ValueError(f"inner must be a finder that fills a ModeFrame, got {inner!r}")
+    if not timed and hasattr(inner, "interval"):
+        raise ValueError(f"inner must be a finder that does not time its refreshes itself, got {inner!r}")
 
 
 NEXT = "next"

@@ -1,7 +1,7 @@
 """The blocks of a Tucker core that hold the most energy."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..codecs import Part
 from ..frames import ModeFrame, SparseFrame
 from ..frames.base import Ranks
-from .base import Finder, Memory, check_start
+from .base import Finder, Memory, check_inner, check_start
 from .operand import Operand
 from .power import Power
 
@@ -22,7 +22,8 @@ class BlockSelection:
     to the blocks that are kept already, then to the first ones, so that nothing changes where nothing is seen.
 
     Args:
-        inner: a finder of mode-wise frames; its momentum is that of the operand.
+        inner: a finder of mode-wise frames; its momentum is that of the operand, and where it times its refreshes
+            itself (:class:`comoving.finders.Lazy`) it times these.
     """
 
     fills: ClassVar[tuple[type, ...]] = (SparseFrame,)
@@ -30,9 +31,7 @@ class BlockSelection:
     inner: Finder = field(default_factory=Power)
 
     def __post_init__(self) -> None:
-        fills = getattr(self.inner, "fills", (ModeFrame,))
-        if isinstance(self.inner, type) or not hasattr(self.inner, "observe") or ModeFrame not in fills:
-            raise ValueError(f"inner must be a finder that fills a ModeFrame, got {self.inner!r}")
+        check_inner(self.inner, timed=True)
 
     @property
     def momentum(self) -> float:
@@ -46,6 +45,11 @@ class BlockSelection:
     def observe(self, gradient: Tensor, memory: Memory) -> None:
         """The inner finder takes note of it."""
         self.inner.observe(gradient, memory)
+
+    def interval(self, memory: Memory, every: int) -> int:
+        """The inner finder's, where it times its own refreshes."""
+        timed: Any = self.inner
+        return timed.interval(memory, every)
 
     def find(self, operand: Operand, start: SparseFrame, warm: bool, memory: Memory) -> SparseFrame:
         """Factors first, then the blocks of their core."""

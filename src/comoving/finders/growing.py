@@ -9,7 +9,7 @@ from ..codecs import Part
 from ..frames import ModeFrame
 from ..frames.base import Ranks
 from ..validate import check_float
-from .base import MERGED, NEXT, REFRESHES, Finder, Memory, check_start, drawing
+from .base import MERGED, NEXT, REFRESHES, Finder, Memory, check_inner, check_start, drawing
 from .exact import Exact
 from .operand import Operand
 
@@ -22,7 +22,7 @@ class Growing:
     are staggered (LoQT, arXiv 2405.16528, with psi = 1.2 and tau = 100).
 
     Args:
-        inner: the finder, of mode-wise frames.
+        inner: the finder, of mode-wise frames; none that times its refreshes itself.
         base: psi >= 1.
     """
 
@@ -33,9 +33,7 @@ class Growing:
 
     def __post_init__(self) -> None:
         check_float("base", self.base, 1.0)
-        finds = not isinstance(self.inner, type | Growing) and hasattr(self.inner, "observe")
-        if not finds or ModeFrame not in getattr(self.inner, "fills", (ModeFrame,)):
-            raise ValueError(f"inner must be a finder that fills a ModeFrame, not growing itself, got {self.inner!r}")
+        check_inner(self.inner, timed=False)
 
     @property
     def momentum(self) -> float:

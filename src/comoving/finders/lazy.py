@@ -9,7 +9,7 @@ from ..codecs import Part
 from ..frames import ModeFrame
 from ..frames.base import Ranks
 from ..validate import check_float, check_int
-from .base import NEXT, Finder, Memory, check_start, drawing
+from .base import NEXT, Finder, Memory, check_inner, check_start, drawing
 from .exact import Exact
 from .operand import Operand
 
@@ -31,7 +31,8 @@ class Lazy:
     from the device, at refreshes only.
 
     Args:
-        inner: the finder, whose factors have their leading direction first, as :class:`comoving.finders.Exact` has.
+        inner: the finder, whose factors have their leading direction first, as :class:`comoving.finders.Exact` has;
+            none that times its refreshes itself.
         threshold: of the mean cosine, in [0, 1].
         patience: how many values are averaged, >= 1.
         growth: of the interval, >= 2.
@@ -48,9 +49,7 @@ class Lazy:
         check_float("threshold", self.threshold, 0.0, 1.0)
         check_int("patience", self.patience, 1)
         check_int("growth", self.growth, 2)
-        finds = not isinstance(self.inner, type | Lazy) and hasattr(self.inner, "observe")
-        if not finds or ModeFrame not in getattr(self.inner, "fills", (ModeFrame,)):
-            raise ValueError(f"inner must be a finder that fills a ModeFrame, and not lazy itself, got {self.inner!r}")
+        check_inner(self.inner, timed=False)
 
     @property
     def momentum(self) -> float:

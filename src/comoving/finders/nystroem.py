@@ -32,7 +32,8 @@ class Nystroem:
     Args:
         momentum: rho of the operand, in [0, 1).
         samples: columns s of each unfolding. A float >= 1 is a multiple of the rank, cut to the columns there are; an
-            int >= 1 is their number, which must lie between the rank and the number of columns of every unfolding.
+            int >= 1 is their number, at most the number of columns of every unfolding. Where the rank is higher, as it
+            may become where ranks adapt, there are as many samples as it needs.
         columns: "uniform" gives all columns the same chance; "energy" chances in proportion to the energy that they
             had in past gradients, a tenth spread evenly. The energies are one number per column in the state.
         decay: of the energies, per gradient, in [0, 1).
@@ -61,7 +62,7 @@ class Nystroem:
         """How often columns were drawn, and for "energy" the root of each column's energy.
 
         Raises:
-            ValueError: fewer samples than the rank, or more than there are columns.
+            ValueError: more samples than there are columns.
         """
         parts = {DRAWS: drawing}
         size = torch.Size(shape).numel()
@@ -69,11 +70,8 @@ class Nystroem:
             if r is None:
                 continue
             columns = size // d
-            if isinstance(self.samples, int) and not min(r, columns) <= self.samples <= columns:
-                raise ValueError(
-                    f"samples must lie in [{min(r, columns)}, {columns}], from the rank to the number of columns of "
-                    f"mode {n}, got {self.samples}"
-                )
+            if isinstance(self.samples, int) and self.samples > columns:
+                raise ValueError(f"samples must lie in [1, {columns}], the columns of mode {n}, got {self.samples}")
             if self.columns == "energy":
                 parts[f"{n}{_ENERGY}"] = Part((columns,), dtype.to_real())
         return parts
@@ -103,7 +101,7 @@ class Nystroem:
     def _leading(self, operand: Operand, mode: int, start: Tensor, root: Tensor | None, count: int) -> Tensor:
         d, rank = start.shape
         columns = operand.columns(mode)
-        wanted = self.samples if isinstance(self.samples, int) else ceil(self.samples * rank)
+        wanted = max(rank, self.samples) if isinstance(self.samples, int) else ceil(self.samples * rank)
         indices, chances = self._draw(root, min(wanted, columns), columns, operand.dense.device, (count, mode))
         c = operand.sample(mode, indices).div_(chances.sqrt())
         size = c.abs().amax()

@@ -97,4 +97,4 @@ class StreamingTucker:
 
 
 def _modes(memory: Memory) -> tuple[int, ...]:
-    return tuple(sorted(int(name.removeprefix(_SKETCH)) for name in memory))
+    return tuple(sorted(int(name.removeprefix(_SKETCH)) for name in memory if name.startswith(_SKETCH)))

@@ -31,6 +31,9 @@ class Blocks:
 
     def __post_init__(self) -> None:
         check_int("mode", self.mode, 0)
+        lays_out = ("ranks", "core_shape", "load", "start")
+        if isinstance(self.inner, type) or not all(hasattr(self.inner, name) for name in lays_out):
+            raise TypeError(f"inner must be a layout of frames, such as Modes(), got {self.inner!r}")
         if isinstance(self.inner, Blocks):
             raise ValueError(f"inner must be a layout of one frame, got {self.inner!r}: blocks have no blocks")
 

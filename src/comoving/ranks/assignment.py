@@ -234,7 +234,7 @@ def _path(claim: Claim, free: bool) -> list[Ranks]:
     if not policy.adaptive and free and (site.codec or site.moments) and type(group["frame"]) is Modes:
         policy = Grid()  # fixed from the first step on, which has not been made
     path = [site.ranks]
-    while True:
+    while policy.adaptive:
         ranks, now = path[-1], claim.bytes_at(path[-1])
         energy = captured(slots.resized(site, group, ranks), group)
         cuts = list[tuple[float, int, Ranks]]()
@@ -245,8 +245,9 @@ def _path(claim: Claim, free: bool) -> list[Ranks]:
                 lost = energy - captured(slots.resized(site, group, lower), group)
                 cuts.append((lost / max(now - claim.bytes_at(lower), 1), n, lower))
         if not cuts:
-            return path
+            break
         path.append(min(cuts)[2])
+    return path
 
 
 def captured(site: Site, group: Mapping[str, Any]) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import state as slots
@@ -25,7 +26,7 @@ class Claim(NamedTuple):
 
     site: Site
     group: Mapping[str, Any]
-    state: Mapping[str, Any]
+    state: dict[str, Any]
 
     def bytes_at(self, ranks: Ranks) -> int:
         """Bytes of its state at these ranks."""
@@ -101,7 +102,7 @@ def release(gain: float, states: Mapping[Tensor, Mapping[str, Any]], claim_of: C
         lower = claim.lower(mode)
         if lower is not None and slots.at_its_ranks(claim.site, claim.group, claim.state):
             slots.set_ranks(claim.state, lower)
-            claim.state[slots.VALUE].fill_(inf)  # until the next reading
+            claim.state[slots.VALUE] = torch.full_like(claim.state[slots.VALUE], inf)  # until the next reading
             return
 
 

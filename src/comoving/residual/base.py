@@ -151,6 +151,9 @@ class Residual(Protocol):
     ) -> Tensor | None:
         """Keep what of g~, and of the momentum that the change of frame loses, is outside the new frame.
 
+        Slots are replaced, here and wherever a state is given, and their tensors left as they are: a step that fails
+        later goes back to them.
+
         Args:
             dense: the dense part of what :meth:`restore` returned; it may be overwritten.
             core: z of all gradients since the last step.
@@ -187,7 +190,10 @@ class Residual(Protocol):
         ...
 
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
-        """The whole update, onto the weights in place: the lifted direction, and what belongs beside it."""
+        """The whole update, onto the weights in place: the lifted direction, and what belongs beside it.
+
+        Whatever may fail comes before the first write.
+        """
         ...
 
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:

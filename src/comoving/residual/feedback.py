@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part
+from ..codecs import Codec, Part, store
 from ..finders import Operand
 from ..linalg import inner, norm
 from ..validate import check_choice, check_float, check_int
@@ -77,13 +77,14 @@ class Feedback(Inside):
     def restore(
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
-        """(g + dA) - F dC, in A's own storage where the codec stores it plainly; d = 1 but at the first gradient."""
+        """(g + dA) - F dC; d = 1 but at the first gradient."""
         share = self._share(passage) if opening else 1.0
         stored = _stored(state, _GRADIENTS)
         if share == 1.0:
             dense = codec.decode_onto(gradient, stored)
         else:
-            dense = codec.decode(stored, tuple(gradient.shape), gradient.dtype).mul_(share).add_(gradient)
+            kept = codec.decode(stored, tuple(gradient.shape), gradient.dtype)
+            dense = torch.add(gradient, kept, alpha=share, out=torch.empty_like(kept))
         if passage.old_momentum is None:
             return Operand(dense)
         return Operand(dense, 1.0, passage.frame, self._used(passage.old_momentum, state, codec).mul_(-share))
@@ -101,14 +102,14 @@ class Feedback(Inside):
             surplus.sub_(passage.old_momentum, alpha=passage.reentry - lost)
             if self.lazy and passage.overlap is None:
                 used += surplus
-                codec.encode(surplus, _stored(state, _MOMENTA))
+                _store(codec, surplus, state, _MOMENTA)
             else:
                 passage.old_frame.add_lift(dense, surplus, -1.0)
                 if lost > 0:
                     passage.frame.add_lift(dense, passage.momentum, lost)
                 self._forget(core, state, codec)
-        state[_WEIGHT].fill_(1 / passage.intake)
-        size = codec.encode(dense, _stored(state, _GRADIENTS))
+        state[_WEIGHT] = torch.full_like(state[_WEIGHT], 1 / passage.intake)
+        size = _store(codec, dense, state, _GRADIENTS)
         whole = size.clamp_min(_TINY)
         # |e|^2 = |A|^2 - |C|^2 - 2 Re <F'^H e, C>, and only a transport that drops momentum leaves any of e inside F'.
         share = (norm(used) / whole).square()
@@ -125,12 +126,13 @@ class Feedback(Inside):
         gradients = _stored(state, _GRADIENTS)
         missing = passage.momentum * ((factor - 1) * passage.reentry)
         if self.lazy:
-            codec.scale(gradients, factor)
-            momenta = _stored(state, _MOMENTA)
-            codec.encode(codec.decode(momenta, tuple(core.shape), core.dtype).mul_(factor).add_(missing), momenta)
+            state.update({_GRADIENTS + name: x for name, x in codec.scaled(gradients, factor).items()})
+            earlier = codec.decode(_stored(state, _MOMENTA), tuple(core.shape), core.dtype)
+            _store(codec, missing.add_(earlier, alpha=factor), state, _MOMENTA)
             return
         lifted = passage.frame.lift(missing)
-        codec.encode(codec.decode(gradients, tuple(lifted.shape), lifted.dtype).mul_(factor).sub_(lifted), gradients)
+        kept = codec.decode(gradients, tuple(lifted.shape), lifted.dtype)
+        _store(codec, kept * factor - lifted, state, _GRADIENTS)
 
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """The codec's own bounds, of A and of Y."""
@@ -156,11 +158,16 @@ class Feedback(Inside):
         if not self.lazy:
             return
         for name, part in codec.parts(tuple(core.shape), core.dtype).items():
-            y = state[_MOMENTA + name]
-            if part.seed:
-                continue  # goes on from draw to draw
-            state[_MOMENTA + name] = y.zero_() if tuple(y.shape) == part.shape else y.new_zeros(part.shape)
+            if not part.seed:  # which goes on from draw to draw
+                state[_MOMENTA + name] = state[_MOMENTA + name].new_zeros(part.shape)
 
 
 def _stored(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): part for name, part in state.items() if name.startswith(prefix)}
+
+
+def _store(codec: Codec, x: Tensor, state: dict[str, Tensor], prefix: str) -> Tensor:
+    """Put x into the state in place of what is stored under the prefix; returns |x|."""
+    size, parts = store(codec, x, _stored(state, prefix))
+    state.update({prefix + name: part for name, part in parts.items()})
+    return size

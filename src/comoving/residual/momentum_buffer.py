@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part
+from ..codecs import Codec, Part, store
 from ..finders import Operand
 from ..linalg import norm
 from ..validate import check_float
@@ -48,7 +48,7 @@ class MomentumBuffer(Inside):
     def restore(
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
-        """B, in M's own storage where the codec stores it plainly."""
+        """B."""
         return Operand(codec.decode_onto(gradient, _stored(state)))
 
     def keep(
@@ -59,7 +59,8 @@ class MomentumBuffer(Inside):
         # A later gradient of the window meets M instead of B: what the frame holds of it becomes mu z of all of them.
         surplus = core * (1 - self.decay) if opening else frame.project(dense).sub_(core, alpha=self.decay)
         frame.add_lift(dense, surplus, -1.0)
-        size = codec.encode(dense, _stored(state))
+        size, parts = store(codec, dense, _stored(state))
+        state.update({_BUFFER + name: part for name, part in parts.items()})
         whole = size.clamp_min(torch.finfo(torch.float32).tiny)
         return size * (1 - (norm(core) * (self.decay / whole)).square()).clamp_min(0).sqrt()
 

@@ -12,6 +12,7 @@ from ..draws import generator
 from ..finders import Operand
 from ..linalg import norm
 from ..rules import Adam, Rule
+from ..rules.base import replaces
 from ..slots import Kind, Slot
 from ..validate import check_choice, check_float, check_int
 from .base import HELD, Passage, Update
@@ -140,12 +141,16 @@ class Sparse:
         x, indices = state.pop(HELD), state[_INDICES].long()
         if not self.first:
             x = x - update.frame.lift(update.core).flatten()[indices]
-        own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+        own: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if name.startswith(_PREFIX):
+                own[name.removeprefix(_PREFIX)] = value if replaces(self.rule) else value.clone()
         self.rule.absorb(x, own, update.clock)
-        d = self.rule.direction(own, update.clock, update.eps)
-        update.write(weights)
+        d = self.rule.direction(own, update.clock, update.eps).mul_(update.rate * self.scale)
+        state.update({_PREFIX + slot.name: own[slot.name] for slot in self._slots(indices.shape[0])})
         at = torch.unravel_index(indices, weights.shape)  # the weights may be a slice
-        weights[at] = weights[at].add(d, alpha=update.rate * self.scale)
+        update.write(weights)
+        weights[at] += d
 
     def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
         """Zero: nothing is encoded."""
@@ -172,9 +177,9 @@ class Sparse:
         for slot in self._slots(count):
             x = state[_PREFIX + slot.name]
             if slot.kind is not Kind.SCALAR:
-                x.copy_(torch.where(stays, x[place], 0))
+                state[_PREFIX + slot.name] = torch.where(stays, x[place], 0)
             elif self.statistics == "reset":
-                x.zero_()
+                state[_PREFIX + slot.name] = torch.zeros_like(x)
 
     def _drawn(self, size: Tensor, state: dict[str, Tensor]) -> Tensor:
         """Numbers whose largest are the draw: e, or |g| / e, of exponential e (Efraimidis and Spirakis, 2006)."""

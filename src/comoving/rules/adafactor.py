@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Adafactor:
     average: Literal["gradient", "update"] = "gradient"
 
     momentum = FIRST
+    replaces: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.decay is not None:
@@ -73,7 +74,7 @@ class Adafactor:
         return clock.beta1, 1 - clock.beta1
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """The means and m, in place."""
+        """The means and m."""
         z = z if self.clip is not None else bounded(z)
         # An infinite mean would stay for ever; half, because sums round.
         squares = abs_squared(z).add_(self.floor).clamp_max_(torch.finfo(z.dtype).max / (2 * max(1, z.numel())))
@@ -83,11 +84,11 @@ class Adafactor:
         for n in range(z.ndim):
             others = tuple(m for m in range(z.ndim) if m != n)
             mean = squares.mean(others) if others else squares
-            state[f"{_FACTOR}{n}"].mul_(decay).add_(mean * (1 - decay))
+            state[f"{_FACTOR}{n}"] = (state[f"{_FACTOR}{n}"] * decay).add_(mean * (1 - decay))
         if self.linear:
-            state[FIRST].lerp_(z, 1 - clock.beta1)
+            state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
         else:
-            state[FIRST].lerp_(self._clipped(z, state, clock), 1 - clock.beta1)
+            state[FIRST] = state[FIRST].lerp(self._clipped(z, state, clock), 1 - clock.beta1)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor; eps does not count."""

@@ -26,6 +26,7 @@ class Adam:
     momentum = FIRST
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m and v."""
@@ -36,13 +37,13 @@ class Adam:
         return clock.beta1, 1 - clock.beta1
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """The two averages, in place."""
-        state[FIRST].lerp_(z, 1 - clock.beta1)
-        v = state[SECOND].mul_(clock.beta2)
+        """The two averages."""
+        state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
+        v = state[SECOND] * clock.beta2
         if z.is_complex():
-            v.add_(abs_squared(z), alpha=1 - clock.beta2)
+            state[SECOND] = v.add_(abs_squared(z), alpha=1 - clock.beta2)
         else:
-            v.addcmul_(z, z, value=1 - clock.beta2)
+            state[SECOND] = v.addcmul_(z, z, value=1 - clock.beta2)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""

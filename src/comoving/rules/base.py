@@ -14,8 +14,9 @@ class Rule(Protocol):
     An attribute ``definite = True`` says that its covariances must stay positive semi-definite, as they do not where a
     codec rounds them. ``corrected = False``: its direction divides by no c2, so that no transport may either.
     ``linear = False``: its momentum is no average of gradients. ``elementwise = True``: an entry of its direction
-    depends on the same entry of past gradients alone. ``timeless = True``: it changes its slots in place, reads no tick
-    of the clock, and decomposes nothing, so that one compiled graph serves all steps.
+    depends on the same entry of past gradients alone. ``timeless = True``: it reads no tick of the clock, and
+    decomposes nothing, so that one compiled graph serves all steps. ``replaces = True``: it puts new tensors into its
+    slots and leaves the old ones as they are; a rule that changes them in place is given copies.
     """
 
     @property
@@ -36,15 +37,20 @@ class Rule(Protocol):
         ...
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """Take z, the projected gradient, into the slots, in place; the clock already counts this step.
+        """Take z, the projected gradient, into the slots; the clock already counts this step.
 
-        z may be the caller's gradient, and is not changed.
+        The slots' tensors are replaced, or changed in place. z may be the caller's gradient, and is not changed.
         """
         ...
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """The direction in the core, with entries of about unit size; a new tensor of z's shape and dtype."""
         ...
+
+
+def replaces(rule: Rule) -> bool:
+    """Whether a rule leaves the tensors in its slots as they are."""
+    return getattr(rule, "replaces", False)
 
 
 def averaged(rule: Rule, momentum: Tensor, clock: Clock) -> Tensor:

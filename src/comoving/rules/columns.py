@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Columns:
     along: Literal["auto", "left", "right"] = "auto"
 
     momentum = FIRST
+    replaces: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("along", self.along, ("auto", "left", "right"))
@@ -47,9 +48,8 @@ class Columns:
         return 0.0, 1.0
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """m = z, in place, unless z = 0."""
-        last = state[FIRST]
-        last.copy_(torch.where((z != 0).any(), z, last))
+        """m = z, unless z = 0."""
+        state[FIRST] = torch.where((z != 0).any(), z, state[FIRST])
         hand_over(state, z)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:

@@ -25,6 +25,7 @@ class Momentum:
     momentum = FIRST
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
 
     corrected: bool = False
 
@@ -40,8 +41,8 @@ class Momentum:
         return clock.beta1, 1 - clock.beta1
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """The average, in place."""
-        state[FIRST].lerp_(z, 1 - clock.beta1)
+        """The average."""
+        state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """m, or m / (1 - b1^t), a new tensor."""

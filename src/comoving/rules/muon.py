@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Muon:
     bf16: bool = False
 
     momentum = FIRST
+    replaces: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_float("decay", self.decay, 0.0, 1.0, open_high=True)
@@ -85,9 +86,9 @@ class Muon:
         return self.decay, 1 - self.decay if self.ema else 1.0
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """m, in place."""
+        """m."""
         decay, intake = self.recursion(clock)
-        m = state[FIRST].mul_(decay).add_(z, alpha=intake)
+        m = state[FIRST] = (state[FIRST] * decay).add_(z, alpha=intake)
         hand_over(state, (z * intake).add_(m, alpha=decay) if self.nesterov else m)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:

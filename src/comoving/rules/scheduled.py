@@ -33,6 +33,7 @@ class Scheduled:
 
     momentum = FIRST
     elementwise: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
     corrected: ClassVar[bool] = False
     """Not by the group's decay rates, on which transports that follow the frame would have to rely."""
 
@@ -50,10 +51,10 @@ class Scheduled:
         return b1, 1 - b1
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """The two averages, in place."""
-        state[FIRST].lerp_(z, 1 - self._first_decay(clock, clock.tick))
+        """The two averages."""
+        state[FIRST] = state[FIRST].lerp(z, 1 - self._first_decay(clock, clock.tick))
         intake = clock.t.double().clamp_min(1) ** self.decay  # of v: t starts anew where v does
-        state[SECOND].mul_(1 - intake).add_(abs_squared(z).mul_(intake))
+        state[SECOND] = (state[SECOND] * (1 - intake)).add_(abs_squared(z).mul_(intake))
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""

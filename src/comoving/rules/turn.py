@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transport import Clock
+from ..transport import Clock, mass_of
 from .base import Rule
 
 Turn = Callable[[Rule, Tensor, dict[str, Any], Clock, float], Tensor]
@@ -30,15 +30,18 @@ def compiled(**options: Any) -> Turn:
 
     def arithmetic(
         rule: Rule, z: Tensor, moments: dict[str, Tensor], t: Tensor, betas: tuple[float, float], eps: float
-    ) -> Tensor:
-        return turned(rule, z, moments, Clock(t, *betas), eps)
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return turned(rule, z, moments, Clock(t, *betas), eps), moments
 
     graphs = torch.compile(arithmetic, **options)
 
     def turn(rule: Rule, z: Tensor, state: dict[str, Any], clock: Clock, eps: float) -> Tensor:
         if z.is_complex():
             return turned(rule, z, state, clock, eps)
-        moments = {name: x for name, x in state.items() if name.startswith("moment.")}
-        return graphs(rule, z, moments, clock.t, (clock.beta1, clock.beta2), eps)
+        own = [slot.name for slot in rule.slots(tuple(z.shape))]
+        own += [name for name in map(mass_of, own) if name in state]
+        d, moments = graphs(rule, z, {name: state[name] for name in own}, clock.t, (clock.beta1, clock.beta2), eps)
+        state.update(moments)
+        return d
 
     return turn

@@ -1,0 +1,105 @@
+"""Finders inside finders and blocks: what is accepted steps, and goes on from a file as if nothing had been."""
+
+import io
+
+import pytest
+import torch
+
+from comoving import LowRankOptimizer
+from comoving.finders import (
+    HOOI,
+    Amortized,
+    BlockSelection,
+    Correlation,
+    CosineSelection,
+    Exact,
+    Growing,
+    IncrementalSVD,
+    Lazy,
+    Nystroem,
+    NystroemTucker,
+    Oja,
+    Power,
+    Randomized,
+    RandomizedTucker,
+    RandomProjection,
+    SequentialHOSVD,
+    StreamingTucker,
+    TrainSVD,
+    TreeSVD,
+)
+from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
+
+BASE = [
+    Exact(), Power(), Oja(), Nystroem(), Randomized(), IncrementalSVD(), Correlation(), Amortized(), HOOI(),
+    SequentialHOSVD(), RandomizedTucker(), NystroemTucker(), StreamingTucker(),
+]  # fmt: skip
+ELSEWHERE = [CosineSelection(), RandomProjection(), TrainSVD(), TreeSVD(), BlockSelection(), Exact, None, 3]
+TIMED = [Lazy(patience=1, threshold=0.0), Growing(base=2.0)]
+
+
+def steps_and_resumes(frame, finder, shape):
+    def new(start):
+        p = torch.nn.Parameter(start)
+        return p, LowRankOptimizer([p], 1e-2, 3, frame=frame, finder=finder, refresh_every=1)
+
+    def run(p, optimizer, steps):
+        for t in steps:
+            p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(t))
+            optimizer.step()
+
+    p, optimizer = new(torch.randn(shape, generator=torch.Generator().manual_seed(99)))
+    assert optimizer.sites[p].projected
+    run(p, optimizer, range(6))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    q, again = new(p.detach().clone())
+    again.load_state_dict(torch.load(file, weights_only=True))
+    refreshes = []
+    optimizer.refresh_scope = lambda: refreshes.append(0) or torch.no_grad()
+    run(p, optimizer, range(6, 12))
+    run(q, again, range(6, 12))
+    assert p.isfinite().all()
+    assert torch.equal(p, q)
+    return len(refreshes)
+
+
+@pytest.mark.parametrize("inner", BASE, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("outer", [Lazy, Growing, BlockSelection])
+def test_every_mode_wise_finder_may_stand_inside_another(outer, inner):
+    frame = SparseModes() if outer is BlockSelection else Modes()
+    steps_and_resumes(frame, outer(inner=inner), (6, 7, 8))
+
+
+@pytest.mark.parametrize("inner", TIMED, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_blocks_are_selected_when_the_inner_finder_says(inner, blocks):
+    frame, shape = (Blocks(inner=SparseModes()), (2, 6, 7, 8)) if blocks else (SparseModes(), (6, 7, 8))
+    one = 2 if blocks else 1
+    assert steps_and_resumes(frame, BlockSelection(inner), shape) < 6 * one
+    assert steps_and_resumes(frame, BlockSelection(), shape) == 6 * one
+
+
+@pytest.mark.parametrize("inner", [*TIMED, *ELSEWHERE], ids=str)
+@pytest.mark.parametrize("outer", [Lazy, Growing])
+def test_two_finders_cannot_both_time_refreshes_and_others_are_no_inner_ones(outer, inner):
+    says = "does not time its refreshes" if inner in TIMED else "fills a ModeFrame"
+    with pytest.raises(ValueError, match=f"inner must be a finder that {says}"):
+        outer(inner=inner)
+
+
+@pytest.mark.parametrize(
+    ("inner", "finder"),
+    [(Modes(), f) for f in (*BASE, *TIMED)]
+    + [(Cosines(), CosineSelection()), (Seeded(), RandomProjection()), (Trains(), TrainSVD()), (Trees(), TreeSVD())],
+    ids=lambda x: type(x).__name__,
+)
+def test_every_layout_with_every_finder_may_stand_inside_blocks(inner, finder):
+    steps_and_resumes(Blocks(1, inner), finder, (10, 2, 12))
+
+
+@pytest.mark.parametrize("inner", [3, Modes, None, "modes", Blocks(), Exact()], ids=str)
+def test_blocks_need_a_layout_inside(inner):
+    with pytest.raises(ValueError if isinstance(inner, Blocks) else TypeError, match="inner must be a layout"):
+        Blocks(inner=inner)
