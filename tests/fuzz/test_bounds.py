@@ -9,9 +9,11 @@ from torch import nn
 import comoving
 from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Int4, Int8, RankOne
-from comoving.fuzz import step_bound
+from comoving.frames import Blocks
+from comoving.fuzz import largest, step_bound
 from comoving.fuzz.bounds import adam_bound, scheduled_bound
 from comoving.precondition import Factored
+from comoving.ranks import Energy
 from comoving.recipes import recipes
 from comoving.residual import Channel, Feedback, Fira, Sign
 from comoving.rules import Adafactor, Adam, Lion, Momentum, Muon, Scheduled, Shampoo
@@ -115,6 +117,7 @@ def test_bounds_of_other_rules(options, rms):
         (dict(rule=Scheduled(), moments=RankOne()), "far below"),
         (dict(rule=Scheduled(), moments=Int8(), transport=Keep(), rank=0.25), "far below"),
         (dict(moments=RankOne()), "far below"),
+        (dict(rule=Momentum(), precondition=Factored(), ranks=Energy(), rank=0.25), "where ranks fall"),
         (dict(residual=Fira(growth=None), rank=0.25), "puts no limit"),
         (dict(residual=Channel(growth=None), rank=0.25), "puts no limit"),
         (dict(betas=(0.9, 0.0)), "forgets every gradient but the last"),
@@ -143,6 +146,17 @@ def test_rounded_moments_stay_within_their_bound(codec):
             most = step_bound(optimizer.sites[p], optimizer.param_groups[0], step + 1).entry
             worst = max(worst, float((p.detach() - before).abs().amax()) / most)
     assert worst <= 1.001
+
+
+def test_the_last_update_is_measured_block_by_block_and_without_decay():
+    p = nn.Parameter(torch.ones(3, 8, 6))
+    optimizer = LowRankOptimizer([p], 0.1, 0.5, frame=Blocks(), rule=Lion(), weight_decay=0.5, scale=1.0)
+    p.grad, before = torch.zeros(3, 8, 6), p.detach().clone()
+    p.grad[1] = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    share, what = largest(optimizer, p, before, 1)
+    assert share == pytest.approx(1, abs=1e-4)  # signs in the core: the idle blocks, not decayed, count for nothing
+    assert what == "RMS 0.7071 lr, bound 0.7071"
 
 
 NONE = {"smmf"}

@@ -278,6 +278,8 @@ def _momentum(rule: Momentum, group: Mapping[str, Any], full: int, absorbed: int
         raise _None("Momentum has the size of the gradients")
     if isinstance(group["residual"], Feedback | MomentumBuffer):
         raise _None("Momentum has the size of gradients, and feedback returns many of them at once")
+    if group["ranks"].adaptive and isinstance(group["scale"], str):
+        raise _None("Momentum has the size of the gradients, and scale grows where ranks fall")
     if not isinstance(group["moments"], Full | BFloat16):
         raise _None(f"moments={group['moments']}: rounding of momentum adds up")
     norm = precondition.clip * sqrt(full) * absorbed

@@ -174,7 +174,8 @@ def largest(optimizer: LowRankOptimizer, p: Tensor, old: Tensor, steps: int, abs
     """The last update of a parameter over its bound, and both in words; 0 where there is no bound.
 
     The update (w_new - (1 - lr weight_decay) w_old) / lr is taken in double precision, block by block. What the
-    weights' own dtype rounds, up to a unit in the last place of the largest, is taken off.
+    weights' own dtype rounds, up to a unit in the last place of the largest, is taken off. What has not changed at all
+    was not stepped, and has not decayed: the blocks without a gradient.
 
     Args:
         optimizer: that has made the step.
@@ -190,7 +191,7 @@ def largest(optimizer: LowRankOptimizer, p: Tensor, old: Tensor, steps: int, abs
         return 0.0, bound.reason
     wide = torch.complex128 if new.is_complex() else torch.float64
     lr, shrink = group["lr"], 1 - group["lr"] * group["weight_decay"]
-    change = (new.to(wide) - old.to(wide) * shrink) / lr
+    change = torch.where(new == old, 0, (new.to(wide) - old.to(wide) * shrink) / lr)
     seen = torch.view_as_complex(change.contiguous()) if site.view.name == "pairs" else change.reshape(site.view.shape)
     rounding = torch.finfo(new.dtype).eps * float(new.abs().amax()) / lr
     share, words = 0.0, ""
