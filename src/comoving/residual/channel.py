@@ -17,7 +17,7 @@ class Channel(Scaled):
     """The frame serves to measure a scale only: the update is the whole gradient (APOLLO, arXiv 2412.05270).
 
     s = phi g    channel by channel, or with one phi of the tensor (APOLLO-Mini)
-    phi = |d| / (sqrt(full / core) max(|z|, u |g|) + 1e-8),   u machine epsilon
+    phi = |d| / (sqrt(full / core) (|z| + u |g|) + 1e-8),   u machine epsilon
     s <- s min(1, growth (|s_last| + 1e-8) / |s|)
     w <- shrink w - lr scale s
 
@@ -41,9 +41,9 @@ class Channel(Scaled):
         """w <- shrink w + factor s."""
         gradient = state.pop(HELD)
         size = norm(gradient) if update.size is None else update.size
-        phi = gains(update, self.per, size, sqrt(gradient.numel() / update.core.numel()))
+        phi, length = gains(update, self.per, size, sqrt(gradient.numel() / update.core.numel()))
         if self.growth is not None:
-            phi = phi * brake(_scaled_norm(gradient, phi, size), state[LAST], self.growth, norm(update.direction))
+            phi = phi * brake(_scaled_norm(gradient, phi, size), state[LAST], self.growth, length)
         update.decay(weights)
         weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
 

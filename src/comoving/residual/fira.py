@@ -15,7 +15,7 @@ from .gains import LAST, Scaled, brake, gains
 class Fira(Scaled):
     """The rest of the gradient goes into the update too, without moments of its own (Fira, arXiv 2410.01623).
 
-    s = phi (g - F z),   phi = |d| / (max(|z|, u |g|) + 1e-8)   channel by channel, u machine epsilon
+    s = phi (g - F z),   phi = |d| / (|z| + u |g| + 1e-8)   channel by channel, u machine epsilon
     s <- s min(1, growth (|s_last| + 1e-8) / |s|)
     w <- shrink w - lr (scale F d + s)
 
@@ -37,9 +37,10 @@ class Fira(Scaled):
         gradient = state.pop(HELD)
         size = norm(gradient) if update.size is None else update.size
         rest = update.frame.add_lift(gradient.clone(memory_format=torch.contiguous_format), update.core, -1.0)
-        rest.mul_(gains(update, self.per, size))
+        phi, length = gains(update, self.per, size)
+        rest.mul_(phi)
         if self.growth is not None:
-            first = norm(update.direction) * (rest.numel() / update.core.numel() - 1) ** 0.5
+            first = length * (rest.numel() / update.core.numel() - 1) ** 0.5
             rest.mul_(brake(norm(rest), state[LAST], self.growth, first))
         update.write(weights)
         weights.add_(rest, alpha=update.rate)

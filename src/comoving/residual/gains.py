@@ -15,11 +15,11 @@ LAST = "scaled.norm"
 _SMALL = 1e-8
 
 
-def gains(update: Update, per: str, size: Tensor, stretch: float = 1.0) -> Tensor:
-    """phi = |d| / (stretch max(|z|, u |g|) + 1e-8), real, with as many modes as z; 0 where one of the norms overflows.
+def gains(update: Update, per: str, size: Tensor, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+    """phi = |d| / (stretch (|z| + u |g|) + 1e-8), real, with as many modes as z; 0 where one of the norms overflows.
 
-    u is the unit of rounding, machine epsilon: a channel of z below it may hold nothing, where d, of earlier gradients,
-    does, and a quotient of both would be without limit.
+    u is the unit of rounding, machine epsilon: a channel of z below u |g| may hold nothing, where d, of earlier
+    gradients, does, and a quotient of both would be without limit.
 
     Args:
         update: d and z, and the frame that they are coordinates in.
@@ -28,14 +28,19 @@ def gains(update: Update, per: str, size: Tensor, stretch: float = 1.0) -> Tenso
             the frame is not mode-wise, both are one phi.
         size: |g|.
         stretch: the factor of z.
+
+    Returns:
+        phi, and |d| of all channels together, a scalar.
     """
     d, z = update.direction, update.core
     everything = tuple(range(z.ndim))
     modes = everything if per == "tensor" or update.compressed is None else update.compressed
-    norms = _norms(z, modes)
-    norms = torch.maximum(norms, size.to(norms.dtype) * torch.finfo(norms.dtype).eps)
-    phi = (_norms(d, modes) / (norms * stretch + _SMALL)).nan_to_num_(0.0, posinf=0.0)
-    return phi.reshape(()) if modes == everything else phi  # a core of blocks has another order than its tensor
+    own, length = _norms(z, modes), _norms(d, modes)
+    floor = (size * (stretch * torch.finfo(own.dtype).eps)).add_(_SMALL)
+    phi = (length / own.mul_(stretch).add_(floor)).nan_to_num_(0.0, posinf=0.0)
+    if modes == everything:  # a core of blocks has another order than its tensor
+        return phi.reshape(()), length.reshape(())
+    return phi, torch.linalg.vector_norm(length)
 
 
 def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
@@ -60,10 +65,8 @@ def brake(size: Tensor, last: Tensor, growth: float, first: Tensor) -> Tensor:
         first: the limit of the first update.
     """
     after = torch.where(last > 0, (last + _SMALL) * growth, first).minimum(size)
-    factor = after / size  # NaN for a size that is zero or NaN
-    counts = (factor > 0) & (size > first * torch.finfo(size.dtype).eps ** 0.5)
-    torch.where(counts, after, last, out=last)
-    return factor.nan_to_num_(1.0)
+    torch.where(after > first * torch.finfo(size.dtype).eps ** 0.5, after, last, out=last)  # not for NaN
+    return (after / size).nan_to_num_(1.0)  # NaN for a size that is zero or NaN
 
 
 @dataclass(frozen=True)
