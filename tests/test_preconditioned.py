@@ -14,6 +14,7 @@ from references.algebra import basis, core_shape, every, mode_product, unfold
 from references.shampoo import Shampoo as ReferenceShampoo
 from references.shampoo import inverse_power
 from references.soap import SOAP as ReferenceSOAP
+from references.soap import adams_bound, cut
 from references.tucker_adam import TuckerAdam
 
 STEPS = 50
@@ -50,7 +51,7 @@ def test_soap(shape, every, decay, dtype):
     p, optimizer = whole("soap", shape, dtype, rule=SOAP(decay=decay, every=every))
     reference = ReferenceSOAP(
         p.detach(), 0.03, betas=(0.8, 0.95), shampoo_beta=decay, eps=1e-3, weight_decay=0.1, frequency=every,
-        skip_first=False,
+        skip_first=False, bounded=True,
     )  # fmt: skip
     follow(optimizer, p, reference)
 
@@ -59,7 +60,15 @@ def test_soap(shape, every, decay, dtype):
 def test_soap_leaves_long_modes(dtype):
     p, optimizer = whole("soap", (4, 3, 5), dtype, rule=SOAP(every=2, max_size=4))
     reference = ReferenceSOAP(
-        p.detach(), 0.03, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1, frequency=2, max_size=4, skip_first=False
+        p.detach(),
+        0.03,
+        betas=(0.8, 0.95),
+        eps=1e-3,
+        weight_decay=0.1,
+        frequency=2,
+        max_size=4,
+        skip_first=False,
+        bounded=True,
     )
     follow(optimizer, p, reference)
     assert "soap.2" not in optimizer.state[p]
@@ -71,7 +80,15 @@ def test_one_sided_soap_turns_the_shorter_side(shape, dtype):
     """As the reference does where the longer side is above max_size."""
     p, optimizer = whole("soap", shape, dtype, rule=SOAP(every=2, one_sided=True))
     reference = ReferenceSOAP(
-        p.detach(), 0.03, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1, frequency=2, max_size=4, skip_first=False
+        p.detach(),
+        0.03,
+        betas=(0.8, 0.95),
+        eps=1e-3,
+        weight_decay=0.1,
+        frequency=2,
+        max_size=4,
+        skip_first=False,
+        bounded=True,
     )
     follow(optimizer, p, reference)
     square, tensor = SOAP(one_sided=True).slots((5, 5)), SOAP(one_sided=True).slots((3, 4, 5))
@@ -190,7 +207,7 @@ class InTheCore:
         root = (self.v / (1 - 0.95**self.t)).sqrt() + 1e-3
         m = self.m / (1 - 0.8**self.t)
         if self.soap:
-            d = self.inward(m, self.q) / root
+            d = cut(self.inward(m, self.q) / root, adams_bound(self.t, 0.8, 0.95))  # ours, as in the reference
             for n, q in enumerate(self.q):
                 d = mode_product(d, q, n)
             return d

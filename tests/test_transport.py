@@ -1,7 +1,5 @@
 """What a change of frame does to the moments: the properties that the design names, and the formulas written out."""
 
-from math import sqrt
-
 import pytest
 import torch
 from hypothesis import given
@@ -31,6 +29,7 @@ from contract.support import (
 )
 from references.algebra import every, mode_product
 from references.soap import SOAP as ReferenceSOAP
+from references.soap import adams_bound
 from references.tucker_adam import TuckerAdam
 
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX])
@@ -150,12 +149,6 @@ def test_appended_directions_keep_the_old_entries_and_start_empty(transport, sha
     assert core.direction(1e-8).isfinite().all()
     core.take(torch.zeros(shape, dtype=dtype))
     assert core.direction(1e-8).isfinite().all()
-
-
-def adams_bound(t, b1, b2):
-    """max |d| over all series of t gradients, by Cauchy-Schwarz, summed term by term."""
-    k = sum(((1 - b1) * b1**i) ** 2 / ((1 - b2) * b2**i) for i in range(t))
-    return sqrt(k * (1 - b2**t)) / (1 - b1**t)
 
 
 @given(
@@ -639,7 +632,7 @@ def test_soap_in_a_standing_frame_is_the_reference_on_what_it_projects(kind, sha
     core = Ruled(SOAP(decay=0.7, every=2), kind(), random_frame(shape, ranks, dtype), shape, dtype)
     reference = ReferenceSOAP(
         torch.zeros(core.core, dtype=dtype), 1.0, betas=core.betas, shampoo_beta=0.7, eps=1e-6, frequency=2,
-        skip_first=False,
+        skip_first=False, bounded=True,
     )  # fmt: skip
     for t in range(30):
         g, before = randn(shape, dtype, t), reference.p

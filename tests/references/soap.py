@@ -18,6 +18,9 @@ eps_on="raw" has the authors' code's m'/(1-b1^t) sqrt(1-b2^t) / (sqrt(v) + eps),
 bias_correction=False drops both corrections. Modes longer than max_size have Q_n = I and no L_n, and so has a vector
 without precondition_1d. The refresh after the first step (frequency=1, skip_first=False) is none: Q_n is fresh.
 
+bounded=True is comoving's, not the paper's: entries of u' are brought down to Adam's own bound (adams_bound), which
+they exceed only because v does not turn with the bases.
+
 v turns with the permutation only. L_n without full rank leaves QR to invent the other columns: compare full-rank runs.
 """
 
@@ -26,6 +29,17 @@ import math
 import torch
 
 from references.algebra import mode_product, real_zeros, unfold
+
+
+def adams_bound(t, b1, b2):
+    """max |m/(1-b1^t)| / sqrt(v/(1-b2^t)) over all series of t gradients, by Cauchy-Schwarz, summed term by term."""
+    k = sum(((1 - b1) * b1**i) ** 2 / ((1 - b2) * b2**i) for i in range(t))
+    return math.sqrt(k * (1 - b2**t)) / (1 - b1**t)
+
+
+def cut(x, bound):
+    """Entries brought down to this size."""
+    return x * torch.where(x.abs() > bound, bound / x.abs(), 1.0)
 
 
 class SOAP:
@@ -46,11 +60,12 @@ class SOAP:
         skip_first=True,
         bias_correction=True,
         eps_on="corrected",
+        bounded=False,
     ):
         self.p, self.lr, self.betas, self.eps, self.wd = p.clone(), lr, betas, eps, weight_decay
         self.bs = betas[1] if shampoo_beta is None else shampoo_beta
         self.frequency, self.skip_first = frequency, skip_first
-        self.bias_correction, self.eps_on = bias_correction, eps_on
+        self.bias_correction, self.eps_on, self.bounded = bias_correction, eps_on, bounded
         self.rotated = [size <= max_size and (p.ndim > 1 or precondition_1d) for size in p.shape]
         self.stats = [
             torch.zeros(size, size, dtype=p.dtype) if r else None for size, r in zip(p.shape, self.rotated, strict=True)
@@ -98,6 +113,7 @@ class SOAP:
         c1, c2 = (1 - b1**self.t, 1 - b2**self.t) if self.bias_correction else (1.0, 1.0)
         eps = self.eps / math.sqrt(c2) if self.eps_on == "raw" else self.eps
         d = self.inward(self.m) / c1 / (torch.sqrt(self.v / c2) + eps)
+        d = cut(d, adams_bound(self.t, b1, b2)) if self.bounded else d
         self.p = self.p * (1 - self.lr * self.wd) - self.lr * self.outward(d)
 
         if not first:

@@ -1,6 +1,7 @@
 """SOAP in the core."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,9 +123,8 @@ class SOAP:
 
 def _cut(x: Tensor, clock: Clock) -> Tensor:
     """Entries of x, in place, at most as large as Adam's can be."""
-    if x.is_complex():
-        return x.mul_((clock.limit / x.abs()).clamp_max_(1))
-    return x.clamp_(-clock.limit, clock.limit)
+    limit: Any = clock.limit
+    return x.mul_((limit / x.abs()).clamp_max_(1)) if x.is_complex() else x.clamp_(-limit, limit)
 
 
 def _factor(mode: int) -> str:
