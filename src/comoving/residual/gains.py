@@ -65,8 +65,10 @@ def brake(size: Tensor, last: Tensor, growth: float, first: Tensor) -> Tensor:
         first: the limit of the first update.
     """
     after = torch.where(last > 0, (last + _SMALL) * growth, first).minimum(size)
-    torch.where(after > first * torch.finfo(size.dtype).eps ** 0.5, after, last, out=last)  # not for NaN
-    return (after / size).nan_to_num_(1.0)  # NaN for a size that is zero or NaN
+    factor = after / size  # NaN for a size that is zero or NaN
+    counts = (factor > 0) & (after > first * torch.finfo(size.dtype).eps ** 0.5)
+    torch.where(counts, after, last, out=last)
+    return factor.nan_to_num_(1.0)
 
 
 @dataclass(frozen=True)
