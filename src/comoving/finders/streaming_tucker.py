@@ -83,7 +83,9 @@ class StreamingTucker:
         for n in modes:
             u, sketch = factors[n], memory[f"{_SKETCH}{n}"]
             assert u is not None
-            sketch = unit_size(sketch.add(fresh[n], alpha=self.newest) if n in fresh else sketch)
+            if n in fresh:  # an eighth of the sum, which may leave the range
+                sketch = sketch.mul(0.125).add_(fresh[n], alpha=0.125 * self.newest)
+            sketch = unit_size(sketch)
             factors[n] = torch.where(sketch.any(), leading_directions(sketch, n, u.shape[-1]), u)
         return ModeFrame(tuple(factors))
 
