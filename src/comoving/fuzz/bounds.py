@@ -41,6 +41,8 @@ __all__ = ["Bound", "adam_bound", "scheduled_bound", "step_bound"]
 _QUINTIC = 1.2025
 """The largest value on [0, 1.21] of Muon's polynomial, which maps this interval into itself."""
 _BFLOAT16 = 2**-8
+_PHASE = 1.02
+"""The largest |x / |x|| of complex x, where |x| is a denormal of a few bits."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def _ruled(site: Site, group: Mapping[str, Any], steps: int, absorbed: int) -> B
     core = full if adaptive else prod(site.core_shape)
     size = _direction(group, site.core_shape, core, full, steps, absorbed)
     scale = update_scale(site, group["scale"])
+    if isinstance(group["rule"], Lion) and site.view.dtype.is_complex:
+        scale *= _PHASE
     if adaptive and isinstance(group["scale"], str):
         scale *= sqrt(prod(site.core_shape) / full)  # sqrt(full / core) follows the core, which counts as full here
     lifted = _Size(scale * size.norm, scale * min(size.norm, size.entry * _spread(site, group, adaptive)))
@@ -204,7 +208,7 @@ def _direction(  # noqa: PLR0911, PLR0912  (one case a rule)
         case Columns():
             return _Size(root, root)
         case Muon():
-            return _muon(rule, shape, core, fixed=core == prod(shape))
+            return _muon(rule, shape, core, fixed=not group["ranks"].adaptive and core == prod(shape))
         case Momentum():
             return _momentum(rule, group, full, absorbed)
         case _:
