@@ -14,6 +14,7 @@ from comoving.codecs import Int8
 from comoving.finders import Exact
 from comoving.precondition import Kronecker
 from comoving.residual import Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from comoving.taken import TakenUp
 from comoving.transport import Keep
 
 REAL = torch.float64
@@ -68,6 +69,10 @@ def close(a, b, tolerance):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def gone(p):
+    return p.grad is None or isinstance(p.grad, TakenUp)
+
+
 # ------------------------------------------------------------------------------------------------------- the same steps
 
 
@@ -119,9 +124,7 @@ def test_no_gradient_survives_the_hook_and_full_ones_are_not_held():
     optimizer.step_in_backward(accumulate=2, clip=1.0)
     alive = []
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(
-            lambda p: alive.append(sum(q.grad is not None for q in model.parameters()))
-        )
+        p.register_post_accumulate_grad_hook(lambda p: alive.append(sum(not gone(q) for q in model.parameters())))
     loss_of(model, 0).backward()
     assert alive == [0] * len(list(model.parameters()))
     for p, site in optimizer.sites.items():
@@ -474,6 +477,117 @@ def test_several_processes_are_refused(monkeypatch):
         optimizer.step_in_backward()
 
 
+# ------------------------------------------------------------------------------------------- what stands in p.grad
+
+
+def taken(accumulate=1, clip=None, **options):
+    model = Net()
+    optimizer = build("comoving", model, lr=1e-2, **options)
+    optimizer.step_in_backward(accumulate, clip)
+    loss_of(model, 0).backward()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("call", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
+def test_clipping_gradients_that_were_taken_up_says_so(call, foreach):
+    model, optimizer = taken(clip=0.1)
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"embed.weight was taken up.*step_in_backward\(clip=...\).*gradient_norm"):
+        call(model.parameters(), 0.1, foreach=foreach)
+    assert same(model, before)
+    optimizer.step()
+    assert not same(model, before)
+    assert optimizer.gradient_norm > 0.1
+
+
+@pytest.mark.parametrize(
+    "read", [torch.norm, torch.abs, torch.isnan, lambda g: g + 1, lambda g: g.mul_(2), lambda g: g.sum().item()],
+)  # fmt: skip
+def test_nothing_can_be_read_from_it(read):
+    model, _ = taken()
+    with pytest.raises(RuntimeError, match=r"norm.weight was taken up inside backward\(\)"):
+        read(model.norm.weight.grad)
+
+
+def test_it_has_a_gradients_look_and_no_storage():
+    model, _ = taken()
+    for p in model.parameters():
+        assert (p.grad.shape, p.grad.dtype, p.grad.device) == (p.shape, p.dtype, p.device)
+        assert p.grad.layout is torch.strided and not p.grad.requires_grad
+        with pytest.raises(RuntimeError, match="invalid python storage"):
+            p.grad.untyped_storage().data_ptr()
+    text = repr(model.up.weight.grad)
+    assert "up.weight" in text and "(40, 16)" in text
+
+
+@pytest.mark.parametrize("clear", ["optimizer", "optimizer to zero", "model", "model to zero", "nothing", "None"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_it_is_gone_before_the_next_gradient(clear, accumulate):
+    """However gradients are cleared, between the passes of a window or not, training goes on as if they were None."""
+    models = Net(), Net()
+    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers[1].step_in_backward(accumulate)
+    optimizers[0].step_in_backward(accumulate)
+    for t in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for k in range(accumulate):
+                loss_of(model, 10 * t + k).backward()
+                assert all(isinstance(p.grad, TakenUp) for p in model.parameters())
+                if optimizer is optimizers[0]:
+                    continue
+                if clear == "None":
+                    for p in model.parameters():
+                        p.grad = None
+                elif clear != "nothing":
+                    whose = optimizer if clear.startswith("optimizer") else model
+                    whose.zero_grad(set_to_none=not clear.endswith("zero"))
+            optimizer.step()
+            assert all(p.grad is None for p in model.parameters())
+    assert same(*models)
+
+
+def test_a_gradient_set_by_hand_takes_its_place():
+    models = Net(), Net()
+    for model in models:
+        optimizer = build("comoving", model, lr=1e-2)
+        optimizer.step_in_backward(accumulate=2)
+        loss_of(model, 0).backward()
+        if model is models[0]:
+            model.norm.weight.grad = torch.ones(16)
+        else:
+            model.norm.weight.sum().backward()
+        optimizer.step()
+    assert same(*models)
+
+
+def test_it_can_be_copied_saved_and_moved():
+    model, optimizer = taken(accumulate=2)
+    grad = model.up.weight.grad
+    for other in (copy.deepcopy(grad), pickled(grad), grad.clone(), grad.detach()):
+        assert isinstance(other, TakenUp) and other.shape == grad.shape
+        with pytest.raises(RuntimeError, match="up.weight was taken up"):
+            other.sum()
+    assert grad.to(torch.float64).dtype is torch.float64
+    model.up.double()
+    with pytest.raises(ValueError, match="is torch.float64 of shape .* and was torch.float32"):
+        optimizer.step()
+
+
+def test_ordinary_stepping_comes_back_without_it():
+    model, optimizer = taken()
+    optimizer.step()
+    loss_of(model, 1).backward()
+    optimizer.step()
+    optimizer.step_after_backward()
+    assert all(p.grad is None for p in model.parameters())
+    loss_of(model, 2).backward()
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 0
+    model, optimizer = taken()
+    optimizer.step_after_backward()  # all were stepped already, inside the backward pass
+    assert all(p.grad is None for p in model.parameters())
+
+
 # ------------------------------------------------------------------------------------------- copies, and other groups
 
 
@@ -496,7 +610,7 @@ def test_a_copy_steps_in_the_backward_pass_too(copied, clip, norm):
     before = copy.deepcopy(model)
     for m, o in ((model, optimizer), (other, twin)):
         loss_of(m, 1001).backward()
-        assert all(p.grad is None for p in m.parameters())
+        assert all(gone(p) for p in m.parameters())
         o.step()
         train(m, o, range(5, 7), accumulate=2)
     assert same(model, other) and not same(model, before)
@@ -513,7 +627,7 @@ def test_parameters_that_join_are_stepped_in_the_backward_pass():
         optimizer.add_param_group({"params": list(model.up.parameters())})
         for t in range(3):
             loss_of(model, t).backward()
-            assert (model.up.weight.grad is None) == inside
+            assert gone(model.up.weight) == inside
             optimizer.step()
             optimizer.zero_grad()
     assert same(*models)

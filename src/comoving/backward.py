@@ -3,12 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from . import gradients
 from .container import Container, Unit
@@ -16,6 +17,7 @@ from .linalg import norm
 from .precondition import Plain
 from .residual import Passage
 from .state import CORE, HELD_NORM, REST, RUNNING, SIZE, WINDOW, commit
+from .taken import TakenUp, stand_in
 from .validate import check_choice, check_float, check_int
 
 _SMALL = 1e-6  # torch's, in clip_grad_norm_
@@ -65,6 +67,8 @@ class InBackward(Container):
         residual keeps are held (a frame stays as it is during the window), so at no time is there more than one
         parameter's full gradient; of a dense one, and where the residual needs the whole gradient (Fira, Channel,
         Sign), the sum itself. Divide the loss by ``accumulate`` where the mean is meant, as ever.
+        Until ``step()`` ``p.grad`` holds a :class:`comoving.taken.TakenUp`, a tensor without numbers: what would read
+        gradients there, such as ``clip_grad_norm_``, raises instead of finding none.
 
         Without ``clip``, or with ``norm="running"``, a parameter is stepped inside the last backward pass of the
         window, and ``step()`` steps only those that got fewer gradients. With ``norm="exact"`` all are stepped in
@@ -114,7 +118,10 @@ class InBackward(Container):
 
     def _hook_into(self, params: Iterable[Tensor]) -> None:
         assert self._window is not None
-        self._window.hooks += [p.register_post_accumulate_grad_hook(self._hook) for p in params if p.requires_grad]
+        for p in params:
+            if p.requires_grad:
+                self._window.hooks.append(p.register_hook(unserializable_hook(partial(_clear, p))))
+                self._window.hooks.append(p.register_post_accumulate_grad_hook(self._hook))
 
     def step_after_backward(self) -> None:
         """Undo :meth:`step_in_backward`.
@@ -129,6 +136,7 @@ class InBackward(Container):
         for hook in self._window.hooks:
             hook.remove()
         self._window = None
+        self._clear_gradients()
 
     @property
     def gradient_norm(self) -> float | None:
@@ -176,12 +184,22 @@ class InBackward(Container):
     def _hook(self, p: Tensor) -> None:
         with torch.no_grad(), gradients.full_precision():
             self._take_up(p)
+        p.grad = stand_in(p, self.sites[p].name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; a window of :meth:`step_in_backward` is not emptied."""
+        self._clear_gradients()
+        super().zero_grad(set_to_none)
+
+    def _clear_gradients(self) -> None:
+        for p in self.sites:
+            _clear(p)
 
     def _take_up(self, p: Tensor) -> None:
         """Take up a gradient; step the parameter where the window is full and nothing has to be waited for."""
         window, site, gradient = self._window, self.sites[p], p.grad
         assert window is not None
-        if gradient is None:
+        if gradient is None or isinstance(gradient, TakenUp):
             raise RuntimeError(
                 f"the gradient of {site.name} is gone: another hook, or another optimizer, has taken it up"
             )
@@ -219,9 +237,10 @@ class InBackward(Container):
 
     def _finish(self, window: Window) -> None:
         """End of a window: step whatever has a gradient and was not stepped inside the backward pass."""
+        self._check_structure()
         for p in self.sites:
             given = p.grad
-            if given is not None:  # set by hand
+            if given is not None and not isinstance(given, TakenUp):  # set by hand
                 try:
                     self._take_up(p)
                 except BaseException:
@@ -247,6 +266,7 @@ class InBackward(Container):
         window.stepped.clear()
         window.checked = window.incomplete = False
         window.closing = None
+        self._clear_gradients()
 
     def _step_one(self, p: Tensor, factor: float) -> None:
         """Step a parameter by its gradients of this window, multiplied by this; where that fails it is as it was."""
@@ -339,7 +359,7 @@ class InBackward(Container):
                 f"step_in_backward() is refused with {distributed.get_world_size()} processes: gradients reach the "
                 f"hooks before they are averaged over them"
             )
-        full = [site.name for p, site in self.sites.items() if p.grad is not None]
+        full = [site.name for p, site in self.sites.items() if p.grad is not None and not isinstance(p.grad, TakenUp)]
         if full:
             raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")
         for group in self.param_groups if clip is not None else ():
@@ -385,6 +405,12 @@ class InBackward(Container):
         if copied and window is not None:
             self._window = window
             self._hook_into(self.sites)
+
+
+def _clear(p: Tensor, _: Tensor | None = None) -> None:
+    """Take away what stands for a gradient, as before the next one is accumulated."""
+    if isinstance(p.grad, TakenUp):
+        p.grad = None
 
 
 def outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | None) -> Tensor:

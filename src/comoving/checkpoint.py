@@ -39,13 +39,14 @@ from .state import (
     zeros,
 )
 from .transport import Clock
+from .validate import plain
 from .views import View
 
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
 _STRUCTURE = (
     "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments", "bases",
-    "scale", "refresh_every", "amsgrad", "rounding",
+    "amsgrad", "rounding",
 )  # fmt: skip
 # Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
 _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
@@ -56,7 +57,7 @@ def describe(value: Any) -> Any:
     """A hyper-parameter as plain data, which loads with ``weights_only=True``: a part as its name and fields."""
     if is_dataclass(value) and not isinstance(value, type):
         return {"part": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-    return value
+    return plain(value)
 
 
 def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,6 +76,13 @@ def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int)
     Raises:
         ValueError: naming each hyper-parameter that differs, with both values.
     """
+    if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) > 0:
+        raise ValueError(
+            f"the checkpoint's group {index} comes from torch.optim.Adam with weight_decay={saved['weight_decay']}, "
+            f"which it adds to the gradient, so that the saved moments hold it; here weights decay by themselves. In "
+            f"its param_groups set weight_decay to 0 to load it without decay, or decoupled_weight_decay to True to go "
+            f"on with AdamW's"
+        )
     differing = [
         f"{key}: saved {saved[key]!r}, here {describe(group[key])!r}"
         for key in _STRUCTURE

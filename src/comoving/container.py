@@ -23,9 +23,12 @@ from .resume import Resume
 from .rules.turn import Turn
 from .schedule import stagger
 from .sites import Site
+from .validate import nearest, plain
 from .weights import codes_of
 
 # Keys of param groups that are not hyper-parameters.
+_SCHEDULED = ("lr", "betas", "eps", "weight_decay", "scale", "refresh_every", "maximize", "foreach", "fused")
+"""What may be edited in a group, and is checked when it was."""
 _FOREIGN = {"params", "param_names", "name", "initial_lr", slots.RUNNING, slots.VALIDATION}
 
 
@@ -99,6 +102,7 @@ class Container(Optimizer):
         self._held: dict[Tensor, int] = {}
         self._complete = True
         self._limit: int | None = None
+        self._scheduled: dict[int, list[Any]] = {}
         self._resume = Resume()
         self._releases: list[tuple[float, list[Tensor]]] = []
 
@@ -111,10 +115,15 @@ class Container(Optimizer):
             ValueError: an empty group, a duplicate parameter, or a hyper-parameter that does not fit.
             TypeError: an unknown hyper-parameter.
         """
+        given: Any = param_group
+        if not isinstance(given, dict) or "params" not in given:
+            raise TypeError(f"a parameter group is a dict with its parameters under 'params', got {given!r}")
         pairs = named(param_group["params"])
         unknown = sorted(set(param_group) - set(self.defaults) - _FOREIGN)
         if unknown:
-            raise TypeError(f"unknown hyper-parameters {unknown}; known are {sorted(self.defaults)}")
+            near = nearest(unknown[0], self.defaults)
+            raise TypeError(f"unknown hyper-parameters {unknown}{near}; known are {sorted(self.defaults)}")
+        param_group = {key: value if key == "params" else plain(value) for key, value in param_group.items()}
         if not pairs:
             raise ValueError("a parameter group is empty")
         params = [p for _, p in pairs]
@@ -211,20 +220,44 @@ class Container(Optimizer):
             self._group_index[p] = index
 
     def _check_structure(self) -> None:
-        """Refuse edits of what was decided at construction; rates, decay rates and the refresh period may change."""
+        """Refuse edits of what was decided at construction; rates, decay rates and the refresh period may change.
+
+        Raises:
+            ValueError, TypeError: such an edit, one to a value outside its interval, or parameters of another dtype.
+        """
+        for p in self.sites:
+            self._check_kept(p)
         changed = [site.name for p, site in self.sites.items() if site.coded != (codes_of(p) is not None)]
         if changed:
             raise ValueError(
                 f"{', '.join(changed)}: quantized or dequantized since this optimizer was built, or without the model "
                 f"that held the codes: call comoving.weights.quantize(model) first, then build the optimizer"
             )
-        for group, fixed in zip(self.param_groups, self._fixed, strict=True):
+        for index, (group, fixed) in enumerate(zip(self.param_groups, self._fixed, strict=True)):
+            scheduled = [group[key] for key in _SCHEDULED]
+            if self._scheduled.get(index) != scheduled:
+                check_options(group)
+                self._scheduled[index] = scheduled
             edited = [key for key, value in fixed.items() if group[key] != value]
             if edited:
                 raise ValueError(
                     f"{', '.join(edited)} cannot be edited in a parameter group: what is projected, and what its state "
                     f"holds, is decided at construction. Build a new optimizer and load this one's state_dict()"
                 )
+
+    def _check_kept(self, p: Tensor) -> None:
+        """Raise unless a parameter is here, with the dtype and shape that its state was made for."""
+        site = self.sites.get(p)
+        if site is None:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is none of this optimizer's")
+        if site.coded or (p.dtype is site.view.stored_dtype and p.shape == site.view.stored_shape):
+            return
+        now, then = ((p.dtype, tuple(p.shape)), (site.view.stored_dtype, site.view.stored_shape))
+        raise ValueError(
+            f"{site.name} is {now[0]} of shape {now[1]}, and was {then[0]} of shape {then[1]} when this optimizer was "
+            f"built: call model.to(dtype), .double(), .half() and the like before building the optimizer, or build a "
+            f"new one and load this one's state_dict()"
+        )
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -330,8 +363,13 @@ class Container(Optimizer):
         of other ranks, and AdamW's, are carried into this optimizer's frames at the next step.
 
         Raises:
-            ValueError: a checkpoint of another recipe, other groups or other shapes; nothing has changed then.
+            ValueError: a checkpoint of another recipe, other groups or other shapes, or no optimizer's; nothing has
+                changed then.
         """
+        given: Any = state_dict
+        if not isinstance(given, Mapping) or not {"state", "param_groups"} <= given.keys():
+            found = ", ".join(map(str, [*given][:5])) if isinstance(given, Mapping) else type(given).__name__
+            raise ValueError(f"an optimizer's state_dict() has 'state' and 'param_groups', got {found or 'nothing'}")
         saved = state_dict["param_groups"]
         keys = checkpoint.match_parameters(saved, self.param_groups)
         groups = checkpoint.load_groups(saved, self.param_groups, keys)

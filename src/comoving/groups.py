@@ -158,6 +158,11 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
     label = name if name is not None else f"parameter {index}"
     if not (p.is_floating_point() or p.is_complex()):
         raise ValueError(f"{label}: an optimizer needs floating-point or complex parameters, got {p.dtype}")
+    if not p.is_complex() and p.dtype.itemsize < 2:
+        raise ValueError(
+            f"{label}: {p.dtype} has too few bits for updates to be rounded into; keep the parameter in bfloat16 or "
+            f"float32 and cast in the forward pass, or store it in 8 or 4 bits by comoving.weights.quantize(model)"
+        )
     try:
         view = View(group["view"] if p.ndim > 1 else "tensor", tuple(p.shape), p.dtype)
         codes = codes_of(p)
@@ -246,10 +251,10 @@ def param_groups(
     model: nn.Module,
     rank: Rank = 0.25,
     *,
-    dense: Iterable[Selector] = (),
-    project: Iterable[Selector] = (),
-    pairs: Iterable[Selector] = (),
-    experts: Iterable[Selector] = (),
+    dense: Selector | Iterable[Selector] = (),
+    project: Selector | Iterable[Selector] = (),
+    pairs: Selector | Iterable[Selector] = (),
+    experts: Selector | Iterable[Selector] = (),
     heads: Mapping[Selector, Heads | int] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -264,7 +269,7 @@ def param_groups(
     Args:
         model: the model.
         rank: of the projected group.
-        dense: glob patterns or module types that stay dense in any case.
+        dense: glob patterns or module types, or a single one, that stay dense in any case.
         project: glob patterns or module types that are projected in any case; wins over ``dense``.
         pairs: glob patterns or module types of projected parameters that store complex numbers as real pairs in a last
             mode of 2; they get a group of their own with ``view="pairs"``.
@@ -282,12 +287,15 @@ def param_groups(
         ValueError: a pattern that matches no parameter, a parameter that is to be seen in two ways, or a model without
             trainable parameters.
     """
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"param_groups() takes a module, got {_shown(given)}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(f"{type(model).__name__} has no trainable parameters")
     places = _places(model)
-    special: list[tuple[list[str], dict[str, Any]]] = [(_chosen(model, places, tuple(pairs)), {"view": "pairs"})]
-    special.append((_chosen(model, places, tuple(experts)), {"frame": Blocks()}))
+    special: list[tuple[list[str], dict[str, Any]]] = [(_chosen(model, places, _listed(pairs)), {"view": "pairs"})]
+    special.append((_chosen(model, places, _listed(experts)), {"frame": Blocks()}))
     for selector, head in (heads or {}).items():
         seen = Heads(head) if isinstance(head, int) else head
         blocks = Blocks(0 if seen.side == "rows" else 1)
@@ -296,7 +304,7 @@ def param_groups(
     if len(set(placed)) < len(placed):
         twice = sorted({name for name in placed if placed.count(name) > 1})
         raise ValueError(f"{', '.join(twice)} can be seen in one way only: pairs, experts and heads overlap")
-    reasons = _split(model, places, tuple(dense), (*project, *placed))
+    reasons = _split(model, places, _listed(dense), (*_listed(project), *placed))
     plain = [pair for pair in named if pair[0] not in reasons and pair[0] not in placed]
     projecting = {"rank": rank, "select": "shape", **options}
     groups: list[dict[str, Any]] = [
@@ -305,6 +313,11 @@ def param_groups(
         {"params": [pair for pair in named if pair[0] in reasons], "rank": 1.0, "reasons": reasons},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _listed(selectors: Selector | Iterable[Selector]) -> tuple[Selector, ...]:
+    """Selectors, or a single one."""
+    return (selectors,) if isinstance(selectors, str | type) else tuple(selectors)
 
 
 Places = dict[str, list[tuple[str, nn.Module]]]
@@ -377,9 +390,32 @@ def named(params: Iterable[Any]) -> list[tuple[str | None, Tensor]]:
         TypeError: something that is neither.
     """
     pairs: list[tuple[str | None, Tensor]] = []
-    for entry in [params] if isinstance(params, Tensor) else params:
-        name, p = entry if isinstance(entry, tuple) else (None, entry)
-        if not isinstance(p, torch.Tensor):
-            raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {type(p).__name__}")
+    for entry in [params] if isinstance(params, Tensor) else params_of(params):
+        name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
+        if not isinstance(p, torch.Tensor) or not isinstance(name, str | None):
+            raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {_shown(entry)}")
         pairs.append((name, p))
     return pairs
+
+
+def params_of(params: Any) -> Iterable[Any]:
+    """What an optimizer is given, where that can be iterated over.
+
+    Raises:
+        TypeError: a module or a mapping, with the call that is meant; anything else that is no iterable.
+    """
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"an optimizer takes parameters, got the module {type(params).__name__}: pass model.named_parameters(), or "
+            f"comoving.param_groups(model)"
+        )
+    if isinstance(params, Mapping):
+        raise TypeError("an optimizer takes parameters or (name, parameter) pairs, got a mapping: pass its .items()")
+    if not isinstance(params, Iterable) or isinstance(params, str):
+        raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {_shown(params)}")
+    return params  # pyright: ignore[reportUnknownVariableType]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) < 60 else text[:57] + '...'}"

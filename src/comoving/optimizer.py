@@ -1,6 +1,6 @@
 """The engine: one optimizer, seven steps."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -19,7 +19,7 @@ from .container import Unit
 from .finders import MERGED, NEXT, REFRESHES, Finder, Memory, Operand, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
-from .groups import check_options, update_scale
+from .groups import check_options, params_of, update_scale
 from .linalg import norm, trouble
 from .precondition import Plain, Precondition
 from .ranks import Fixed, Policy
@@ -27,6 +27,7 @@ from .ranks import budget as budgets
 from .ranks.assignment import settled
 from .ranks.reading import leading, read
 from .residual import Discard, Passage, Residual, Update
+from .residual.gains import LAST
 from .resume import WHOLE, Resume
 from .rounding import Rounding
 from .rules import Adam, Rule
@@ -35,7 +36,7 @@ from .rules.base import averaged, replaces
 from .rules.turn import compiled, turned
 from .schedule import next_refresh, refresh_due
 from .transport import Clock, Rotate, Transport
-from .validate import check_choice, check_float, check_int
+from .validate import check_choice, check_float, check_int, names_unknown, plain
 from .views import Heads, ViewName
 from .weights import DeferringLinear, codes_of
 
@@ -106,6 +107,7 @@ class LowRankOptimizer(InBackward):
         RuntimeError: at a step, for sparse or non-finite gradients.
     """
 
+    @names_unknown
     def __init__(
         self,
         params: Iterable[Any],
@@ -141,6 +143,7 @@ class LowRankOptimizer(InBackward):
         seed: int = 0,
         budget: int | float | str | None = None,
     ) -> None:
+        seed, budget = plain(seed), plain(budget)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_int("seed", seed, 0)
         defaults = dict(
@@ -150,8 +153,9 @@ class LowRankOptimizer(InBackward):
             amsgrad=amsgrad, foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons,
             rounding=rounding,
         )  # fmt: skip
+        defaults = {key: plain(value) for key, value in defaults.items()}
         check_options(settled(defaults))
-        super().__init__(params, defaults, on_nonfinite, seed, budget)
+        super().__init__(params_of(params), defaults, on_nonfinite, seed, budget)
 
     # ------------------------------------------------------------------------------------------------ the seven steps
 
@@ -178,6 +182,13 @@ class LowRankOptimizer(InBackward):
 
         Args:
             closure: evaluates the model anew, with gradients, and returns the loss.
+
+        Where anything else raises in the middle of a step (a part of one's own, memory that runs out), each parameter
+        and its state is as it was before, or as it is after the step: those that came before the one that raised, and
+        of one with blocks the blocks before it, have been stepped. ``step()`` with the same gradients, which are told
+        by their storage and have not been written to since, then goes on with the others, as if nothing had been; with
+        other gradients it steps all. Exempt are dense parameters, which torch's AdamW steps together, and whole frames
+        under a rule that is ``timeless`` and works in place (:class:`comoving.rules.Lion`), where nothing can fail.
 
         Raises:
             RuntimeError: a sparse gradient; a non-finite one with ``on_nonfinite="raise"``. Nothing has changed then.
@@ -254,9 +265,15 @@ class LowRankOptimizer(InBackward):
         Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only. Where anything
         raises, the parameter's state is as it was.
         """
+        self._check_kept(p)
         site = self.sites[p]
         if site.plain:
             raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
+        if gradient.layout is not torch.strided or gradient.shape != p.shape or gradient.dtype is not p.dtype:
+            raise ValueError(
+                f"the gradient of {site.name} must be dense, {p.dtype} and of shape {tuple(p.shape)}, got "
+                f"{gradient.layout}, {gradient.dtype} and {tuple(gradient.shape)}"
+            )
         # The caller may clear its gradient before apply().
         held = not site.projected or self.param_groups[self._group_index[p]]["residual"].holds
         with gradients.full_precision():
@@ -285,6 +302,7 @@ class LowRankOptimizer(InBackward):
         Raises:
             RuntimeError: nothing was absorbed; experts that saw no token are no reason.
         """
+        self._check_kept(p)
         site = self.sites[p]
         if site.plain:
             raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
@@ -365,7 +383,7 @@ class LowRankOptimizer(InBackward):
             unit = unit.unpacked()
             unit.state["step"] = unit.state["step"].clone()  # transports may set it back
         residual, codec, state = group["residual"], group["codec"], unit.state
-        memory = {name: x.clone() for name, x in slots.memory_of(state).items()}
+        memory = {name: x.clone() if refreshing or x.ndim else x for name, x in slots.memory_of(state).items()}
         if group["diagnostics"]:
             state[error_control.SLOT] = state[error_control.SLOT].clone()
         if refreshing:
@@ -405,6 +423,8 @@ class LowRankOptimizer(InBackward):
     def _preconditioned(seen: Tensor, unit: Unit) -> Tensor:
         """The gradient as the preconditioner makes it, whose statistics are replaced by copies before they move."""
         part: Precondition = unit.group["precondition"]
+        if isinstance(part, Plain):
+            return seen
         for name in part.parts(unit.site.view.shape, unit.site.view.dtype):
             unit.state[name] = unit.state[name].clone()
         return part.apply(seen, unit.state, unit.state["tick"] + 1)
@@ -420,11 +440,12 @@ class LowRankOptimizer(InBackward):
         state["step"] = state["step"] + 1
         state["tick"] += 1
         clock, z = _clock(unit), state.pop("core")
-        own = rule.slots(site.core_shape)
-        moving = [slot.name for slot in (*group["transport"].slots(own), *(() if replaces(rule) else own))]
-        state.update({n: state[n].clone() for n in moving if n in state and state[n] is stored.get(n)})
         if site.projected:
+            own = rule.slots(site.core_shape)
+            _copy({slot.name for slot in group["transport"].slots(own)}, state, stored)
             group["transport"].age(state, own, clock)
+        if not (replaces(rule) or getattr(rule, "timeless", False) and not site.projected):
+            _copy({slot.name for slot in slots.rule_slots(site, group)}, state, stored)
         turn = self._compiled if self._compiled is not None and getattr(rule, "timeless", False) else turned
         d = turn(rule, z, state, clock, group["eps"])  # 5
         rate, shrink = -group["lr"], 1 - group["lr"] * group["weight_decay"]
@@ -434,8 +455,8 @@ class LowRankOptimizer(InBackward):
         size = state.pop(slots.HELD_NORM, None)
         update = Update(unit.frame, compressed, z, d, factor, shrink, rate, clock, group["eps"], size)
         packed = unit.packed(stored)
-        numbers = {n: x.clone() for n, x in packed.items() if n != "step" and isinstance(x, Tensor) and not x.ndim}
-        packed.update(numbers)  # which residuals may write to
+        if LAST in packed:
+            packed[LAST] = packed[LAST].clone()  # which is written in place
         group["residual"].write(weights, update, packed, group["codec"])  # 6, 7
         return packed
 
@@ -612,6 +633,13 @@ def _time_next(unit: Unit, memory: Memory) -> None:
         every, tick = unit.group["refresh_every"], max(0, unit.state["tick"])
         step = next_refresh(tick, every, unit.site.phase, unit.group["finder"].interval(memory, every))
         memory[NEXT] = torch.tensor(step, device="cpu")
+
+
+def _copy(names: set[str], state: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    """Put copies in place of slots that are about to be changed in place, unless they were decoded."""
+    for name in names & state.keys():
+        if state[name] is stored.get(name):
+            state[name] = state[name].clone()
 
 
 def _share_storage(a: Tensor, b: Tensor) -> bool:

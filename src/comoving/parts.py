@@ -1,6 +1,7 @@
 """Parts by name, for command lines and configuration files: ``"rotate"``, ``"power(momentum=0.5)"``."""
 
 import ast
+from dataclasses import fields
 from typing import Any
 
 from .codecs import BFloat16, Full, Int4, Int8, RankOne
@@ -36,6 +37,7 @@ from .ranks.assignment import AUTO, ROLES
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
 from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
+from .validate import nearest
 
 PARTS: dict[str, dict[str, type]] = {
     "frame": {
@@ -101,27 +103,53 @@ PARTS["moments"] = PARTS["bases"] = PARTS["codec"]
 
 
 def part(role: str, value: Any) -> Any:
-    """A part from its text, ``name`` or ``name(field=literal, ...)``; anything but text is returned as it is.
+    """A part from text or plain data; anything else is returned as it is.
 
-    The codecs may be "auto", which is no part; see :mod:`comoving.ranks.assignment`. A field that is a part itself is
-    given by its text too: ``"sparse(rule='adam')"``, ``"blocks(inner='trains')"``.
+    Text is ``name`` or ``name(field=literal, ...)``; data are ``{"part": name, field: value, ...}``, as a checkpoint
+    holds them. The codecs may be "auto", which is no part; see :mod:`comoving.ranks.assignment`. A field that is a part
+    itself is given likewise: ``"sparse(rule='adam')"``, ``"blocks(inner='trains')"``.
 
     Raises:
-        ValueError: text of another form, or an unknown name.
+        ValueError: text of another form, or an unknown name; the nearest known one is named.
         TypeError: an unknown field.
     """
-    if role not in PARTS or not isinstance(value, str) or (role in ROLES and value == AUTO):
+    if role not in PARTS or not isinstance(value, str | dict) or (role in ROLES and value == AUTO):
         return value
-    known = PARTS[role]
+    known = {name.lower(): kind for name, kind in PARTS[role].items()}
+    if isinstance(value, dict):
+        given: dict[str, Any] = {**value}
+        name, fields_ = given.pop("part", None), given
+        # A checkpoint says the class, text the name.
+        known |= {kind.__name__.lower(): kind for kind in PARTS[role].values()}
+    else:
+        name, fields_ = _read(value)
+    if not isinstance(name, str) or name.lower() not in known:
+        near = nearest(name.lower(), PARTS[role]) if isinstance(name, str) else ""
+        form = "name or name(field=value)" if isinstance(value, str) else "{'part': name, field: value}"
+        raise ValueError(f"{role} must be one of {', '.join(PARTS[role])}, as {form}, got {value!r}{near}")
+    kind = known[name.lower()]
+    own = [f.name for f in fields(kind)]
+    for field in fields_:
+        if field not in own:
+            raise TypeError(
+                f"{role} {name} has no field {field!r}{nearest(field, own)}; "
+                f"{'its fields are ' + ', '.join(own) if own else 'it has none'}, got {value!r}"
+            )
+    return kind(**{field: part(role if field == "inner" else field, x) for field, x in fields_.items()})
+
+
+def _read(text: str) -> tuple[str | None, dict[str, Any]]:
+    """The name and fields in the text of a part; None for text of another form."""
     try:
-        tree = ast.parse(value, mode="eval").body
+        tree = ast.parse(text, mode="eval").body
         call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        name = call.func.id if isinstance(call.func, ast.Name) else ""
-        fields = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+        if not isinstance(call.func, ast.Name) or call.args:
+            return None, {}
+        found: dict[str, Any] = {}
+        for keyword in call.keywords:
+            if keyword.arg is None:  # **{...}
+                return None, {}
+            found[keyword.arg] = ast.literal_eval(keyword.value)
     except (SyntaxError, ValueError):
-        name, fields, call = "", {}, ast.Call(ast.Name(""), [], [])
-    if name.lower() not in known or call.args:
-        raise ValueError(f"{role} must be one of {', '.join(known)}, as name or name(field=value), got {value!r}")
-    return known[name.lower()](
-        **{name: part(role if name == "inner" else name, given) for name, given in fields.items()}
-    )
+        return None, {}
+    return call.func.id, found

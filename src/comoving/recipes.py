@@ -1,7 +1,8 @@
 """Every method as a composition of parts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from inspect import signature
 from math import sqrt
 from typing import Any
 
@@ -31,13 +32,14 @@ from .finders import (
 from .formula import StateFormula, fit
 from .frames import Cosines, Seeded, Trains, Trees
 from .frames.base import Rank
-from .groups import param_groups
+from .groups import param_groups, params_of
 from .optimizer import LowRankOptimizer
 from .parts import part
 from .precondition import Factored, Kronecker
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
 from .rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from .transport import Keep, Reset, Rotate
+from .validate import nearest, plain
 
 
 @dataclass(frozen=True)
@@ -424,6 +426,8 @@ _RECIPES = (
 
 _PROJECTING = {"finder", "transport", "residual", "codec", "bases", "ranks", "budget", "scale", "+ef"}
 """What concerns projected parameters alone."""
+_CHOICE = ("dense", "project", "pairs", "experts", "heads")
+"""What goes to :func:`comoving.param_groups`."""
 _SUFFIXES: dict[str, dict[str, Any]] = {"+ef": {"residual": Feedback()}}
 
 
@@ -433,7 +437,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def build(
-    recipe: str, model: nn.Module, lr: float = 1e-3, rank: Rank | None = None, **options: Any
+    recipe: str, model: nn.Module | Iterable[Any], lr: float = 1e-3, rank: Rank | None = None, **options: Any
 ) -> LowRankOptimizer:
     """An optimizer for a model, by the name of its method.
 
@@ -445,7 +449,8 @@ def build(
     Args:
         recipe: a name of :func:`recipes`, optionally with the suffix "+ef" for error feedback, where what lies outside
             the frame has no other use.
-        model: the model; :func:`comoving.param_groups` chooses what is projected.
+        model: the model; :func:`comoving.param_groups` chooses what is projected. Or parameters, (name, parameter)
+            pairs or groups of either, as for :class:`comoving.LowRankOptimizer`: then names and shapes choose.
         lr: learning rate.
         rank: of the projected parameters; None for the recipe's own, 0.25 for most; ignored by full-rank recipes.
         **options: more hyper-parameters, over the recipe's own; ``dense``, ``project``, ``pairs``,
@@ -455,13 +460,18 @@ def build(
     Raises:
         ValueError: an unknown recipe or suffix, a suffix that would replace what makes the recipe, or a value outside
             its interval.
-        TypeError: an unknown hyper-parameter.
+        TypeError: an unknown hyper-parameter, or arguments in another order.
     """
+    first: Any = recipe
+    if not isinstance(first, str):
+        swapped = f": pass build({model!r}, model)" if isinstance(model, str) else ""
+        raise TypeError(f"the recipe comes first, as the name of a method, got {type(first).__name__}{swapped}")
     name, plus, suffix = recipe.partition("+")
     known = recipes()
     if name not in known or (plus and plus + suffix not in _SUFFIXES):
+        near = nearest(name.lower(), known) if name not in known else ""
         raise ValueError(
-            f"unknown recipe {recipe!r}; known are {', '.join(known)}, with suffixes {', '.join(_SUFFIXES)}"
+            f"unknown recipe {recipe!r}{near}; known are {', '.join(known)}, with suffixes {', '.join(_SUFFIXES)}"
         )
     method = known[name]
     own = method.options.get("residual", Discard())
@@ -470,9 +480,15 @@ def build(
             f"{recipe!r} is refused: {name} is made by what it does outside the frame, residual {own}, and "
             f"{plus}{suffix} would put error feedback in its place; pass residual= if that is meant"
         )
-    choice = {key: options.pop(key) for key in ("dense", "project", "pairs", "experts", "heads") if key in options}
-    own_rank = method.rank_for(rank)
-    groups = param_groups(model, rank=1.0 if own_rank is None else own_rank, **choice)
+    unknown = [key for key in options if key not in {*_options(), *_CHOICE}]
+    if unknown:
+        known_options = sorted({*_options(), *_CHOICE})
+        raise TypeError(
+            f"unknown hyper-parameters {unknown}{nearest(unknown[0], known_options)}; known are {known_options}"
+        )
+    choice = {key: options.pop(key) for key in _CHOICE if key in options}
+    own_rank = plain(method.rank_for(rank))
+    groups = _groups(model, 1.0 if own_rank is None else own_rank, choice)
     given = {role: part(role, value) for role, value in options.items()}
     if method.full_rank:
         idle = sorted({*given, *(["+ef"] if plus else [])} & _PROJECTING)
@@ -481,3 +497,26 @@ def build(
     settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}
     kind = AdamW if name == "comoving" else LowRankOptimizer
     return kind(groups, lr, **settings)
+
+
+def _options() -> list[str]:
+    """The hyper-parameters that :func:`build` passes on."""
+    return [name for name in signature(LowRankOptimizer).parameters if name not in {"params", "lr", "rank"}]
+
+
+def _groups(model: nn.Module | Iterable[Any], rank: Rank, choice: dict[str, Any]) -> list[dict[str, Any]]:
+    """Parameter groups with this rank, where they have none of their own.
+
+    Raises:
+        TypeError: parameters without the module that chooses among them.
+        ValueError: no parameters.
+    """
+    if isinstance(model, nn.Module):
+        return param_groups(model, rank=rank, **choice)
+    if choice:
+        raise TypeError(f"{', '.join(choice)} choose among a module's parameters: pass the model, not its parameters")
+    given: list[Any] = [model] if isinstance(model, torch.Tensor) else [*params_of(model)]
+    if not given:
+        raise ValueError("no parameters were given: a generator of them can be used only once")
+    groups: list[dict[str, Any]] = given if isinstance(given[0], dict) else [{"params": given}]
+    return [{"rank": rank, **group} for group in groups]

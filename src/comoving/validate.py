@@ -1,18 +1,57 @@
 """Checks of hyper-parameters whose errors say the value and the interval."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
 from math import isfinite
+from typing import Any, ParamSpec
+
+import numpy as np
+
+_P = ParamSpec("_P")
+
+
+def plain(value: Any) -> Any:
+    """Numpy's numbers, and its arrays of one number without a shape, as Python's; what holds them likewise."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.shape == ()):
+        return value.item()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if type(value) is tuple:
+        return tuple(plain(x) for x in value)
+    return [plain(x) for x in value] if type(value) is list else value
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'power'?)``, or nothing where no known name resembles the given one."""
+    close = get_close_matches(given, [*known], 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def names_unknown(init: Callable[_P, None]) -> Callable[_P, None]:
+    """A constructor that lists the names of its arguments, and the nearest of them, where it is given another one."""
+    known = [*signature(init).parameters][1:]
+
+    @wraps(init)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            near = nearest(unknown[0], known)
+            raise TypeError(f"unknown hyper-parameters {unknown}{near}; known are {', '.join(sorted(known))}")
+        init(*args, **kwargs)
+
+    return checked
 
 
 def check_float(
     name: str, value: object, low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False
 ) -> None:
-    """Raise unless value is a finite number in the interval from low to high.
+    """Raise unless value is a finite number in the interval from low to high; Python's or numpy's.
 
     Raises:
         TypeError: not an int or a float.
         ValueError: not finite, or outside the interval.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
     above = value > low if open_low else value >= low
@@ -23,7 +62,8 @@ def check_float(
 
 
 def check_int(name: str, value: object, low: int) -> None:
-    """Raise unless value is an int >= low."""
+    """Raise unless value is an int >= low; Python's or numpy's."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < low:
@@ -32,5 +72,7 @@ def check_int(name: str, value: object, low: int) -> None:
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise unless value is one of the choices."""
+    value = plain(value)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        near = nearest(value, (c for c in choices if isinstance(c, str))) if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{near}")

@@ -269,9 +269,11 @@ def test_a_buffer_that_keeps_part_of_what_the_frame_holds(residual, codec, shape
         for i in range(2):
             g = randn(shape, dtype, 3 + 2 * n + i) * size
             before = g.clone()
-            dense = residual.restore(g, frame, core, state, codec).dense
+            standing = Passage(frame, core, 0.0, 1.0, frame, core)
+            dense = residual.restore(g, standing, i == 0, state, codec).dense
             core = core + frame.project(dense if i == 0 else g)
-            outside = residual.keep(dense, core, Passage(frame, core, 0.0, 1.0, frame, core), i == 0, state, codec)
+            standing = Passage(frame, core, 0.0, 1.0, frame, core)
+            outside = residual.keep(dense, core, standing, i == 0, state, codec)
             assert torch.equal(g, before)
             assert residual.feeds
             kept = kept + g
@@ -279,7 +281,7 @@ def test_a_buffer_that_keeps_part_of_what_the_frame_holds(residual, codec, shape
         assert (core - inside).norm() <= slack * core.numel() ** 0.5
         assert abs(outside - (kept - frame.lift(inside)).norm()) <= slack * kept.numel() ** 0.5
         kept = kept - (1 - residual.decay) * frame.lift(inside)
-        now = residual.restore(torch.zeros_like(g), frame, core, state, codec).full()
+        now = residual.restore(torch.zeros_like(g), standing, True, state, codec).full()
         assert (now - kept).norm() <= slack * now.numel() ** 0.5
         assert residual.error(state, codec) <= slack * now.numel() ** 0.5
 

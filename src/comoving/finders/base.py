@@ -11,7 +11,9 @@ from ..frames.base import Ranks
 from .operand import Operand
 
 Memory = dict[str, Tensor]
-"""A finder's own tensors of one parameter, by the names of its ``parts``; updated in place or replaced."""
+"""A finder's own tensors of one parameter, by the names of its ``parts``; updated in place or replaced.
+
+They are copies, which count once the step has not failed; but single numbers, which ``observe`` has to replace."""
 
 
 class Finder(Protocol):

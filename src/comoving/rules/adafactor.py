@@ -94,17 +94,17 @@ class Adafactor:
         """d, a new tensor; eps does not count."""
         if not self.linear:
             return state[FIRST].clone()
-        return self._clipped(state[FIRST] / clock.weight1, state, clock)
+        return self._clipped(state[FIRST], state, clock, clock.weight1)
 
-    def _clipped(self, top: Tensor, state: dict[str, Tensor], clock: Clock) -> Tensor:
-        """top / sqrt(V) at no more than the RMS allowed, a new tensor."""
+    def _clipped(self, top: Tensor, state: dict[str, Tensor], clock: Clock, weight: float | Tensor = 1.0) -> Tensor:
+        """top / (weight sqrt(V)) at no more than the RMS allowed, a new tensor."""
         factors = [state[f"{_FACTOR}{n}"] for n in range(top.ndim)]
         mean = factors[0].mean()
         tiny = torch.finfo(mean.dtype).tiny
         root = mean.clamp_min(tiny).rsqrt()
         if self.decay is None:
             root = root * clock.weight2**0.5
-        u = top * root
+        u = top * (root / weight)
         for n, r in enumerate(factors):
             share = r / mean.clamp_min(tiny)
             inverse = torch.where(share > 0, share.clamp_min(tiny).rsqrt(), 0)

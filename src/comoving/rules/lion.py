@@ -31,7 +31,6 @@ class Lion:
     momentum = FIRST
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
-    replaces: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
@@ -49,11 +48,11 @@ class Lion:
         return b2, 1 - b2
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """m, after the interpolation."""
+        """m, in place, after the interpolation."""
         b1 = clock.beta1 if self.b1 is None else self.b1
         m = state[FIRST]
         hand_over(state, m.lerp(z, 1 - b1))
-        state[FIRST] = m.lerp(z, self.recursion(clock)[1])
+        m.lerp_(z, self.recursion(clock)[1])
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor; eps does not count."""

@@ -1,0 +1,68 @@
+"""What stands in ``p.grad`` for a gradient that was taken up inside the backward pass."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NEW = {torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+_ZEROS = {torch.ops.aten.zero_.default, torch.ops.aten._foreach_zero_.default}
+
+
+class TakenUp(Tensor):
+    """A tensor of a gradient's shape, dtype and device without numbers, on which arithmetic raises.
+
+    Without it ``p.grad`` would be None, and ``torch.nn.utils.clip_grad_norm_``, like all that skips parameters without
+    a gradient, would do nothing and say nothing. It can be copied, moved and set to zero, none of which needs numbers.
+
+    Made by :func:`stand_in`.
+    """
+
+    of: str
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"TakenUp({self.of!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TakenUp":
+        return stand_in(self, self.of)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _made, (self.shape, self.stride(), self.dtype, self.device, self.of)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """A copy of it, nothing for zeros, and an error for the rest.
+
+        Raises:
+            RuntimeError: saying where the gradient is, and how gradients are clipped.
+        """
+        given = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+        own = next((x for x in given if isinstance(x, TakenUp)), None)
+        if func in _ZEROS:
+            return args[0] if func is torch.ops.aten.zero_.default else None
+        if func in _NEW and own is not None:
+            options = kwargs or {}
+            dtype, device = options.get("dtype") or own.dtype, options.get("device") or own.device
+            return _made(own.shape, own.stride(), dtype, device, own.of)
+        name = own.of if own is not None else "a parameter"
+        raise RuntimeError(
+            f"{func}: the gradient of {name} was taken up inside backward() and freed, since step_in_backward() was "
+            f"called; what stands in p.grad has no numbers. To clip gradients by their norm call "
+            f"optimizer.step_in_backward(clip=...) in place of clip_grad_norm_() (a Trainer's max_grad_norm, or "
+            f"gradient_clip_val, is switched off); optimizer.gradient_norm is the norm then. step_after_backward() "
+            f"goes back to gradients that stay"
+        )
+
+
+def stand_in(like: Tensor, name: str) -> TakenUp:
+    """What stands for the gradient of a parameter of this name."""
+    return _made(like.shape, like.stride(), like.dtype, like.device, name)
+
+
+def _made(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, of: str) -> TakenUp:
+    made: Any = Tensor._make_wrapper_subclass(TakenUp, shape, strides=stride, dtype=dtype, device=device)  # noqa: SLF001
+    made.of = of
+    return made
