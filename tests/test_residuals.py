@@ -248,7 +248,7 @@ def test_the_limit_survives_zeros():
     sizes = [float("inf"), 0.0, 1e-4, 50.0, 0.0, float("nan"), 50.0, float("inf"), 1.0, 1.0, 1e-4]
     after = []
     for size in sizes:
-        brakes = brake(torch.tensor(size), last, 1.01, torch.tensor(5.0))
+        brakes, last = brake(torch.tensor(size), last, 1.01, torch.tensor(5.0))
         assert brakes.isfinite()
         after.append((round(float(brakes), 4), round(float(last), 4)))
     start = [(0.0, 0.0), (1.0, 0.0), (1.0, 0.0), (0.1, 5.0), (1.0, 5.0), (1.0, 5.0)]

@@ -27,7 +27,6 @@ from .ranks import budget as budgets
 from .ranks.assignment import settled
 from .ranks.reading import leading, read
 from .residual import Discard, Passage, Residual, Update
-from .residual.gains import LAST
 from .resume import WHOLE, Resume
 from .rounding import Rounding
 from .rules import Adam, Rule
@@ -188,7 +187,7 @@ class LowRankOptimizer(InBackward):
         of one with blocks the blocks before it, have been stepped. ``step()`` with the same gradients, which are told
         by their storage and have not been written to since, then goes on with the others, as if nothing had been; with
         other gradients it steps all. Exempt are dense parameters, which torch's AdamW steps together, and whole frames
-        under a rule that is ``timeless`` and works in place (:class:`comoving.rules.Lion`), where nothing can fail.
+        under a rule that is ``total`` (:class:`comoving.rules.Lion`), where nothing can fail.
 
         Raises:
             RuntimeError: a sparse gradient; a non-finite one with ``on_nonfinite="raise"``. Nothing has changed then.
@@ -444,7 +443,7 @@ class LowRankOptimizer(InBackward):
             own = rule.slots(site.core_shape)
             _copy({slot.name for slot in group["transport"].slots(own)}, state, stored)
             group["transport"].age(state, own, clock)
-        if not (replaces(rule) or getattr(rule, "timeless", False) and not site.projected):
+        if not (replaces(rule) or getattr(rule, "total", False) and not site.projected):
             _copy({slot.name for slot in slots.rule_slots(site, group)}, state, stored)
         turn = self._compiled if self._compiled is not None and getattr(rule, "timeless", False) else turned
         d = turn(rule, z, state, clock, group["eps"])  # 5
@@ -455,8 +454,6 @@ class LowRankOptimizer(InBackward):
         size = state.pop(slots.HELD_NORM, None)
         update = Update(unit.frame, compressed, z, d, factor, shrink, rate, clock, group["eps"], size)
         packed = unit.packed(stored)
-        if LAST in packed:
-            packed[LAST] = packed[LAST].clone()  # which is written in place
         group["residual"].write(weights, update, packed, group["codec"])  # 6, 7
         return packed
 

@@ -49,13 +49,14 @@ class Factored:
         modes = range(gradient.ndim)
         gradient = gradient if self.clip is not None else bounded(gradient)
         fresh = max(1, step) ** -self.decay  # 0 where an empty first gradient has set the count back
-        # An infinite mean would stay for ever; half, because sums round.
         most = torch.finfo(gradient.dtype).max / (2 * gradient.numel())
-        squares = abs_squared(gradient).add_(self.floor).clamp_max_(most)
+        squares = abs_squared(gradient).add_(self.floor)
         w = gradient
         for n in modes:
             others = [m for m in modes if m != n]
-            v = state[f"precondition.{n}"].lerp_(squares.mean(others) if others else squares, fresh)
+            # An infinite mean would stay for ever; half of the largest number, because sums round.
+            mean = (squares.mean(others) if others else squares).clamp_max_(most)
+            v = state[f"precondition.{n}"].lerp_(mean, fresh)
             # V mode by mode, the mean once: the product of all v_n would leave the range of float32.
             share = v if n == 0 else v / v.mean()
             w = w * share.rsqrt().reshape([-1 if m == n else 1 for m in modes])

@@ -43,7 +43,9 @@ class Channel(Scaled):
         size = norm(gradient) if update.size is None else update.size
         phi, length = gains(update, self.per, size, sqrt(gradient.numel() / update.core.numel()))
         if self.growth is not None:
-            phi = phi * brake(_scaled_norm(gradient, phi, size), state[LAST], self.growth, length)
+            size = _scaled_norm(gradient, phi, size)
+            factor, state[LAST] = brake(size, state[LAST], self.growth, length)
+            phi = phi * factor
         update.decay(weights)
         weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
 

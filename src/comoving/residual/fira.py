@@ -41,6 +41,7 @@ class Fira(Scaled):
         rest.mul_(phi)
         if self.growth is not None:
             first = length * (rest.numel() / update.core.numel() - 1) ** 0.5
-            rest.mul_(brake(norm(rest), state[LAST], self.growth, first))
+            factor, state[LAST] = brake(norm(rest), state[LAST], self.growth, first)
+            rest.mul_(factor)
         update.write(weights)
         weights.add_(rest, alpha=update.rate)

@@ -37,7 +37,7 @@ def gains(update: Update, per: str, size: Tensor, stretch: float = 1.0) -> tuple
     modes = everything if per == "tensor" or update.compressed is None else update.compressed
     own, length = _norms(z, modes), _norms(d, modes)
     floor = (size * (stretch * torch.finfo(own.dtype).eps)).add_(_SMALL)
-    phi = (length / own.mul_(stretch).add_(floor)).nan_to_num_(0.0, posinf=0.0)
+    phi = (length / torch.add(floor, own, alpha=stretch)).nan_to_num_(0.0, posinf=0.0)
     if modes == everything:  # a core of blocks has another order than its tensor
         return phi.reshape(()), length.reshape(())
     return phi, torch.linalg.vector_norm(length)
@@ -50,8 +50,8 @@ def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
     return abs_squared(x).sum(modes, keepdim=True).sqrt_()
 
 
-def brake(size: Tensor, last: Tensor, growth: float, first: Tensor) -> Tensor:
-    """The factor that keeps the norm of an update below growth (last + 1e-8); ``last`` becomes the norm after it.
+def brake(size: Tensor, last: Tensor, growth: float, first: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor that keeps the norm of an update below growth (last + 1e-8), and the next ``last``, the norm after it.
 
     Before the first update that is not zero the limit is ``first``; the papers have none there. One that is zero leaves
     the limit as it was: in the papers a single zero gradient would stop all later steps, which could grow from 1e-8 by
@@ -60,15 +60,14 @@ def brake(size: Tensor, last: Tensor, growth: float, first: Tensor) -> Tensor:
 
     Args:
         size: the norm before, a real scalar.
-        last: of the last update, 0 before the first; updated in place.
+        last: of the last update, 0 before the first.
         growth: >= 1.
         first: the limit of the first update.
     """
     after = torch.where(last > 0, (last + _SMALL) * growth, first).minimum(size)
     factor = after / size  # NaN for a size that is zero or NaN
-    counts = (factor > 0) & (after > first * torch.finfo(size.dtype).eps ** 0.5)
-    torch.where(counts, after, last, out=last)
-    return factor.nan_to_num_(1.0)
+    counts = size * factor > first * torch.finfo(size.dtype).eps ** 0.5  # not where 0 times infinity is NaN
+    return factor.nan_to_num_(1.0), torch.where(counts, after, last)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Adafactor:
     average: Literal["gradient", "update"] = "gradient"
 
     momentum = FIRST
-    replaces: ClassVar[bool] = True
+    total: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.decay is not None:
@@ -74,21 +74,19 @@ class Adafactor:
         return clock.beta1, 1 - clock.beta1
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """The means and m."""
+        """The means and m, in place."""
         z = z if self.clip is not None else bounded(z)
-        # An infinite mean would stay for ever; half, because sums round.
-        squares = abs_squared(z).add_(self.floor).clamp_max_(torch.finfo(z.dtype).max / (2 * max(1, z.numel())))
+        squares = abs_squared(z).add_(self.floor)
+        most = torch.finfo(z.dtype).max / (2 * max(1, z.numel()))
         t = clock.t.double()
         # After a restart of t the means begin anew with it, which the host's count would not.
         decay: Tensor | float = clock.beta2 if self.decay is None else (1 - t.clamp_min(1) ** self.decay)
         for n in range(z.ndim):
             others = tuple(m for m in range(z.ndim) if m != n)
-            mean = squares.mean(others) if others else squares
-            state[f"{_FACTOR}{n}"] = (state[f"{_FACTOR}{n}"] * decay).add_(mean * (1 - decay))
-        if self.linear:
-            state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
-        else:
-            state[FIRST] = state[FIRST].lerp(self._clipped(z, state, clock), 1 - clock.beta1)
+            # An infinite mean would stay for ever.
+            mean = (squares.mean(others) if others else squares).clamp_max_(most)
+            state[f"{_FACTOR}{n}"].mul_(decay).add_(mean * (1 - decay))
+        state[FIRST].lerp_(z if self.linear else self._clipped(z, state, clock), 1 - clock.beta1)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor; eps does not count."""

@@ -15,9 +15,9 @@ class Rule(Protocol):
     codec rounds them. ``corrected = False``: its direction divides by no c2, so that no transport may either.
     ``linear = False``: its momentum is no average of gradients. ``elementwise = True``: an entry of its direction
     depends on the same entry of past gradients alone. ``timeless = True``: it reads no tick of the clock, and
-    decomposes nothing, so that one compiled graph serves all steps, and nothing in it can fail. ``replaces = True``: it
-    puts new tensors into its slots and leaves the old ones as they are; a rule that changes them in place is given
-    copies, unless it is timeless and they are as large as the parameter.
+    decomposes nothing, so that one compiled graph serves all steps. ``replaces = True``: it puts new tensors into its
+    slots and leaves the old ones as they are; a rule that changes them in place is given copies, unless it is
+    ``total = True``, so simple that it cannot fail, and its slots are as large as the parameter.
     """
 
     @property

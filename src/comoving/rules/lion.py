@@ -31,6 +31,7 @@ class Lion:
     momentum = FIRST
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
+    total: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
