@@ -345,6 +345,22 @@ def test_a_window_that_raises_at_its_end_is_closed_by_another_step(monkeypatch, 
         assert optimizer.gradient_norm == whole.gradient_norm
 
 
+@pytest.mark.parametrize("place", [("residual", "keep"), ("rule", "direction")], ids="/".join)
+def test_a_gradient_set_by_hand_counts_once_however_often_its_step_is_tried(monkeypatch, place):
+    (model, optimizer), (twin, whole) = pairs = [(m, comoving.build("comoving", m, 1e-2)) for m in (Model(), Model())]
+    for m, o in pairs:
+        o.step_in_backward()
+        give(m, 0)
+    whole.step()
+    with monkeypatch.context() as patch:
+        counted(patch, optimizer, *place, 2)
+        with pytest.raises(Planted):
+            optimizer.step()
+    optimizer.step()
+    mine, other = picture(model, optimizer), picture(twin, whole)
+    assert all(equal(found, other[name]) for name, found in mine.items())
+
+
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_quantized_weights_are_merged_or_not(monkeypatch, at):
     """At a refresh, where codes are written several times."""
