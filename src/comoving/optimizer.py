@@ -316,19 +316,22 @@ class LowRankOptimizer(InBackward):
             return self._write_deferred(p, codes)
         storage = view.see_storage(p) if codes is None else None
         weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
-        at_once = storage is None and (codes is not None or not _share_storage(weights, p))
         states: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for number, unit, part in self._with_core(p, weights):
             with gradients.full_precision():
                 state = self._apply(unit, part)
-            states.append((unit.state, state))
-            if not at_once and number is not None:
-                slots.commit(unit.state, state)
+            if storage is None:
+                states.append((unit.state, state))
+                continue
+            slots.commit(unit.state, state)
+            if number is not None:
                 written.add(number)
-        if codes is not None and states:
-            codes.encode(view.restore(weights))
-        elif codes is None and storage is None:
+        if storage is not None:
+            return
+        if codes is None:
             p.copy_(self._rounded(p, view.restore(weights), [state for _, state in states]))  # once, at the end
+        elif states:
+            codes.encode(view.restore(weights))
         for stored, state in states:
             slots.commit(stored, state)
 
@@ -637,10 +640,6 @@ def _copy(names: set[str], state: dict[str, Any], stored: Mapping[str, Any]) -> 
     for name in names & state.keys():
         if state[name] is stored.get(name):
             state[name] = state[name].clone()
-
-
-def _share_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _clock(unit: Unit) -> Clock:
