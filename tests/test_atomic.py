@@ -67,7 +67,7 @@ def equal(a, b):
 
 
 def counted(monkeypatch, optimizer, role, method, at=None):
-    """Count the calls of a part's method, or raise at one of them, before or after it has done its work."""
+    """Count the calls of a part's method, or raise at one of them, before it does its work."""
     calls = [0]
     for kind in {type(group[role]) for group in optimizer.param_groups}:
         original = getattr(kind, method)

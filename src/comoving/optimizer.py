@@ -187,7 +187,8 @@ class LowRankOptimizer(InBackward):
         of one with blocks the blocks before it, have been stepped. ``step()`` with the same gradients, which are told
         by their storage and have not been written to since, then goes on with the others, as if nothing had been; with
         other gradients it steps all. Exempt are dense parameters, which torch's AdamW steps together, and whole frames
-        under a rule that is ``total`` (:class:`comoving.rules.Lion`), where nothing can fail.
+        under a rule that is ``total`` (:class:`comoving.rules.Lion` and :class:`comoving.rules.Adafactor`), where
+        nothing but memory can fail.
 
         Raises:
             RuntimeError: a sparse gradient; a non-finite one with ``on_nonfinite="raise"``. Nothing has changed then.
