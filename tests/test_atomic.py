@@ -269,6 +269,19 @@ def test_other_gradients_are_no_second_try(monkeypatch):
         assert stepped() == steps
 
 
+def test_a_sparse_gradient_after_a_step_that_failed_is_refused_like_any(monkeypatch):
+    model = Model()
+    optimizer = comoving.build("tucker-adam", model, 1e-2)
+    give(model, 0)
+    with monkeypatch.context() as patch, pytest.raises(Planted):
+        counted(patch, optimizer, "finder", "find", 2)
+        optimizer.step()
+    model.wide.grad = None
+    model.wide.grad = randn((10, 14), 1).to_sparse()
+    with pytest.raises(RuntimeError, match=r"wide has a torch.sparse_coo gradient"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("codec", [Full(), Int8()], ids=str)
 @pytest.mark.parametrize("place", [p for p in PLACES if p[1] in {"find", "observe", "restore", "keep", "apply"}])
 def test_absorbing_that_raises_takes_nothing_in(monkeypatch, place, codec):
