@@ -67,7 +67,7 @@ def equal(a, b):
 
 
 def counted(monkeypatch, optimizer, role, method, at=None):
-    """Count the calls of a part's method, or raise at one of them, before or after it has done its work."""
+    """Count the calls of a part's method, or raise at one of them, before it does its work."""
     calls = [0]
     for kind in {type(group[role]) for group in optimizer.param_groups}:
         original = getattr(kind, method)
@@ -269,6 +269,19 @@ def test_other_gradients_are_no_second_try(monkeypatch):
         assert stepped() == steps
 
 
+def test_a_sparse_gradient_after_a_step_that_failed_is_refused_like_any(monkeypatch):
+    model = Model()
+    optimizer = comoving.build("tucker-adam", model, 1e-2)
+    give(model, 0)
+    with monkeypatch.context() as patch, pytest.raises(Planted):
+        counted(patch, optimizer, "finder", "find", 2)
+        optimizer.step()
+    model.wide.grad = None
+    model.wide.grad = randn((10, 14), 1).to_sparse()
+    with pytest.raises(RuntimeError, match=r"wide has a torch.sparse_coo gradient"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("codec", [Full(), Int8()], ids=str)
 @pytest.mark.parametrize("place", [p for p in PLACES if p[1] in {"find", "observe", "restore", "keep", "apply"}])
 def test_absorbing_that_raises_takes_nothing_in(monkeypatch, place, codec):
@@ -343,6 +356,22 @@ def test_a_window_that_raises_at_its_end_is_closed_by_another_step(monkeypatch, 
         mine, other = picture(model, optimizer), picture(twin, whole)
         assert all(equal(found, other[name]) for name, found in mine.items())
         assert optimizer.gradient_norm == whole.gradient_norm
+
+
+@pytest.mark.parametrize("place", [("residual", "keep"), ("rule", "direction")], ids="/".join)
+def test_a_gradient_set_by_hand_counts_once_however_often_its_step_is_tried(monkeypatch, place):
+    (model, optimizer), (twin, whole) = pairs = [(m, comoving.build("comoving", m, 1e-2)) for m in (Model(), Model())]
+    for m, o in pairs:
+        o.step_in_backward()
+        give(m, 0)
+    whole.step()
+    with monkeypatch.context() as patch:
+        counted(patch, optimizer, *place, 2)
+        with pytest.raises(Planted):
+            optimizer.step()
+    optimizer.step()
+    mine, other = picture(model, optimizer), picture(twin, whole)
+    assert all(equal(found, other[name]) for name, found in mine.items())
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])

@@ -560,6 +560,16 @@ def test_a_gradient_set_by_hand_takes_its_place():
     assert same(*models)
 
 
+def test_zeroing_a_list_zeroes_the_gradients_beside_it():
+    """As another optimizer does, of some of the same parameters."""
+    model, _ = taken(accumulate=2)
+    other = nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    torch.optim.SGD([*model.parameters(), other], 1e-2, foreach=True).zero_grad(set_to_none=False)
+    assert not other.grad.any()
+    assert isinstance(model.up.weight.grad, TakenUp)
+
+
 def test_it_can_be_copied_saved_and_moved():
     model, optimizer = taken(accumulate=2)
     grad = model.up.weight.grad

@@ -182,8 +182,14 @@ class InBackward(Container):
     # ------------------------------------------------------------------------------------------------------ the window
 
     def _hook(self, p: Tensor) -> None:
+        """Take up a gradient; step the parameter where the window is full and nothing has to be waited for."""
+        window = self._window
+        assert window is not None
         with torch.no_grad(), gradients.full_precision():
-            self._take_up(p)
+            count = self._take_up(p, window)
+            if count == window.accumulate and (window.clip is None or not window.exact):
+                self._step_one(p, window.factor(self.param_groups[0].get(RUNNING, 0.0)))
+                window.stepped.add(p)
         p.grad = stand_in(p, self.sites[p].name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -195,10 +201,9 @@ class InBackward(Container):
         for p in self.sites:
             _clear(p)
 
-    def _take_up(self, p: Tensor) -> None:
-        """Take up a gradient; step the parameter where the window is full and nothing has to be waited for."""
-        window, site, gradient = self._window, self.sites[p], p.grad
-        assert window is not None
+    def _take_up(self, p: Tensor, window: Window) -> int:
+        """Take up a gradient; how many the window has of this parameter then, and 0 for one that is dropped."""
+        site, gradient = self.sites[p], p.grad
         if gradient is None or isinstance(gradient, TakenUp):
             raise RuntimeError(
                 f"the gradient of {site.name} is gone: another hook, or another optimizer, has taken it up"
@@ -216,7 +221,7 @@ class InBackward(Container):
         p.grad = None
         if not self._finite(gradient, site.name, window):
             window.incomplete = True
-            return
+            return 0
         before = self._saved(p)
         try:
             if site.plain:
@@ -231,9 +236,7 @@ class InBackward(Container):
         count = 1 + max((unit.state.get(WINDOW, 0) for unit in self._opened(p)), default=0)
         for unit in self._with_gradients(p):
             unit.state[WINDOW] = count
-        if count == window.accumulate and (window.clip is None or not window.exact):
-            self._step_one(p, window.factor(self.param_groups[0].get(RUNNING, 0.0)))
-            window.stepped.add(p)
+        return count
 
     def _finish(self, window: Window) -> None:
         """End of a window: step whatever has a gradient and was not stepped inside the backward pass."""
@@ -242,7 +245,7 @@ class InBackward(Container):
             given = p.grad
             if given is not None and not isinstance(given, TakenUp):  # set by hand
                 try:
-                    self._take_up(p)
+                    self._take_up(p, window)
                 except BaseException:
                     p.grad = given
                     raise

@@ -23,7 +23,7 @@ from .resume import Resume
 from .rules.turn import Turn
 from .schedule import stagger
 from .sites import Site
-from .validate import nearest, plain
+from .validate import check_known, plain
 from .weights import codes_of
 
 # Keys of param groups that are not hyper-parameters.
@@ -119,10 +119,7 @@ class Container(Optimizer):
         if not isinstance(given, dict) or "params" not in given:
             raise TypeError(f"a parameter group is a dict with its parameters under 'params', got {given!r}")
         pairs = named(param_group["params"])
-        unknown = sorted(set(param_group) - set(self.defaults) - _FOREIGN)
-        if unknown:
-            near = nearest(unknown[0], self.defaults)
-            raise TypeError(f"unknown hyper-parameters {unknown}{near}; known are {sorted(self.defaults)}")
+        check_known(param_group.keys() - _FOREIGN, self.defaults)
         param_group = {key: value if key == "params" else plain(value) for key, value in param_group.items()}
         if not pairs:
             raise ValueError("a parameter group is empty")

@@ -187,10 +187,13 @@ class LowRankOptimizer(InBackward):
         of one with blocks the blocks before it, have been stepped. ``step()`` with the same gradients, which are told
         by their storage and have not been written to since, then goes on with the others, as if nothing had been; with
         other gradients it steps all. Exempt are dense parameters, which torch's AdamW steps together, and whole frames
-        under a rule that is ``total`` (:class:`comoving.rules.Lion`), where nothing can fail.
+        under a rule that is ``total`` (:class:`comoving.rules.Lion` and :class:`comoving.rules.Adafactor`), where
+        nothing but memory can fail.
 
         Raises:
             RuntimeError: a sparse gradient; a non-finite one with ``on_nonfinite="raise"``. Nothing has changed then.
+            ValueError, TypeError: a parameter that was cast, or a group that was edited, since the optimizer was built,
+                other than by what may be, and within its interval. Nothing has changed then either.
         """
         loss = None
         if closure is not None:
@@ -263,6 +266,11 @@ class LowRankOptimizer(InBackward):
 
         Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only. Where anything
         raises, the parameter's state is as it was.
+
+        Raises:
+            RuntimeError: a parameter that torch's AdamW steps.
+            ValueError: another optimizer's parameter, or one that was cast; a gradient of another layout, shape or
+                dtype.
         """
         self._check_kept(p)
         site = self.sites[p]
@@ -316,19 +324,22 @@ class LowRankOptimizer(InBackward):
             return self._write_deferred(p, codes)
         storage = view.see_storage(p) if codes is None else None
         weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
-        at_once = storage is None and (codes is not None or not _share_storage(weights, p))
         states: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for number, unit, part in self._with_core(p, weights):
             with gradients.full_precision():
                 state = self._apply(unit, part)
-            states.append((unit.state, state))
-            if not at_once and number is not None:
-                slots.commit(unit.state, state)
+            if storage is None:
+                states.append((unit.state, state))
+                continue
+            slots.commit(unit.state, state)
+            if number is not None:
                 written.add(number)
-        if codes is not None and states:
-            codes.encode(view.restore(weights))
-        elif codes is None and storage is None:
+        if storage is not None:
+            return
+        if codes is None:
             p.copy_(self._rounded(p, view.restore(weights), [state for _, state in states]))  # once, at the end
+        elif states:
+            codes.encode(view.restore(weights))
         for stored, state in states:
             slots.commit(stored, state)
 
@@ -637,10 +648,6 @@ def _copy(names: set[str], state: dict[str, Any], stored: Mapping[str, Any]) -> 
     for name in names & state.keys():
         if state[name] is stored.get(name):
             state[name] = state[name].clone()
-
-
-def _share_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _clock(unit: Unit) -> Clock:

@@ -39,7 +39,7 @@ from .precondition import Factored, Kronecker
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
 from .rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from .transport import Keep, Reset, Rotate
-from .validate import nearest, plain
+from .validate import check_known, nearest, plain
 
 
 @dataclass(frozen=True)
@@ -480,12 +480,7 @@ def build(
             f"{recipe!r} is refused: {name} is made by what it does outside the frame, residual {own}, and "
             f"{plus}{suffix} would put error feedback in its place; pass residual= if that is meant"
         )
-    unknown = [key for key in options if key not in {*_options(), *_CHOICE}]
-    if unknown:
-        known_options = sorted({*_options(), *_CHOICE})
-        raise TypeError(
-            f"unknown hyper-parameters {unknown}{nearest(unknown[0], known_options)}; known are {known_options}"
-        )
+    check_known(options, [*_options(), *_CHOICE])
     choice = {key: options.pop(key) for key in _CHOICE if key in options}
     own_rank = plain(method.rank_for(rank))
     groups = _groups(model, 1.0 if own_rank is None else own_rank, choice)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -27,4 +28,6 @@ class Resume:
 def _mark(p: Tensor) -> tuple[StorageWeakRef | None, int]:
     """What tells a gradient from others: its storage, whose address none can have while this is kept, and a count."""
     g = p.grad
-    return (None, 0) if g is None else (StorageWeakRef(g.untyped_storage()), g._version)  # noqa: SLF001
+    if g is None or g.layout is not torch.strided:  # a sparse one, which is about to be refused, has no storage
+        return None, 0
+    return StorageWeakRef(g.untyped_storage()), g._version  # noqa: SLF001

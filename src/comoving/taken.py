@@ -42,6 +42,9 @@ class TakenUp(Tensor):
         given = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
         own = next((x for x in given if isinstance(x, TakenUp)), None)
         if func in _ZEROS:
+            for x in given:  # a list may hold gradients as well
+                if not isinstance(x, TakenUp):
+                    x.zero_()
             return args[0] if func is torch.ops.aten.zero_.default else None
         if func in _NEW and own is not None:
             options = kwargs or {}

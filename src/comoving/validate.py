@@ -27,16 +27,26 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def check_known(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise unless every hyper-parameter is a known one.
+
+    Raises:
+        TypeError: naming those that are not, the nearest known one, and all of them.
+    """
+    known = set(known)
+    unknown = sorted(set(given) - known)
+    if unknown:
+        near = nearest(unknown[0], known)
+        raise TypeError(f"unknown hyper-parameters {unknown}{near}; known are {', '.join(sorted(known))}")
+
+
 def names_unknown(init: Callable[_P, None]) -> Callable[_P, None]:
     """A constructor that lists the names of its arguments, and the nearest of them, where it is given another one."""
     known = [*signature(init).parameters][1:]
 
     @wraps(init)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        unknown = [name for name in kwargs if name not in known]
-        if unknown:
-            near = nearest(unknown[0], known)
-            raise TypeError(f"unknown hyper-parameters {unknown}{near}; known are {', '.join(sorted(known))}")
+        check_known(kwargs, known)
         init(*args, **kwargs)
 
     return checked

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,6 +197,21 @@ def test_a_damaged_checkpoint_is_named_and_the_run_begins_anew(damage, tmp_path,
     assert stored(path) is None and not path.exists()
     (said,) = ours(caplog)
     assert said.startswith(f"{path} is damaged (") and said.endswith("); the run begins anew") and "\n" not in said
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), torch.AcceleratorError("lost"), OSError(5, "I/O")], ids=str)
+def test_a_machine_that_fails_is_no_damage(error, tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    comoving.save(path, Trial(run_of("B0"), TASK, ()).state())
+
+    def failing(*args, **options):
+        raise error
+
+    owner, name = (Path, "read_bytes") if isinstance(error, OSError) else (torch, "load")
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(type(error)):
+        stored(path)
+    assert path.exists()
 
 
 def test_a_run_with_a_damaged_checkpoint_is_the_whole_run(tmp_path, caplog):

@@ -154,6 +154,13 @@ def test_what_fails_on_a_device_is_replaced_there(unseen, monkeypatch):
     close((vectors[1] * values[1]) @ vectors[1].mT, h[1])
 
 
+@pytest.mark.parametrize("decompose", [eigh, qr, qr_triangle, svd, lambda x: pinv(x, 1e-3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64], ids=str)
+def test_what_lapack_has_no_routine_for_is_refused(decompose, dtype):
+    with pytest.raises(TypeError, match=f"decomposition: float32, .* not {dtype}; cast it up first"):
+        decompose(torch.eye(3).to(dtype))
+
+
 def test_nothing_else_calls_lapack():
     """But for Cholesky's factors and triangular systems, which say themselves where they failed."""
     home = Path(comoving.__file__).parent

@@ -15,7 +15,7 @@ def store(codec: Codec, x: Tensor, held: Mapping[str, Tensor]) -> tuple[Tensor, 
     Args:
         codec: that stores it.
         x: any tensor.
-        held: the parts so far, which stay as they are: seeds go on from theirs, and devices are theirs.
+        held: the parts so far, which stay as they are: seeds go on from theirs.
     """
     if isinstance(codec, Full):
         return norm(x), {"value": x.contiguous()}

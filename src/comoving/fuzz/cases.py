@@ -73,6 +73,7 @@ class Case:
         resume: before which step a twin is made from a checkpoint; None for none.
         absorbed: gradients in a step: 1, or more through absorb() and apply().
         bad: the step at which one gradient has a NaN that must be skipped; None for none.
+        chosen: the recipes that it was drawn from, for its command; none for all.
     """
 
     seed: int

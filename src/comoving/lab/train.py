@@ -6,6 +6,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -289,24 +290,22 @@ def stored(file: Path, device: str = "cpu") -> Record | None:
     if not file.exists():
         return None
     with explained(file):
-        raw = file.open("rb")
-    with raw:
-        try:
-            # torch does not look at the sums of tensors' bytes.
-            if zipfile.ZipFile(raw).testzip() is not None:
-                raise ValueError("its bytes do not add up")
-            raw.seek(0)
-            found = torch.load(raw, map_location=device, weights_only=True)
-            lacking = [name for name in Trial.STATE if name not in found]
-            if lacking:
-                raise ValueError(f"it lacks {', '.join(lacking)}")
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # zipfile, zlib and torch's reader have no common class for bytes of any kind
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            LOG.warning("%s is damaged (%s); the run begins anew", file, said)
-            found = None
-    if found is None:
+        raw = BytesIO(file.read_bytes())  # so that no error of the disk passes for damage
+    try:
+        # torch does not look at the sums of tensors' bytes.
+        if zipfile.ZipFile(raw).testzip() is not None:
+            raise ValueError("its bytes do not add up")
+        raw.seek(0)
+        found = torch.load(raw, map_location=device, weights_only=True)
+        lacking = [name for name in Trial.STATE if name not in found]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # zipfile, zlib and torch's reader have no common class for bytes of any kind
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        LOG.warning("%s is damaged (%s); the run begins anew", file, said)
         with explained(file):
             file.unlink()
+        return None
     return found

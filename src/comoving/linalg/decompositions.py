@@ -6,10 +6,11 @@ one library to the next. So a result is checked, and where it is no good, there 
 precision, a perturbation, another algorithm, and in the end one that is made of plain products alone.
 
 On the CPU the host looks at each result and takes the next way if it has to. Elsewhere it waits for nothing: the result
-is replaced on the device, entry by entry of the batch, by a basis of coordinate vectors. The checks compare norms that
-a decomposition keeps: cheap beside it, and no NaN passes them.
+is replaced on the device, entry by entry of the batch: eigenvectors and Q by coordinate vectors, singular vectors by
+those of a Gram matrix. The checks compare norms that a decomposition keeps: cheap beside it, and no NaN passes them.
 
 Nothing else in this package calls LAPACK's decompositions (but ``cholesky_ex``, which says itself where it failed).
+All of them raise TypeError for half precision and integers, which LAPACK has no routines for.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+from .checks import require_dtype
 
 Factors = tuple[Tensor, ...]
 Figures = list[tuple[Tensor, Tensor | float, Tensor | float]]
@@ -119,6 +122,7 @@ def pinv(a: Tensor, rtol: float) -> Tensor:
 
 def _first_good(a: Tensor, ways: Iterable[Callable[[], Factors]], check: Check, last: Callable[[], Factors]) -> Factors:
     """The first result that passes its check, for each entry of the batch; what the last way makes is not checked."""
+    require_dtype("decomposition", a)  # torch's own refusal would pass for a failure of LAPACK
     kept, good = None, None
     for way in ways:
         try:
