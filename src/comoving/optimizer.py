@@ -192,6 +192,8 @@ class LowRankOptimizer(InBackward):
 
         Raises:
             RuntimeError: a sparse gradient; a non-finite one with ``on_nonfinite="raise"``. Nothing has changed then.
+            ValueError, TypeError: a parameter that was cast, or a group that was edited, since the optimizer was built,
+                other than by what may be, and within its interval. Nothing has changed then either.
         """
         loss = None
         if closure is not None:
@@ -264,6 +266,11 @@ class LowRankOptimizer(InBackward):
 
         Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only. Where anything
         raises, the parameter's state is as it was.
+
+        Raises:
+            RuntimeError: a parameter that torch's AdamW steps.
+            ValueError: another optimizer's parameter, or one that was cast; a gradient of another layout, shape or
+                dtype.
         """
         self._check_kept(p)
         site = self.sites[p]

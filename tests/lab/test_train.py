@@ -199,9 +199,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_begins_anew(damage, tmp_path,
     assert said.startswith(f"{path} is damaged (") and said.endswith("); the run begins anew") and "\n" not in said
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), torch.AcceleratorError("the device is lost"), OSError(5, "I/O")], ids=str
-)
+@pytest.mark.parametrize("error", [MemoryError("full"), torch.AcceleratorError("lost"), OSError(5, "I/O")], ids=str)
 def test_a_machine_that_fails_is_no_damage(error, tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     comoving.save(path, Trial(run_of("B0"), TASK, ()).state())
