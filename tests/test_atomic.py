@@ -269,17 +269,28 @@ def test_other_gradients_are_no_second_try(monkeypatch):
         assert stepped() == steps
 
 
-def test_a_sparse_gradient_after_a_step_that_failed_is_refused_like_any(monkeypatch):
+@pytest.mark.parametrize("then", ["none", "sparse"])
+def test_other_kinds_of_gradients_are_no_second_try(monkeypatch, then):
+    """None for what was stepped, as after zero_grad() where the next batch does not reach it; or a sparse one."""
     model = Model()
     optimizer = comoving.build("tucker-adam", model, 1e-2)
     give(model, 0)
     with monkeypatch.context() as patch, pytest.raises(Planted):
         counted(patch, optimizer, "finder", "find", 2)
         optimizer.step()
+    before = picture(model, optimizer)
+    give(model, 1)
     model.wide.grad = None
-    model.wide.grad = randn((10, 14), 1).to_sparse()
-    with pytest.raises(RuntimeError, match=r"wide has a torch.sparse_coo gradient"):
-        optimizer.step()
+    if then == "sparse":
+        model.wide.grad = randn((10, 14), 1).to_sparse()
+        with pytest.raises(RuntimeError, match="wide has a torch.sparse_coo gradient"):
+            optimizer.step()
+        assert all(equal(found, before[name]) for name, found in picture(model, optimizer).items())
+        return
+    optimizer.step()
+    after = picture(model, optimizer)
+    assert equal(after["wide"], before["wide"])
+    assert all(int(optimizer.state[p]["step"]) == 1 for p in model.parameters())
 
 
 @pytest.mark.parametrize("codec", [Full(), Int8()], ids=str)

@@ -18,16 +18,24 @@ class Resume:
     """
 
     def __init__(self, stepped: Mapping[Tensor, frozenset[str]] | None = None) -> None:
-        self._stepped = [(p, blocks, *_mark(p)) for p, blocks in (stepped or {}).items()]
+        self._stepped = [(p, blocks, _mark(p)) for p, blocks in (stepped or {}).items()]
 
     def by_the_same_gradients(self) -> dict[Tensor, frozenset[str]]:
         """Those of them whose gradients are the same tensors still, and have not been written to."""
-        return {p: blocks for p, blocks, *mark in self._stepped if mark == [*_mark(p)]}
+        found: dict[Tensor, frozenset[str]] = {}
+        for p, blocks, before in self._stepped:
+            now = _mark(p)
+            if before is not None and now is not None and before == now:
+                found[p] = blocks
+        return found
 
 
-def _mark(p: Tensor) -> tuple[StorageWeakRef | None, int]:
-    """What tells a gradient from others: its storage, whose address none can have while this is kept, and a count."""
+def _mark(p: Tensor) -> tuple[StorageWeakRef, int] | None:
+    """What tells a gradient from others: its storage, whose address none can have while this is kept, and a count.
+
+    None where there is none, or a sparse one, which has no storage and is about to be refused.
+    """
     g = p.grad
-    if g is None or g.layout is not torch.strided:  # a sparse one, which is about to be refused, has no storage
-        return None, 0
+    if g is None or g.layout is not torch.strided:
+        return None
     return StorageWeakRef(g.untyped_storage()), g._version  # noqa: SLF001

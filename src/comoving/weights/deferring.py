@@ -70,9 +70,9 @@ class DeferringLinear(QuantizedLinear):
         """B from a weight that was updated within the frame: the codes' share has shrunk, by their steps."""
         assert self.factor is not None and self.change is not None
         rest = weights - self.codes_alone().mul_(shrink)
-        self.parts()["step"].mul_(shrink)
         left = tuple(self.change.shape) == (self.factor.shape[1], self.in_features)
         self.change = self.factor.mT @ rest if left else rest @ self.factor
+        self.parts()["step"].mul_(shrink)  # last, since the product may fail
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in (FACTOR, CHANGE):
