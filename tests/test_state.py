@@ -61,7 +61,7 @@ def test_state_bytes_is_what_the_allocator_gets_back(recipe, dtype):
     optimizer = build(recipe, model, 1e-3)
     gc.collect()  # what other tests left behind is not ours to give back
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step(model, optimizer, 5)
+        step(model, optimizer, 2)
         claimed = state_bytes(optimizer)
         with record_function("release"):
             optimizer.state.clear()

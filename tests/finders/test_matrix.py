@@ -290,18 +290,18 @@ def test_new_directions_enter_a_few_at_a_time():
         assert int((cosines > 0.9).sum()) == 2 * (t + 1)
 
 
-def test_ten_thousand_updates_leave_an_orthonormal_basis():
+def test_thousands_of_updates_leave_an_orthonormal_basis():
     finder, ranks = IncrementalSVD(forgetting=0.99, add=1), (3, None)
     x = randn((8, 4), torch.float32)
     memory, frame, largest = memory_of(finder, x, ranks), Modes().start(x, ranks, None, 0), 0.0
     pool = randn((500, 8, 4), torch.float32, 1)
     pool[100:200] = pool[:1] @ torch.eye(4) * 1e-6  # for long stretches nothing lies outside the frame
-    for t in range(10_000):
+    for t in range(2_500):
         frame = finder.find(Operand(pool[t % 500]), frame, t > 0, memory)
         if t % 500 == 0:
             largest = max(largest, float(frame.defect()))
     assert max(largest, float(frame.defect())) < 1e-5
-    assert int(memory["draws"]) == 10_000
+    assert int(memory["draws"]) == 2_500
     assert memory["0.singular"].isfinite().all()
 
 
@@ -574,7 +574,7 @@ def test_training_resumes_bitwise_across_refreshes(finder, layout, dtype):
     optimizer = build(model, finder, layout)
     start, saved = loss(model), {}
     for t in range(12):
-        if t in (1, 3, 4, 8):
+        if t in ((1, 4) if dtype is torch.float32 else (3, 8)):
             saved[t] = copy.deepcopy(model), through_file(optimizer.state_dict()), copy.deepcopy((model, optimizer))
         train(model, optimizer, t, t + 1)
     assert loss(model) < 0.98 * start

@@ -332,17 +332,17 @@ def test_a_direction_new_on_both_sides_is_seen():
     assert energy(old, x) < 0.81
 
 
-def test_the_defect_stays_small_over_ten_thousand_increments():
+def test_the_defect_stays_small_over_thousands_of_increments():
     shape, spec = (3, 3, 3), Trains()
     frame = random_frame(spec, shape, 2, torch.float32)
     generator = torch.Generator().manual_seed(0)
-    finder, worst = TrainIncrement(columns=2, add=1), 0.0
-    gradients = torch.randn((10_000, *shape), generator=generator)
+    finder = TrainIncrement(columns=2, add=1)
+    gradients = torch.randn((2_500, *shape), generator=generator)
     first = frame
     for x in gradients:
         frame = finder.find(Operand(x), frame, True, {})
     worst = max(float((b.mH @ b - torch.eye(2)).abs().max()) for b in (matrix(frame.left), matrix(frame.right)))
-    assert worst < 1e-5
+    assert worst < 2e-6
     assert not torch.equal(bases(frame)[0], bases(first)[0])
 
 

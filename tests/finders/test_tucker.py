@@ -461,13 +461,13 @@ def test_the_sketch_is_near_the_hosvd_of_the_decayed_sum():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize("decay", [0.9, 1.0])
-def test_ten_thousand_gradients_leave_all_finite_and_orthonormal(dtype, decay):
+def test_thousands_of_gradients_leave_all_finite_and_orthonormal(dtype, decay):
     shape, ranks = (5, 4, 6), (2, 2, 3)
     finder = StreamingTucker(decay=decay, oversampling=2)
     memory = memory_of(finder, torch.zeros(shape, dtype=dtype), ranks)
     stream = [randn(shape, dtype, t) * 10.0 ** (t % 9 - 4) for t in range(27)]
     frame = Modes().start(stream[0], ranks, None, 0)
-    for t in range(10_000):
+    for t in range(2_700):
         finder.observe(stream[t % 27], memory)
         if t % 500 == 499:
             frame = finder.find(Operand(stream[t % 27]), frame, True, memory)
