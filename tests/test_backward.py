@@ -510,13 +510,12 @@ def test_nothing_can_be_read_from_it(read):
         read(model.norm.weight.grad)
 
 
-def test_it_has_a_gradients_look_and_no_storage():
+def test_it_has_a_gradients_look_and_next_to_no_storage():
     model, _ = taken()
     for p in model.parameters():
         assert (p.grad.shape, p.grad.dtype, p.grad.device) == (p.shape, p.dtype, p.device)
         assert p.grad.layout is torch.strided and not p.grad.requires_grad
-        with pytest.raises(RuntimeError, match="invalid python storage"):
-            p.grad.untyped_storage().data_ptr()
+        assert p.grad.untyped_storage().nbytes() == p.element_size()
     text = repr(model.up.weight.grad)
     assert "up.weight" in text and "(40, 16)" in text
 

@@ -509,7 +509,7 @@ def test_fused_is_refused_for_dense_complex_parameters_and_honoured_for_real_one
 def test_models_without_trainable_parameters():
     model = nn.Linear(12, 20).requires_grad_(False)
     for attempt in (param_groups, AdamW, lambda m: build("galore", m), comoving.explain):
-        with pytest.raises((ValueError, TypeError), match="no trainable parameters|not iterable"):
+        with pytest.raises((ValueError, TypeError), match="no trainable parameters|the module Linear"):
             attempt(model)
     with pytest.raises(ValueError, match="ReLU has no trainable parameters"):
         param_groups(nn.ReLU())

@@ -120,19 +120,23 @@ def test_the_clock_stands_still_without_a_gradient():
 
 
 def test_scope_surrounds_the_refresh_and_nothing_else():
-    """The frame is old on entry and new on exit; the parameter does not change inside."""
+    """Inside neither parameter nor state changes: the new frame takes its place once nothing can fail any more."""
     (p,) = parameters(1)
     optimizer = LowRankOptimizer([p], 1e-2, 4, refresh_every=2)
     seen = []
 
     @contextmanager
     def scope():
-        inside = frame_of(optimizer, p), p.detach().clone()
+        inside = {name: x.clone() for name, x in frame_of(optimizer, p).items()}, p.detach().clone()
         yield
-        seen.append((inside[0] != {}, frame_of(optimizer, p).keys(), torch.equal(inside[1], p)))
+        now = frame_of(optimizer, p)
+        kept = now.keys() == inside[0].keys() and all(torch.equal(x, now[name]) for name, x in inside[0].items())
+        seen.append((inside[0].keys(), kept, torch.equal(inside[1], p)))
 
     optimizer.refresh_scope = scope
     for _ in range(3):
         p.grad = torch.randn_like(p)
+        before, found = frame_of(optimizer, p).get("frame.0", p.new_zeros(())), len(seen)
         optimizer.step()
-    assert seen == [(False, {"frame.0"}, True), (True, {"frame.0"}, True)]
+        assert torch.equal(frame_of(optimizer, p)["frame.0"], before) == (len(seen) == found)
+    assert seen == [(set(), True, True), ({"frame.0"}, True, True)]

@@ -381,7 +381,7 @@ class LowRankOptimizer(InBackward):
         """
         site, group, stored = unit
         unit = unit.unpacked(only=group["rule"].momentum if site.projected else "")
-        given, seen = seen, self._preconditioned(seen, unit)
+        given, seen = seen, group["precondition"].apply(seen, unit.state, unit.state["tick"] + 1)
         if not site.projected:
             core = stored["core"] + seen if "core" in stored else seen
             slots.commit(stored, unit.state | {"core": core})
@@ -428,16 +428,6 @@ class LowRankOptimizer(InBackward):
                 lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
                 error_control.measure_kept(state[error_control.SLOT], own, total, z, kept, rounded, lost, opening)
         slots.commit(stored, unit.packed(stored, moved=refreshing))
-
-    @staticmethod
-    def _preconditioned(seen: Tensor, unit: Unit) -> Tensor:
-        """The gradient as the preconditioner makes it, whose statistics are replaced by copies before they move."""
-        part: Precondition = unit.group["precondition"]
-        if isinstance(part, Plain):
-            return seen
-        for name in part.parts(unit.site.view.shape, unit.site.view.dtype):
-            unit.state[name] = unit.state[name].clone()
-        return part.apply(seen, unit.state, unit.state["tick"] + 1)
 
     def _apply(self, unit: Unit, weights: Tensor) -> dict[str, Any]:
         """Steps 5-7 for a parameter or a block of it, on its weights in working precision; the state afterwards.

@@ -11,12 +11,12 @@ _ZEROS = {torch.ops.aten.zero_.default, torch.ops.aten._foreach_zero_.default}
 
 
 class TakenUp(Tensor):
-    """A tensor of a gradient's shape, dtype and device without numbers, on which arithmetic raises.
+    """A tensor of a gradient's shape, dtype and device without its numbers, on which arithmetic raises.
 
     Without it ``p.grad`` would be None, and ``torch.nn.utils.clip_grad_norm_``, like all that skips parameters without
     a gradient, would do nothing and say nothing. It can be copied, moved and set to zero, none of which needs numbers.
 
-    Made by :func:`stand_in`.
+    Made by :func:`stand_in`; its storage is a single number.
     """
 
     of: str
@@ -28,7 +28,7 @@ class TakenUp(Tensor):
         return stand_in(self, self.of)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _made, (self.shape, self.stride(), self.dtype, self.device, self.of)
+        return _made, (self.shape, self.dtype, self.device, self.of)
 
     @classmethod
     def __torch_dispatch__(
@@ -49,11 +49,11 @@ class TakenUp(Tensor):
         if func in _NEW and own is not None:
             options = kwargs or {}
             dtype, device = options.get("dtype") or own.dtype, options.get("device") or own.device
-            return _made(own.shape, own.stride(), dtype, device, own.of)
+            return _made(own.shape, dtype, device, own.of)
         name = own.of if own is not None else "a parameter"
         raise RuntimeError(
             f"{func}: the gradient of {name} was taken up inside backward() and freed, since step_in_backward() was "
-            f"called; what stands in p.grad has no numbers. To clip gradients by their norm call "
+            f"called; what stands in p.grad has not its numbers. To clip gradients by their norm call "
             f"optimizer.step_in_backward(clip=...) in place of clip_grad_norm_() (a Trainer's max_grad_norm, or "
             f"gradient_clip_val, is switched off); optimizer.gradient_norm is the norm then. step_after_backward() "
             f"goes back to gradients that stay"
@@ -62,10 +62,11 @@ class TakenUp(Tensor):
 
 def stand_in(like: Tensor, name: str) -> TakenUp:
     """What stands for the gradient of a parameter of this name."""
-    return _made(like.shape, like.stride(), like.dtype, like.device, name)
+    return _made(like.shape, like.dtype, like.device, name)
 
 
-def _made(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, of: str) -> TakenUp:
-    made: Any = Tensor._make_wrapper_subclass(TakenUp, shape, strides=stride, dtype=dtype, device=device)  # noqa: SLF001
+def _made(shape: Sequence[int], dtype: torch.dtype, device: torch.device, of: str) -> TakenUp:
+    number = torch.empty((), dtype=dtype, device=device).expand(shape)
+    made: Any = Tensor._make_subclass(TakenUp, number)  # noqa: SLF001
     made.of = of
     return made

@@ -19,7 +19,7 @@ def run(*arguments: str) -> int:
 
 
 def test_a_table_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--model", FNO, "--recipe", "tucker-adam", "--rank", "0.1", "--batch", "2", "--out", str(tmp_path)) == 0
+    assert run("--model", FNO, "--recipe", "tucker-adam", "--rank", "0.1", "--batch", "8", "--out", str(tmp_path)) == 0
     shown = capsys.readouterr().out
     for word in ("weights", "gradients", "moments", "feedback", "peak", "an estimate", "refresh"):
         assert word in shown

@@ -1,5 +1,6 @@
 """The plan against what is allocated for real: state to the byte, the peak of every kind of step within 10%."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -46,14 +47,14 @@ class Tensors(nn.Module):
         self.last = nn.Linear(24, 32)
 
 
-def there(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Weights, gradients and state."""
-    found = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+def there(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Weights, gradients and state, none of which a list keeps alive when the step replaces it."""
+    yield from model.parameters()
+    yield from (p.grad for p in model.parameters() if p.grad is not None)
     for state in optimizer.state.values():
         for value in state.values():
             inner = value.values() if isinstance(value, dict) else [value]
-            found += [x for x in inner if isinstance(x, Tensor)]
-    return found
+            yield from (x for x in inner if isinstance(x, Tensor))
 
 
 def step(model: nn.Module, optimizer: comoving.LowRankOptimizer, every: int, device: str = "cpu") -> int:
@@ -83,7 +84,7 @@ def check(module: nn.Module, recipe: str, options: dict[str, str], device: str =
     refresh = max(step(module, optimizer, 1, device) for _ in range(1 + (recipe in OFTEN)))
     gradients = sum(p.numel() * p.element_size() for p in module.parameters())
     assert plan.gradients == gradients
-    stored = {x.untyped_storage().data_ptr() for x in there(module, optimizer)[2 * len(optimizer.sites) :]}
+    stored = {x.untyped_storage().data_ptr() for x in [*there(module, optimizer)][2 * len(optimizer.sites) :]}
     own = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in (*module.parameters(), *module.buffers())}
     weights = sum(storage.nbytes() for place, storage in own.items() if place not in stored)
     assert plan.weights == weights

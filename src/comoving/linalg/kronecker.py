@@ -24,12 +24,12 @@ def bounded(x: Tensor) -> Tensor:
 
 
 def add_gram(factor: Tensor, x: Tensor, mode: int, keep: float, add: float) -> Tensor:
-    """L <- keep L + add X_(n) X_(n)^H, or its diagonal where L is one; in place. x must be :func:`bounded`."""
+    """keep L + add X_(n) X_(n)^H, or its diagonal where L is one, a new tensor. x must be :func:`bounded`."""
     if factor.ndim == 1:
         others = [n for n in range(x.ndim) if n != mode]
         squares = abs_squared(x)
-        return factor.mul_(keep).add_(squares.sum(others) if others else squares, alpha=add)
-    return factor.mul_(keep).add_(gram(x, mode, x.ndim), alpha=add)
+        return (squares.sum(others) if others else squares).mul_(add).add_(factor, alpha=keep)
+    return gram(x, mode, x.ndim).mul_(add).add_(factor, alpha=keep)
 
 
 def inverse_root(factor: Tensor, eps: float, power: float, method: InverseRoot = "eigh") -> Tensor:

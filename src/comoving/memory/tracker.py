@@ -95,7 +95,8 @@ def measure(run: Callable[[], object], there: Iterable[Tensor], device: torch.de
 
     Args:
         run: what is measured, such as ``optimizer.step``.
-        there: tensors that exist before and count (weights, gradients, state); on CUDA all that is allocated counts.
+        there: tensors that exist before and count (weights, gradients, state); on CUDA all that is allocated counts. An
+            iterator, where the run frees some of them: a list would keep them.
         device: whose memory is measured; on a CPU the tensors of all devices count together.
     """
     device = torch.device(device)

@@ -27,7 +27,8 @@ class Precondition(Protocol):
 
         Args:
             gradient: of the view's shape and dtype.
-            state: of the parameter; the slots are updated in place.
+            state: of the parameter; slots are replaced, and their tensors left as they are: a step that fails later
+                goes back to them.
             step: the number of this step, from 1.
         """
         ...

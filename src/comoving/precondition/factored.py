@@ -56,7 +56,7 @@ class Factored:
             others = [m for m in modes if m != n]
             # An infinite mean would stay for ever; half of the largest number, because sums round.
             mean = (squares.mean(others) if others else squares).clamp_max_(most)
-            v = state[f"precondition.{n}"].lerp_(mean, fresh)
+            v = state[f"precondition.{n}"] = state[f"precondition.{n}"].lerp(mean, fresh)
             # V mode by mode, the mean once: the product of all v_n would leave the range of float32.
             share = v if n == 0 else v / v.mean()
             w = w * share.rsqrt().reshape([-1 if m == n else 1 for m in modes])

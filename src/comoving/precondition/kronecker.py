@@ -73,17 +73,19 @@ class Kronecker:
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """g', a new tensor."""
         gradient = bounded(gradient)
-        weight = 1 - self.decay ** state[_CALLS].add_(1).double()
+        state[_CALLS] = state[_CALLS] + 1
+        weight = 1 - self.decay ** state[_CALLS].double()
         power = self.exponent or 1 / (2 * gradient.ndim)
         roots: dict[int, Tensor] = {}
         for n in self._modes(tuple(gradient.shape)):
-            factor = add_gram(state[_factor(n)], gradient, n, self.decay, 1 - self.decay)
+            factor = state[_factor(n)] = add_gram(state[_factor(n)], gradient, n, self.decay, 1 - self.decay)
             kept = state.get(_root(n))
             if kept is not None and (step - 1) % self.every != 0:
                 roots[n] = kept
                 continue
-            root = inverse_root(factor / weight, self.eps, power, self.root)
-            roots[n] = root if kept is None else kept.copy_(root)
+            roots[n] = inverse_root(factor / weight, self.eps, power, self.root)
+            if kept is not None:
+                state[_root(n)] = roots[n]
         turned = multiply_factors(gradient, roots)
         if not self.norm_matched:
             return turned

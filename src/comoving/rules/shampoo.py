@@ -1,6 +1,7 @@
 """Shampoo in the core."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Shampoo:
     """
 
     momentum = FIRST
+    replaces: ClassVar[bool] = True
 
     decay: float = 0.999
     average: bool = True
@@ -84,18 +86,17 @@ class Shampoo:
         return clock.beta1, 1 - clock.beta1
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """The averages, in place, and the roots that are kept."""
-        state[FIRST].lerp_(z, 1 - clock.beta1)
+        """The averages, and the roots that are kept."""
+        state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
         if self.graft:
-            state[SECOND].mul_(clock.beta2).add_(abs_squared(z), alpha=1 - clock.beta2)
+            state[SECOND] = abs_squared(z).mul_(1 - clock.beta2).add_(state[SECOND], alpha=clock.beta2)
         keep, add = (self.decay, 1 - self.decay) if self.average else (1.0, 1.0)
         due = (clock.tick - 1) % self.every == 0
         limited = bounded(z)
         for n in range(z.ndim):
-            factor = add_gram(state[_factor(n)], limited, n, keep, add)
+            factor = state[_factor(n)] = add_gram(state[_factor(n)], limited, n, keep, add)
             if self.every > 1 and factor.ndim == 2 and (due or _root(n) not in state):
-                root, held = self._root(factor, z, clock), state.get(_root(n))
-                state[_root(n)] = root if held is None else held.copy_(root)
+                state[_root(n)] = self._root(factor, z, clock)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""

@@ -1,7 +1,7 @@
 """SOAP in the core."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class SOAP:
     """
 
     momentum = FIRST
+    replaces: ClassVar[bool] = True
 
     decay: float | None = None
     every: int = 10
@@ -82,23 +83,23 @@ class SOAP:
         return clock.beta1, 1 - clock.beta1
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
-        """The bases where they are due, then the averages, in place."""
+        """The bases where they are due, then the averages."""
         modes = self._modes(tuple(z.shape))
         if clock.tick > 2 and (clock.tick - 1) % self.every == 0:
             for n in modes:
                 basis, order = turned_basis(state[_factor(n)], state[_basis(n)])
-                state[_basis(n)].copy_(basis)
+                state[_basis(n)] = basis
                 for name in {SECOND, mass_of(SECOND)} & state.keys():
-                    state[name].copy_(state[name].index_select(n, order))
+                    state[name] = state[name].index_select(n, order)
         decay = clock.beta2 if self.decay is None else self.decay
         limited = bounded(z)
         for n in modes:
-            factor = add_gram(state[_factor(n)], limited, n, decay, 1 - decay)
+            state[_factor(n)] = add_gram(state[_factor(n)], limited, n, decay, 1 - decay)
             if clock.tick == 1:
-                state[_basis(n)].copy_(leading_basis(factor))
-        state[FIRST].lerp_(z, 1 - clock.beta1)
+                state[_basis(n)] = leading_basis(state[_factor(n)])
+        state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
         turned = multilinear(z, [None if q is None else q.mH for q in self._bases(z, state)])
-        state[SECOND].mul_(clock.beta2).add_(abs_squared(turned), alpha=1 - clock.beta2)
+        state[SECOND] = abs_squared(turned).mul_(1 - clock.beta2).add_(state[SECOND], alpha=clock.beta2)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""
