@@ -138,7 +138,7 @@ def test_a_device_is_not_waited_for(dtype, unseen):
 
 
 def test_what_fails_on_a_device_is_replaced_there(unseen, monkeypatch):
-    """By coordinate vectors, for the entries of a batch that failed alone."""
+    """By coordinate vectors and what is seen in them, for the entries of a batch that failed alone."""
     true = torch.linalg.eigh
 
     def half(h):
@@ -152,6 +152,15 @@ def test_what_fails_on_a_device_is_replaced_there(unseen, monkeypatch):
     close(values[0], h[0].diagonal().sort().values)
     orthonormal(vectors, 1e-12)
     close((vectors[1] * values[1]) @ vectors[1].mT, h[1])
+    monkeypatch.setattr(torch.linalg, "svd", lambda a, full_matrices: [x * torch.nan for x in known])
+    for shape in ((2, 5, 3), (2, 3, 5)):
+        a = randn(shape)
+        known = [randn((2, shape[1], 3)), randn((2, 3)), randn((2, 3, shape[2]))]
+        u, s, vh = svd(a)
+        orthonormal(u, 1e-12)
+        orthonormal(vh.mT, 1e-12)
+        assert (s.diff() <= 0).all()
+        close(((u * s.unsqueeze(-2)) @ vh).diagonal(dim1=1, dim2=2), a.diagonal(dim1=1, dim2=2))
 
 
 @pytest.mark.parametrize("decompose", [eigh, qr, qr_triangle, svd, lambda x: pinv(x, 1e-3)])

@@ -6,8 +6,8 @@ one library to the next. So a result is checked, and where it is no good, there 
 precision, a perturbation, another algorithm, and in the end one that is made of plain products alone.
 
 On the CPU the host looks at each result and takes the next way if it has to. Elsewhere it waits for nothing: the result
-is replaced on the device, entry by entry of the batch: eigenvectors and Q by coordinate vectors, singular vectors by
-those of a Gram matrix. The checks compare norms that a decomposition keeps: cheap beside it, and no NaN passes them.
+is replaced on the device, entry by entry of the batch, by coordinate vectors. The checks compare norms that a
+decomposition keeps: cheap beside it, and no NaN passes them.
 
 Nothing else in this package calls LAPACK's decompositions (but ``cholesky_ex``, which says itself where it failed).
 All of them raise TypeError for half precision and integers, which LAPACK has no routines for.
@@ -92,7 +92,7 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced A = U diag(s) V^H, s descending; U and V orthonormal whatever the rank of A.
 
     Where LAPACK fails in both precisions, V holds the eigenvectors of A^H A, or U those of A A^H, whichever is smaller,
-    and :func:`qr` of the product with A makes the other factor orthonormal.
+    and :func:`qr` of the product with A makes the other factor orthonormal (on the CPU).
 
     Args:
         a: (*batch, m, n), float32, float64, complex64 or complex128, finite.
@@ -104,7 +104,7 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ways: list[Callable[[], Factors]] = [partial(_svd, a, a.dtype)]
     if wide != a.dtype:
         ways.append(partial(_svd, a, wide))
-    u, s, vh = _first_good(a, ways, _is_svd, partial(_svd_by_eigh, a))
+    u, s, vh = _first_good(a, ways, _is_svd, partial(_svd_by_eigh if asks_host(a) else _svd_by_diagonal, a))
     return u, s, vh
 
 
@@ -302,6 +302,18 @@ def _svd_by_eigh(a: Tensor) -> Factors:
     ordered = lengths.sort(dim=-1, descending=True, stable=True)
     u, v = (y.gather(-1, ordered.indices.unsqueeze(-2).expand(y.shape)) for y in (q * phases.unsqueeze(-2), v))
     return u.to(a.dtype), (ordered.values * size.squeeze(-1)).to(a.dtype.to_real()), v.mH.to(a.dtype)
+
+
+def _svd_by_diagonal(a: Tensor) -> Factors:
+    """Coordinate vectors on both sides, ordered by the diagonal between them."""
+    diagonal = a.diagonal(dim1=-2, dim2=-1)
+    ordered = diagonal.abs().sort(dim=-1, descending=True, stable=True)
+    phases = torch.where(diagonal.abs() > torch.finfo(a.dtype).tiny, diagonal.sgn(), 1)
+    sides: list[Tensor] = []
+    for rows in a.shape[-2:]:
+        eye = torch.eye(rows, diagonal.shape[-1], dtype=a.dtype, device=a.device).expand(*a.shape[:-2], rows, -1)
+        sides.append(eye.gather(-1, ordered.indices.unsqueeze(-2).expand(eye.shape)))
+    return sides[0] * phases.gather(-1, ordered.indices).unsqueeze(-2), ordered.values, sides[1].mH
 
 
 def _pinv(a: Tensor, rtol: float) -> Factors:
