@@ -8,6 +8,7 @@ import torch
 from comoving import LowRankOptimizer
 from comoving.codecs import Int8
 from comoving.finders import Power
+from comoving.frames import Modes
 from comoving.residual import Discard, Feedback
 from comoving.rules import Momentum, Shampoo
 from comoving.slots import Kind
@@ -307,7 +308,7 @@ def test_a_skipped_step_changes_nothing(rule, way):
 
 @EVERY
 def test_a_layout_without_modes_is_refused_where_modes_are_needed(rule):
-    class Shapeless(type(LowRankOptimizer.__init__.__kwdefaults__["frame"])):
+    class Shapeless(Modes):
         modal = False
 
     fitting = {} if getattr(rule, "corrected", True) else {"transport": Reset()}

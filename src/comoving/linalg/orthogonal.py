@@ -1,7 +1,5 @@
 """Orthonormal bases: CholeskyQR with a measured defect, Householder where that is not enough."""
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
@@ -38,8 +36,8 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
             caller: no decomposition exists for it).
         tolerance: largest accepted defect; default 32 machine epsilons times sqrt(r).
         trusted: A is Gaussian, hence of a condition number far below 1e4: one pass in double the precision is then
-            enough, or two where there is none. At most half as wide as long it has one below 10, and one pass in its
-            own precision is enough.
+            enough, or two where there is none, and nothing is read on the host. At most half as wide as long it has
+            one below 10, and one pass in its own precision is enough.
 
     Returns:
         Q of a's shape and dtype, contiguous.
@@ -62,7 +60,7 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
             return narrow
         if trouble(failed):
             break
-    if trusted and not (asks_host(a) and not isfinite(float(q.sum().abs()))):
+    if trusted:
         return q.to(a.dtype).contiguous()
     q, r = qr(a)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
