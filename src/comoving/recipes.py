@@ -482,7 +482,7 @@ def build(
         )
     unknown = [key for key in options if key not in {*_options(), *_CHOICE}]
     if unknown:
-        known_options = sorted({*_options(), *_CHOICE})
+        known_options = sorted({*_options(), *_CHOICE, "lr", "rank"})
         raise TypeError(
             f"unknown hyper-parameters {unknown}{nearest(unknown[0], known_options)}; known are {known_options}"
         )
