@@ -58,6 +58,7 @@ ANSWERED = {
     "a keyword of build": (
         lambda: build("galore", net(), refresh_evry=3), TypeError, r"refresh_evry'\] \(did you mean 'refresh_every'\?\)"
     ),
+    "rnk": (lambda: build("galore", net(), rnk=4), TypeError, r"\['rnk'\] \(did you mean 'rank'\?\)"),
     "no keyword at all": (lambda: build("galore", net(), xyz=3), TypeError, r"\['xyz'\]; known are .*weight_decay"),
     "a keyword": (lambda: AdamW([matrix()], weight_dekay=0.1), TypeError, "did you mean 'weight_decay'.*known are ams"),
     "a keyword of the engine": (lambda: LowRankOptimizer([matrix()], beta=0.1), TypeError, "did you mean 'betas'"),
@@ -73,8 +74,14 @@ ANSWERED = {
     "a budget without a unit": (lambda: build("galore", net(), budget=2.0), ValueError, r"share.*\(0, 1\].*2\.0"),
     "a layout that is none": (lambda: part("frame", "blocks(inner=3)"), TypeError, "inner must be a layout.*got 3"),
     "a finder that is none": (lambda: part("finder", "lazy(inner=3)"), ValueError, "inner must be a finder.*got 3"),
-    "stars in text": (lambda: part("transport", "rotate(**{'a': 1})"), ValueError, r"as name or name\(field=value\)"),
-    "values without a name": (lambda: part("transport", "rotate('carry')"), ValueError, r"name\(field=value\)"),
+    "stars in text": (
+        lambda: part("transport", "rotate(**{'a': 1})"), ValueError, r"as rotate\(field=value\).*fields are statistics"
+    ),
+    "values without a name": (lambda: part("transport", "rotate('carry')"), ValueError, r"as rotate\(field=value\)"),
+    "a part within text": (
+        lambda: part("frame", "blocks(inner=modes())"), ValueError, r"text in quotes.*inner='power'.*mode, inner, got"
+    ),
+    "an open bracket": (lambda: part("transport", "keep("), ValueError, r"keep\(field=value\).*it has none, got 'keep\('"),
     "a field": (
         lambda: part("transport", "rotate(statistic='carry')"), TypeError,
         r"rotate has no field 'statistic' \(did you mean 'statistics'\?\); its fields are statistics",

@@ -110,7 +110,7 @@ def part(role: str, value: Any) -> Any:
     itself is given likewise: ``"sparse(rule='adam')"``, ``"blocks(inner='trains')"``.
 
     Raises:
-        ValueError: text of another form, or an unknown name; the nearest known one is named.
+        ValueError: text of another form, or an unknown name; the fields or the nearest known name are given.
         TypeError: an unknown field.
     """
     if role not in PARTS or not isinstance(value, str | dict) or (role in ROLES and value == AUTO):
@@ -123,6 +123,14 @@ def part(role: str, value: Any) -> Any:
         known |= {kind.__name__.lower(): kind for kind in PARTS[role].values()}
     else:
         name, fields_ = _read(value)
+        called = value.partition("(")[0].strip().lower()
+        if name is None and called in known:
+            own = [f.name for f in fields(known[called])]
+            raise ValueError(
+                f"{role} {called} takes its fields as {called}(field=value), each value a number, text in quotes, None, "
+                f"True, False or a tuple of these (a part as text too: inner='power'); "
+                f"{'its fields are ' + ', '.join(own) if own else 'it has none'}, got {value!r}"
+            )
     if not isinstance(name, str) or name.lower() not in known:
         near = nearest(name.lower(), PARTS[role]) if isinstance(name, str) else ""
         form = "name or name(field=value)" if isinstance(value, str) else "{'part': name, field: value}"

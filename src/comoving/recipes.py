@@ -480,7 +480,7 @@ def build(
             f"{recipe!r} is refused: {name} is made by what it does outside the frame, residual {own}, and "
             f"{plus}{suffix} would put error feedback in its place; pass residual= if that is meant"
         )
-    check_known(options, [*_options(), *_CHOICE])
+    check_known(options, [*_options(), *_CHOICE, "lr", "rank"])
     choice = {key: options.pop(key) for key in _CHOICE if key in options}
     own_rank = plain(method.rank_for(rank))
     groups = _groups(model, 1.0 if own_rank is None else own_rank, choice)

@@ -5,7 +5,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from comoving import LowRankOptimizer
 from comoving.codecs import Int8
 from comoving.finders import Power
 from comoving.frames import Modes
