@@ -81,7 +81,7 @@ ANSWERED = {
     "a part within text": (
         lambda: part("frame", "blocks(inner=modes())"), ValueError, r"text in quotes.*inner='power'.*mode, inner, got"
     ),
-    "an open bracket": (lambda: part("transport", "keep("), ValueError, r"keep\(field=value\).*it has none, got 'keep\('"),
+    "an open bracket": (lambda: part("transport", "keep("), ValueError, r"keep\(field=value\).*it has none, got 'keep"),
     "a field": (
         lambda: part("transport", "rotate(statistic='carry')"), TypeError,
         r"rotate has no field 'statistic' \(did you mean 'statistics'\?\); its fields are statistics",

@@ -127,8 +127,8 @@ def part(role: str, value: Any) -> Any:
         if name is None and called in known:
             own = [f.name for f in fields(known[called])]
             raise ValueError(
-                f"{role} {called} takes its fields as {called}(field=value), each value a number, text in quotes, None, "
-                f"True, False or a tuple of these (a part as text too: inner='power'); "
+                f"{role} {called} takes its fields as {called}(field=value), each value a number, text in quotes, "
+                f"None, True, False or a tuple of these (a part as text too: inner='power'); "
                 f"{'its fields are ' + ', '.join(own) if own else 'it has none'}, got {value!r}"
             )
     if not isinstance(name, str) or name.lower() not in known:
