@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -499,6 +500,54 @@ def test_clipping_gradients_that_were_taken_up_says_so(call, foreach):
     optimizer.step()
     assert not same(model, before)
     assert optimizer.gradient_norm > 0.1
+
+
+def test_a_hugging_face_trainer_is_told_what_to_do_and_then_trains(tmp_path):
+    """As docs/backward.md has it: the steps are those of a loop."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments  # noqa: PLC0415
+
+    class InBackward(Trainer):
+        def _get_grad_norm(self, model, grad_norm=None):
+            return None
+
+    class Scored(nn.Linear):
+        def forward(self, x, labels):
+            return {"loss": nn.functional.cross_entropy(super().forward(x), labels)}
+
+    def started():
+        torch.manual_seed(0)
+        model = Scored(16, 12)
+        optimizer = build("comoving", model.named_parameters(), lr=1e-2)
+        optimizer.step_in_backward(accumulate=2, clip=0.1)
+        return model, optimizer
+
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(16, generator=generator), "labels": n % 12} for n in range(24)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=0.0,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1000,
+        train_sampling_strategy="sequential", dataloader_pin_memory=False, average_tokens_across_devices=False,
+    )  # fmt: skip
+
+    def fit(kind):
+        model, optimizer = started()
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        trainer = kind(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # theirs
+            trainer.train()
+        return model
+
+    with pytest.raises(RuntimeError, match=r"Trainer gets max_grad_norm=0 and a _get_grad_norm\(\) that returns None"):
+        fit(Trainer)
+    model, optimizer = started()
+    for step in range(3):
+        for part in (data[8 * step : 8 * step + 4], data[8 * step + 4 : 8 * step + 8]):
+            x, y = torch.stack([row["x"] for row in part]), torch.tensor([row["labels"] for row in part])
+            (model(x, y)["loss"] / 2).backward()
+        optimizer.step()
+    close(fit(InBackward), model, 1e-6)
 
 
 @pytest.mark.parametrize(

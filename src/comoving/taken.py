@@ -53,10 +53,10 @@ class TakenUp(Tensor):
         name = own.of if own is not None else "a parameter"
         raise RuntimeError(
             f"{func}: the gradient of {name} was taken up inside backward() and freed, since step_in_backward() was "
-            f"called; what stands in p.grad has not its numbers. To clip gradients by their norm call "
-            f"optimizer.step_in_backward(clip=...) in place of clip_grad_norm_() (a Trainer's max_grad_norm, or "
-            f"gradient_clip_val, is switched off); optimizer.gradient_norm is the norm then. step_after_backward() "
-            f"goes back to gradients that stay"
+            f"called; what stands in p.grad has no numbers. To clip gradients by their norm call "
+            f"optimizer.step_in_backward(clip=...) in place of clip_grad_norm_() (Lightning's gradient_clip_val is "
+            f"switched off; a Hugging Face Trainer gets max_grad_norm=0 and a _get_grad_norm() that returns None); "
+            f"optimizer.gradient_norm is the norm then. step_after_backward() goes back to gradients that stay"
         )
 
 
