@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import require_dtype
+from .multilinear import norm
 
 Factors = tuple[Tensor, ...]
 Figures = list[tuple[Tensor, Tensor | float, Tensor | float]]
@@ -163,7 +164,7 @@ def _orthonormal(q: Tensor) -> Figures:
     root = q.shape[-1] ** 0.5
     image = q @ q.new_ones(q.shape[-1])
     if q.ndim == 2:  # without dim, and along the columns as LAPACK lays them out, it takes a tenth of the time
-        return [(torch.linalg.vector_norm(q.mT), root, root), (torch.linalg.vector_norm(image), root, root)]
+        return [(norm(q.mT), root, root), (norm(image), root, root)]
     sizes = torch.linalg.vector_norm(q, dim=(-2, -1)), torch.linalg.vector_norm(image, dim=-1)
     return [(size, root, root) for size in sizes]
 
