@@ -13,6 +13,7 @@ import comoving
 from comoving import LowRankOptimizer, build, param_groups, recipes
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import Exact, Power
+from comoving.linalg import decompositions, orthogonal
 from comoving.residual import Discard, Feedback
 from comoving.rules import Adam, Lion, Momentum
 from comoving.transport import Carry, Keep, Reset, Rotate
@@ -383,17 +384,18 @@ def test_zero_gradients_at_zero_rate_create_all_slots_and_change_nothing(recipe,
 
 # ------------------------------------------------------------------------------------------------------ convergence
 
-# Reached from 1 after 300 steps, with the rate falling linearly to 0; two to three times what this seed measured.
+# Reached from 1 after 300 steps, with the rate falling linearly to 0; two to three times what this seed measured, and
+# more where that is rounding, which is another on another machine.
 # With "keep", feedback returns in coordinates that the moments do not know, and is slower here than without.
 REACHED = {
     "adamw": 3e-5, "galore": 3e-4, "ldadam": 2e-3, "tensor-galore": 2e-2, "tucker-adam": 5e-4, "comoving": 6e-3,
     "nystrom-tucker-adam": 3e-4, "streaming-tucker-adam": 1.5e-3, "galore+ef": 6e-3, "tensor-galore+ef": 0.15,
-    "q-galore": 2e-4, "loqt": 1e-7,
-    "fira": 1e-4, "apollo": 1e-12, "apollo-mini": 1e-8, "frugal": 1e-6, "tensorgrad": 1e-2,
+    "q-galore": 2e-4, "loqt": 1e-6,
+    "fira": 1e-4, "apollo": 1e-10, "apollo-mini": 1e-7, "frugal": 1e-5, "tensorgrad": 1e-2,
     "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
-    "shampoo": 1e-9, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
-    "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 4e-12, "lion": 3e-2, "adafactor": 4e-13,
-    "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-6,
+    "shampoo": 1e-8, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
+    "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 1e-10, "lion": 3e-2, "adafactor": 1e-11,
+    "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-5,
 }  # fmt: skip
 FACTORS = {
     **dict.fromkeys(("galore", "q-galore", "loqt", "fira", "apollo", "apollo-mini", "dion"), 10.0),
@@ -465,8 +467,15 @@ class Projectable(nn.Module):
         self.wide, self.tensor, self.spectral, self.modes = full.wide, full.tensor, full.spectral, full.modes
 
 
+@pytest.fixture
+def unseen(monkeypatch):
+    """As on a device: decompositions are looked at by no host."""
+    for module in (decompositions, orthogonal):
+        monkeypatch.setattr(module, "asks_host", lambda x: False)
+
+
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "adamw"])
-def test_skip_never_reads_the_device_outside_a_refresh(recipe, monkeypatch):
+def test_skip_never_reads_the_device_outside_a_refresh(recipe, unseen, monkeypatch):
     model = Projectable()
     optimizer = build(recipe, model, 1e-2, refresh_every=4, on_nonfinite="skip")
     mode = NoReads()
@@ -487,7 +496,7 @@ def test_skip_never_reads_the_device_outside_a_refresh(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "adamw"])
-def test_raise_reads_one_flag_a_step(recipe):
+def test_raise_reads_one_flag_a_step(recipe, unseen):
     model = Projectable()
     optimizer = build(recipe, model, 1e-2, refresh_every=4, on_nonfinite="raise")
     mode = NoReads()
