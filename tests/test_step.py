@@ -247,7 +247,7 @@ ROUNDED = {("soap", "transposed"), ("shampoo-tucker", "expanded")}
 def following(recipe, dtype=torch.float64):
     """Options under which signs and phases of a basis, which LAPACK draws from last digits, make no difference.
 
-    Moments follow the directions, not the coordinates; and complex ones are not rounded to a grid, which no phase keeps.
+    Moments follow the directions, not the coordinates; and no complex ones are rounded to a grid, which no phase keeps.
     """
     given = recipes()[recipe.split("+")[0]].options
     options = {"transport": Rotate()} if isinstance(given.get("transport"), Keep) else {}
