@@ -27,9 +27,9 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
     CholeskyQR: R^H R = A^H A, Q = A R^-1, in double the precision, so that one pass serves condition numbers up to
     about 1e6 and a second one up to 1e12. The defect max |Q^H Q - I| is measured; what passes the tolerance after two
     passes (A rank-deficient, say) goes to Householder's QR, which completes any A to an orthonormal basis. The
-    measurement is read on the host where that is the device: call this at a refresh, not at every step. Elsewhere
-    nothing is waited for: columns of unit length that are nearly dependent get 1e-5 of the cosine transform's columns
-    added, and two more passes follow.
+    host reads the measurement on the CPU: call this at a refresh, not at every step. On other devices nothing is waited
+    for: where columns, brought to unit length, are nearly dependent, 1e-5 of the cosine transform's columns is added to
+    them, and three passes follow.
 
     Args:
         a: (*batch, d, r) with r <= d, in float32, float64, complex64 or complex128 (half precision is cast up by the
