@@ -1,7 +1,9 @@
 """An older revision of comoving beside the installed one, for comparisons in one process."""
 
+import atexit
 import importlib
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,6 +25,7 @@ def older(revision: str) -> ModuleType:
         ["git", "archive", revision, "src/comoving"], cwd=home, capture_output=True, check=True
     ).stdout
     folder = tempfile.mkdtemp(prefix="comoving-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # some of its modules are imported late
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
     (Path(folder) / "src" / "comoving").rename(Path(folder) / NAME)
