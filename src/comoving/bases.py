@@ -68,8 +68,8 @@ def load(
         dtype: of coded factors, once decoded.
         like: as in :meth:`comoving.frames.base.Layout.load`.
     """
-    codec, said = group["bases"], ranks(state, shape)
-    if isinstance(codec, Full) or said is None:
+    codec = group["bases"]
+    if isinstance(codec, Full) or (said := ranks(state, shape)) is None:
         return group["frame"].load(state, shape, like)
     factors = {
         (name := _FACTOR.format(n)): _decoded(codec, _of(state, name), r, d, dtype)

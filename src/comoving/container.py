@@ -286,7 +286,7 @@ class Container(Optimizer):
         state = self.state.get(p)
         if state is None:
             return None
-        return {name: dict(x) if isinstance(x, dict) else x for name, x in state.items()}
+        return {name: dict(x) for name, x in state.items()} if self.sites[p].blocks else dict(state)
 
     def _put_back(self, p: Tensor, saved: dict[str, Any] | None, but: Collection[str] = ()) -> None:
         """Put a saved state in place of what a step that failed has made of it, but for some blocks."""
@@ -299,11 +299,8 @@ class Container(Optimizer):
         self._releases.clear()
 
     def _with_gradient(self, p: Tensor, seen: Tensor, but: Collection[str] = ()) -> list[tuple[Unit, Tensor]]:
-        """What a gradient belongs to: the parameter, or each block that it is not zero in, but for some of them."""
-        site, group, state = self._open(p)
-        if not site.blocks:
-            return [(Unit(site, group, state), seen)]
-        blocks = group["frame"].split(seen)
+        """The blocks that a gradient is not zero in, with their parts of it, but for some of them."""
+        blocks = self._open(p)[1]["frame"].split(seen)
         live = torch.stack([block.any() for block in blocks]).tolist()
         return [(self._unit(p, b), block) for b, block in enumerate(blocks) if live[b] and str(b) not in but]
 

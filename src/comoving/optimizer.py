@@ -218,8 +218,8 @@ class LowRankOptimizer(InBackward):
                 return  # what has no state of its shape yet could not be put back
             for group in self.param_groups:
                 ready = [p for p in group["params"] if p.grad is not None and (p not in done or done[p])]
+                opened += [p for p in ready if p not in self.state]
                 for p in ready:
-                    opened += [] if p in self.state else [p]
                     self._open(p)
                 for p in ready:
                     if not self.sites[p].plain:
@@ -294,9 +294,10 @@ class LowRankOptimizer(InBackward):
 
     def _take(self, p: Tensor, gradient: Tensor, but: Collection[str] = ()) -> None:
         """Steps 1-4 for one parameter, which may hold on to the gradient until step 7, but for some of its blocks."""
-        site, group, _ = self._open(p)
+        site, group, state = self._open(p)
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
-        for unit, part in self._with_gradient(p, seen, but):
+        units = self._with_gradient(p, seen, but) if site.blocks else [(Unit(site, group, state), seen)]
+        for unit, part in units:
             self._absorb(p, unit, part, self._norms.get(p) if part is seen else None)
 
     @torch.no_grad()
@@ -315,7 +316,8 @@ class LowRankOptimizer(InBackward):
             raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
         if not site.blocks and "core" not in self.state.get(p, {}):
             raise RuntimeError(f"{site.name} has no gradient to apply: call absorb() first")
-        self._write(p, set())
+        with gradients.full_precision():
+            self._write(p, set())
 
     def _write(self, p: Tensor, written: set[str]) -> None:
         """Steps 5-7; the blocks whose weights have been written are added to the set."""
@@ -326,8 +328,7 @@ class LowRankOptimizer(InBackward):
         weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
         states: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for number, unit, part in self._with_core(p, weights):
-            with gradients.full_precision():
-                state = self._apply(unit, part)
+            state = self._apply(unit, part)
             if storage is None:
                 states.append((unit.state, state))
                 continue
@@ -348,8 +349,7 @@ class LowRankOptimizer(InBackward):
         for _, unit, weights in self._with_core(p, codes.decode()):
             count, merged = (unit.state[slots.MEMORY + name] for name in (REFRESHES, MERGED))
             if int(count) == int(merged) and codes.change is not None:
-                with gradients.full_precision():
-                    state = self._apply(unit, weights)
+                state = self._apply(unit, weights)
                 codes.take(weights, 1 - unit.group["lr"] * unit.group["weight_decay"])
                 slots.commit(unit.state, state)
                 continue
@@ -357,8 +357,7 @@ class LowRankOptimizer(InBackward):
             (mode,) = (n for n, u in enumerate(frame.factors) if u is not None)
             before = [x.clone() for x in codes.numbers()]
             try:
-                with gradients.full_precision():
-                    codes.merge(weights, frame.factors[mode], mode == 0)
+                codes.merge(weights, frame.factors[mode], mode == 0)
             except BaseException:
                 for x, value in zip(codes.numbers(), before, strict=True):
                     x.copy_(value)

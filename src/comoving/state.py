@@ -43,6 +43,8 @@ FIXED = (
     "rank", "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments",
     "bases", "amsgrad", "diagnostics", "select", "reasons", "ranks", "rounding",
 )  # fmt: skip
+_CODED = (Kind.LINEAR, Kind.VARIANCE, Kind.COVARIANCE)
+"""What the codec of moments stores; not in a set: hashes of an Enum take longer than the comparisons."""
 _DENSE = {"rule": Adam(), "precondition": Plain(), "moments": Full(), "residual": Discard()}
 _UNPROJECTED = {"residual": Discard()}
 
@@ -113,14 +115,14 @@ def slot_part(slot: Slot, site: Site, group: Mapping[str, Any]) -> Part:
         return Part(tuple(d if n in turned else k for n, (d, k) in enumerate(zip(core, mass, strict=True))), real)
     if slot.kind is Kind.FACTORED:
         return Part((core[slot.mode],), real)
-    if slot.kind in {Kind.COVARIANCE, Kind.BASIS, Kind.CACHE}:
+    if slot.kind in (Kind.COVARIANCE, Kind.BASIS, Kind.CACHE):
         return Part((core[slot.mode], core[slot.mode]), site.view.dtype)
     return Part((), torch.float32, scalar=True)
 
 
 def _store(slot: Slot, codec: Codec) -> Codec | None:
     """What stores a slot; None for plain tensors."""
-    if isinstance(codec, Full) or slot.kind not in {Kind.LINEAR, Kind.VARIANCE, Kind.COVARIANCE}:
+    if isinstance(codec, Full) or slot.kind not in _CODED:
         return None
     return codec.positive if slot.kind is Kind.VARIANCE else codec
 
@@ -198,7 +200,7 @@ def packed(
 
 def commit(state: dict[str, Any], new: Mapping[str, Any]) -> None:
     """Bring a state up to date, all at once."""
-    for name in state.keys() - new.keys():
+    for name in [name for name in state if name not in new]:
         del state[name]
     state.update(new)
 

@@ -7,9 +7,8 @@ the old frame in mode n (None where both are whole), |R|^2 is taken entry by ent
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,12 +36,12 @@ class Clock:
     beta2: float
     tick: int = 0
 
-    @cached_property
+    @property
     def weight1(self) -> float | Tensor:
         """c1 = 1 - b1^t."""
         return self.weight(self.beta1)
 
-    @cached_property
+    @property
     def weight2(self) -> float | Tensor:
         """c2 = 1 - b2^t."""
         return self.weight(self.beta2)
@@ -53,27 +52,35 @@ class Clock:
         A number where the count is on the host, which it is unless ``on_nonfinite="skip"`` keeps it beside parameters
         that are elsewhere; else, and while it is traced, a 0-dimensional tensor on the count's device.
         """
-        if torch.compiler.is_compiling() or self.t.device.type != "cpu":
+        if not self._on_host:
             return (1 - decay ** self.t.double()).clamp_min(_TINY)
         # numpy() refuses tensors of devices, so that this waits for none.
         return max(1 - decay ** float(self.t.numpy()), _TINY)
 
-    @cached_property
+    @property
+    def _on_host(self) -> bool:
+        return self.t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    @property
     def ratio(self) -> Tensor:
         """K = (1 - b1)^2 / (1 - b2) (1 + rho + ... + rho^(t-1)), rho = b1^2 / b2: Adam's bound on |m|^2 / v, float64.
 
         By Cauchy-Schwarz over the two averages, for any t gradients; inf for b2 = 0.
         """
-        t, b1, b2 = self.t.double(), self.beta1, self.beta2
+        return torch.as_tensor(self._ratio(self.t.double()))
+
+    def _ratio(self, t: Any) -> Any:
+        """K for t, a number or a tensor."""
+        b1, b2 = self.beta1, self.beta2
         rho = b1 * b1 / b2 if b2 else inf if b1 else 0.0
-        terms = t if rho == 1 else torch.full_like(t, inf) if rho == inf else (1 - rho**t) / (1 - rho)
+        terms = t if rho == 1 else inf + 0 * t if rho == inf else (1 - rho**t) / (1 - rho)
         return terms * ((1 - b1) ** 2 / (1 - b2))
 
-    @cached_property
+    @property
     def limit(self) -> float | Tensor:
         """sqrt(K c2) / c1, which no entry of Adam's direction exceeds; a number where the count is on the host."""
-        limit = (self.ratio * self.weight2).sqrt() / self.weight1
-        return float(limit.numpy()) if limit.device.type == "cpu" else limit
+        t = float(self.t.numpy()) if self._on_host else self.t.double()
+        return (self._ratio(t) * self.weight2) ** 0.5 / self.weight1
 
 
 class Transport(Protocol):

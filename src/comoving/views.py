@@ -1,6 +1,7 @@
 """How a parameter is seen: as it is, as a matrix, or real pairs as complex numbers."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -83,7 +84,7 @@ class View:
                 f'view "pairs" needs a real tensor with a last mode of 2, got {self.stored_dtype} {self.stored_shape}'
             )
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape that the engine sees."""
         if isinstance(self.name, Heads):
@@ -93,7 +94,7 @@ class View:
             return (first, int(torch.Size(rest).numel()))
         return self.stored_shape[:-1] if self.name == "pairs" else self.stored_shape
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that the engine works in."""
         working = _WORKING.get(self.stored_dtype, self.stored_dtype)
@@ -111,6 +112,8 @@ class View:
 
     def _shared(self, x: Tensor) -> Tensor | None:
         """x in the engine's shape without a copy; None where strides, or an odd offset of pairs, forbid it."""
+        if self.name == "tensor":
+            return x
         try:
             return torch.view_as_complex(x) if self.name == "pairs" else x.view(self.shape)
         except RuntimeError:

@@ -13,7 +13,7 @@ from ..validate import check_choice, check_int
 from . import nibbles, tables
 from .base import Part
 from .grid import grid
-from .root import Root
+from .root import Root, root
 from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_integers, to_levels
 
 _RANGE = torch.finfo(torch.float32)
@@ -49,7 +49,7 @@ class Int4:
     @property
     def positive(self) -> Root:
         """Roots in as many bits."""
-        return Root(self.block, bits=4, rounding=self.rounding)
+        return root(self.block, bits=4, rounding=self.rounding)
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """Tensors "codes" (rows, blocks, ceil(width/2)) uint8 and "step" (rows, blocks, 1) float32.

@@ -13,7 +13,7 @@ from ..validate import check_choice, check_int
 from . import tables
 from .base import Part, as_real
 from .grid import grid
-from .root import Root
+from .root import Root, root
 from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_integers, to_levels
 
 _CACHED = 2**18  # real numbers: a megabyte in float32
@@ -52,7 +52,7 @@ class Int8:
     @property
     def positive(self) -> Root:
         """Roots in as many bits, of the same kind of table."""
-        return Root(self.block, table=self.table, rounding=self.rounding)
+        return root(self.block, table=self.table, rounding=self.rounding)
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """Tensors "codes" (rows, blocks, width) int8, uint8 for "dynamic", and "step" (rows, blocks, 1) float32.

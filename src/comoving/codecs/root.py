@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -125,3 +126,11 @@ class Root:
     def _levels(self, dtype: torch.dtype, device: torch.device) -> tables.Table | None:
         """The table; None where levels are the codes themselves."""
         return None if self.table == "linear" else tables.table(tables.dynamic_positive(), dtype, device)
+
+
+@cache
+def root(
+    block: int, bits: Literal[8, 4] = 8, table: Literal["linear", "dynamic"] = "linear", rounding: Rounding = "nearest"
+) -> Root:
+    """The codec of these fields, checked once: it is asked for at every step."""
+    return Root(block, bits, table, rounding)

@@ -3,21 +3,11 @@
 from .checks import trouble
 from .cosine import cosine_columns, cosine_transform
 from .decompositions import WIDE, eigh, pinv, qr, qr_triangle, svd
+from .entries import abs_squared, inner, largest, lerp, lerp_, norm, pairs, quotient, sgn_
 from .incremental import incremental_qr
 from .kronecker import InverseRoot, add_gram, bounded, inverse_root, leading_basis, multiply_factors, turned_basis
 from .leading import Method, leading_directions, unit_size
-from .multilinear import (
-    abs_squared,
-    add_multilinear,
-    all_but_one,
-    correlate,
-    gram,
-    inner,
-    multilinear,
-    norm,
-    sgn_,
-    unfold,
-)
+from .multilinear import add_multilinear, all_but_one, correlate, gram, multilinear, unfold
 from .nystrom import nystrom_tucker
 from .orthogonal import (
     leading_eigenvectors,
@@ -46,6 +36,7 @@ __all__ = [
     "eigh",
     "gram",
     "inner",
+    "largest",
     "incremental_qr",
     "inverse_root",
     "leading_basis",
@@ -53,15 +44,19 @@ __all__ = [
     "leading_eigenvectors",
     "leading_left_vectors",
     "leading_singular",
+    "lerp",
+    "lerp_",
     "multilinear",
     "multiply_factors",
     "norm",
     "nystrom_tucker",
     "orthogonality_defect",
     "orthonormalize",
+    "pairs",
     "pinv",
     "qr",
     "qr_triangle",
+    "quotient",
     "reorthonormalize",
     "sgn_",
     "svd",

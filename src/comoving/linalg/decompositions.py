@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import require_dtype
-from .multilinear import norm
+from .entries import norm
 
 Factors = tuple[Tensor, ...]
 Figures = list[tuple[Tensor, Tensor | float, Tensor | float]]
@@ -136,6 +136,9 @@ def _first_good(a: Tensor, ways: Iterable[Callable[[], Factors]], check: Check, 
             return found
         with torch.no_grad():
             fine = _passed(check(found), a)
+        if fine is True and good is None:
+            return found
+        fine = torch.as_tensor(fine, device=a.device)
         kept, good = (found, fine) if kept is None or good is None else (_chosen(good, kept, found), good | fine)
         if not asks_host(a):
             break
@@ -151,11 +154,11 @@ def _chosen(good: Tensor, one: Factors, other: Factors) -> Factors:
     return tuple(torch.where(good.reshape(*good.shape, *[1] * (x.ndim - good.ndim)), x, y) for x, y in pairs)
 
 
-def _passed(triples: Figures, like: Tensor) -> Tensor:
-    """Whether all figures agree but for many roundings, for each entry of the batch; a NaN agrees with nothing."""
+def _passed(triples: Figures, like: Tensor) -> Tensor | bool:
+    """Whether all figures agree but for many roundings, for each entry of a batch; a NaN agrees with nothing."""
     many = 1e4 * torch.finfo(like.dtype).eps
     if asks_host(like) and like.ndim == 2:  # numbers are many times cheaper than tensors of one number
-        return torch.tensor(all(abs(float(x) - float(y)) <= many * float(size) for x, y, size in triples))
+        return all(abs(float(x) - float(y)) <= many * float(size) for x, y, size in triples)
     return torch.stack([(x - y).abs() <= many * size for x, y, size in triples]).all(0)
 
 

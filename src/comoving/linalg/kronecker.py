@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from .decompositions import WIDE, eigh, qr
-from .multilinear import abs_squared, gram, multilinear
+from .entries import abs_squared, largest
+from .multilinear import gram, multilinear
 
 InverseRoot = Literal["eigh", "newton"]
 
 
 def bounded(x: Tensor) -> Tensor:
     """x, at most so large that its Gram matrices stay finite: an infinite one would stay in a factor for ever."""
-    most = torch.finfo(x.dtype).max ** 0.5 / x.numel()
-    size = x.abs().amax()
+    most = torch.finfo(x.dtype).max ** 0.5 / (2 * x.numel())
+    size = largest(x)
     return x * torch.where(size > most, most / size, 1).to(x.dtype)
 
 

@@ -7,50 +7,7 @@ mode n of x with the columns of A_n. ``None`` stands for the identity. Leading b
 from collections.abc import Iterable, Sequence
 from math import prod
 
-import torch
 from torch import Tensor
-
-_ROW, _LONG = 2**12, 2**16
-
-
-def abs_squared(x: Tensor) -> Tensor:
-    """|x|^2 entry by entry, always real: x.real^2 + x.imag^2 for complex x."""
-    if x.is_complex():
-        return torch.view_as_real(x.resolve_conj()).square().sum(-1)
-    return x.square()
-
-
-def norm(x: Tensor) -> Tensor:
-    """The Frobenius norm, a real scalar on x's device, float32 (float64 for double precision).
-
-    Squares leave the range of float32 where the norm exceeds 1.8e19, which gives inf, and are lost below 1e-19.
-    """
-    real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-    wide = torch.float64 if real.dtype == torch.float64 else torch.float32
-    dtype, size = None if real.dtype == wide else wide, real.numel()
-    if size < _LONG or real.device.type != "cpu" or not real.is_contiguous():
-        return torch.linalg.vector_norm(real, dtype=dtype)
-    # On the CPU torch adds all squares in a row: of ten million equal ones it loses 1%.
-    flat, rest = real.view(-1), size % _ROW
-    if not rest:
-        return torch.linalg.vector_norm(torch.linalg.vector_norm(flat.view(-1, _ROW), dim=1, dtype=dtype))
-    rows = torch.linalg.vector_norm(flat[: size - rest].view(-1, _ROW), dim=1, dtype=dtype)
-    return torch.hypot(torch.linalg.vector_norm(rows), torch.linalg.vector_norm(flat[size - rest :], dtype=dtype))
-
-
-def sgn_(x: Tensor) -> Tensor:
-    """x / |x|, in place; 0 for 0, and for complex x where torch finds no phase: |x| infinite, or no normal number."""
-    if not x.is_complex():
-        return x.sgn_()
-    torch.view_as_real(x.sgn_()).nan_to_num_(0.0, 0.0, 0.0)
-    return x
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Re <a, b>, the real part of the sum over conj(a) b: a real scalar."""
-    if a.is_complex():
-        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def unfold(x: Tensor, mode: int, order: int) -> Tensor:

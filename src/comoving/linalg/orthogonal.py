@@ -6,6 +6,7 @@ from torch import Tensor
 from .checks import trouble
 from .cosine import cosine_columns
 from .decompositions import WIDE, asks_host, eigh, qr
+from .entries import largest
 
 _INDEPENDENT, _JITTER = 1e-5, 1e-5
 """Of columns of unit length: what must be left of each beyond those before it, and what is added where that is not."""
@@ -124,5 +125,5 @@ def leading_singular(a: Tensor, count: int, own: Tensor | None = None) -> tuple[
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """x, in place, with a largest entry of 1: products of gradients would leave the range of float32."""
-    return x.div_(x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny))
+    """x, in place, with a largest entry of 1, or part of a complex one: products of gradients would leave the range."""
+    return x.div_(largest(x).clamp_min(torch.finfo(x.dtype).tiny))

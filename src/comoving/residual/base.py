@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codecs import Codec, Part
 from ..finders import Operand
 from ..frames import Frame, Overlap
-from ..linalg import inner, norm
+from ..linalg import inner, norm, pairs
 from ..transport import Clock
 
 
@@ -93,7 +93,7 @@ class Update:
     def decay(self, weights: Tensor) -> None:
         """w <- shrink w, in place; nothing where there is no decay, which saves a pass over the weights."""
         if self.shrink != 1.0:
-            weights.mul_(self.shrink)
+            pairs(weights).mul_(self.shrink)
 
     def write(self, weights: Tensor) -> None:
         """w <- shrink w + factor F d, in place."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec
-from ..linalg import norm
+from ..linalg import norm, pairs
 from .base import HELD, Update
 from .gains import LAST, Scaled, brake, gains
 
@@ -47,6 +47,8 @@ class Channel(Scaled):
             factor, state[LAST] = brake(size, state[LAST], self.growth, length)
             phi = phi * factor
         update.decay(weights)
+        if gradient.is_complex():
+            weights, gradient, phi = pairs(weights), pairs(gradient), phi.unsqueeze(-1)
         weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
 
 

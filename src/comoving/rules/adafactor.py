@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import abs_squared, bounded
+from ..linalg import abs_squared, bounded, lerp_
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_choice, check_float
@@ -86,7 +86,7 @@ class Adafactor:
             # An infinite mean would stay for ever.
             mean = (squares.mean(others) if others else squares).clamp_max_(most)
             state[f"{_FACTOR}{n}"].mul_(decay).add_(mean * (1 - decay))
-        state[FIRST].lerp_(z if self.linear else self._clipped(z, state, clock), 1 - clock.beta1)
+        lerp_(state[FIRST], z if self.linear else self._clipped(z, state, clock), 1 - clock.beta1)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor; eps does not count."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..linalg import abs_squared
+from ..linalg import abs_squared, lerp, quotient
 from ..slots import Kind, Slot
 from ..transport import Clock, mass_of
 
@@ -38,7 +38,7 @@ class Adam:
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The two averages."""
-        state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
+        state[FIRST] = lerp(state[FIRST], z, 1 - clock.beta1)
         v = state[SECOND] * clock.beta2
         if z.is_complex():
             state[SECOND] = v.add_(abs_squared(z), alpha=1 - clock.beta2)
@@ -50,4 +50,4 @@ class Adam:
         mass = state.get(mass_of(SECOND))
         root = (clock.weight2 if mass is None else mass) ** 0.5
         scale = state[SECOND].sqrt().add_(eps * root).mul_(clock.weight1 / root)  # (sqrt(v / c2) + eps) c1
-        return state[FIRST] / scale
+        return quotient(state[FIRST], scale)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..linalg import sgn_
+from ..linalg import lerp, lerp_, sgn_
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_float
@@ -52,8 +52,8 @@ class Lion:
         """m, in place, after the interpolation."""
         b1 = clock.beta1 if self.b1 is None else self.b1
         m = state[FIRST]
-        hand_over(state, m.lerp(z, 1 - b1))
-        m.lerp_(z, self.recursion(clock)[1])
+        hand_over(state, lerp(m, z, 1 - b1))
+        lerp_(m, z, self.recursion(clock)[1])
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor; eps does not count."""

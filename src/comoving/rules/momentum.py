@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..linalg import lerp
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_choice
@@ -42,7 +43,7 @@ class Momentum:
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The average."""
-        state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
+        state[FIRST] = lerp(state[FIRST], z, 1 - clock.beta1)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """m, or m / (1 - b1^t), a new tensor."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..linalg import abs_squared
+from ..linalg import abs_squared, lerp
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_float
@@ -52,7 +52,7 @@ class Scheduled:
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The two averages."""
-        state[FIRST] = state[FIRST].lerp(z, 1 - self._first_decay(clock, clock.tick))
+        state[FIRST] = lerp(state[FIRST], z, 1 - self._first_decay(clock, clock.tick))
         intake = clock.t.double().clamp_min(1) ** self.decay  # of v: t starts anew where v does
         state[SECOND] = (state[SECOND] * (1 - intake)).add_(abs_squared(z).mul_(intake))
 

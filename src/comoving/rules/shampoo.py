@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import InverseRoot, abs_squared, add_gram, bounded, inverse_root, multiply_factors, norm
+from ..linalg import InverseRoot, abs_squared, add_gram, bounded, inverse_root, lerp, multiply_factors, norm
 from ..slots import Kind, Slot
 from ..transport import Clock, mass_of
 from ..validate import check_choice, check_float, check_int
@@ -87,7 +87,7 @@ class Shampoo:
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The averages, and the roots that are kept."""
-        state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
+        state[FIRST] = lerp(state[FIRST], z, 1 - clock.beta1)
         if self.graft:
             state[SECOND] = abs_squared(z).mul_(1 - clock.beta2).add_(state[SECOND], alpha=clock.beta2)
         keep, add = (self.decay, 1 - self.decay) if self.average else (1.0, 1.0)

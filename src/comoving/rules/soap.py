@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import abs_squared, add_gram, bounded, leading_basis, multilinear, turned_basis
+from ..linalg import abs_squared, add_gram, bounded, leading_basis, lerp, multilinear, quotient, turned_basis
 from ..slots import Kind, Slot
 from ..transport import Clock, mass_of
 from ..validate import check_choice, check_float, check_int
@@ -97,7 +97,7 @@ class SOAP:
             state[_factor(n)] = add_gram(state[_factor(n)], limited, n, decay, 1 - decay)
             if clock.tick == 1:
                 state[_basis(n)] = leading_basis(state[_factor(n)])
-        state[FIRST] = state[FIRST].lerp(z, 1 - clock.beta1)
+        state[FIRST] = lerp(state[FIRST], z, 1 - clock.beta1)
         turned = multilinear(z, [None if q is None else q.mH for q in self._bases(z, state)])
         state[SECOND] = abs_squared(turned).mul_(1 - clock.beta2).add_(state[SECOND], alpha=clock.beta2)
 
@@ -107,11 +107,12 @@ class SOAP:
         bases = self._bases(m, state)
         mass = state.get(mass_of(SECOND))
         scale = (state[SECOND] / (clock.weight2 if mass is None else mass)).sqrt_()
-        turned = max((d for d, q in zip(m.shape, bases, strict=True) if q is not None), default=0)
-        if turned:
-            scale.add_(scale.amax() * (turned * torch.finfo(scale.dtype).eps))
+        longest = max((d for d, q in zip(m.shape, bases, strict=True) if q is not None), default=0)
+        if longest:
+            scale.add_(scale.amax() * (longest * torch.finfo(scale.dtype).eps))
         scale.add_(eps).mul_(clock.weight1)
-        return multilinear(_cut(multilinear(m, [None if q is None else q.mH for q in bases]) / scale, clock), bases)
+        turned = multilinear(m, [None if q is None else q.mH for q in bases])
+        return multilinear(_cut(quotient(turned, scale), clock), bases)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
         # Not by which modes are longer than 1: ranks that change would then change the slots.
