@@ -8,7 +8,9 @@ CPU, one thread: 8 matrices 1024x1024 and 4 of 2816x1024 at rank 128 against LDA
 a complex64 tensor (64, 64, 16, 9) at 25% against neuraloperator's Tensor-GaLore, whose refresh is forced every 10
 steps; and every recipe on 4 matrices 512x512 and 2 of 1408x512 at rank 64, beside each other's implementation that is
 installed and right, both refreshing equally often; the cheaper ones also on matrices twice as large. Codecs: the
-default with its moments, and with its frame, in each of them, and what encoding costs by itself.
+default with its moments, and with its frame, in each of them, and what encoding costs by itself. Many small ones: every
+recipe on the 168 matrices of a 24-layer model of width 64 and on the 56 of LLaMA-60M, and the default on 64 experts of
+64x64, all against torch's foreach AdamW; and how many operations of torch a parameter and step is.
 
 CUDA: the matrices of LLaMA-1B at rank 256 against torch's fused AdamW, galore-torch and apollo-torch.
 
@@ -33,10 +35,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import comoving
 from comoving.codecs import Codec
-from comoving.frames import Seeded
+from comoving.frames import Blocks, Seeded
 from comoving.parts import part
 from older import older
 from plain_ldadam import PlainLDAdam
@@ -377,6 +380,77 @@ def _in_turn(
     return times
 
 
+def layers(count: int, width: int, inner: int) -> list[tuple[int, ...]]:
+    """The matrices of so many layers: four of the attention, three of the gated MLP."""
+    return [*[(width, width)] * 4 * count, *[(inner, width)] * 2 * count, *[(width, inner)] * count]
+
+
+EIGHT_BITS = "muon, 8 bits"
+
+
+def cpu_many(steps: int) -> dict[str, object]:
+    """Every recipe on 168 small matrices, and the operations of torch that it calls."""
+    return _against_foreach(layers(24, 64, 172), (*comoving.recipes(), EIGHT_BITS), steps)
+
+
+def cpu_llama(steps: int) -> dict[str, object]:
+    """The matrices of LLaMA-60M, none of which is small enough to be stacked."""
+    return _against_foreach(layers(8, 512, 1376), ("comoving", "tucker-adam", "galore", "muon", EIGHT_BITS), steps)
+
+
+def cpu_experts(steps: int) -> dict[str, object]:
+    """64 experts in one tensor, with a frame each, all of them live."""
+    shapes: list[tuple[int, ...]] = [(64, 64, 64)]
+    return _against_foreach(shapes, ("comoving", "tucker-adam"), steps, frame=Blocks())
+
+
+def _against_foreach(
+    shapes: list[tuple[int, ...]], names: tuple[str, ...], steps: int, **options: object
+) -> dict[str, object]:
+    """Recipes at a rank of a quarter beside torch's AdamW and Muon, and the operations of a parameter and step."""
+    contenders: dict[str, tuple[Weights, Stepper]] = {}
+    for name in names:
+        model, recipe = Weights(shapes, torch.float32, "cpu"), name.removesuffix(", 8 bits")
+        own = {"moments": part("moments", "int8")} if name == EIGHT_BITS else {}
+        contenders[name] = (model, ours(recipe, model, comoving.recipes()[recipe].rank or 0.25, **options, **own))
+    for name, kind, own in (
+        ("adamw", "AdamW", {"foreach": True}),
+        ("muon", "Muon", {"adjust_lr_fn": "match_rms_adamw"}),
+    ):
+        if name in names:
+            model = Weights(shapes, torch.float32, "cpu")
+            contenders[f"torch {name}"] = (model, _constructed("torch.optim", kind, **own)(model))
+    model = Weights(shapes, torch.float32, "cpu")
+    contenders["torch foreach adamw"] = (model, _constructed("torch.optim", "AdamW", foreach=True)(model))
+    figures = race(contenders, steps, "cpu")
+    operations: dict[str, float] = {}
+    for name, (model, step) in contenders.items():
+        counts: list[int] = []
+        for index in range(steps, steps + 4):
+            model.new_gradients(index)
+            with Counting() as counter:
+                step(index)
+            counts.append(counter.count)
+        operations[name] = mean(counts) / len(shapes)
+    return {
+        "shapes": sorted(set(shapes)),
+        "matrices": len(shapes),
+        "figures": figures,
+        "mean / torch foreach adamw": _ratios(figures, figures["torch foreach adamw"]["mean"]),
+        "operations a parameter and step": operations,
+    }
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations of torch that are called inside, views too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def cuda_llama(steps: int, device: str) -> dict[str, object]:
     """The matrices of LLaMA-1B (hidden 2048, MLP 5461, 24 layers) at rank 256."""
     shapes: list[tuple[int, ...]] = ([(2048, 2048)] * 4 + [(5461, 2048)] * 2 + [(2048, 5461)]) * 24
@@ -422,12 +496,15 @@ def machine(device: str) -> dict[str, object]:
             "torch": torch.__version__, "comoving": comoving.__version__}  # fmt: skip
 
 
+TABLES = "matrices,tensor,codecs,bases,encodings,recipes,large,many,llama,experts"
+
+
 def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--tables", default="matrices,tensor,codecs,bases,encodings,recipes,large", help="of the CPU")
+    parser.add_argument("--tables", default=TABLES, help="of the CPU")
     parser.add_argument("--before", metavar="REVISION", help="compare with this one instead")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -443,6 +520,9 @@ def main() -> None:
             "encodings": cpu_encodings,
             "recipes": cpu_recipes,
             "large": cpu_large,
+            "many": cpu_many,
+            "llama": cpu_llama,
+            "experts": cpu_experts,
         }
         results = {name: table(options.steps) for name, table in tables.items() if name in options.tables.split(",")}
     else:
@@ -455,6 +535,8 @@ def main() -> None:
                 ratio = next(v for k, v in result.items() if k.startswith("mean / "))[contender]
                 times = f"mean {1e3 * f['mean']:8.2f} ms  ratio {ratio:5.2f}  worst/median {f['worst/median']:.2f}"
                 print(f"  {contender:36s} {times}")
+        for contender, count in result.get("operations a parameter and step", {}).items():
+            print(f"  {contender:36s} {count:.1f} operations a parameter and step")
         for recipe, ratio in result.get("ours / fastest rival", {}).items():
             print(f"  {recipe:36s} {ratio:.2f}x of the fastest rival")
     if options.out:

@@ -688,7 +688,7 @@ def test_parameters_that_join_are_stepped_in_the_backward_pass():
             assert gone(model.up.weight) == inside
             optimizer.step()
             optimizer.zero_grad()
-    assert same(*models)
+    close(*models, 1e-5)  # where alike ones are stepped together, sums are in another order
 
 
 def test_a_group_that_cannot_be_clipped_does_not_join():

@@ -6,9 +6,13 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import comoving
+from comoving import LowRankOptimizer
 from comoving.codecs import Full
+from comoving.frames import Blocks, Modes
 from comoving.transport import Carry, Rotate
 
 
@@ -69,6 +73,33 @@ def test_absorbing_keeps_no_hold_on_the_gradient():
     params[0].grad.zero_()
     optimizer.apply(params[0])
     assert (params[0].detach() - start).abs().min() > 0.05
+
+
+@pytest.mark.parametrize("frame", [Modes(), Blocks(0)], ids=str)
+def test_what_was_absorbed_is_stepped_without_a_gradient(frame):
+    weights = [nn.Parameter(torch.randn(4, 12, 10, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    optimizers = [LowRankOptimizer([p], 1e-2, 4, frame=frame) for p in weights]
+    for t in range(3):
+        gradient = torch.randn(4, 12, 10, generator=torch.Generator().manual_seed(t))
+        optimizers[0].absorb(weights[0], gradient)
+        optimizers[0].step()
+        weights[1].grad = gradient
+        optimizers[1].step()
+    torch.testing.assert_close(*weights)
+    optimizers[0].step()
+    torch.testing.assert_close(*weights)  # it was used up
+
+
+def test_a_sharded_parameter_is_refused_unless_it_is_dense():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        p, bias = (nn.Parameter(distribute_tensor(torch.randn(s), mesh, [Shard(0)])) for s in ((24, 16), (24,)))
+        with pytest.raises(ValueError, match=r"weight: sharded over processes .* leave them whole, or keep them dense"):
+            LowRankOptimizer([("weight", p), ("bias", bias)], 1e-2, 4)
+        LowRankOptimizer([("bias", bias)], 1e-2, 4)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_absorbing_for_a_plain_parameter_is_refused_before_anything_changes():

@@ -80,7 +80,7 @@ def test_frames_change_exactly_when_due(every, residual, finder):
 
 
 def test_no_step_after_the_first_refreshes_much_more_than_another():
-    params = [nn.Parameter(torch.randn(16, 24)) for _ in range(12)]
+    params = [nn.Parameter(torch.randn(256, 260)) for _ in range(12)]
     optimizer = LowRankOptimizer(params, 1e-3, 4, refresh_every=4)
     count = []
 

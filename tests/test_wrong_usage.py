@@ -3,6 +3,7 @@
 import copy
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import comoving
 from comoving import AdamW, LowRankOptimizer, build, param_groups
 from comoving.finders import BlockSelection, Exact, Power
 from comoving.parts import part
-from comoving.rules import Adam, Momentum
-from comoving.transport import Carry, Rotate
+from comoving.precondition import Plain, Precondition
+from comoving.rules import Adam, Momentum, Rule
+from comoving.transport import Carry, Keep, Rotate, Transport
 
 
 def net():
@@ -274,6 +276,35 @@ def test_what_may_be_edited_is_saved_and_loaded():
     assert resumed.param_groups[0]["refresh_every"] == 2 and resumed.param_groups[0]["scale"] == 0.7
     for _ in range(4):
         assert all(torch.equal(x, y) for x, y in zip(stepped(optimizer, model), stepped(resumed, twin), strict=True))
+
+
+def traits(protocol):
+    """What a role's protocol asks for beside methods and the momentum's name: true or false."""
+    properties = [name for name, member in vars(protocol).items() if isinstance(member, property)]
+    return [*protocol.__annotations__, *(name for name in properties if name != "momentum")]
+
+
+ROLES = {"rule": (Rule, Momentum()), "transport": (Transport, Keep()), "precondition": (Precondition, Plain())}
+
+
+@pytest.mark.parametrize(
+    ("role", "trait"), [(role, trait) for role, (protocol, _) in ROLES.items() for trait in traits(protocol)]
+)
+def test_a_part_that_states_a_trait_too_few_is_refused_by_its_name(role, trait):
+    """A part of the user's own needs no base class; with all of its traits it is stepped."""
+    protocol, known = ROLES[role]
+    methods = [name for name, member in vars(protocol).items() if callable(member) and not name.startswith("_")]
+    own = SimpleNamespace(**{name: getattr(known, name) for name in (*methods, *traits(protocol))})
+    if role == "rule":
+        own.momentum = known.momentum
+    p = matrix()
+    optimizer = LowRankOptimizer([p], rank=3, refresh_every=1, **{role: own})
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    delattr(own, trait)
+    with pytest.raises(TypeError, match=rf"{role} namespace\(.*\) states no '{trait}'"):
+        LowRankOptimizer([matrix()], rank=3, **{role: own})
 
 
 class Renamed(Adam):

@@ -15,7 +15,7 @@ from . import gradients
 from .container import Container, Unit
 from .linalg import norm
 from .precondition import Plain
-from .residual import Passage
+from .sites import Site
 from .state import CORE, HELD_NORM, REST, RUNNING, SIZE, WINDOW, commit
 from .taken import TakenUp, stand_in
 from .validate import check_choice, check_float, check_int
@@ -170,10 +170,6 @@ class InBackward(Container):
     @abstractmethod
     def _settle(self) -> None:
         """What follows from steps 1-4 for other parameters, once they cannot fail any more."""
-
-    @abstractmethod
-    def _standing(self, unit: Unit) -> Passage:
-        """The passage of a momentum whose frame stays as it is."""
 
     @abstractmethod
     def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -348,7 +344,7 @@ class InBackward(Container):
             working = unit.unpacked()
             if unit.site.projected:
                 residual, core = unit.group["residual"], working.state[CORE]
-                residual.rescale(factor, core, self._standing(working), working.state, unit.group["codec"])
+                residual.rescale(factor, core, working.standing(), working.state, unit.group["codec"])
             working.state[CORE] = working.state[CORE] * factor
             working.state.pop(HELD_NORM, None)
             commit(unit.state, working.packed(unit.state, moved=False))
@@ -383,7 +379,7 @@ class InBackward(Container):
 
     def _check_closed(self) -> None:
         """Raise for gradients that a window has taken up and only stepping in the backward pass would finish."""
-        open_ = [site.name for p, site in self.sites.items() if self._in_window(self.state.get(p, {}))]
+        open_ = [site.name for p, site in self.sites.items() if self._in_window(self.state.get(p, {}), site)]
         if open_:
             raise RuntimeError(
                 f"{', '.join(open_[:5])}: the state was saved in the middle of a window of step_in_backward(), which "
@@ -391,8 +387,8 @@ class InBackward(Container):
             )
 
     @staticmethod
-    def _in_window(state: Mapping[str, Any]) -> bool:
-        return WINDOW in state or any(isinstance(block, dict) and WINDOW in block for block in state.values())
+    def _in_window(state: Mapping[str, Any], site: Site) -> bool:
+        return any(WINDOW in block for block in state.values()) if site.blocks else WINDOW in state
 
     # --------------------------------------------------------------------------------------------------------- copies
 
@@ -414,18 +410,3 @@ def _clear(p: Tensor, _: Tensor | None = None) -> None:
     """Take away what stands for a gradient, as before the next one is accumulated."""
     if isinstance(p.grad, TakenUp):
         p.grad = None
-
-
-def outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | None) -> Tensor:
-    """The norm of what a window's gradients have outside the frame: what is kept, or a bound on what is dropped.
-
-    Args:
-        kept: |e| of all gradients of the window, where the residual keeps it, else None.
-        seen: the last of them.
-        core: its coordinates.
-        before: the result of the gradients before it; None for the first.
-    """
-    if kept is not None:
-        return kept
-    lost = (norm(seen).square() - norm(core).square()).clamp_min_(0).sqrt_()
-    return lost if before is None else lost + before

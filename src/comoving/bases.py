@@ -4,9 +4,11 @@ A coded factor U_n (d_n, r_n) is stored as the rows of U_n^T, so that every dire
 "frame.n.<part>", with its rank in "frame.n.rank": padded codes do not show it. What is used is never U_n itself but the
 orthonormal basis of what is decoded, from the refresh on at which it is stored; until the next one the codes stay as
 they are, and every use of the frame has the same bits.
+
+Of a batch, factors are (*rows, d_n, r_n), and codes and seeds have its members in front too; ranks are those of all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from .codecs import Codec, Full, Part
 from .draws import scramble
 from .frames import Frame
 from .frames.base import Ranks
-from .linalg import orthogonality_defect, orthonormalize, trouble
+from .linalg import asks_host, orthogonality_defect, orthonormalize, over, trouble
 
 PREFIX = "frame."
 _FACTOR, _RANK = PREFIX + "{}", PREFIX + "{}.rank"
@@ -80,19 +82,27 @@ def load(
 
 
 def put(
-    group: Mapping[str, Any], state: dict[str, Any], new: Any, old: Any, shape: tuple[int, ...], key: tuple[int, ...]
+    group: Mapping[str, Any],
+    state: dict[str, Any],
+    new: Any,
+    old: Any,
+    shape: tuple[int, ...],
+    key: tuple[int, ...],
+    mates: Sequence[tuple[int, ...]] = (),
 ) -> Any:
     """Store a frame instead of the one in the state, and return it as it will be loaded from now on.
 
-    A coded factor that has not changed keeps its codes: to encode it again would move it at every refresh.
+    A coded factor that has not changed keeps its codes, member by member: to encode it again would move it at every
+    refresh.
 
     Args:
         group: hyper-parameters.
         state: of the parameter; changed.
         new: the frame to store.
         old: that in the state, as it was loaded; None where there is none.
-        shape: of the tensor that is framed.
+        shape: of the tensor that is framed; of one member of a batch.
         key: what the seeds of stochastic rounding begin from.
+        mates: of a batch, such keys of all its members, which are then asked instead.
 
     Raises:
         RuntimeError: a codec too coarse to hold any basis of these directions.
@@ -108,13 +118,18 @@ def put(
         if name not in factors:
             stored[name] = x
             continue
-        held, before = _of(state, name), known.get(name)
-        if before is not None and held and _same(before, x):
+        held, before, ask = _of(state, name), known.get(name), asks_host(x)
+        if before is not None and held and (before is x or (ask and _same(before, x))):
             own, used[name] = held, before
         else:
-            own = _fresh(codec, held, x, (*key, *name.encode()))
-            used[name] = _encoded(codec, x, own)
-            own["rank"] = torch.tensor(x.shape[1], device="cpu")
+            own = _fresh(codec, held, x, [(*one, *name.encode()) for one in mates or (key,)])
+            if ask and x.ndim == 2:
+                used[name] = _encoded(codec, x, own)
+            else:
+                used[name] = (_all_encoded if ask else _encoded_unseen)(codec, x, own)
+                if before is not None and held and before.shape == x.shape:
+                    used[name] = _mixed(_unchanged(before, x), held, before, own, used[name])
+            own["rank"] = torch.tensor(x.shape[-1], device="cpu")
         stored |= {f"{name}.{part}": value for part, value in own.items()}
     _replace(state, stored)
     return group["frame"].load({**stored, **used}, shape)
@@ -123,6 +138,20 @@ def put(
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether a factor has not changed; one without data, in a rehearsal, has."""
     return a is b or (a.shape == b.shape and not a.is_meta and torch.equal(a, b))
+
+
+def _unchanged(a: Tensor, b: Tensor) -> Tensor:
+    """(*members) bool: which factors have not changed."""
+    lead = a.shape[:-2]
+    return torch.zeros(lead, dtype=torch.bool, device=a.device) if a.is_meta else (a == b).flatten(-2).all(-1)
+
+
+def _mixed(stays: Tensor, held: Mapping[str, Tensor], before: Tensor, own: dict[str, Tensor], after: Tensor) -> Tensor:
+    """Put what is held of members that stay back into ``own``; the basis before of these, and after of the others."""
+    for name, x in own.items():
+        if x.device == stays.device:  # a seed that is on the host alone goes on
+            own[name] = torch.where(over(stays, x), held[name], x)
+    return torch.where(over(stays, after), before, after)
 
 
 def _of(state: Mapping[str, Any], factor: str) -> dict[str, Tensor]:
@@ -135,25 +164,27 @@ def _replace(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     state.update(tensors)
 
 
-def _fresh(codec: Codec, held: Mapping[str, Tensor], u: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
-    """Tensors to encode U into, and a seed that goes on."""
-    own: dict[str, Tensor] = {}
-    for name, part in codec.parts((u.shape[1], u.shape[0]), u.dtype).items():
-        if part.seed:
-            own[name] = held[name].clone() if name in held else torch.tensor(scramble(*key), device="cpu")
+def _fresh(codec: Codec, held: Mapping[str, Tensor], u: Tensor, keys: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors to encode U into, and a seed that goes on, of each member."""
+    own, lead = dict[str, Tensor](), tuple(u.shape[:-2])
+    for name, part in codec.parts((u.shape[-1], u.shape[-2]), u.dtype).items():
+        if part.seed and name in held:
+            own[name] = held[name].clone()
+        elif part.seed:
+            own[name] = torch.tensor([scramble(*key) for key in keys], device="cpu").view(lead)
         else:
-            own[name] = u.new_zeros(part.shape, dtype=part.dtype)
+            own[name] = u.new_zeros(lead + part.shape, dtype=part.dtype)
     return own
 
 
-def _encoded(codec: Codec, u: Tensor, own: dict[str, Tensor]) -> Tensor:
+def _encoded(codec: Codec, u: Tensor, own: dict[str, Tensor], tries: int = _TRIES) -> Tensor:
     """Store U; return the basis that is decoded from now on.
 
     Few bits can make directions dependent that were not, which one pass of CholeskyQR cannot mend. What it is completed
     to is then stored instead. The defect is read on the host, at refreshes only.
     """
     size, rank = u.shape
-    for left in reversed(range(_TRIES)):
+    for left in reversed(range(tries)):
         codec.encode(u.mT.clone(memory_format=torch.contiguous_format), own)
         used = _decoded(codec, own, rank, size, u.dtype)
         # The last try need only tell a basis from none: reduced precision of products is no fault of the codec's.
@@ -163,10 +194,47 @@ def _encoded(codec: Codec, u: Tensor, own: dict[str, Tensor]) -> Tensor:
     raise RuntimeError(f"bases={codec} cannot hold {rank} orthonormal directions of {size}: use more bits")
 
 
+def _all_encoded(codec: Codec, u: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """:func:`_encoded` for a batch (members, d, r): those that few bits made dependent go on alone."""
+    size, rank = u.shape[-2:]
+    codec.encode(u.mT.clone(memory_format=torch.contiguous_format), own, 1)
+    used = _decoded(codec, own, rank, size, u.dtype)
+    worse = ~(orthogonality_defect(used) <= _tolerance(u))
+    if not trouble(worse.any()):
+        return used
+    mended = list(used.unbind())
+    for i, bad in enumerate(worse.tolist()):
+        if bad:
+            alone = {name: x[i] for name, x in own.items()}
+            basis = orthonormalize(codec.decode(alone, (rank, size), u.dtype).mT)
+            mended[i] = _encoded(codec, basis, alone, _TRIES - 1)
+    return torch.stack(mended)
+
+
+def _encoded_unseen(codec: Codec, u: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """:func:`_encoded` of (*members, d, r) on a device, for which nobody waits: all tries are made, the first counts.
+
+    Where none holds, which nobody could be told, the basis is that of coordinate vectors, of which every code is exact.
+    """
+    size, rank = u.shape[-2:]
+    eye = torch.eye(size, rank, dtype=u.dtype, device=u.device).expand(u.shape)
+    used, done = eye, torch.zeros(u.shape[:-2], dtype=torch.bool, device=u.device)
+    for left in reversed(range(_TRIES + 1)):
+        trial = {name: x.clone() for name, x in own.items()}
+        codec.encode((u if left else eye).mT.clone(memory_format=torch.contiguous_format), trial, u.ndim - 2)
+        found = _decoded(codec, trial, rank, size, u.dtype)
+        for name, x in trial.items():
+            own[name] = torch.where(over(done, x), own[name], x) if x.device == done.device else x
+        used = torch.where(over(done, found), used, found)
+        done = done | (orthogonality_defect(found) <= _tolerance(u))
+        u = orthonormalize(codec.decode(trial, (rank, size), u.dtype).mT)
+    return used
+
+
 def _tolerance(u: Tensor) -> float:
     return 32 * torch.finfo(u.dtype).eps * u.shape[-1] ** 0.5
 
 
 def _decoded(codec: Codec, own: Mapping[str, Tensor], rank: int, size: int, dtype: torch.dtype) -> Tensor:
-    """An orthonormal basis from the codes, without reading anything on the host: at every step."""
+    """An orthonormal basis from the codes, (*rows, d, r), without reading anything on the host: at every step."""
     return orthonormalize(codec.decode(own, (rank, size), dtype).mT, trusted=True)

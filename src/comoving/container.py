@@ -4,25 +4,27 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import bases, checkpoint, gradients
+from . import checkpoint, gradients
 from . import state as slots
+from .batches import Batches, Kind, kind_of, pieces
 from .codecs import Part
-from .frames import Frame, ModeFrame
 from .groups import check_options, decide, named
+from .linalg import asks_host
 from .ranks import Record
 from .ranks import assignment as assignments
 from .ranks import budget as budgets
 from .ranks.limit import limit_bytes, parse_budget
 from .resume import Resume
 from .rules.turn import Turn
-from .schedule import stagger
+from .schedule import SMALL, stagger
 from .sites import Site
+from .steps import Unit
 from .validate import check_known, plain
 from .weights import codes_of
 
@@ -38,27 +40,18 @@ def _numbers(p: Tensor) -> list[Tensor]:
     return [p] if codes is None else codes.numbers()
 
 
-class Unit(NamedTuple):
-    """What is stepped as one: a parameter, or one block of it."""
+def _kept(p: Tensor, site: Site) -> bool:
+    """Whether a parameter has the dtype and shape that its state was made for."""
+    return site.coded or (p.dtype is site.view.stored_dtype and p.shape == site.view.stored_shape)
 
-    site: Site
-    group: Mapping[str, Any]
-    state: dict[str, Any]
 
-    def frame(self) -> Frame:
-        """The frame in the state; the whole one of a dense parameter."""
-        view = self.site.view
-        if not self.site.projected:
-            return ModeFrame((None,) * len(view.shape))
-        return bases.load(self.group, self.state, view.shape, view.dtype, self.state.get(self.group["rule"].momentum))
+def _sharded(p: Tensor) -> bool:
+    """Whether a parameter is a DTensor."""
+    if type(p) in {Tensor, nn.Parameter}:
+        return False
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415  (takes its time)
 
-    def unpacked(self, only: str | None = None) -> "Unit":
-        """The unit with a state of its own, in which its moments, or ``only`` one of them, are decoded."""
-        return self._replace(state=slots.unpacked(self.site, self.group, self.state, only))
-
-    def packed(self, held: Mapping[str, Any], moved: bool = True) -> dict[str, Any]:
-        """The state of an unpacked unit as it is stored; moments that have not moved keep the codes that are held."""
-        return slots.packed(self.site, self.group, self.state, held, moved)
+    return isinstance(p, DTensor)
 
 
 class Container(Optimizer):
@@ -72,6 +65,10 @@ class Container(Optimizer):
 
     sites: dict[Tensor, Site]
     """What was decided about each parameter; see :func:`comoving.explain`."""
+
+    stacked_entries: int
+    """Up to how many entries a parameter, or a block of one, is stepped together with those like it; 0 for none. Not
+    part of the state; see :mod:`comoving.batches`."""
 
     refresh_scope: Callable[[], AbstractContextManager[Any]]
     """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state."""
@@ -90,6 +87,7 @@ class Container(Optimizer):
         super().__init__(params, defaults)
         self._complete = True
         self.sites |= self._within_budget(self.sites, self._group_of)
+        self._forget_kinds()
 
     def _begin(self) -> None:
         self.sites = {}
@@ -104,6 +102,10 @@ class Container(Optimizer):
         self._limit: int | None = None
         self._scheduled: dict[int, list[Any]] = {}
         self._resume = Resume()
+        self.stacked_entries = SMALL
+        self._batches = Batches()
+        self._kinds: dict[tuple[Tensor, str | None], Kind | None] = {}
+        self._block_sites: dict[tuple[Tensor, int], Site] = {}
         self._releases: list[tuple[float, list[Tensor]]] = []
 
     # ---------------------------------------------------------------------------------------------------------- groups
@@ -137,6 +139,12 @@ class Container(Optimizer):
                 f"on_nonfinite='skip' is refused: {', '.join(deferred)} would be merged at a skipped refresh, "
                 f"which cannot be undone without reading the device; use 'raise'"
             )
+        sharded = [site.name for (_, p), site in zip(pairs, sites, strict=True) if not site.plain and _sharded(p)]
+        if sharded:
+            raise ValueError(
+                f"{', '.join(sharded[:5])}: sharded over processes (a DTensor, as fully_shard() makes it), which only "
+                f"torch's own AdamW steps here: leave them whole, or keep them dense"
+            )
         if self._complete:
             joined = self.sites | dict(zip(params, sites, strict=True))
             decided = self._within_budget(joined, lambda p: self._group_of(p) if p in self.sites else group)
@@ -156,6 +164,7 @@ class Container(Optimizer):
             self.state.pop(p, None)
             del self.sites[p]
         del self._fixed[index]
+        self._forget_kinds()
         self._group_index = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         self._held.clear()
         self._limit = None
@@ -209,12 +218,14 @@ class Container(Optimizer):
         for p, site in self.sites.items():
             if site.projected and self.param_groups[self._group_index[p]]["refresh_every"] == every:
                 load[site.phase] = load.get(site.phase, 0.0) + p.numel()
-        moving = [i for i, site in enumerate(sites) if site.projected]
-        phases = stagger((float(params[i].numel()) for i in moving), every, load)
-        phase_of = dict(zip(moving, phases, strict=True))
+        cut = pieces(sites, self.param_groups[index], index)
+        moving = [piece for piece in cut if sites[piece[0]].projected]
+        phases = stagger((float(sum(params[i].numel() for i in piece)) for piece in moving), every, load)
+        phase_of = {i: phase for piece, phase in zip(moving, phases, strict=True) for i in piece}
         for i, (p, site) in enumerate(zip(params, sites, strict=True)):
             self.sites[p] = replace(site, phase=phase_of.get(i, 0))
             self._group_index[p] = index
+        self._forget_kinds()
 
     def _check_structure(self) -> None:
         """Refuse edits of what was decided at construction; rates, decay rates and the refresh period may change.
@@ -222,8 +233,9 @@ class Container(Optimizer):
         Raises:
             ValueError, TypeError: such an edit, one to a value outside its interval, or parameters of another dtype.
         """
-        for p in self.sites:
-            self._check_kept(p)
+        for p, site in self.sites.items():
+            if not _kept(p, site):
+                self._check_kept(p)
         changed = [site.name for p, site in self.sites.items() if site.coded != (codes_of(p) is not None)]
         if changed:
             raise ValueError(
@@ -235,6 +247,7 @@ class Container(Optimizer):
             if self._scheduled.get(index) != scheduled:
                 check_options(group)
                 self._scheduled[index] = scheduled
+                self._forget_kinds()
             edited = [key for key, value in fixed.items() if group[key] != value]
             if edited:
                 raise ValueError(
@@ -247,7 +260,7 @@ class Container(Optimizer):
         site = self.sites.get(p)
         if site is None:
             raise ValueError(f"a parameter of shape {tuple(p.shape)} is none of this optimizer's")
-        if site.coded or (p.dtype is site.view.stored_dtype and p.shape == site.view.stored_shape):
+        if _kept(p, site):
             return
         now, then = ((p.dtype, tuple(p.shape)), (site.view.stored_dtype, site.view.stored_shape))
         raise ValueError(
@@ -265,10 +278,39 @@ class Container(Optimizer):
             state.update(slots.opened(site, group, p, self._scalar_device(p, site, group), self.seed))
         return slots.current(site, group, state), slots.parts_of(site, group), state
 
+    def _kind(self, p: Tensor, block: str | None = None) -> Kind | None:
+        """The kind of a parameter, or of one of its blocks; None where it is stepped alone."""
+        key = (p, block)
+        if key not in self._kinds:
+            site, number = self.sites[p], self._group_index[p]
+            group = slots.parts_of(site, self.param_groups[number])
+            if block is not None:
+                site, group = self._block_site(p, int(block)), slots.group_of_block(group)
+            self._kinds[key] = kind_of(site, group, number)
+        kind = self._kinds[key]
+        return kind if kind is not None and kind.entries <= self.stacked_entries else None
+
+    def stacks(self, p: Tensor) -> int:
+        """How many parameters like this one are stepped together at most; 1 for one that is stepped alone."""
+        kind = self._kind(p)
+        return 1 if kind is None else kind.most
+
+    def _forget_kinds(self) -> None:
+        """What was decided about parameters has changed, or what their kinds follow from."""
+        self._kinds.clear()
+        self._block_sites.clear()
+        self._batches = Batches()
+
+    def _block_site(self, p: Tensor, block: int) -> Site:
+        if (p, block) not in self._block_sites:
+            self._block_sites[p, block] = self.sites[p].block(block)
+        return self._block_sites[p, block]
+
     def _unit(self, p: Tensor, block: int) -> Unit:
         """A block of a parameter, opened where it was not."""
         site, group, state = self._open(p)
-        site, group, own = site.block(block), slots.group_of_block(group), state.setdefault(str(block), {})
+        site, group = self._block_site(p, block), slots.group_of_block(group)
+        own = state.setdefault(str(block), {})
         if not own:
             own.update(slots.opened(site, group, p, self._scalar_device(p, site, group), self.seed))
         return Unit(site, group, own)
@@ -280,6 +322,11 @@ class Container(Optimizer):
             return [self._unit(p, int(block)) for block in state]
         own = slots.parts_of(site, group)
         return [Unit(slots.current(site, group, state), own, state)] if "step" in state else []
+
+    def _holds_core(self, p: Tensor) -> bool:
+        """Whether a parameter has absorbed a gradient that was not applied."""
+        state = self.state.get(p, {})
+        return any("core" in own for own in state.values()) if self.sites[p].blocks else "core" in state
 
     def _saved(self, p: Tensor) -> dict[str, Any] | None:
         """A parameter's state as it is, to be put back: steps replace its tensors, and change none."""
@@ -298,11 +345,14 @@ class Container(Optimizer):
         self._held.pop(p, None)
         self._releases.clear()
 
-    def _with_gradient(self, p: Tensor, seen: Tensor, but: Collection[str] = ()) -> list[tuple[Unit, Tensor]]:
-        """The blocks that a gradient is not zero in, with their parts of it, but for some of them."""
-        blocks = self._open(p)[1]["frame"].split(seen)
-        live = torch.stack([block.any() for block in blocks]).tolist()
-        return [(self._unit(p, b), block) for b, block in enumerate(blocks) if live[b] and str(b) not in but]
+    def _with_gradient(self, p: Tensor, seen: Tensor, but: Collection[str] = ()) -> list[tuple[str, Unit, Tensor]]:
+        """The blocks that a gradient is not zero in, with their numbers and parts of it, but for some of them."""
+        site, group, _ = self._open(p)
+        assert site.block_mode is not None
+        blocks = group["frame"].split(seen)
+        live = seen.movedim(site.block_mode, 0).flatten(1).any(1).tolist()
+        numbers = [b for b in range(len(blocks)) if live[b] and str(b) not in but]
+        return [(str(b), self._unit(p, b), blocks[b]) for b in numbers]
 
     def _with_core(self, p: Tensor, weights: Tensor) -> list[tuple[str | None, Unit, Tensor]]:
         """What has absorbed a gradient, and its weights; blocks with their number."""
@@ -320,7 +370,8 @@ class Container(Optimizer):
     def _undone_if(self, bad: Tensor | None, params: list[Tensor]) -> AbstractContextManager[None]:
         if bad is None:
             return nullcontext()
-        states = [unit.state for p in params for unit in self._opened(p)]
+        units = [(p, unit) for p in params for unit in self._opened(p)]
+        states = [(unit.state, {} if asks_host(bad) else slots.awaited(*unit[:3], p.device)) for p, unit in units]
         return gradients.Undo(bad, [x for p in params for x in _numbers(p)], states)
 
     def _claims(self) -> dict[Tensor, budgets.Claim]:
@@ -400,6 +451,7 @@ class Container(Optimizer):
                     state[slots.RANKS] = state[slots.RANKS].clone()
                 claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
         self.sites |= self._fitted(claims, anew=False)
+        self._forget_kinds()
 
     def _owned(self, name: str, value: Any, p: Tensor) -> Any:
         """A copy on the right device, in the dtype it was saved in."""
@@ -418,7 +470,7 @@ class Container(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along."""
-        own = ("on_nonfinite", "seed", "budget", "sites", "_group_index", "_fixed", "_skipped")
+        own = ("on_nonfinite", "seed", "budget", "stacked_entries", "sites", "_group_index", "_fixed", "_skipped")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ is not counted.
 A norm above 1.8e19 overflows in single precision: figures that need it are inf, none is NaN, and the bound begins anew
 with the first error that is finite. One below 1e-19 counts as 0.
 
+Of a batch the figures have its members in front, and so has all that they are made of.
+
 A step writes on the parameter's device what these follow from, without reading it: |g~|, |z|, and "error" and "bound"
 where feedback keeps something. The rest is arithmetic of whoever reads.
 """
@@ -40,11 +42,11 @@ def measure(figures: Tensor, own: Tensor, core: Tensor) -> None:
     """Write what a step without feedback shows into the figures, in place.
 
     Args:
-        figures: (6,), in the order of :data:`STORED`.
-        own: |g|.
+        figures: (*rows, 6), in the order of :data:`STORED`.
+        own: |g|, (*rows).
         core: z.
     """
-    figures[:2] = torch.stack([own, norm(core)])
+    figures[..., :2] = torch.stack([own, norm(core, figures.ndim - 1)], -1)
 
 
 def measure_kept(  # noqa: PLR0917
@@ -60,8 +62,8 @@ def measure_kept(  # noqa: PLR0917
     """Write what a step with feedback shows into the figures, in place.
 
     Args:
-        figures: (6,), in the order of :data:`STORED`.
-        own: |g|.
+        figures: (*rows, 6), in the order of :data:`STORED`.
+        own: |g|, (*rows), as are all but z.
         total: |g~| where it was measured; else |g~|^2 = |z|^2 + |e|^2, which holds while the frame stands.
         core: z.
         kept: |e| before it is encoded.
@@ -69,19 +71,19 @@ def measure_kept(  # noqa: PLR0917
         lost: b1/(1 - b1) |F m - F' m'|.
         whole: whether z is all of g~ inside the frame; later gradients of an accumulation window leave e aside, q is 1.
     """
-    inside, tiny = norm(core), torch.finfo(figures.dtype).tiny
+    inside, tiny = norm(core, figures.ndim - 1), torch.finfo(figures.dtype).tiny
     total = torch.hypot(inside, kept) if total is None else total
     q = (1 + _rounding(figures) - (inside / total.clamp_min(tiny)).square()).clamp_min(0).sqrt()
-    bound = (q if whole else 1) * (own + figures[5]) + lost + codec
+    bound = (q if whole else 1) * (own + figures[..., 5]) + lost + codec
     bound = torch.where(bound.isfinite(), bound, kept + codec)  # a norm may overflow once, not for ever
-    figures[:2], figures[4:] = torch.stack([total, inside]), torch.stack([kept, bound])
+    figures[..., :2], figures[..., 4:] = torch.stack([total, inside], -1), torch.stack([kept, bound], -1)
 
 
 def reading(figures: Tensor, residual: Residual) -> dict[str, float]:
     """The figures by the names in :data:`FIELDS`, read from the device at once; without "bound" where there is none.
 
     Args:
-        figures: as :func:`measure` or, where the residual feeds, :func:`measure_kept` left them.
+        figures: (6,), as :func:`measure` or, where the residual feeds, :func:`measure_kept` left them.
         residual: of the same parameter.
     """
     total, inside, overlap, defect, error, bound = (inf if isnan(x) else x for x in figures.tolist())
@@ -103,7 +105,10 @@ def _rounding(figures: Tensor) -> float:
 
 
 def overlap_defect(overlap: Overlap) -> Tensor:
-    """max_n || I - R_n^H R_n ||_F over the modes that are compressed in either frame, float32."""
+    """max_n || I - R_n^H R_n ||_F over the modes that are compressed in either frame, float32.
+
+    Of R_n of shape (*rows, r'_n, r_n) it is (*rows); without dimensions where no mode is compressed.
+    """
     turned = [r for r in overlap.matrices if r is not None]
-    defects = [norm(torch.eye(r.shape[-1], dtype=r.dtype, device=r.device) - r.mH @ r) for r in turned]
-    return torch.stack(defects).amax() if defects else torch.zeros(())
+    defects = [norm(torch.eye(r.shape[-1], dtype=r.dtype, device=r.device) - r.mH @ r, r.ndim - 2) for r in turned]
+    return torch.stack(defects).amax(0) if defects else torch.zeros(())

@@ -23,10 +23,16 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(scramble(*key))
 
 
+def sent(x: Tensor, like: Tensor) -> Tensor:
+    """x, which is on the host, in like's dtype and on its device, for which the host does not wait."""
+    return x.to(like.device, like.dtype, non_blocking=True)
+
+
 def gaussian(shape: tuple[int, ...], like: Tensor, *key: int) -> Tensor:
     """Standard normal entries in like's dtype, real or complex, and on its device; drawn on the CPU, in like's dtype.
 
     Half precision is drawn in single.
     """
-    drawn = like.dtype if like.dtype in _DRAWN else torch.float32
-    return torch.randn(shape, dtype=drawn, generator=generator(*key), device="cpu").to(like)
+    dtype = like.dtype if like.dtype in _DRAWN else torch.float32
+    drawn = torch.randn(shape, dtype=dtype, generator=generator(*key), device="cpu")
+    return sent(drawn, like)

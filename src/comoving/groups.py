@@ -41,6 +41,15 @@ _SMALLEST_SHARE = 1 / 128
 _AUTO_MATRIX, _AUTO_TENSOR = 0.3, 1.0
 
 
+_TRAITS = {
+    "rule": ("definite", "corrected", "linear", "elementwise", "timeless", "replaces", "total", "batched"),
+    "transport": ("resizes", "projects", "batched"), "precondition": ("batched",), "frame": ("batched",),
+    "finder": ("batched",), "residual": ("holds", "feeds", "rescales", "bounded", "batched"), "codec": ("batched",),
+    "moments": ("batched",), "bases": ("batched",),
+}  # fmt: skip
+"""What the engine reads of a part beside its methods, by roles; see their protocols."""
+
+
 def check_options(group: Mapping[str, Any]) -> None:
     """Raise unless every hyper-parameter of a parameter group lies in its interval.
 
@@ -82,6 +91,9 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{role} must be a {kind} part, such as those in comoving's {kind} modules{hint}, got {part!r}"
             )
+        for trait in _TRAITS.get(role, ()):
+            if not hasattr(part, trait):
+                raise TypeError(f"{role} {part!r} states no {trait!r}, True or False, which every {role} must")
     check_composition(group)
 
 

@@ -1,43 +1,44 @@
 """The engine: one optimizer, seven steps."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
-from . import bases as stored_bases
 from . import diagnostics as error_control
 from . import gradients
 from . import rounding as rounds
 from . import state as slots
-from .backward import InBackward, outside
+from .backward import InBackward
+from .batches import Batch, copy_into, sorted_out
 from .codecs import Codec, Full
-from .container import Unit
-from .finders import MERGED, NEXT, REFRESHES, Finder, Memory, Operand, Power
+from .finders import MERGED, REFRESHES, Finder, Memory, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
-from .groups import check_options, params_of, update_scale
-from .linalg import norm, trouble
+from .groups import check_options, params_of
+from .linalg import asks_host, trouble
 from .precondition import Plain, Precondition
 from .ranks import Fixed, Policy
 from .ranks import budget as budgets
 from .ranks.assignment import settled
 from .ranks.reading import leading, read
-from .residual import Discard, Passage, Residual, Update
+from .residual import Discard, Residual
 from .resume import WHOLE, Resume
 from .rounding import Rounding
 from .rules import Adam, Rule
 from .rules.adam import FIRST, SECOND
-from .rules.base import averaged, replaces
 from .rules.turn import compiled, turned
-from .schedule import next_refresh, refresh_due
-from .transport import Clock, Rotate, Transport
+from .steps import Now, Unit, absorb, apply
+from .transport import Rotate, Transport
 from .validate import check_choice, check_float, check_int, names_unknown, plain
 from .views import Heads, ViewName
 from .weights import DeferringLinear, codes_of
+
+_CAPTURABLE = ("cuda", "xpu", "hpu", "privateuseone")
+"""Devices on which torch's AdamW can leave its step count."""
 
 
 class LowRankOptimizer(InBackward):
@@ -90,8 +91,11 @@ class LowRankOptimizer(InBackward):
             survive without a float32 copy of the weights; see :mod:`comoving.rounding`. Dense parameters then have
             moments in float32. Nothing changes for float32 and wider; float16 and complex32 are refused.
         on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip"
-            leaves parameters and state as they were, but for the steps that refreshes are timed by and seeds of
-            rounding, decided on the device, and counts (:attr:`skipped_steps`).
+            leaves parameters and state as they were, but for the steps that refreshes are timed by, seeds and other
+            numbers on the host, decided on the device, and counts (:attr:`skipped_steps`). Only at a refresh of frames
+            that are drawn at every step (:class:`comoving.frames.Seeded`) the flag is read, so that their seed is put
+            back, and where slots change their shape. A first step that is skipped leaves random frames until their next
+            refresh, but on the CPU, where it leaves nothing.
         seed: of the random directions that a first frame may start from, and of stochastic rounding.
         budget: what the state of all projected parameters together never exceeds: an int of bytes; "400MB", "1.5 GiB"
             (see :data:`comoving.units.UNITS`); a float in (0, 1] or "25%", that share of the float32 state that torch's
@@ -207,7 +211,10 @@ class LowRankOptimizer(InBackward):
         return loss
 
     def _step_all(self) -> None:
-        """Every parameter that has a gradient, and was not stepped by it already when the last step failed."""
+        """Every parameter that has a gradient, and was not stepped by it already when the last step failed.
+
+        One that has no gradient, but absorbed some, is stepped by these.
+        """
         self._check_structure()
         self._check_closed()
         done, self._resume = self._resume.by_the_same_gradients(), Resume()
@@ -219,12 +226,12 @@ class LowRankOptimizer(InBackward):
             for group in self.param_groups:
                 ready = [p for p in group["params"] if p.grad is not None and (p not in done or done[p])]
                 opened += [p for p in ready if p not in self.state]
-                for p in ready:
-                    self._open(p)
-                for p in ready:
-                    if not self.sites[p].plain:
-                        self._step_by_rule(p, bad, done)
-                dense = [p for p in ready if self.sites[p].plain]
+                units = {p: Unit(*self._open(p)) for p in ready}
+                self._step_by_rules({p: unit for p, unit in units.items() if not unit.site.plain}, bad, done)
+                for p in group["params"]:
+                    if p.grad is None and self._holds_core(p):
+                        self._step_by_core(p, bad)
+                dense = [p for p, unit in units.items() if unit.site.plain]
                 for device in {p.device for p in dense}:
                     here = [p for p in dense if p.device == device]
                     with self._undone_if(bad, here):
@@ -244,6 +251,38 @@ class LowRankOptimizer(InBackward):
         finally:
             self._norms = {}
 
+    def _step_by_rules(
+        self, ready: Mapping[Tensor, Unit], bad: Tensor | None, done: dict[Tensor, frozenset[str]]
+    ) -> None:
+        """All seven steps: alike parameters together, others alone."""
+        params, units = [*ready], [*ready.values()]
+        together, alone = sorted_out((self._kind(p), unit) for p, unit in ready.items())
+        for kind, places in together:
+            own = [params[i] for i in places]
+            self._step_together(own, self._batches.form(kind, [units[i] for i in places]), bad)
+            done.update(dict.fromkeys(own, WHOLE))
+        for i in alone:
+            self._step_by_rule(params[i], bad, done)
+
+    def _step_together(self, params: list[Tensor], batch: Batch, bad: Tensor | None) -> None:
+        """All seven steps for a batch of whole parameters; where anything raises, they and their states stay."""
+        view, unit, now = batch.kind.site.view, batch.unit, self._now(params[0])
+        with self._undone_if(bad, params):
+            seen = torch.stack([view.see(gradients.usable(p.grad, bad)) for p in params if p.grad is not None])
+            seen = seen.neg_() if unit.group["maximize"] else seen
+            absorb(unit, seen, torch.stack([self._norms[p] for p in params]), now)
+            storages = [view.see_storage(p) for p in params]
+            given = [view.see(p) if storage is None else storage for p, storage in zip(params, storages, strict=True)]
+            weights = torch.stack(given)
+            rows = batch.rows(apply(unit, weights, now))
+            own = weights.unbind()
+            if None in storages:
+                own = [self._rounded(p, view.restore(w), [r]) for p, w, r in zip(params, own, rows, strict=True)]
+                given = params
+            copy_into(given, own)
+            for alone, row in zip(batch.units, rows, strict=True):
+                slots.commit(alone.state, row)
+
     def _step_by_rule(self, p: Tensor, bad: Tensor | None, done: dict[Tensor, frozenset[str]]) -> None:
         """All seven steps for one parameter; its blocks that an earlier try has stepped are left out."""
         assert p.grad is not None
@@ -260,12 +299,22 @@ class LowRankOptimizer(InBackward):
         done[p] = WHOLE
         self._settle()
 
+    def _step_by_core(self, p: Tensor, bad: Tensor | None) -> None:
+        """Steps 5-7 for a parameter that has absorbed gradients; a step that is skipped uses them up."""
+        before, written = self._saved(p), set[str]()
+        try:
+            with self._undone_if(bad, [p]):
+                self._write(p, written)
+        except BaseException:
+            self._put_back(p, before, written)
+            raise
+
     @torch.no_grad()
     def absorb(self, p: Tensor, gradient: Tensor) -> None:
         """Steps 1-4 for one parameter that torch's AdamW does not serve: take a gradient into core and feedback.
 
-        Several calls before :meth:`apply` add up; the frame is refreshed at the first of them only. Where anything
-        raises, the parameter's state is as it was.
+        Several calls before :meth:`apply`, or :meth:`step`, add up; the frame is refreshed at the first of them only.
+        Where anything raises, the parameter's state is as it was.
 
         Raises:
             RuntimeError: a parameter that torch's AdamW steps.
@@ -296,9 +345,18 @@ class LowRankOptimizer(InBackward):
         """Steps 1-4 for one parameter, which may hold on to the gradient until step 7, but for some of its blocks."""
         site, group, state = self._open(p)
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
-        units = self._with_gradient(p, seen, but) if site.blocks else [(Unit(site, group, state), seen)]
-        for unit, part in units:
-            self._absorb(p, unit, part, self._norms.get(p) if part is seen else None)
+        now = self._now(p)
+        if not site.blocks:
+            absorb(Unit(site, group, state), seen, self._norms.get(p), now)
+            return
+        live = self._with_gradient(p, seen, but)
+        together, alone = sorted_out((self._kind(p, b), unit) for b, unit, _ in live)
+        for kind, places in together:
+            batch = self._batches.form(kind, [live[i][1] for i in places])
+            absorb(batch.unit, torch.stack([live[i][2] for i in places]), None, now)
+            batch.commit()
+        for i in alone:
+            absorb(live[i][1], live[i][2], None, now)
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
@@ -327,14 +385,23 @@ class LowRankOptimizer(InBackward):
         storage = view.see_storage(p) if codes is None else None
         weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
         states: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for number, unit, part in self._with_core(p, weights):
-            state = self._apply(unit, part)
+        now, ready = self._now(p), self._with_core(p, weights)
+        together, alone = sorted_out((self._kind(p, b), unit) for b, unit, _ in ready)
+        for kind, places in [*together, *((None, [i]) for i in alone)]:
+            units, parts = [ready[i][1] for i in places], [ready[i][2] for i in places]
+            if kind is None:
+                rows = [apply(units[0], parts[0], now)]
+            else:
+                batch, stacked = self._batches.form(kind, units), torch.stack(parts)
+                rows = batch.rows(apply(batch.unit, stacked, now))
+                copy_into(parts, stacked.unbind())
+            pairs = list(zip([unit.state for unit in units], rows, strict=True))
             if storage is None:
-                states.append((unit.state, state))
+                states += pairs
                 continue
-            slots.commit(unit.state, state)
-            if number is not None:
-                written.add(number)
+            for stored, row in pairs:
+                slots.commit(stored, row)
+            written.update(b for b in (ready[i][0] for i in places) if b is not None)
         if storage is not None:
             return
         if codes is None:
@@ -346,10 +413,11 @@ class LowRankOptimizer(InBackward):
 
     def _write_deferred(self, p: Tensor, codes: DeferringLinear) -> None:
         """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
+        now = self._now(p)
         for _, unit, weights in self._with_core(p, codes.decode()):
             count, merged = (unit.state[slots.MEMORY + name] for name in (REFRESHES, MERGED))
             if int(count) == int(merged) and codes.change is not None:
-                state = self._apply(unit, weights)
+                state = apply(unit, weights, now)
                 codes.take(weights, 1 - unit.group["lr"] * unit.group["weight_decay"])
                 slots.commit(unit.state, state)
                 continue
@@ -373,124 +441,14 @@ class LowRankOptimizer(InBackward):
         seeds = [rounds.advance(state) for state in states]
         return rounds.stochastic_bfloat16(weights, rounds.generator(p.device, seeds))
 
-    def _absorb(self, p: Tensor, unit: Unit, seen: Tensor, size: Tensor | None) -> None:
-        """Steps 2-4 for a parameter or a block of it; ``size`` is the gradient's norm where it is known.
-
-        All of it happens in a copy of the state, which takes the state's place at the end.
-        """
-        site, group, stored = unit
-        unit = unit.unpacked(only=group["rule"].momentum if site.projected else "")
-        given, seen = seen, group["precondition"].apply(seen, unit.state, unit.state["tick"] + 1)
-        if not site.projected:
-            core = stored["core"] + seen if "core" in stored else seen
-            slots.commit(stored, unit.state | {"core": core})
-            return
-        passage = self._standing(unit)
-        opening = "core" not in stored
-        refreshing = opening and self._refresh_due(unit, passage.frame)
-        if refreshing:
-            unit = unit.unpacked()
-            unit.state["step"] = unit.state["step"].clone()  # transports may set it back
-        residual, codec, state = group["residual"], group["codec"], unit.state
-        memory = {name: x.clone() if refreshing or x.ndim else x for name, x in slots.memory_of(state).items()}
-        if group["diagnostics"]:
-            state[error_control.SLOT] = state[error_control.SLOT].clone()
-        if refreshing:
-            residual.renew(seen, state, codec)
-        seen = residual.split(seen, state)
-        size = size if seen is given else None
-        group["finder"].observe(seen, memory)
-        restored = residual.restore(seen, passage, opening, state, codec)  # 2
-        if refreshing:
-            with self.refresh_scope():
-                restored = restored.measured() if group["diagnostics"] else restored
-                unit, kept = self._adapt(p, unit, seen, memory)
-                passage = self._refresh(unit, restored, memory, kept)  # 3
-            _time_next(unit, memory)
-        state.update(slots.remembered(memory))
-        z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
-        state["core"] = z if opening else state["core"] + z
-        turned = refreshing and restored.core is not None  # else |g~|^2 = |z|^2 + |e|^2
-        total = restored.norm() if turned and group["diagnostics"] else None
-        kept = residual.keep(restored.dense, state["core"], passage, opening, state, codec)
-        if residual.holds and opening and size is not None:
-            state[slots.HELD_NORM] = size
-        else:
-            state.pop(slots.HELD_NORM, None)
-        if self._window is not None and self._window.clip is not None:
-            state[slots.REST] = outside(kept, seen, z, state.get(slots.REST))
-        if group["diagnostics"]:
-            own = norm(seen) if size is None else size
-            if kept is None:
-                error_control.measure(state[error_control.SLOT], own, z)
-            else:
-                lost, rounded = passage.reentry * passage.lost(), residual.error(state, codec)
-                error_control.measure_kept(state[error_control.SLOT], own, total, z, kept, rounded, lost, opening)
-        slots.commit(stored, unit.packed(stored, moved=refreshing))
-
-    def _apply(self, unit: Unit, weights: Tensor) -> dict[str, Any]:
-        """Steps 5-7 for a parameter or a block of it, on its weights in working precision; the state afterwards.
-
-        The weights are written last, by the residual: what may raise has been done by then.
-        """
-        stored, unit = unit.state, unit.unpacked()
-        site, group, state = unit
-        rule: Rule = group["rule"]
-        state["step"] = state["step"] + 1
-        state["tick"] += 1
-        clock, z = _clock(unit), state.pop("core")
-        if site.projected:
-            own = rule.slots(site.core_shape)
-            _copy({slot.name for slot in group["transport"].slots(own)}, state, stored)
-            group["transport"].age(state, own, clock)
-        if not (replaces(rule) or getattr(rule, "total", False) and not site.projected):
-            _copy({slot.name for slot in slots.rule_slots(site, group)}, state, stored)
-        turn = self._compiled if self._compiled is not None and getattr(rule, "timeless", False) else turned
-        d = turn(rule, z, state, clock, group["eps"])  # 5
-        rate, shrink = -group["lr"], 1 - group["lr"] * group["weight_decay"]
-        factor = rate * update_scale(site, group["scale"])
-        by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
-        compressed = by_modes if isinstance(group["frame"], Modes) else None
-        size = state.pop(slots.HELD_NORM, None)
-        update = Update(unit.frame, compressed, z, d, factor, shrink, rate, clock, group["eps"], size)
-        packed = unit.packed(stored)
-        group["residual"].write(weights, update, packed, group["codec"])  # 6, 7
-        return packed
-
-    def _refresh(self, unit: Unit, seen: Operand, memory: Memory, kept: Frame | None) -> Passage:
-        """Step 3: a new frame, searched from what is kept of the old one, and the moments in it."""
-        site, group, state = unit
-        spec, finder, rule, transport = group["frame"], group["finder"], group["rule"], group["transport"]
-        clock = _clock(unit)
-        old = unit.frame() if rule.momentum in state else None
-        start = spec.start(seen.dense, site.ranks, kept or old, self.seed + site.index)
-        looked_at = seen if old is None else replace(seen, past=(old, state[rule.momentum]))
-        if old is not None and finder.momentum > 0:
-            core = (averaged(rule, state[rule.momentum], clock) * finder.momentum).to(seen.dense.dtype)
-            looked_at = looked_at.mix(1 - finder.momentum, old, core)
-        warm = state["tick"] > 0 and old is not None and any(r is not None for r in old.ranks)
-        new: Frame = finder.find(looked_at, start, warm, memory)
-        if state["tick"] <= 0 and not bool(seen.dense.any()):
-            state["tick"] = -1  # nothing was to be seen so far: look again at the next step
-        new = stored_bases.put(group, state, new, old, site.view.shape, (self.seed, site.index))
-        if old is None:
-            state.update(slots.first_moments(site, group, seen.dense, state["step"].device))
-            return self._standing(unit)
-        overlap, momentum = new.overlap(old), state[rule.momentum]
-        moved = transport.move(state, rule.slots(tuple(momentum.shape)), overlap, clock)
-        for name in {slot.name for slot in slots.rule_slots(site, group)} & state.keys():
-            del state[name]
-        state.update(moved)
-        if group["diagnostics"]:
-            state[error_control.SLOT][2] = error_control.overlap_defect(overlap)
-            state[error_control.SLOT][3] = new.defect()
-        image = moved[rule.momentum] if transport.projects else overlap.move(momentum)
-        decay, intake = rule.recursion(clock)
-        return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image, state["tick"])
+    def _now(self, p: Tensor) -> Now:
+        """What the host decides for a step of this parameter."""
+        clips = self._window is not None and self._window.clip is not None
+        return Now(self.seed, partial(self._adapt, p), self.refresh_scope, clips, self._compiled or turned)
 
     def _adapt(self, p: Tensor, unit: Unit, seen: Tensor, memory: Memory) -> tuple[Unit, Frame | None]:
         """Before step 3: the ranks of the new frame, and what is kept of the old one; None for all of it, as it is."""
-        site, group, state = unit
+        site, group, state = unit.site, unit.group, unit.state
         policy: Policy = group["ranks"]
         if not policy.adaptive or group["rule"].momentum not in state:
             return unit, None
@@ -524,31 +482,20 @@ class LowRankOptimizer(InBackward):
             budgets.release(gain, {q: self.state.get(q, {}) for q in others}, self._claim)
         self._releases.clear()
 
-    def _standing(self, unit: Unit) -> Passage:
-        """The passage of a momentum whose frame stays as it is."""
-        frame, rule, state = unit.frame(), unit.group["rule"], unit.state
-        decay, intake = rule.recursion(_clock(unit))
-        momentum: Any = state.get(rule.momentum)
-        older = frame if rule.momentum in state else None
-        return Passage(frame, momentum, decay, intake, older, momentum, tick=state["tick"])
-
-    def _refresh_due(self, unit: Unit, frame: Frame) -> bool:
-        site, group, state = unit
-        # A loaded checkpoint of other ranks does not fit: it is carried over at once.
-        if not site.projected or frame.ranks != site.ranks:
-            return site.projected
-        tick, own = state["tick"], state.get(slots.MEMORY + NEXT)
-        if own is None:
-            return refresh_due(tick, group["refresh_every"], site.phase)
-        return tick <= 0 or tick >= int(own)
-
     def _changes_shape(self, p: Tensor) -> bool:
-        """Whether the next step may give slots of this parameter their first or another shape."""
+        """Whether the next step may give slots of this parameter another shape, or on the CPU their first one.
+
+        Elsewhere the host does not wait to know whether a first step is skipped. What it has made is set back to what
+        it begins as, but for the frame, which is one of zeros: random until the next refresh that is due. So do bases
+        and roots of rules wait for the step at which they are due again.
+        """
         site, units = self.sites[p], self._opened(p)
+        if not (site.blocks or asks_host(p) or p in self.state):
+            return False
         if not site.projected:
             return not units
         return len(units) < max(1, site.blocks) or any(
-            not slots.at_its_ranks(*unit) or (unit.group["ranks"].adaptive and self._refresh_due(unit, unit.frame()))
+            not slots.at_its_ranks(unit.site, unit.group, unit.state) or (unit.group["ranks"].adaptive and unit.due())
             for unit in units
         )
 
@@ -565,7 +512,7 @@ class LowRankOptimizer(InBackward):
             [s["step"] for s in states],
             foreach=group["foreach"],
             fused=group["fused"],
-            capturable=states[0]["step"].is_cuda and not group["fused"],
+            capturable=states[0]["step"].device.type in _CAPTURABLE and not group["fused"],
             amsgrad=group["amsgrad"],
             beta1=beta1,
             beta2=beta2,
@@ -622,23 +569,3 @@ class LowRankOptimizer(InBackward):
             for unit in self._opened(p)
             if error_control.SLOT in unit.state
         }
-
-
-def _time_next(unit: Unit, memory: Memory) -> None:
-    """Note when a finder that times its own refreshes wants the next one."""
-    if NEXT in memory:
-        every, tick = unit.group["refresh_every"], max(0, unit.state["tick"])
-        step = next_refresh(tick, every, unit.site.phase, unit.group["finder"].interval(memory, every))
-        memory[NEXT] = torch.tensor(step, device="cpu")
-
-
-def _copy(names: set[str], state: dict[str, Any], stored: Mapping[str, Any]) -> None:
-    """Put copies in place of slots that are about to be changed in place, unless they were decoded."""
-    for name in names & state.keys():
-        if state[name] is stored.get(name):
-            state[name] = state[name].clone()
-
-
-def _clock(unit: Unit) -> Clock:
-    beta1, beta2 = unit.group["betas"]
-    return Clock(unit.state["step"], beta1, beta2, unit.state["tick"])

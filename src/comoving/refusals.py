@@ -43,7 +43,7 @@ def check_composition(group: Group) -> None:
     for role in ("codec", "moments", "bases"):
         if not getattr(group[role], "signed", True):
             raise ValueError(f"{role}={group[role]} is refused: it stores no signs, and serves second moments alone")
-    if getattr(rule, "definite", False) and not isinstance(group["moments"], Full):
+    if rule.definite and not isinstance(group["moments"], Full):
         raise ValueError(
             f"moments={group['moments']} is refused: it rounds covariances, which may then have negative eigenvalues, "
             f"and rule {rule} takes their roots by an iteration that diverges on these"
@@ -163,10 +163,10 @@ _PROJECTED: tuple[Refusal, ...] = (
      "and it keeps statistics of single modes of the core, while that of frame {frame} has none that could follow it"),
     ("scale", lambda s, g: g["scale"] == "spectral" and not _one_side_of_a_matrix(s),
      'it is for one compressed side of a matrix, as view="matrix" makes of any tensor'),
-    ("transport", lambda s, g: g["transport"].projects and _varies(s, g) and not getattr(g["rule"], "corrected", True),
+    ("transport", lambda s, g: g["transport"].projects and _varies(s, g) and not g["rule"].corrected,
      "and it would undo a bias correction that {rule} does not make: use Keep() or Reset()"),
-    ("residual", lambda s, g: isinstance(g["residual"], Feedback) and not getattr(g["rule"], "linear", True),
+    ("residual", lambda s, g: isinstance(g["residual"], Feedback) and not g["rule"].linear,
      "and the momentum of {rule} is no average of gradients, in which lost momentum could return"),
-    ("finder", lambda s, g: g["finder"].momentum > 0 and not getattr(g["rule"], "linear", True),
+    ("finder", lambda s, g: g["finder"].momentum > 0 and not g["rule"].linear,
      "and the momentum of {rule} is no average of gradients that it could look at"),
 )  # fmt: skip

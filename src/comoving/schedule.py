@@ -2,10 +2,22 @@
 
 from collections.abc import Iterable, Mapping
 
+SMALL = 2**16
+"""Up to how many entries what is alike is stepped together. Stacking copies gradients and weights; from here on that
+costs more than the operations that it saves: measured on one CPU thread."""
+_AT_ONCE = 2**18
+"""Entries of small alike units that refresh at the same step: more would be felt as a slow step, and fewer would leave
+most of what a batch saves."""
+
 
 def refresh_due(tick: int, every: int, phase: int) -> bool:
     """Whether a parameter refreshes at its step number ``tick``: at 0, then whenever tick = phase modulo every."""
     return tick == 0 or tick % every == phase % every
+
+
+def at_once(entries: int) -> int:
+    """How many alike units of this many entries each refresh at the same step."""
+    return 1
 
 
 def next_refresh(tick: int, every: int, phase: int, interval: int) -> int:

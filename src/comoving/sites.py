@@ -5,6 +5,7 @@ from functools import cached_property
 from math import prod, sqrt
 
 from .codecs import Codec
+from .schedule import at_once
 from .views import View
 
 
@@ -52,7 +53,7 @@ class Site:
         return 0 if self.block_mode is None else self.view.shape[self.block_mode]
 
     def block(self, number: int) -> "Site":
-        """The site of one block; their refreshes are staggered, their random directions differ."""
+        """The site of one block. Refreshes are staggered, some small blocks at a time; random directions all differ."""
         assert self.block_mode is not None
         shape = self.view.shape[: self.block_mode] + self.view.shape[self.block_mode + 1 :]
         return replace(
@@ -60,7 +61,7 @@ class Site:
             name=f"{self.name}[{number}]",
             view=View("tensor", shape, self.view.dtype),
             core_shape=self.core_shape[1:],
-            phase=self.phase + number,
+            phase=self.phase + number // at_once(prod(shape)),
             index=(self.index + 1) * 2**16 + number,
             block_mode=None,
         )

@@ -52,9 +52,11 @@ _UNPROJECTED = {"residual": Discard()}
 def parts_of(site: Site, group: Mapping[str, Any]) -> Mapping[str, Any]:
     """The group's hyper-parameters as they hold for one parameter: Adam alone for a dense one, codecs as assigned."""
     if site.projected:
+        if site.codec is None and site.moments is None:
+            return group
         assigned = {"codec": site.codec, "moments": site.moments}
         own = {role: codec for role, codec in assigned.items() if codec is not None}
-        return {**group, **own} if own else group
+        return {**group, **own}
     return {**group, **(_UNPROJECTED if site.whole else _DENSE)}
 
 
@@ -141,14 +143,37 @@ def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
 
 def first_moments(site: Site, group: Mapping[str, Any], like: Tensor, scalars: torch.device) -> dict[str, Tensor]:
     """The slots of rule and transport before the first gradient, decoded."""
+    return _first(site, group, like.device, scalars)
+
+
+def _first(site: Site, group: Mapping[str, Any], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
     slots = rule_slots(site, group)
     parts = {slot.name: slot_part(slot, site, group) for slot in slots}
-    fresh = zeros(parts, like.device, scalars)
+    fresh = zeros(parts, device, scalars)
     return {slot.name: initial(slot, fresh[slot.name]) for slot in slots}
 
 
-def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any], only: str | None = None) -> dict[str, Any]:
-    """The state in a dict of its own, with its moments, or ``only`` one of them, decoded."""
+def awaited(site: Site, group: Mapping[str, Any], state: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """What the moments of a projected parameter begin as, as they are stored; empty where there are some already."""
+    names = moments(site, group).keys()
+    if not site.projected or any(name in state for name in names if "seed" not in name):
+        return {}
+    first = packed(site, group, {**state, **_first(site, group, device, state["step"].device)}, {})
+    return {name: x for name, x in first.items() if name in names and name not in state}
+
+
+def unpacked(
+    site: Site, group: Mapping[str, Any], state: dict[str, Any], only: str | None = None, rows: int = 0
+) -> dict[str, Any]:
+    """The state in a dict of its own, with its moments, or ``only`` one of them, decoded.
+
+    Args:
+        site: of the parameter, or of each row.
+        group: its hyper-parameters.
+        state: as it is stored.
+        only: the name of one slot.
+        rows: how many leading dimensions count rows.
+    """
     working = dict(state)
     if isinstance(group["moments"], Full):
         return working
@@ -159,7 +184,7 @@ def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any], only: 
             continue
         part, store, names = slot_part(slot, site, group), _store(slot, group["moments"]), _stored(slot, site, group)
         if store is not None and all(name in working for name in names):
-            if any(tuple(working[name].shape) != p.shape for name, p in names.items()):
+            if any(tuple(working[name].shape[rows:]) != p.shape for name, p in names.items()):
                 raise ValueError(f"{site.name}: {slot.name}, as it is stored, belongs to no core of shape {part.shape}")
             coded = {
                 name.removeprefix(f"{slot.name}."): working[name] if p.seed else working.pop(name)
@@ -169,8 +194,13 @@ def unpacked(site: Site, group: Mapping[str, Any], state: dict[str, Any], only: 
     return working
 
 
-def packed(
-    site: Site, group: Mapping[str, Any], working: Mapping[str, Any], held: Mapping[str, Any], moved: bool = True
+def packed(  # noqa: PLR0917
+    site: Site,
+    group: Mapping[str, Any],
+    working: Mapping[str, Any],
+    held: Mapping[str, Any],
+    moved: bool = True,
+    rows: int = 0,
 ) -> dict[str, Any]:
     """An unpacked state as it is stored, in a dict and with coded tensors of its own.
 
@@ -180,6 +210,7 @@ def packed(
         working: the state, unpacked.
         held: the state as it was stored, of which moments that have not moved keep their codes.
         moved: whether they have.
+        rows: how many leading dimensions count rows.
     """
     result = dict(working)
     if isinstance(group["moments"], Full):
@@ -191,17 +222,18 @@ def packed(
         value, prefix = result.pop(slot.name), f"{slot.name}."
         if moved:
             own = {n.removeprefix(prefix): x for n, x in result.items() if n.startswith(prefix)}  # seeds
-            _, own = store(codec, value, own)
+            _, own = store(codec, value, own, rows)
         else:
-            own = {name: held[prefix + name] for name in codec.parts(tuple(value.shape), value.dtype)}
+            own = {name: held[prefix + name] for name in codec.parts(tuple(value.shape[rows:]), value.dtype)}
         result |= {prefix + name: x for name, x in own.items()}
     return result
 
 
 def commit(state: dict[str, Any], new: Mapping[str, Any]) -> None:
     """Bring a state up to date, all at once."""
-    for name in [name for name in state if name not in new]:
-        del state[name]
+    if state.keys() != new.keys():
+        for name in [name for name in state if name not in new]:
+            del state[name]
     state.update(new)
 
 

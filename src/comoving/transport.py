@@ -8,13 +8,13 @@ the old frame in mode n (None where both are whole), |R|^2 is taken entry by ent
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .frames import Overlap
-from .linalg import abs_squared, multilinear, orthonormalize
+from .linalg import abs_squared, multilinear, orthonormalize, over
 from .slots import Kind, Slot
 from .validate import check_choice
 
@@ -28,13 +28,15 @@ class Clock:
     """Where the averages stand: the decay rates and the number t of finished steps, a 0-dimensional tensor.
 
     A reading, not a running clock: make a new one when t has moved. ``tick`` is the number of finished steps too, but
-    known to the host, and no change of frame sets it back.
+    known to the host, and no change of frame sets it back. ``rows`` is the number of leading dimensions, 0 or 1, that
+    count the rows of a batch in z and in every slot; all rows share the clock.
     """
 
     t: Tensor
     beta1: float
     beta2: float
     tick: int = 0
+    rows: int = 0
 
     @property
     def weight1(self) -> float | Tensor:
@@ -86,6 +88,9 @@ class Clock:
 class Transport(Protocol):
     """Moves the slots of a rule from one frame to the next; a frozen dataclass without tensors."""
 
+    batched: ClassVar[bool]
+    """Whether it serves the rows of a batch (``Clock.rows``), every one as if it were alone."""
+
     @property
     def resizes(self) -> bool:
         """Whether moments can go between frames of different ranks."""
@@ -132,6 +137,7 @@ class Keep(_Slotless):
     """The numbers stay where they are, in coordinates that have changed (GaLore, arXiv 2403.03507)."""
 
     resizes = projects = False
+    batched: ClassVar[bool] = True
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The same tensors."""
@@ -143,11 +149,13 @@ class Reset(_Slotless):
     """All moments start again at zero, bases at the identity, and the step count of the bias correction at zero."""
 
     resizes, projects = True, False
+    batched: ClassVar[bool] = True
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """Zeros in the new shape, and t = 0 in place."""
         clock.t.zero_()
-        return {slot.name: _anew(slot, state[slot.name], overlap) for slot in rule if slot.kind is not Kind.CACHE}
+        kept = [slot for slot in rule if slot.kind is not Kind.CACHE]
+        return {slot.name: _anew(slot, state[slot.name], overlap, clock.rows) for slot in kept}
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,7 @@ class _Following:
     statistics: str = "carry"
 
     projects = True
+    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("statistics", self.statistics, ("carry", "keep", "reset"))
@@ -172,7 +181,7 @@ class _Following:
         """Unless statistics keep their numbers, and with them their shape."""
         return self.statistics != "keep"
 
-    def _move_most(self, state: State, rule: Sequence[Slot], overlap: Overlap) -> State:
+    def _move_most(self, state: State, rule: Sequence[Slot], overlap: Overlap, rows: int) -> State:
         """Every slot but variances, and caches of what moves."""
         moved: State = {}
         for slot in rule:
@@ -184,9 +193,9 @@ class _Following:
             elif slot.kind is Kind.SCALAR:
                 moved[slot.name] = x.clone()
             elif slot.kind is not Kind.VARIANCE and self.statistics == "carry":
-                moved[slot.name] = _carried(slot, x, overlap)
+                moved[slot.name] = _carried(slot, x, overlap, rows)
             elif slot.kind is not Kind.VARIANCE:
-                moved[slot.name] = x if self.statistics == "keep" else _levelled(slot, x, overlap)
+                moved[slot.name] = x if self.statistics == "keep" else _levelled(slot, x, overlap, rows)
         return moved
 
 
@@ -204,11 +213,11 @@ class Rotate(_Following, _Slotless):
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The formula above for each slot by its kind."""
-        moved = self._move_most(state, rule, overlap)
+        moved = self._move_most(state, rule, overlap, clock.rows)
         c1_squared, c2 = clock.weight1**2, clock.weight2
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
-                turn, mean, mean_moved = _in_bases(slot, state, moved, overlap)
+                turn, mean, mean_moved = _in_bases(slot, state, moved, overlap, clock.rows)
                 # All of it times c2, which saves a pass over the core and changes nothing.
                 ratio = c2 / c1_squared
                 spread = state[slot.name] - mean.mul_(ratio)
@@ -232,7 +241,7 @@ class Carry(_Following):
     and both recursions then keep |m|^2 <= K v; since kappa <= c2, every later direction obeys Adam's bound too. (A
     floor on v'/kappa' instead of v' would hold at the refresh only: where kappa' is small, v/kappa can fall faster than
     |m|^2.) kappa is real, core-sized but of length 1 along whole modes, where it is constant; core-sized in every mode
-    for variances in a basis. K is one number.
+    for variances in a basis. K is one number, of each row of a batch (*rows).
     """
 
     def slots(self, rule: Sequence[Slot]) -> tuple[Slot, ...]:
@@ -257,23 +266,28 @@ class Carry(_Following):
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
                 v = state[slot.name]
-                state[mass_of(slot.name)] = torch.ones_like(v[(slice(1),) * v.ndim]) * clock.weight2
-                state[_bound_of(slot.name)] = clock.ratio.to(clock.t.dtype)
+                one = v[(slice(None),) * clock.rows + (slice(1),) * (v.ndim - clock.rows)]
+                state[mass_of(slot.name)] = torch.ones_like(one) * clock.weight2
+                bound = clock.ratio.to(clock.t.dtype)
+                state[_bound_of(slot.name)] = bound.expand(v.shape[:1]).clone() if clock.rows else bound
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
         """The formula above for each slot by its kind."""
-        moved = self._move_most(state, rule, overlap)
+        moved = self._move_most(state, rule, overlap, clock.rows)
         c1_squared = clock.weight1**2
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
                 v, mass, bound = state[slot.name], state[mass_of(slot.name)], state[_bound_of(slot.name)]
-                turn, mean, mean_moved = _in_bases(slot, state, moved, overlap)
+                turn, mean, mean_moved = _in_bases(slot, state, moved, overlap, clock.rows)
                 spread = v - mass * mean / c1_squared  # kappa s
                 mass_moved = turn.move_squares(turn.spread(mass))
                 present = mass_moved > 0
                 variance = torch.where(present, turn.move_squares(spread) / mass_moved, 0)
                 estimate = mass_moved * (variance + mean_moved / c1_squared)
-                moved[slot.name] = _known(torch.maximum(estimate, mean_moved / bound.clamp_min(_TINY)))
+                most = bound.clamp_min(_TINY)
+                if clock.rows:  # it lies beside the step count, and only one number may be of another device
+                    most = over(most.to(v.device, v.dtype, non_blocking=True), v)
+                moved[slot.name] = _known(torch.maximum(estimate, mean_moved / most))
                 moved[mass_of(slot.name)] = mass_moved.contiguous()
                 moved[_bound_of(slot.name)] = bound.clone()
         return moved
@@ -293,7 +307,7 @@ def initial(slot: Slot, x: Tensor) -> Tensor:
     return x.copy_(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)) if slot.kind is Kind.BASIS else x.zero_()
 
 
-def _anew(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:
+def _anew(slot: Slot, x: Tensor, overlap: Overlap, rows: int) -> Tensor:
     """The slot's first value in the new core's shape."""
     if slot.kind is Kind.SCALAR:
         return torch.zeros_like(x)
@@ -301,38 +315,41 @@ def _anew(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:
         return x.new_zeros(overlap.moved_shape(x))
     r = overlap.matrices[slot.mode]
     size = x.shape[-1] if r is None else r.shape[-2]
-    return initial(slot, x.new_empty((size,) * x.ndim))
+    return initial(slot, x.new_empty((*x.shape[:rows], *(size,) * (x.ndim - rows))))
 
 
-def _levelled(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:
+def _levelled(slot: Slot, x: Tensor, overlap: Overlap, rows: int) -> Tensor:
     """A statistic that has forgotten all directions, but not its weight: its mean in each of them."""
-    fresh = _anew(slot, x, overlap)
+    fresh = _anew(slot, x, overlap, rows)
     if slot.kind is Kind.FACTORED:
-        return fresh.add_(x.mean())
+        return fresh.add_(x.mean(-1, keepdim=True))
     if slot.kind is Kind.COVARIANCE:
-        return fresh.add_(torch.diag_embed(x.diagonal().mean().expand(fresh.shape[-1])))
+        mean = x.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        return fresh.add_(torch.diag_embed(mean.expand(fresh.shape[:-1])))
     return fresh
 
 
-def _carried(slot: Slot, x: Tensor, overlap: Overlap) -> Tensor:
+def _carried(slot: Slot, x: Tensor, overlap: Overlap, rows: int) -> Tensor:
     """A statistic of one mode in the new frame."""
     r = overlap.matrices[slot.mode]
     if r is None:
         return x
     if slot.kind is Kind.FACTORED:
-        return abs_squared(r) @ x
+        squares = abs_squared(r)
+        return (squares @ x.unsqueeze(-1)).squeeze(-1) if rows else squares @ x
     if slot.kind is Kind.COVARIANCE:
         return r @ x @ r.mH
     return _aligned(r @ x)
 
 
 def _aligned(turned: Tensor) -> Tensor:
-    """An orthonormal (r', r') basis that begins with the columns of R Q, of shape (r', r)."""
-    rows, columns = turned.shape
-    if columns < rows:
-        turned = torch.cat([turned, torch.eye(rows, dtype=turned.dtype, device=turned.device)], dim=-1)
+    """An orthonormal (*rows, r', r') basis that begins with the columns of R Q, of shape (*rows, r', r)."""
+    size, columns = turned.shape[-2:]
+    if columns < size:
+        eye = torch.eye(size, dtype=turned.dtype, device=turned.device)
+        turned = torch.cat([turned, eye.expand(*turned.shape[:-2], -1, -1)], dim=-1)
     # QR keeps every column as near to the span of those before it as it can; columns beyond the square are dropped.
-    return orthonormalize(turned[:, :rows])
+    return orthonormalize(turned[..., :size])
 
 
 def _known(variance: Tensor) -> Tensor:
@@ -340,12 +357,13 @@ def _known(variance: Tensor) -> Tensor:
     return variance.nan_to_num_(inf, posinf=inf)
 
 
-def _in_bases(slot: Slot, state: State, moved: State, overlap: Overlap) -> tuple[Overlap, Tensor, Tensor]:
+def _in_bases(slot: Slot, state: State, moved: State, overlap: Overlap, rows: int) -> tuple[Overlap, Tensor, Tensor]:
     """The overlap that a variance moves by, and |m|^2 and |m'|^2 in its coordinates."""
     mean, mean_moved = state[slot.mean], moved[slot.mean]
     if not slot.bases:
         return overlap, abs_squared(mean), abs_squared(mean_moved)
-    old, new = list[Tensor | None]([None] * mean.ndim), list[Tensor | None]([None] * mean.ndim)
+    order = mean.ndim - rows
+    old, new = list[Tensor | None]([None] * order), list[Tensor | None]([None] * order)
     turns = list(overlap.matrices)
     for mode, name in slot.bases:
         q, q_moved, r = state[name], moved[name], turns[mode]

@@ -102,7 +102,8 @@ class View:
 
     def see(self, x: Tensor) -> Tensor:
         """x, of the parameter's shape, in the engine's shape and working dtype; shares storage where it can."""
-        x = x.to(_WORKING.get(x.dtype, x.dtype)).resolve_conj()  # autograd hands out lazily conjugated gradients
+        x = x.to(_WORKING[x.dtype]) if x.dtype in _WORKING else x
+        x = x.resolve_conj() if x.is_complex() else x  # autograd hands out lazily conjugated gradients
         seen = self._shared(x)
         return self._own(x) if seen is None else seen
 

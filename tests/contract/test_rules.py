@@ -175,7 +175,7 @@ def test_directions_do_not_depend_on_the_size_of_gradients(rule, size, dtype):
 @pytest.mark.parametrize("beta1", [0.5, 0.9])
 def test_the_recursion_is_that_of_the_momentum(rule, beta1, dtype):
     """m <- a m + b z, exactly; both halves of what error feedback needs."""
-    if not getattr(rule, "linear", True):
+    if not rule.linear:
         pytest.skip("its momentum is no average of gradients")
     bare = Bare(rule, (4, 5), dtype, (beta1, 0.99))
     for t in range(5):
@@ -199,13 +199,13 @@ BOTH = pytest.mark.parametrize("way", WAYS)
 
 
 def start(rule, way, dtype=REAL, shape=(6, 8), **options):
-    if "bits" in way and getattr(rule, "definite", False):
+    if "bits" in way and rule.definite:
         pytest.skip("refused: its covariances must not be rounded")
-    fitting = {} if getattr(rule, "corrected", True) else {"transport": Reset()}
-    if not getattr(rule, "linear", True):
+    fitting = {} if rule.corrected else {"transport": Reset()}
+    if not rule.linear:
         fitting |= {"residual": Discard(), "finder": Power(momentum=0.0)}
     settings = PROJECTED | fitting | WAYS[way] | options
-    if not getattr(rule, "corrected", True) and "side" in way and settings["transport"].projects:
+    if not rule.corrected and "side" in way and settings["transport"].projects:
         pytest.skip("refused: the transport would undo a bias correction that the rule does not make")
     p, optimizer = lone(randn(shape, dtype), rule=rule, lr=0.01, **settings)
     if optimizer.sites[p].plain:
@@ -310,7 +310,7 @@ def test_a_layout_without_modes_is_refused_where_modes_are_needed(rule):
     class Shapeless(Modes):
         modal = False
 
-    fitting = {} if getattr(rule, "corrected", True) else {"transport": Reset()}
+    fitting = {} if rule.corrected else {"transport": Reset()}
     if any(slot.mode >= 0 for slot in rule.slots((3, 8))):
         with pytest.raises(ValueError, match=r"single modes of the core, while that of frame .*has none"):
             lone(randn((6, 8)), rule=rule, frame=Shapeless())
@@ -320,9 +320,9 @@ def test_a_layout_without_modes_is_refused_where_modes_are_needed(rule):
 
 @EVERY
 def test_codecs_that_round_are_refused_where_covariances_must_stay_positive(rule):
-    if getattr(rule, "definite", False):
+    if rule.definite:
         with pytest.raises(ValueError, match=r"moments=Int8.*negative eigenvalues"):
             lone(randn((6, 8)), rule=rule, moments=Int8())
     else:
-        fitting = {} if getattr(rule, "corrected", True) else {"transport": Reset()}
+        fitting = {} if rule.corrected else {"transport": Reset()}
         lone(randn((6, 8)), rule=rule, moments=Int8(), finder=Power(momentum=0.0), **fitting)

@@ -4,6 +4,7 @@ import io
 from dataclasses import dataclass
 from inspect import signature
 from math import prod
+from typing import ClassVar
 
 import pytest
 import torch
@@ -38,13 +39,14 @@ from contract.support import (
 class Axes:
     """The coordinate axes of most energy, averaged over the gradients: a finder with a memory."""
 
+    batched: ClassVar[bool] = False
     momentum: float = 0.5
     decay: float = 0.9
 
     def parts(self, shape, ranks, dtype):
         return {f"energy.{n}": Part((d,), dtype.to_real()) for n, d in enumerate(shape) if ranks[n] is not None}
 
-    def observe(self, gradient, memory):
+    def observe(self, gradient, memory, rows=0):
         for name, energy in memory.items():
             slices = gradient.movedim(int(name.removeprefix("energy.")), 0).flatten(1)
             energy.mul_(self.decay).add_(slices.abs().square().sum(1), alpha=1 - self.decay)
@@ -96,6 +98,8 @@ class Flat:
 class Flats:
     """The layout of such frames; a float rank is a share of the entries."""
 
+    batched: ClassVar[bool] = False
+
     def ranks(self, shape, rank, side="auto"):
         if isinstance(rank, tuple):
             return rank
@@ -125,6 +129,7 @@ class Flats:
 class Newest(Memoryless):
     """The operand itself, and before it what the frame held last: a finder for such frames."""
 
+    batched: ClassVar[bool] = False
     momentum: float = 0.0
 
     def find(self, operand, start, warm, memory):

@@ -4,6 +4,7 @@ import copy
 import io
 from dataclasses import dataclass, replace
 from math import cos, pi, sqrt
+from typing import ClassVar
 
 import pytest
 import torch
@@ -763,6 +764,7 @@ def test_finders_by_name(text, expected):
 class Toy(Memoryless):
     """Left singular vectors, and nothing else: all that a finder of one's own takes."""
 
+    batched: ClassVar[bool] = False
     momentum: float = 0.5
 
     def find(self, operand, start, warm, memory):

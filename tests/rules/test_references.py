@@ -11,11 +11,13 @@ from comoving.frames import Modes
 from comoving.residual import Feedback, MomentumBuffer
 from comoving.rules import Adafactor, Columns, Lion, Muon, Scheduled
 from comoving.rules.muon import newton_schulz, polar
+from comoving.transport import Clock
 from contract.support import COMPLEX, REAL, Holder, close, known_rank, lone, randn, step
 from references import adafactor, dion, lion, muon, smmf
 from references.algebra import unfold
 
 STEPS = 50
+CLOCK = Clock(torch.ones(()), 0.9, 0.99, 1)
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX])
 
 
@@ -88,8 +90,8 @@ def test_muon_sees_a_spectral_weight_as_a_matrix_per_frequency():
 def test_each_skips_modes_of_length_one():
     x = randn((1, 4, 1, 5, 3), REAL, 2)
     rule, state = Muon(nesterov=False, over="each", method="polar", scale=1.0), {"moment.first": torch.zeros_like(x)}
-    rule.absorb(x, state, None)
-    d = rule.direction(state, None, 1e-8)
+    rule.absorb(x, state, CLOCK)
+    d = rule.direction(state, CLOCK, 1e-8)
     close(d[0, :, 0, :, 2], muon.polar(x[0, :, 0, :, 2]))
 
 
@@ -271,8 +273,8 @@ def test_columns_take_the_compressed_mode():
     z = randn((3, 8), REAL, 1)
     for rule, x in ((Columns(), z), (Columns(), z.mT), (Columns(along="right"), z.mT), (Columns(along="left"), z)):
         state = {"moment.first": torch.zeros_like(x)}
-        rule.absorb(x, state, None)
-        d = rule.direction(state, None, 0.0)
+        rule.absorb(x, state, CLOCK)
+        d = rule.direction(state, CLOCK, 0.0)
         short = 0 if x.shape[0] == 3 else 1
         close(d.square().mean(1 - short), torch.ones(3, dtype=REAL))
     assert unfold(d, 0).shape == (3, 8)

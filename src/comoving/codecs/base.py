@@ -1,7 +1,7 @@
 """What the engine asks of a codec."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,13 @@ class Codec(Protocol):
 
     Complex tensors are stored as pairs of reals. A codec that rounds stochastically keeps a part "seed", which every
     encoding advances and nothing else touches.
+
+    A batch stacks such tensors, all of one shape, along a dimension in front, and so are its parts: a member's are the
+    same as if it were alone, its seed among them. Shapes that are given are those of one member.
     """
+
+    batched: ClassVar[bool]
+    """Whether batches can be stored: only then is the number of dimensions in front ever other than 0."""
 
     @property
     def positive(self) -> "Codec":
@@ -37,17 +43,23 @@ class Codec(Protocol):
         ...
 
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor, contiguous: of :class:`comoving.codecs.Full` the storage itself, else a new one."""
+        """The tensor, contiguous: of :class:`comoving.codecs.Full` the storage itself, else a new one.
+
+        Of the parts of a batch (*rows, *shape).
+        """
         ...
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """x plus the stored tensor, contiguous and new: x and the parts stay as they are."""
         ...
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """Write x into the parts, in place, and return its Frobenius norm.
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+        """Write x into the parts, in place, and return its Frobenius norm, or that of each member, (*rows).
 
-        x may be overwritten.
+        Args:
+            x: (*rows, *shape); may be overwritten.
+            parts: of as many members.
+            rows: how many dimensions in front count members, 0 or 1.
         """
         ...
 
@@ -58,8 +70,8 @@ class Codec(Protocol):
         """
         ...
 
-    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """An upper bound, a real scalar, on the Frobenius norm of what the last encoding lost."""
+    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+        """An upper bound, real, (*rows), on the Frobenius norm of what the last encoding lost."""
         ...
 
 

@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..linalg import norm
+from ..linalg import each_row, norm
 from .base import Part, as_real
 
 
 @dataclass(frozen=True)
 class Full:
     """The tensor itself, in its own dtype: lossless, and decoded without a copy."""
+
+    batched: ClassVar[bool] = True
 
     @property
     def positive(self) -> "Full":
@@ -32,24 +35,27 @@ class Full:
         value = parts["value"]
         return torch.add(value, x, out=torch.empty_like(value))
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Copy x, unless x is the storage."""
         if x is not parts["value"]:
             parts["value"].copy_(x)
-        return norm(x)
+        return norm(x, rows)
 
     def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
         return {"value": parts["value"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Zero."""
-        return torch.zeros((), device=parts["value"].device)
+        value = parts["value"]
+        return torch.zeros(value.shape[:rows] if rows else (), device=value.device)
 
 
 @dataclass(frozen=True)
 class BFloat16:
     """The tensor rounded to bfloat16: 2 bytes a real number, relative error at most 2^-8 an entry."""
+
+    batched: ClassVar[bool] = True
 
     @property
     def positive(self) -> "BFloat16":
@@ -62,23 +68,27 @@ class BFloat16:
 
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Cast up."""
-        out = torch.empty(shape, dtype=dtype, device=parts["value"].device)
-        as_real(out).copy_(parts["value"])
+        value = parts["value"]
+        if members := value.ndim - len(shape) - dtype.is_complex:
+            shape = (*value.shape[:members], *shape)
+        out = torch.empty(shape, dtype=dtype, device=value.device)
+        as_real(out).copy_(value)
         return out
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """x plus the tensor cast up."""
         return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Round to nearest."""
         parts["value"].copy_(as_real(x))
-        return norm(x)
+        return norm(x, rows)
 
     def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
         return {"value": parts["value"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """2^-8 of the norm of what is stored."""
-        return torch.linalg.vector_norm(parts["value"], dtype=torch.float32) * 2.0**-8
+        value = each_row(parts["value"], rows) if rows else parts["value"]
+        return torch.linalg.vector_norm(value, dim=-1 if rows else None, dtype=torch.float32) * 2.0**-8

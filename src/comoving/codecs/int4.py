@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..linalg import norm
+from ..linalg import each_row, norm
 from ..validate import check_choice, check_int
 from . import nibbles, tables
 from .base import Part
 from .grid import grid
 from .root import Root, root
-from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_integers, to_levels
+from .rounding import ROUNDINGS, SEED, Rounding, advanced, one_by_one, seeds, to_integers, to_levels
 
 _RANGE = torch.finfo(torch.float32)
 
@@ -36,6 +36,8 @@ class Int4:
             way after 30 steps, against 14 to 60%).
         rounding: "nearest" or "stochastic", as for :class:`comoving.codecs.Int8`.
     """
+
+    batched: ClassVar[bool] = True
 
     block: int = 64
     table: Literal["linear", "normal"] = "normal"
@@ -73,12 +75,14 @@ class Int4:
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """x plus the stored tensor."""
-        return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+        return self.decode(parts, tuple(x.shape)[parts["codes"].ndim - 3 :], x.dtype).add_(x)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Round to levels."""
-        step, size = parts["step"], norm(x)
-        values = grid(tuple(x.shape), x.dtype, self.block).cut(x)
+        if rows and SEED in parts:
+            return one_by_one(self.encode, x, parts)
+        step, size = parts["step"], norm(x, rows)
+        values = grid(tuple(x.shape)[rows:], x.dtype, self.block).cut(x, rows)
         largest = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg())
         top = 7 if self.table == "linear" else 1
         step.copy_(largest.div_(top).clamp_(_RANGE.tiny, _RANGE.max))
@@ -95,13 +99,14 @@ class Int4:
         """What is stored times a factor > 0."""
         return {**parts, "step": parts["step"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Half a step, or half the wider gap beside its level, for each entry; all of it where rounding is stochastic.
 
         Bytes that hold one code count as two.
         """
         step, codes, share = parts["step"], parts["codes"], 0.5 if self.rounding == "nearest" else 1.0
         if self.table == "linear":
-            return torch.linalg.vector_norm(step) * (sqrt(2 * codes.shape[-1]) * share)
+            own = torch.linalg.vector_norm(each_row(step, rows), dim=-1) if rows else torch.linalg.vector_norm(step)
+            return own * (sqrt(2 * codes.shape[-1]) * share)
         gaps = tables.table(tables.normal(), torch.float32, step.device).gaps
-        return norm(gaps[nibbles.unpack(codes, 2 * codes.shape[-1]).int()].mul_(step)) * share
+        return norm(gaps[nibbles.unpack(codes, 2 * codes.shape[-1]).int()].mul_(step), rows) * share

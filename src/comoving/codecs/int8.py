@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..linalg import norm
+from ..linalg import each_row, norm
 from ..validate import check_choice, check_int
 from . import tables
 from .base import Part, as_real
 from .grid import grid
 from .root import Root, root
-from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_integers, to_levels
+from .rounding import ROUNDINGS, SEED, Rounding, advanced, one_by_one, seeds, to_integers, to_levels
 
 _CACHED = 2**18  # real numbers: a megabyte in float32
 _RANGE = torch.finfo(torch.float32)
@@ -39,6 +39,8 @@ class Int8:
         rounding: "nearest"; or "stochastic": to one of the two levels beside x, the nearer the likelier, so that
             E[decoded] = x, from a seed that is stored with the codes.
     """
+
+    batched: ClassVar[bool] = True
 
     block: int = 256
     table: Literal["linear", "dynamic"] = "linear"
@@ -77,58 +79,64 @@ class Int8:
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """x + step * levels, in one pass where levels are linear and rows are not padded."""
         codes, step = parts["codes"], parts["step"]
+        members = codes.ndim - 3
         real = as_real(x)
         if self.table != "linear" or not real.is_contiguous() or codes.numel() != real.numel():
-            return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+            return self.decode(parts, tuple(x.shape)[members:], x.dtype).add_(x)
+        if members:  # no pass below asks whose row it is
+            codes, step = codes.flatten(0, members), step.flatten(0, members)
         given, out = real.view(codes.shape), torch.empty(codes.shape, dtype=real.dtype, device=x.device)
         for rows in _row_slices(codes):
             values = out[rows].copy_(codes[rows])
             torch.addcmul(given[rows], values, step[rows].to(real.dtype), out=values)
         return torch.view_as_complex(out.view(real.shape)) if x.is_complex() else out.view(x.shape)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Round to levels; overwrites x."""
         codes, step = parts["codes"], parts["step"]
-        values = grid(tuple(x.shape), x.dtype, self.block).cut(x)
+        if rows and (SEED in parts or (codes.device.type == "cpu" and codes[0].numel() > _CACHED)):
+            return one_by_one(self.encode, x, parts)
+        values = grid(tuple(x.shape)[rows:], x.dtype, self.block).cut(x, rows)
         generator = advanced(parts, x.device)
         clamped = generator is not None or values.dtype == torch.float64  # alone can exceed the largest step
         norms: list[Tensor] = []
-        for rows in _row_slices(codes):
-            block, own = values[rows], step[rows]
-            norms.append(norm(block))
+        for few in _row_slices(codes):
+            block, own = values[few], step[few]
+            norms.append(norm(block, rows))
             # Two reductions without a full-sized |x|. The floor keeps zero blocks and denormals out of the division; it
             # is stored, so that decoding agrees.
             top, bottom = block.amax(-1, keepdim=True), block.amin(-1, keepdim=True).neg_()
             if self.table == "linear":
                 own.copy_(torch.maximum(top, bottom).div_(127).clamp_(_RANGE.tiny, _RANGE.max))
                 rounded = to_integers(block.div_(own), generator)
-                codes[rows].copy_(rounded.clamp_(-127, 127) if clamped else rounded)
+                codes[few].copy_(rounded.clamp_(-127, 127) if clamped else rounded)
             else:
                 lowest = -tables.dynamic()[0]
                 own.copy_(torch.maximum(top, bottom.div_(lowest)).clamp_(_RANGE.tiny, _RANGE.max))
                 scaled = block.div_(own)
                 levels = tables.table(tables.dynamic(), scaled.dtype, scaled.device)
-                codes[rows].copy_(to_levels(scaled.contiguous(), levels, generator))
-        return norm(torch.stack(norms))
+                codes[few].copy_(to_levels(scaled.contiguous(), levels, generator))
+        return torch.cat(norms) if rows else norm(torch.stack(norms))
 
     def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
         return {**parts, "step": parts["step"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Half a step for each entry, or half the wider gap beside its level; all of it where rounding is stochastic.
 
         sqrt(sum over blocks of width * (step / 2)^2) for linear levels.
         """
         codes, step, share = parts["codes"], parts["step"], 0.5 if self.rounding == "nearest" else 1.0
         if self.table == "linear":
-            return torch.linalg.vector_norm(step) * (sqrt(codes.shape[-1]) * share)
+            own = torch.linalg.vector_norm(each_row(step, rows), dim=-1) if rows else torch.linalg.vector_norm(step)
+            return own * (sqrt(codes.shape[-1]) * share)
         gaps = tables.table(tables.dynamic(), torch.float32, step.device).gaps
-        return norm(gaps[codes.int()].mul_(step)) * share
+        return norm(gaps[codes.int()].mul_(step), rows) * share
 
 
 def _row_slices(codes: Tensor) -> list[slice]:
-    """All rows at once, or as many at a time as stay in a CPU's cache while several passes go over them."""
+    """All at once, or as many along dimension 0 as stay in a CPU's cache while several passes go over them."""
     rows = codes.shape[0]
     step = max(1, _CACHED * rows // max(1, codes.numel())) if codes.device.type == "cpu" else max(1, rows)
     return [slice(start, start + step) for start in range(0, rows, step)]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from ..validate import check_choice
 from .base import Part, as_real
 
 _MOST = 2.0**126
-_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class RankOne:
     Args:
         signed: whether signs are stored; False for x >= 0.
     """
+
+    batched: ClassVar[bool] = True
 
     signed: bool = True
 
@@ -51,37 +53,41 @@ class RankOne:
 
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """S * r c^T, a new tensor."""
-        values = torch.outer(parts["rows"], parts["columns"]).view(-1)
+        left, right = parts["rows"], parts["columns"]
+        if left.ndim == 1:
+            values = torch.outer(left, right).view(-1)
+        else:
+            shape = (*left.shape[:-1], *shape)
+            values = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
         if self.signed:
-            values = torch.where(_unpacked(parts["signs"], values.numel()), values, -values)
+            values = torch.where(_unpacked(parts["signs"], values.shape[-1]), values, -values)
         return torch.view_as_complex(values.view(*shape, 2)) if dtype.is_complex else values.view(shape)
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """x plus the stored tensor."""
-        return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+        return self.decode(parts, tuple(x.shape)[parts["rows"].ndim - 1 :], x.dtype).add_(x)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """The sums, the shorter of them divided by that of all entries; the sign of 0 is negative."""
-        a, b = _sides(tuple(x.shape), x.dtype)
-        matrix = as_real(x).reshape(a, b)
+        a, b = _sides(tuple(x.shape)[rows:], x.dtype)
+        matrix = as_real(x).reshape(*x.shape[:rows], a, b)
         sizes = (matrix.abs() if self.signed else matrix).clamp_max_(_MOST / (a * b))
-        rows, columns = parts["rows"].copy_(sizes.sum(1)), parts["columns"].copy_(sizes.sum(0))
-        total = rows.sum()
-        columns.div_(torch.where(total > 0, total, 1))
+        left, right = parts["rows"].copy_(sizes.sum(-1)), parts["columns"].copy_(sizes.sum(-2))
+        total = left.sum(-1, keepdim=True)
+        right.div_(torch.where(total > 0, total, 1))
         if self.signed:
-            parts["signs"].copy_(_packed(matrix.reshape(-1) > 0))
-        return norm(x)
+            parts["signs"].copy_(_packed(matrix.flatten(-2) > 0))
+        return norm(x, rows)
 
     def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
         return {**parts, "rows": parts["rows"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """From entries that are not negative: |X - r c^T|^2 <= |X|^2 + |r c^T|^2, |X| <= the norm of the sums."""
-        rows, columns = norm(parts["rows"]), norm(parts["columns"])
-        total = parts["rows"].sum()
-        sums = torch.minimum(rows, columns * total)
-        return torch.hypot(sums, rows * columns)
+        left, right = norm(parts["rows"], rows), norm(parts["columns"], rows)
+        sums = torch.minimum(left, right * parts["rows"].sum(-1))
+        return torch.hypot(sums, left * right)
 
 
 def _sides(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
@@ -91,13 +97,18 @@ def _sides(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
     return size // b, b
 
 
+def _bits(device: torch.device) -> Tensor:
+    """1, 2, 4, ..., 128, made on the device: to bring them there it would be waited for."""
+    return torch.bitwise_left_shift(1, torch.arange(8, dtype=torch.uint8, device=device))
+
+
 def _packed(bits: Tensor) -> Tensor:
-    """(n,) bool as (ceil(n/8),) bytes, the first bit lowest."""
-    missing = -bits.numel() % 8
-    octets = torch.nn.functional.pad(bits.to(torch.uint8), (0, missing)).view(-1, 8)
-    return (octets * torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+    """(..., n) bool as (..., ceil(n/8)) bytes, the first bit lowest."""
+    missing = -bits.shape[-1] % 8
+    octets = torch.nn.functional.pad(bits.to(torch.uint8), (0, missing)).unflatten(-1, (-1, 8))
+    return (octets * _bits(bits.device)).sum(-1, dtype=torch.uint8)
 
 
 def _unpacked(octets: Tensor, count: int) -> Tensor:
-    bits = octets.unsqueeze(1) & torch.tensor(_BITS, dtype=torch.uint8, device=octets.device)
-    return bits.ne(0).view(-1)[:count]
+    bits = octets.unsqueeze(-1) & _bits(octets.device)
+    return bits.ne(0).flatten(-2)[..., :count]

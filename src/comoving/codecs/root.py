@@ -13,7 +13,7 @@ from ..validate import check_choice, check_int
 from . import nibbles, tables
 from .base import Part
 from .grid import grid
-from .rounding import ROUNDINGS, Rounding, advanced, seeds, to_levels, up
+from .rounding import ROUNDINGS, SEED, Rounding, advanced, one_by_one, seeds, to_levels, up
 
 _LEAST, _MOST = 2.0**-63, 2.0**63  # their squares are normal float32 numbers
 
@@ -40,6 +40,8 @@ class Root:
             E[decoded] = x (not of the root) above the square of the least level, from a seed that is stored with the
             codes.
     """
+
+    batched: ClassVar[bool] = True
 
     block: int = 256
     bits: Literal[8, 4] = 8
@@ -80,11 +82,13 @@ class Root:
 
     def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """x plus the stored tensor."""
-        return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+        return self.decode(parts, tuple(x.shape)[parts["codes"].ndim - 3 :], x.dtype).add_(x)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Round the roots to levels."""
-        roots = grid(tuple(x.shape), x.dtype, self.block).cut(x).sqrt().clamp_max_(_MOST)
+        if rows and SEED in parts:
+            return one_by_one(self.encode, x, parts)
+        roots = grid(tuple(x.shape)[rows:], x.dtype, self.block).cut(x, rows).sqrt().clamp_max_(_MOST)
         largest, generator = roots.amax(-1, keepdim=True), advanced(parts, x.device)
         top = 2**self.bits - 1 if self.table == "linear" else 1
         step = parts["step"].copy_(torch.where(largest > 0, (largest / top).clamp_min(_LEAST), 0))
@@ -100,13 +104,13 @@ class Root:
             codes = below.add_(up(share, generator))
         codes = codes.to(torch.uint8)
         parts["codes"].copy_(codes if self.bits == 8 else nibbles.pack(codes))
-        return norm(x)
+        return norm(x, rows)
 
     def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
         return {**parts, "step": parts["step"] * factor**0.5}
 
-    def error(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Of level c with gaps of at most h beside it an entry is off by step^2 (c h + h^2 / 4) at most.
 
         By step^2 (2 c h + h^2) where rounding is stochastic; by step^2 c^2 where it was raised to the least level.
@@ -121,7 +125,7 @@ class Root:
             squares = gaps * (2 * levels.levels + gaps)
             squares[0] = torch.maximum(squares[0], levels.levels[0].square())
             lost = squares[codes.int()]
-        return norm(lost.mul_(parts["step"].square()))
+        return norm(lost.mul_(parts["step"].square()), rows)
 
     def _levels(self, dtype: torch.dtype, device: torch.device) -> tables.Table | None:
         """The table; None where levels are the codes themselves."""

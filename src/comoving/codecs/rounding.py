@@ -1,6 +1,6 @@
 """How numbers become codes: to the nearest level, or to one of the two beside, drawn so that the mean is the number."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -27,6 +27,18 @@ def advanced(parts: Mapping[str, Tensor], device: torch.device) -> torch.Generat
     seed = scramble(int(parts[SEED]))
     parts[SEED].fill_(seed)
     return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
+
+
+def one_by_one(
+    encode: Callable[[Tensor, Mapping[str, Tensor]], Tensor], x: Tensor, parts: Mapping[str, Tensor]
+) -> Tensor:
+    """Encode each member of a batch by itself, into its parts; returns a norm of each, (members,).
+
+    What is drawn for a member follows from its own seed and size: no draw for all at once has the same bits.
+    """
+    return torch.stack(
+        [encode(member, {name: part[i] for name, part in parts.items()}) for i, member in enumerate(x.unbind())]
+    )
 
 
 def up(share: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,11 +20,11 @@ class Table(NamedTuple):
 
 @lru_cache(maxsize=64)
 def table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Table:
-    """The levels on a device, brought there once: at every step it would wait for them."""
+    """The levels on a device, brought there once, and not waited for."""
     x = torch.tensor(levels, dtype=torch.float64, device="cpu")
     inner, none = x.diff(), torch.zeros(1, dtype=torch.float64, device="cpu")
     gaps = torch.maximum(torch.cat([none, inner]), torch.cat([inner, none]))
-    return Table(*(part.to(dtype).to(device) for part in (x, (x[:-1] + x[1:]) / 2, gaps)))
+    return Table(*(part.to(dtype).to(device, non_blocking=True) for part in (x, (x[:-1] + x[1:]) / 2, gaps)))
 
 
 @cache

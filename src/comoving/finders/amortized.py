@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import orthonormalize, to_unit
+from ..linalg import orthonormalize, over, to_unit
 from ..validate import check_int
-from .base import Memory, Memoryless, check_start
+from .base import Memory, Memoryless, check_start, peak
 from .operand import Operand
 
 
@@ -27,6 +27,7 @@ class Amortized(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
     momentum: ClassVar[float] = 0.0
 
     iterations: int = 1
@@ -54,5 +55,6 @@ class Amortized(Memoryless):
 
 def _left(operand: Operand, mode: int, right: Tensor, u: Tensor) -> Tensor:
     """orth(B Q); the trace of U holds the directions that B leaves open."""
-    product = to_unit(operand.correlate(mode, right / right.abs().amax().clamp_min(torch.finfo(right.dtype).tiny)))
+    size = peak(right, operand.rows).clamp_min(torch.finfo(right.dtype).tiny)
+    product = to_unit(operand.correlate(mode, right / over(size, right)), operand.rows)
     return orthonormalize(product.add_(u, alpha=4 * torch.finfo(product.dtype).eps))

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..codecs import Part
 from ..frames import ModeFrame
 from ..frames.base import Ranks
+from ..linalg import each_row, over
 from .operand import Operand
 
 Memory = dict[str, Tensor]
@@ -25,6 +26,9 @@ class Finder(Protocol):
     A class attribute ``fills``, the types of frames that it can find, lets other layouts be refused at construction.
     """
 
+    batched: ClassVar[bool]
+    """Whether it serves operands with rows: each row's frame is the one that is found for it alone."""
+
     @property
     def momentum(self) -> float:
         """rho, in [0, 1)."""
@@ -34,8 +38,14 @@ class Finder(Protocol):
         """What it remembers of a tensor with a frame of these ranks; all of it starts at zero."""
         ...
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
-        """Take note of a gradient, at every step, before :meth:`find` where a refresh is due."""
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
+        """Take note of a gradient, at every step, before :meth:`find` where a refresh is due.
+
+        Args:
+            gradient: (*rows, d_1, ..., d_N).
+            memory: its own tensors, with the rows in front of all that are not single numbers.
+            rows: leading dimensions that count rows, 0 where it is not ``batched``.
+        """
         ...
 
     def find(self, operand: Operand, start: Any, warm: bool, memory: Memory) -> Any:
@@ -65,8 +75,20 @@ class Memoryless:
         """None."""
         return {}
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Nothing to note."""
+
+
+def peak(x: Tensor, rows: int) -> Tensor:
+    """The largest |entry| of each row, real, (*rows)."""
+    sizes = x.abs()
+    return each_row(sizes, rows).amax(-1) if rows else sizes.amax()
+
+
+def unless_zero(x: Tensor, found: Tensor, start: Tensor, rows: int) -> Tensor:
+    """What was found for the rows in which x has entries that are not zero, where it started for the others."""
+    seen = over(each_row(x, rows).any(-1), start) if rows else x.any()
+    return torch.where(seen, found, start)
 
 
 class _Filling(Protocol):

@@ -27,6 +27,7 @@ class BlockSelection:
     """
 
     fills: ClassVar[tuple[type, ...]] = (SparseFrame,)
+    batched: ClassVar[bool] = False
 
     inner: Finder = field(default_factory=Power)
 
@@ -42,7 +43,7 @@ class BlockSelection:
         """What the inner finder remembers."""
         return self.inner.parts(shape, ranks, dtype)
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """The inner finder takes note of it."""
         self.inner.observe(gradient, memory)
 
@@ -62,7 +63,7 @@ class BlockSelection:
         core = core / core.abs().amax().clamp_min(torch.finfo(core.dtype).tiny)  # squares stay in float32's range
         energies, before = start.kept.energies(core), start.kept.blocks
         every = torch.arange(energies.shape[0], device=before.device)
-        preferred = every[torch.isin(every, before, invert=True).long().argsort(stable=True)]
+        preferred = every[torch.ones_like(every).index_fill_(0, before, 0).argsort(stable=True)]
         best = energies[preferred].sort(descending=True, stable=True).indices[: before.shape[0]]
         return SparseFrame(modes, replace(start.kept, blocks=preferred[best].sort().values))
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..draws import sent
 from ..frames.bond import BondFrame
 from ..frames.interface import Interface, change, identity, product
 from ..linalg import leading_eigenvectors, orthonormalize, qr, qr_triangle, svd
@@ -126,7 +127,7 @@ def found(left: Interface, right: Interface, start: BondFrame, nonzero: Tensor) 
 
 def sketch(rows: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:
     """Real Gaussian (rows, columns), columns of about unit norm, drawn on the CPU, hence equal on all devices."""
-    return torch.randn((rows, columns), generator=generator).div_(rows**0.5).to(like)
+    return sent(torch.randn((rows, columns), generator=generator).div_(rows**0.5), like)
 
 
 def _through(start: Interface, x: Tensor, step: Step) -> tuple[tuple[Interface, Interface], Tensor]:

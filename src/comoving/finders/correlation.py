@@ -9,9 +9,9 @@ from torch import Tensor
 from ..codecs import Part
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import abs_squared, leading_directions, multilinear, norm, orthonormalize, unfold, unit_size
+from ..linalg import abs_squared, leading_directions, multilinear, norm, orthonormalize, over, unfold, unit_size
 from ..validate import check_float, check_int
-from .base import DRAWS, Memory, check_start, counted, drawing
+from .base import DRAWS, Memory, check_start, counted, drawing, peak, unless_zero
 from .operand import Operand
 
 
@@ -40,6 +40,7 @@ class Correlation:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     rate: float = 0.1
     recalibrate: int = 5
@@ -57,7 +58,7 @@ class Correlation:
         """How often it was asked."""
         return {DRAWS: drawing}
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Nothing to note."""
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
@@ -65,42 +66,46 @@ class Correlation:
         check_start(self, start)
         if not warm:
             memory[DRAWS] = torch.zeros_like(memory[DRAWS])
-        x = operand.full()
+        x, rows, order = operand.full(), operand.rows, operand.order
         if counted(memory) % self.recalibrate == 0:
-            x = unit_size(x)
+            x = unit_size(x, rows)
             return ModeFrame(
                 tuple(
-                    None if u is None else _recalibrated(unfold(x, n, x.ndim), u) for n, u in enumerate(start.factors)
+                    None if u is None else _recalibrated(unfold(x, n, order), u, rows)
+                    for n, u in enumerate(start.factors)
                 )
             )
         momentum = _momentum(operand, start)
         return ModeFrame(
-            tuple(None if u is None else self._descended(x, momentum, start, n) for n, u in enumerate(start.factors))
+            tuple(
+                None if u is None else self._descended(x, momentum, start, n, rows) for n, u in enumerate(start.factors)
+            )
         )
 
-    def _descended(self, x: Tensor, momentum: Tensor | None, start: ModeFrame, mode: int) -> Tensor:
-        u, tiny = start.factors[mode], torch.finfo(x.dtype).tiny
+    def _descended(self, x: Tensor, momentum: Tensor | None, start: ModeFrame, mode: int, rows: int) -> Tensor:
+        u, tiny, order = start.factors[mode], torch.finfo(x.dtype).tiny, x.ndim - rows
         assert u is not None
-        size = x.abs().amax().clamp_min(tiny)
-        g = unfold(x / size, mode, x.ndim)
-        z, (d, columns) = u.mH @ g, g.shape
+        size = peak(x, rows).clamp_min(tiny)
+        g = unfold(x / over(size, x), mode, order)
+        z, (d, columns) = u.mH @ g, g.shape[-2:]
         slope = (g @ z.mH - u @ (z @ z.mH)) * (-2 / (d * columns))
         if momentum is not None:
-            lost = (abs_squared(g).sum() - abs_squared(z).sum()).clamp_min(0) / (d * columns)
+            lost = (abs_squared(g).sum((-2, -1)) - abs_squared(z).sum((-2, -1))).clamp_min(0) / (d * columns)
             lifts = [None if n == mode else factor for n, factor in enumerate(start.factors)]
-            m, g = _unit_columns(unfold(multilinear(momentum, lifts), mode, x.ndim)), _unit_columns(g)
-            cosines = ((u.mH @ g).conj() * m).sum(0).real
-            slope = slope * (1 - cosines.mean()) - (g @ m.mH - u @ ((m * cosines) @ m.mH)) * (lost / columns)
+            m, g = _unit_columns(unfold(multilinear(momentum, lifts), mode, order)), _unit_columns(g)
+            cosines = ((u.mH @ g).conj() * m).sum(-2).real
+            turn = g @ m.mH - u @ ((m * cosines.unsqueeze(-2)) @ m.mH)
+            slope = slope * over(1 - cosines.mean(-1), u) - turn * over(lost / columns, u)
         # D = size^2 slope, and rate D / max(1, |D|) without the squares of very large or small gradients.
-        least = torch.maximum(norm(slope).to(size.dtype), (1 / size).square()).clamp_min(tiny)
-        return orthonormalize(u - slope * (self.rate / least))
+        least = torch.maximum(norm(slope, rows).to(size.dtype), (1 / size).square()).clamp_min(tiny)
+        return orthonormalize(u - slope * over(self.rate / least, u))
 
 
-def _recalibrated(g: Tensor, u: Tensor) -> Tensor:
+def _recalibrated(g: Tensor, u: Tensor, rows: int) -> Tensor:
     """The leading left singular vectors of G Q; those of G where U has more columns than G."""
     rank, columns = u.shape[-1], g.shape[-1]
     sketch = g @ orthonormalize(g.mH @ u) if rank <= columns else g
-    return torch.where(g.any(), leading_directions(unit_size(sketch), 0, rank, "svd"), u)
+    return unless_zero(g, leading_directions(unit_size(sketch, rows), 0, rank, "svd", rows), u, rows)
 
 
 def _momentum(operand: Operand, start: ModeFrame) -> Tensor | None:
@@ -109,9 +114,9 @@ def _momentum(operand: Operand, start: ModeFrame) -> Tensor | None:
         return None
     frame, momentum = operand.past
     assert isinstance(frame, ModeFrame)
-    return unit_size(start.overlap(frame).move(momentum.to(operand.dense.dtype)))
+    return unit_size(start.overlap(frame).move(momentum.to(operand.dense.dtype)), operand.rows)
 
 
 def _unit_columns(x: Tensor) -> Tensor:
     """Columns of norm 1, zero where they are."""
-    return x / torch.linalg.vector_norm(x, dim=0, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

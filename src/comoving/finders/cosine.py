@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..frames import CosineFrame
-from ..linalg import abs_squared, cosine_transform
+from ..linalg import abs_squared, cosine_transform, over
 from ..validate import check_choice, check_float
-from .base import Memory, Memoryless, check_start
+from .base import Memory, Memoryless, check_start, peak
 from .operand import Operand
 
 
@@ -27,6 +27,7 @@ class CosineSelection(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (CosineFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     norm: int = 2
@@ -38,23 +39,29 @@ class CosineSelection(Memoryless):
     def find(self, operand: Operand, start: CosineFrame, warm: bool, memory: Memory) -> CosineFrame:
         """Select anew for each compressed mode."""
         check_start(self, start)
-        x = operand.full()
-        x = x / x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)
-        indices = tuple(None if k is None else _selected(x, n, k, self.norm) for n, k in enumerate(start.indices))
-        return CosineFrame.of(indices, tuple(x.shape), x.dtype)
+        x, rows = operand.full(), operand.rows
+        x = x / over(peak(x, rows).clamp_min(torch.finfo(x.dtype).tiny), x)
+        pairs = enumerate(start.indices)
+        indices = tuple(None if k is None else _selected(x, n, k, self.norm, rows) for n, k in pairs)
+        return CosineFrame.of(indices, operand.shape, x.dtype)
 
 
-def _selected(x: Tensor, mode: int, before: Tensor, power: int) -> Tensor:
-    others = [n for n in range(x.ndim) if n != mode]
-    rows = cosine_transform(x, mode)
-    size = (abs_squared(rows) if power == 2 else rows.abs()).sum(others)
-    every = torch.arange(x.shape[mode], device=x.device)
-    preferred = every[torch.isin(every, before, invert=True).long().argsort(stable=True)]
-    chosen = preferred[size[preferred].sort(descending=True, stable=True).indices[: before.shape[0]]]
+def _selected(x: Tensor, mode: int, before: Tensor, power: int, rows: int) -> Tensor:
+    """The columns of most energy, (*rows, r), those among ``before`` in the places that they have there."""
+    others = [n for n in range(rows, x.ndim) if n != rows + mode]
+    waves = cosine_transform(x, rows + mode)
+    size = (abs_squared(waves) if power == 2 else waves.abs()).sum(others)
+    preferred = _members(before, size).logical_not().long().argsort(stable=True)
+    best = size.gather(-1, preferred).sort(descending=True, stable=True).indices[..., : before.shape[-1]]
+    chosen = preferred.gather(-1, best)
     # Columns that are new to the frame take the places of those that leave it, of which there are as many.
-    stays = torch.isin(before, chosen)
+    stays = _members(chosen, size).gather(-1, before)
     places = stays.long().argsort(stable=True)
-    fresh = chosen[torch.isin(chosen, before).long().argsort(stable=True)]
-    after = before.clone()
-    after[places] = torch.where(stays[places], before[places], fresh)
-    return after
+    fresh = chosen.gather(-1, _members(before, size).gather(-1, chosen).long().argsort(stable=True))
+    filled = torch.where(stays.gather(-1, places), before.gather(-1, places), fresh)
+    return before.scatter(-1, places, filled)
+
+
+def _members(indices: Tensor, like: Tensor) -> Tensor:
+    """Which of like's last indices are among these, (*rows, d)."""
+    return torch.zeros_like(like, dtype=torch.bool).scatter_(-1, indices, True)

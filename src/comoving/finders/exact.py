@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
 from ..linalg import Method, leading_directions, multilinear, unit_size
 from ..validate import check_choice, check_float, check_int
-from .base import Memory, Memoryless, check_start
+from .base import Memory, Memoryless, check_start, unless_zero
 from .operand import Operand
 
 
@@ -29,6 +28,7 @@ class Exact(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.0
     sweeps: int = 0
@@ -42,15 +42,16 @@ class Exact(Memoryless):
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Decompose each compressed mode anew; ``start`` only serves where the operand is zero."""
         check_start(self, start)
-        x = unit_size(operand.full())
-        factors = [None if u is None else self._leading(x, n, u) for n, u in enumerate(start.factors)]
+        rows = operand.rows
+        x = unit_size(operand.full(), rows)
+        factors = [None if u is None else self._leading(x, n, u, rows) for n, u in enumerate(start.factors)]
         compressed = [n for n, u in enumerate(factors) if u is not None]
         for _ in range(self.sweeps if len(compressed) > 1 else 0):
             for n in compressed:
                 others = [u.mH if u is not None and m != n else None for m, u in enumerate(factors)]
-                factors[n] = self._leading(multilinear(x, others), n, start.factors[n])
+                factors[n] = self._leading(multilinear(x, others), n, start.factors[n], rows)
         return ModeFrame(tuple(factors))
 
-    def _leading(self, x: Tensor, mode: int, start: Tensor | None) -> Tensor:
+    def _leading(self, x: Tensor, mode: int, start: Tensor | None, rows: int) -> Tensor:
         assert start is not None
-        return torch.where(x.any(), leading_directions(x, mode, start.shape[-1], self.method), start)
+        return unless_zero(x, leading_directions(x, mode, start.shape[-1], self.method, rows), start, rows)

@@ -27,6 +27,7 @@ class Growing:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True  # where the inner finder is
 
     inner: Finder = Exact()
     base: float = 1.2
@@ -34,6 +35,8 @@ class Growing:
     def __post_init__(self) -> None:
         check_float("base", self.base, 1.0)
         check_inner(self.inner, timed=False)
+        if not getattr(self.inner, "batched", False):
+            object.__setattr__(self, "batched", False)
 
     @property
     def momentum(self) -> float:
@@ -44,9 +47,12 @@ class Growing:
         """The inner finder's, and on the host the refreshes so far, the last merged one, and when the next one is."""
         return self.inner.parts(shape, ranks, dtype) | {REFRESHES: drawing, MERGED: drawing, NEXT: drawing}
 
-    def observe(self, gradient: torch.Tensor, memory: Memory) -> None:
+    def observe(self, gradient: torch.Tensor, memory: Memory, rows: int = 0) -> None:
         """As the inner finder does."""
-        self.inner.observe(gradient, memory)
+        if rows:
+            self.inner.observe(gradient, memory, rows)
+        else:
+            self.inner.observe(gradient, memory)
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """The inner finder's frame."""

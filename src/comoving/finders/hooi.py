@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from ..frames import ModeFrame
-from ..linalg import norm, unit_size
+from ..linalg import norm, over, unit_size
 from ..validate import check_float, check_int
 from .base import Memory, Memoryless, check_start
 from .operand import Operand
@@ -29,6 +31,7 @@ class HOOI(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     sweeps: int = 1
@@ -40,12 +43,17 @@ class HOOI(Memoryless):
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Iterate from ``start`` if it is warm and any good, from the sequentially truncated HOSVD if not."""
         check_start(self, start)
-        x, factors = unit_size(operand.full()), start.factors
-        warm = warm and bool(norm(start.project(x)) >= _SEEN * norm(x))
+        rows = operand.rows
+        x, factors = unit_size(operand.full(), rows), start.factors
+        good = norm(start.project(x), rows) >= _SEEN * norm(x, rows) if warm else None
+        warm = good is not None and bool(good.all())
         if not warm:
-            factors = sweep(x, (None,) * x.ndim, factors)
+            factors = sweep(x, (None,) * operand.order, factors, rows=rows)
         if sum(u is not None for u in factors) == 1:  # the other factors project on nothing
-            return ModeFrame(factors if not warm else sweep(x, factors, factors))
+            return ModeFrame(factors if not warm else sweep(x, factors, factors, rows=rows))
+        if rows and good is not None and not warm:  # some rows go on from where they were
+            pairs = zip(start.factors, factors, strict=True)
+            factors = tuple(None if u is None or v is None else torch.where(over(good, u), u, v) for u, v in pairs)
         for _ in range(self.sweeps):
-            factors = sweep(x, factors, factors)
+            factors = sweep(x, factors, factors, rows=rows)
         return ModeFrame(factors)

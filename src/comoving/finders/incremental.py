@@ -9,9 +9,9 @@ from torch import Tensor
 from ..codecs import Part
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_singular, orthonormalize, reorthonormalize, to_unit, unfold
+from ..linalg import leading_singular, orthonormalize, over, reorthonormalize, to_unit, unfold
 from ..validate import check_float, check_int
-from .base import DRAWS, Memory, check_start, counted, drawing
+from .base import DRAWS, Memory, check_start, counted, drawing, peak
 from .operand import Operand
 
 _SINGULAR = ".singular"
@@ -42,6 +42,7 @@ class IncrementalSVD:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.0
     forgetting: float = 0.9
@@ -59,7 +60,7 @@ class IncrementalSVD:
         values = {f"{n}{_SINGULAR}": Part((r,), dtype.to_real()) for n, r in enumerate(ranks) if r is not None}
         return {DRAWS: drawing} | values
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Nothing to note."""
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
@@ -77,20 +78,20 @@ class IncrementalSVD:
     def _updated(
         self, operand: Operand, mode: int, u: Tensor, values: Tensor, warm: bool, count: int
     ) -> tuple[Tensor, Tensor]:
-        d, rank = u.shape
-        basis, rows = u, unfold(operand.contract(mode, u), mode, operand.order)
+        (d, rank), lead = u.shape[-2:], operand.rows
+        basis, seen = u, unfold(operand.contract(mode, u), mode, operand.order)
         add = min(self.add if warm else self.add + rank, d - rank)
         if add > 0:
-            outside = to_unit(operand.sketch(mode, add, self.seed, count, mode))
+            outside = to_unit(operand.sketch(mode, add, self.seed, count, mode), lead)
             for _ in range(2):  # then the basis seldom needs mending
                 outside = outside.sub_(u @ (u.mH @ outside))
-            basis = reorthonormalize(torch.cat([u, orthonormalize(to_unit(outside))], dim=-1))
-            new = unfold(operand.contract(mode, basis[:, rank:]), mode, operand.order)
-            rows = torch.cat([rows, new])
+            basis = reorthonormalize(torch.cat([u, orthonormalize(to_unit(outside, lead))], dim=-1))
+            new = unfold(operand.contract(mode, basis[..., rank:]), mode, operand.order)
+            seen = torch.cat([seen, new], dim=-2)
         faded = self.forgetting * values
-        tiny = torch.finfo(rows.dtype).tiny
-        size = rows.abs().amax()
-        unit = torch.maximum(size, faded.amax()).clamp_min(tiny)
-        vectors, found = leading_singular(rows / unit, rank, faded / unit)
-        seen = size > 0
-        return torch.where(seen, reorthonormalize(basis @ vectors), u), torch.where(seen, found * unit, faded)
+        tiny = torch.finfo(seen.dtype).tiny
+        size = peak(seen, lead)
+        unit = torch.maximum(size, faded.amax(-1)).clamp_min(tiny)
+        vectors, found = leading_singular(seen / over(unit, seen), rank, faded / over(unit, faded))
+        turned = torch.where(over(size > 0, u), reorthonormalize(basis @ vectors), u)
+        return turned, torch.where(over(size > 0, faded), found * over(unit, found), faded)

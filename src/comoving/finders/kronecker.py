@@ -6,6 +6,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..draws import sent
+
 _NARROWEST = 4
 
 
@@ -39,7 +41,7 @@ def gaussians(
     Drawn on the CPU, hence equal on all devices and processes.
     """
     return tuple(
-        None if k == d else torch.randn((k, d), generator=generator, dtype=like.dtype).to(like.device)
+        None if k == d else sent(torch.randn((k, d), generator=generator, dtype=like.dtype), like)
         for k, d in zip(widths, shape, strict=True)
     )
 

@@ -39,6 +39,7 @@ class Lazy:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = False
 
     inner: Finder = Exact()
     threshold: float = 0.4
@@ -61,7 +62,7 @@ class Lazy:
         own = {_SIMILAR: Part((self.patience,), torch.float32), _COUNT: drawing, _STRETCH: drawing, NEXT: drawing}
         return self.inner.parts(shape, ranks, dtype) | own
 
-    def observe(self, gradient: torch.Tensor, memory: Memory) -> None:
+    def observe(self, gradient: torch.Tensor, memory: Memory, rows: int = 0) -> None:
         """As the inner finder does."""
         self.inner.observe(gradient, memory)
 

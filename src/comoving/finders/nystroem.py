@@ -11,9 +11,9 @@ from ..codecs import Part
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import abs_squared, leading_eigenvectors, orthonormalize
+from ..linalg import abs_squared, leading_eigenvectors, orthonormalize, over
 from ..validate import check_choice, check_float, check_int
-from .base import DRAWS, Memory, check_start, counted, drawing
+from .base import DRAWS, Memory, check_start, counted, drawing, peak
 from .operand import Operand
 
 _ENERGY = ".energy"
@@ -41,6 +41,7 @@ class Nystroem:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     samples: int | float = 2.0
@@ -76,16 +77,16 @@ class Nystroem:
                 parts[f"{n}{_ENERGY}"] = Part((columns,), dtype.to_real())
         return parts
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Bring the energies up to date: a pass over the gradient for each compressed mode."""
         roots = {int(name.removesuffix(_ENERGY)): root for name, root in memory.items() if name.endswith(_ENERGY)}
         if not roots:
             return
-        unit = gradient.abs().amax().clamp_min(torch.finfo(gradient.dtype).tiny)
-        scaled = gradient / unit
+        unit = peak(gradient, rows).clamp_min(torch.finfo(gradient.dtype).tiny)
+        scaled = gradient / over(unit, gradient)
         squares = abs_squared(scaled) if scaled.is_complex() else scaled.square_()
         for mode, root in roots.items():
-            new = squares.sum(mode).flatten().sqrt() * unit
+            new = squares.sum(rows + mode).flatten(rows).sqrt() * over(unit, root)
             root.copy_(torch.hypot(root * sqrt(self.decay), new * sqrt(1 - self.decay)))
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
@@ -99,44 +100,48 @@ class Nystroem:
         return ModeFrame(tuple(factors))
 
     def _leading(self, operand: Operand, mode: int, start: Tensor, root: Tensor | None, count: int) -> Tensor:
-        d, rank = start.shape
+        d, rank = start.shape[-2:]
         columns = operand.columns(mode)
         wanted = max(rank, self.samples) if isinstance(self.samples, int) else ceil(self.samples * rank)
         indices, chances = self._draw(root, min(wanted, columns), columns, operand.dense.device, (count, mode))
-        c = operand.sample(mode, indices).div_(chances.sqrt())
-        size = c.abs().amax()
+        c = operand.sample(mode, indices).div_(chances.sqrt().unsqueeze(-2))
+        size = over(peak(c, operand.rows), c)
         c.div_(size.clamp_min(torch.finfo(c.dtype).tiny))
         kept = min(rank, c.shape[-1])
         small = c.shape[-1] <= d
         basis = c @ leading_eigenvectors(c.mH @ c, kept) if small else leading_eigenvectors(c @ c.mH, kept)
-        return torch.where(size > 0, orthonormalize(torch.cat([basis, start[:, : rank - kept]], dim=-1)), start)
+        return torch.where(size > 0, orthonormalize(torch.cat([basis, start[..., : rank - kept]], dim=-1)), start)
 
     def _draw(
         self, root: Tensor | None, count: int, columns: int, device: torch.device, key: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Indices of ``count`` columns, and the chances that they had."""
+        """Indices of ``count`` columns, and the chances that they had: (s,) each, (*rows, s) where the roots differ."""
         every = torch.full((columns,), 1 / columns, dtype=torch.float64, device=device)
         if count == columns:
             return torch.arange(columns, device=device), torch.ones_like(every)
         if root is not None:
-            energy = (root / root.amax().clamp_min(torch.finfo(root.dtype).tiny)).double().square()
-            total = energy.sum()
+            energy = (root / root.amax(-1, keepdim=True).clamp_min(torch.finfo(root.dtype).tiny)).double().square()
+            total = energy.sum(-1, keepdim=True)
             share = (1 - _UNIFORM_SHARE) * energy / total.clamp_min(1) + _UNIFORM_SHARE * every
             every = torch.where(total > 0, share, every)
         chances = inclusion(every, count)
         source = generator(self.seed, *key)
-        order = torch.randperm(columns, generator=source, device="cpu").to(device)
-        offset = torch.rand((), dtype=torch.float64, generator=source, device="cpu").to(device)
-        ends = chances[order].cumsum(0)
-        places = torch.searchsorted(ends, offset + torch.arange(count, dtype=torch.float64, device=device))
+        order = torch.randperm(columns, generator=source, device="cpu").to(device, non_blocking=True)
+        offset = torch.rand((), dtype=torch.float64, generator=source, device="cpu").to(device, non_blocking=True)
+        ends = chances[..., order].cumsum(-1)
+        marks = offset + torch.arange(count, dtype=torch.float64, device=device)
+        places = torch.searchsorted(ends, marks.expand(*ends.shape[:-1], count).contiguous())
         indices = order[places.clamp_max(columns - 1)]
-        return indices, chances[indices]
+        return indices, chances.gather(-1, indices)
 
 
 def inclusion(shares: Tensor, count: int) -> Tensor:
-    """Chances pi_j = min(1, a p_j) that sum to ``count``, for positive shares p and ``count`` below their number."""
+    """Chances pi_j = min(1, a p_j) that sum to ``count``, for positive shares p and ``count`` below their number.
+
+    Both are of shape (*rows, columns).
+    """
     ordered = shares.sort(descending=True).values
-    rest = ordered.flip(0).cumsum(0).flip(0)  # p_k + p_{k+1} + ...
-    factors = (count - torch.arange(shares.shape[0], device=shares.device)) / rest
-    certain = (factors * ordered > 1).logical_and(factors > 0).long().cumprod(0).sum(0, keepdim=True)
-    return (shares * factors.gather(0, certain)).clamp(max=1)
+    rest = ordered.flip(-1).cumsum(-1).flip(-1)  # p_k + p_{k+1} + ...
+    factors = (count - torch.arange(shares.shape[-1], device=shares.device)) / rest
+    certain = (factors * ordered > 1).logical_and(factors > 0).long().cumprod(-1).sum(-1, keepdim=True)
+    return (shares * factors.gather(-1, certain)).clamp(max=1)

@@ -11,9 +11,9 @@ from ..codecs import Part
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_directions, unit_size
+from ..linalg import each_row, leading_directions, unit_size
 from ..validate import check_choice, check_float, check_int
-from .base import DRAWS, Memory, check_start, counted, drawing
+from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
 from .operand import Operand
 
 _ENERGY = "energy."
@@ -42,6 +42,7 @@ class NystroemTucker:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     samples: float | int = 0.02
@@ -63,21 +64,23 @@ class NystroemTucker:
             parts |= {f"{_ENERGY}{m}": Part((d,), dtype.to_real()) for m, d in enumerate(shape)}
         return parts
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Energies of the slices, for "energy"."""
         if self.fibres == "uniform":
             return
         real = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
-        squares = unit_size(real).square_()
-        middle = gradient.ndim // 2
-        rows = prod(gradient.shape[:middle])
-        squares = squares.reshape(rows, -1)
-        halves = squares.sum(1).reshape(gradient.shape[:middle]), squares.sum(0)  # two sums over all serve all modes
-        tail = halves[1].reshape(*gradient.shape[middle:], -1).sum(-1)
-        total = tail.sum().clamp_min(torch.finfo(tail.dtype).tiny)
+        squares = unit_size(real, rows).square_()
+        lead, shape = gradient.shape[:rows], gradient.shape[rows:]
+        middle = len(shape) // 2
+        squares = squares.reshape(*lead, prod(shape[:middle]), -1)
+        # Two sums over all serve all modes.
+        halves = squares.sum(-1).reshape(*lead, *shape[:middle]), squares.sum(-2)
+        tail = halves[1].reshape(*lead, *shape[middle:], -1).sum(-1)
+        total = each_row(tail, rows).sum(-1, keepdim=True) if rows else tail.sum()
+        total = total.clamp_min(torch.finfo(tail.dtype).tiny)
         for half, first in ((halves[0], 0), (tail, middle)):
-            for m in range(half.ndim):
-                others = [i for i in range(half.ndim) if i != m]
+            for m in range(half.ndim - rows):
+                others = [i for i in range(rows, half.ndim) if i != rows + m]
                 slices = half.sum(others) if others else half
                 memory[f"{_ENERGY}{first + m}"].mul_(self.decay).add_(slices / total)
 
@@ -85,16 +88,16 @@ class NystroemTucker:
         """Draw and decompose anew; ``start`` only serves where all that was drawn is zero."""
         check_start(self, start)
         source = generator(self.seed, counted(memory))
-        shape, factors = tuple(operand.dense.shape), list(start.factors)
+        shape, factors, rows = operand.shape, list(start.factors), operand.rows
         needed = {n: self.count(shape, n, u.shape[-1]) for n, u in enumerate(factors) if u is not None}
         drawn = self._indices(shape, max(needed.values()), source, memory) if self.fibres == "energy" else None
         for n, count in needed.items():
             u = factors[n]
             assert u is not None
             columns, weights = self._columns(shape, n, count, source, drawn)
-            x = unit_size(operand.sample(n, columns.to(u.device)))
-            x = x if weights is None else x * weights.sqrt().to(u)
-            factors[n] = torch.where(x.any(), leading_directions(x, 0, u.shape[-1]), u)
+            x = unit_size(operand.sample(n, columns.to(u.device, non_blocking=True)), rows)
+            x = x if weights is None else x * weights.sqrt().to(u).unsqueeze(-2)
+            factors[n] = unless_zero(x, leading_directions(x, 0, u.shape[-1], rows=rows), u, rows)
         return ModeFrame(tuple(factors))
 
     def count(self, shape: tuple[int, ...], mode: int, rank: int) -> int:
@@ -108,27 +111,31 @@ class NystroemTucker:
     def draw(
         self, shape: tuple[int, ...], mode: int, count: int, source: torch.Generator, memory: Memory
     ) -> tuple[Tensor, Tensor | None]:
-        """Columns of the unfolding in ``mode``, (count,), and their weights; None where all are equal."""
+        """Columns of the unfolding in ``mode``, (*rows, count), and their weights; None where all are equal.
+
+        Columns that do not depend on energies are the same for all rows, (count,).
+        """
         drawn = self._indices(shape, count, source, memory) if self.fibres == "energy" else None
         return self._columns(shape, mode, count, source, drawn)
 
     def _indices(
         self, shape: tuple[int, ...], count: int, source: torch.Generator, memory: Memory
     ) -> tuple[Tensor, Tensor]:
-        """An index along each mode, (N, count), and its probability by energy; every fifth one is uniform."""
+        """An index along each mode, (N, *rows, count), and its probability by energy; every fifth one is uniform."""
         chances = torch.rand((len(shape), count), generator=source, dtype=torch.float64)
-        chances = chances.to(memory[f"{_ENERGY}0"].device)
+        chances = chances.to(memory[f"{_ENERGY}0"].device, non_blocking=True)
         evenly = torch.arange(count, device=chances.device) % _UNIFORM_EVERY == 0
         indices: list[Tensor] = []
         densities: list[Tensor] = []
         for m, (d, chance) in enumerate(zip(shape, chances, strict=True)):
             energy = memory[f"{_ENERGY}{m}"].double()
-            steps = torch.where(energy.any(), energy, 1.0).cumsum(0)
-            steps = steps / steps[-1]
-            index = torch.where(evenly, (chance * d).long(), torch.searchsorted(steps, chance, right=True))
+            steps = torch.where(energy.any(-1, keepdim=True), energy, 1.0).cumsum(-1)
+            steps = steps / steps[..., -1:]
+            sought = chance.expand(*steps.shape[:-1], count).contiguous()
+            index = torch.where(evenly, (chance * d).long(), torch.searchsorted(steps, sought, right=True))
             index = index.clamp_max(d - 1)
             indices.append(index)
-            densities.append(steps.diff(prepend=steps.new_zeros(1))[index])
+            densities.append(steps.diff(prepend=steps.new_zeros(*steps.shape[:-1], 1)).gather(-1, index))
         return torch.stack(indices), torch.stack(densities)
 
     def _columns(
@@ -146,7 +153,7 @@ class NystroemTucker:
             return torch.arange(total), None
         if drawn is None:
             return torch.randperm(total, generator=source)[:count], None
-        indices, densities = (x[:, :count] for x in drawn)
+        indices, densities = (x[..., :count] for x in drawn)
         columns, density = torch.zeros_like(indices[0]), torch.ones_like(densities[0])
         for m in others:
             columns = columns * shape[m] + indices[m]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import norm, orthonormalize
+from ..linalg import norm, orthonormalize, over
 from ..validate import check_choice, check_float
-from .base import Memory, Memoryless, check_start
+from .base import Memory, Memoryless, check_start, peak
 from .operand import Operand
 from .power import Power
 
@@ -33,6 +33,7 @@ class Oja(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     rate: float = 1.0
@@ -52,7 +53,8 @@ class Oja(Memoryless):
 
     def _turned(self, operand: Operand, mode: int, u: Tensor) -> Tensor:
         z = operand.contract(mode, u)
-        size = z.abs().amax().clamp_min(torch.finfo(z.dtype).tiny)
-        z = z.div_(size)
-        energy = norm(z).square().clamp_min(1) / (self.rate * u.shape[-1])  # z has an entry of size 1, or is zero
-        return orthonormalize(operand.correlate(mode, z).div_(size).div_(energy).add_(u))
+        size = peak(z, operand.rows).clamp_min(torch.finfo(z.dtype).tiny)
+        z = z.div_(over(size, z))
+        # z has an entry of size 1, or is zero.
+        energy = norm(z, operand.rows).square().clamp_min(1) / (self.rate * u.shape[-1])
+        return orthonormalize(operand.correlate(mode, z).div_(over(size, u)).div_(over(energy, u)).add_(u))

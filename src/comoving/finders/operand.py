@@ -10,24 +10,25 @@ from torch import Tensor
 
 from ..draws import gaussian
 from ..frames import Frame, ModeFrame, Overlap
-from ..linalg import all_but_one, correlate, gram, inner, multilinear, norm
+from ..linalg import all_but_one, correlate, gram, inner, multilinear, norm, over
 
 
 @dataclass(frozen=True)
 class Operand:
-    """O = share * x + F w, with x dense, and w the coordinates of a second term in a frame F.
+    """O = share * x + F w, with x dense, and w the coordinates of a second term in a frame F; or a row of them.
 
     Finders see it only through contractions, so that F w is not formed for a matrix with one compressed side, and so
     that ranks that share the work would have one place to sum over.
 
     Args:
-        dense: x of shape (d_1, ..., d_N).
+        dense: x of shape (*rows, d_1, ..., d_N).
         share: the factor of x.
         frame: F, or None where there is no second term.
         core: w in F's coordinates, or None.
         inside: F^H x where it is known already, or None.
         past: the frame so far and the rule's momentum in it, for finders that follow momentum in ways of their own;
             None where the parameter had no frame before.
+        rows: leading dimensions that count rows; each row is an operand of its own, and share is that of all.
     """
 
     dense: Tensor
@@ -36,6 +37,7 @@ class Operand:
     core: Tensor | None = None
     inside: Tensor | None = None
     past: tuple[Frame, Tensor] | None = None
+    rows: int = 0
 
     def mix(self, share: float, frame: Frame, core: Tensor) -> "Operand":
         """share * O + F core; the frame must be O's own where O has one."""
@@ -50,13 +52,13 @@ class Operand:
         return replace(self, inside=self.frame.project(self.dense))
 
     def norm(self) -> Tensor:
-        """|O|, a real scalar, from |share x + F w|^2 = share^2 |x|^2 + 2 share Re<F^H x, w> + |w|^2."""
+        """|O|, real, (*rows), from |share x + F w|^2 = share^2 |x|^2 + 2 share Re<F^H x, w> + |w|^2."""
         if self.frame is None or self.core is None:
-            return norm(self.dense) * self.share
+            return norm(self.dense, self.rows) * self.share
         inside = self.frame.project(self.dense) if self.inside is None else self.inside
-        first, second = norm(self.dense) * self.share, norm(self.core)
+        first, second = norm(self.dense, self.rows) * self.share, norm(self.core, self.rows)
         unit = torch.maximum(first, second).clamp_min(torch.finfo(first.dtype).tiny)  # squares leave float32's range
-        cross = inner(inside * (self.share / unit), self.core / unit)
+        cross = inner(inside * over(self.share / unit, inside), self.core / over(unit, self.core), self.rows)
         return unit * ((first / unit).square() + (second / unit).square() + 2 * cross).clamp_min(0).sqrt()
 
     def project(self, frame: Frame, overlap: Overlap | None) -> Tensor:
@@ -69,18 +71,23 @@ class Operand:
     @property
     def order(self) -> int:
         """N, the number of modes."""
-        return self.dense.ndim
+        return self.dense.ndim - self.rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d_1, ..., d_N), the shape of one row."""
+        return tuple(self.dense.shape[self.rows :])
 
     def full(self) -> Tensor:
         """O as one dense tensor, formed at the first call."""
         return self._formed
 
     def gram(self, mode: int) -> Tensor:
-        """O_(n) O_(n)^H, (d_n, d_n)."""
+        """O_(n) O_(n)^H, (*rows, d_n, d_n)."""
         return gram(self._formed, mode, self.order)
 
     def contract(self, mode: int, factor: Tensor) -> Tensor:
-        """O x_n factor^H, factor of shape (d_n, r): mode n becomes r long."""
+        """O x_n factor^H, factor of shape (*rows, d_n, r): mode n becomes r long."""
         down: list[Tensor | None] = [None] * self.order
         down[mode] = factor.mH
         side = self._side
@@ -96,38 +103,47 @@ class Operand:
 
     def columns(self, mode: int) -> int:
         """How many columns the unfolding O_(n) has."""
-        return self.dense.numel() // self.dense.shape[mode]
+        return prod(self.shape) // self.shape[mode]
 
     def sketch(self, mode: int, count: int, *key: int) -> Tensor:
-        """O_(n) W, (d_n, count), with Gaussian W of a generator that is seeded from the integers."""
-        shape = tuple(count if n == mode else d for n, d in enumerate(self.dense.shape))
+        """O_(n) W, (*rows, d_n, count), with Gaussian W, one for all rows, that is seeded from the integers."""
+        shape = tuple(count if n == mode else d for n, d in enumerate(self.shape))
         return self.correlate(mode, gaussian(shape, self.dense, *key))
 
     def correlate(self, mode: int, z: Tensor) -> Tensor:
-        """O_(n) Z_(n)^H, (d_n, r), for z of O's shape but r long in mode n."""
+        """O_(n) Z_(n)^H, (*rows, d_n, r), for z of O's shape, or of one row's, but r long in mode n."""
         side = self._side
         if side is None or self.core is None:
             return correlate(self._formed, z, mode, self.order)
         result = correlate(self.dense, z, mode, self.order)
         down = [u.mH if u is not None and n != mode else None for n, u in enumerate(side.factors)]
+        if z.ndim < self.core.ndim:
+            z = z.expand(*self.core.shape[: self.rows], *z.shape)
         small = correlate(self.core, multilinear(z, down), mode, self.order)
         own = side.factors[mode]
         return result.mul_(self.share).add_(small if own is None else own @ small)
 
     def sample(self, mode: int, columns: Tensor) -> Tensor:
-        """These columns of the unfolding O_(n), (d_n, s).
+        """These columns of the unfolding O_(n), (*rows, d_n, s).
 
         Fewer than 0.5% of them are lifted on their own; more cost as much as O, which is then formed once for all.
 
         Args:
             mode: n.
-            columns: (s,) int64, from 0 up to the product of the other modes, whose indices they count in their order.
+            columns: (s,) int64 for all rows, or (*rows, s), from 0 up to the product of the other modes, whose indices
+                they count in their order.
         """
-        few = 200 * len(columns) * self.dense.shape[mode] < self.dense.numel() and "_formed" not in self.__dict__
+        shape, rows = self.shape, self.rows
+        few = 200 * columns.shape[-1] * shape[mode] < prod(shape) and "_formed" not in self.__dict__
         if not few or not isinstance(self.frame, ModeFrame) or self.core is None:
-            return fibres(self._formed, mode, columns)
-        result = fibres(self.dense, mode, columns).mul_(self.share)
-        return result.add_(_lifted_fibres(self.frame.factors, self.core, mode, columns, self.dense.shape))
+            return fibres(self._formed, mode, columns, rows)
+        result, factors = fibres(self.dense, mode, columns, rows).mul_(self.share), self.frame.factors
+        if not rows:
+            return result.add_(_lifted_fibres(factors, self.core, mode, columns, shape))
+        for b, (into, core) in enumerate(zip(result, self.core, strict=True)):
+            own = [None if u is None else u[b] for u in factors]
+            into.add_(_lifted_fibres(own, core, mode, columns[b] if columns.ndim > 1 else columns, shape))
+        return result
 
     def sketches(self, matrices: Sequence[Tensor | None], modes: Iterable[int]) -> dict[int, Tensor]:
         """O x_m A_m over all modes m but n, for each n in ``modes``; see :func:`comoving.linalg.all_but_one`."""
@@ -156,9 +172,13 @@ class Operand:
         return frame if isinstance(frame, ModeFrame) and sum(u is not None for u in frame.factors) == 1 else None
 
 
-def fibres(x: Tensor, mode: int, columns: Tensor) -> Tensor:
-    """Columns of the unfolding X_(n), (d_n, s): fibres of the tensor along mode n."""
-    after = prod(x.shape[mode + 1 :])
+def fibres(x: Tensor, mode: int, columns: Tensor, rows: int = 0) -> Tensor:
+    """Columns, (s,) or (*rows, s), of the unfolding X_(n), (*rows, d_n, s): fibres of the tensor along mode n."""
+    after = prod(x.shape[rows + mode + 1 :])
+    if rows:
+        blocks = x.reshape(x.shape[0], -1, x.shape[rows + mode], after)
+        which = torch.arange(len(x), device=columns.device).unsqueeze(-1)
+        return blocks[which, columns // after, :, columns % after].mT
     blocks = x.reshape(-1, x.shape[mode], after)
     return blocks[columns // after, :, columns % after].mT
 

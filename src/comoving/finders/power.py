@@ -9,7 +9,7 @@ from torch import Tensor
 from ..frames import ModeFrame
 from ..linalg import leading_directions, orthonormalize, to_unit, unit_size
 from ..validate import check_choice, check_float, check_int
-from .base import Memory, Memoryless, check_start
+from .base import Memory, Memoryless, check_start, unless_zero
 from .exact import Exact
 from .operand import Operand
 
@@ -32,6 +32,7 @@ class Power(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     iterations: int = 1
@@ -52,12 +53,12 @@ class Power(Memoryless):
         if not warm and self.start == "exact":
             return Exact().find(operand, start, warm, memory)
         count = self.iterations if warm else self.cold
-        factors = list(start.factors)
-        short = {n for n, u in enumerate(factors) if u is not None and u.shape[0] <= self.exact_up_to}
-        x = unit_size(operand.full()) if short else None
+        factors, rows = list(start.factors), operand.rows
+        short = {n for n, u in enumerate(factors) if u is not None and u.shape[-2] <= self.exact_up_to}
+        x = unit_size(operand.full(), rows) if short else None
         for n, u in enumerate(factors):
             if u is not None and n in short and x is not None:
-                factors[n] = torch.where(x.any(), leading_directions(x, n, u.shape[-1]), u)
+                factors[n] = unless_zero(x, leading_directions(x, n, u.shape[-1], rows=rows), u, rows)
             elif u is not None:
                 factors[n] = _iterate(operand, n, u, count)
         return ModeFrame(tuple(factors))
@@ -65,7 +66,7 @@ class Power(Memoryless):
 
 def _iterate(operand: Operand, mode: int, u: Tensor, count: int) -> Tensor:
     for _ in range(count):
-        p = to_unit(operand.correlate(mode, to_unit(operand.contract(mode, u))))
+        p = to_unit(operand.correlate(mode, to_unit(operand.contract(mode, u), operand.rows)), operand.rows)
         # The trace of u holds the directions that O leaves open.
         u = orthonormalize(p.add_(u, alpha=4 * torch.finfo(p.dtype).eps))
     return u

@@ -16,6 +16,7 @@ class RandomProjection(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (SeededFrame,)
+    batched: ClassVar[bool] = False
 
     @property
     def momentum(self) -> float:

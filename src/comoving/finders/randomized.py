@@ -9,9 +9,9 @@ from torch import Tensor
 from ..codecs import Part
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_singular, orthonormalize, reorthonormalize, to_unit, unfold
+from ..linalg import leading_singular, orthonormalize, over, reorthonormalize, to_unit, unfold
 from ..validate import check_float, check_int
-from .base import DRAWS, Memory, check_start, counted, drawing
+from .base import DRAWS, Memory, check_start, counted, drawing, peak
 from .operand import Operand
 
 
@@ -31,6 +31,7 @@ class Randomized:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     oversampling: int = 8
@@ -47,7 +48,7 @@ class Randomized:
         """How often a sketch was drawn."""
         return {DRAWS: drawing}
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Nothing to note."""
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
@@ -59,11 +60,13 @@ class Randomized:
         )
 
     def _leading(self, operand: Operand, mode: int, start: Tensor, count: int) -> Tensor:
-        d, rank = start.shape
+        d, rank = start.shape[-2:]
+        rows = operand.rows
         width = min(rank + self.oversampling, d, max(rank, operand.columns(mode)))
-        q = orthonormalize(to_unit(operand.sketch(mode, width, self.seed, count, mode)))
+        q = orthonormalize(to_unit(operand.sketch(mode, width, self.seed, count, mode), rows))
         for _ in range(self.passes):
-            q = orthonormalize(to_unit(operand.correlate(mode, to_unit(operand.contract(mode, q)))))
+            seen = to_unit(operand.contract(mode, q), rows)
+            q = orthonormalize(to_unit(operand.correlate(mode, seen), rows))
         inside = unfold(operand.contract(mode, q), mode, operand.order)
-        vectors, _ = leading_singular(to_unit(inside), rank)
-        return torch.where(inside.abs().amax() > 0, reorthonormalize(q @ vectors), start)
+        vectors, _ = leading_singular(to_unit(inside, rows), rank)
+        return torch.where(over(peak(inside, rows) > 0, start), reorthonormalize(q @ vectors), start)

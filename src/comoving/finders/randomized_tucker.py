@@ -13,7 +13,7 @@ from ..frames import ModeFrame
 from ..frames.base import Ranks
 from ..linalg import leading_directions, unit_size
 from ..validate import check_float, check_int
-from .base import DRAWS, Memory, check_start, counted, drawing
+from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
 from .kronecker import gaussians, widths
 from .operand import Operand
 from .sequential import by_shrinkage
@@ -37,6 +37,7 @@ class RandomizedTucker:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     oversampling: int = 8
@@ -53,7 +54,7 @@ class RandomizedTucker:
         """The number of refreshes so far, "draws"."""
         return {DRAWS: drawing}
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Nothing to note."""
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
@@ -67,24 +68,27 @@ class RandomizedTucker:
             assert u is not None
             factors[n] = found = self._leading(operand, n, u, source)
             if waiting:
-                operand = Operand(operand.contract(n, found))
+                operand = Operand(operand.contract(n, found), rows=operand.rows)
         return ModeFrame(tuple(factors))
 
     def _leading(self, operand: Operand, mode: int, start: Tensor, source: torch.Generator) -> Tensor:
-        (d, rank), shape = start.shape, tuple(operand.dense.shape)
+        (d, rank), shape, rows = start.shape[-2:], operand.shape, operand.rows
         width = min(rank + self.oversampling, prod(shape) // d)
         if width >= d or width < rank:
-            x = unit_size(operand.full())
-            return torch.where(x.any(), leading_directions(x, mode, rank), start)
+            x = unit_size(operand.full(), rows)
+            return unless_zero(x, leading_directions(x, mode, rank, rows=rows), start, rows)
         matrices = gaussians(shape, widths(shape, {mode: width}), source, operand.dense)
-        y = unit_size(operand.sketches(matrices, (mode,))[mode])
-        seen, basis = y.any(), leading_directions(y, mode, width)
+        sketch = unit_size(operand.sketches(matrices, (mode,))[mode], rows)
+        basis = leading_directions(sketch, mode, width, rows=rows)
         small: Tensor | None = None
         for _ in range(1, self.passes):
             if small is None:
-                small = unit_size(operand.contract(mode, basis))
+                small = unit_size(operand.contract(mode, basis), rows)
             else:
-                y, small = unit_size(operand.correlate(mode, small)), None
-                basis = leading_directions(y, 0, width)
-        found = basis[:, :rank].contiguous() if small is None else basis @ leading_directions(small, mode, rank)
-        return torch.where(seen, found, start)
+                y, small = unit_size(operand.correlate(mode, small), rows), None
+                basis = leading_directions(y, 0, width, rows=rows)
+        if small is None:
+            found = basis[..., :rank].contiguous()
+        else:
+            found = basis @ leading_directions(small, mode, rank, rows=rows)
+        return unless_zero(sketch, found, start, rows)

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
 from ..linalg import Method, leading_directions, multilinear, unit_size
 from ..validate import check_choice, check_float
-from .base import Memory, Memoryless, check_start
+from .base import Memory, Memoryless, check_start, unless_zero
 from .operand import Operand
 
 
@@ -27,6 +26,7 @@ class SequentialHOSVD(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     momentum: float = 0.9
     method: Method = "gram"
@@ -38,20 +38,26 @@ class SequentialHOSVD(Memoryless):
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Decompose anew; ``start`` only serves where the operand is zero."""
         check_start(self, start)
-        return ModeFrame(sweep(unit_size(operand.full()), (None,) * operand.order, start.factors, self.method))
+        x = unit_size(operand.full(), operand.rows)
+        return ModeFrame(sweep(x, (None,) * operand.order, start.factors, self.method, operand.rows))
 
 
 def sweep(
-    x: Tensor, known: tuple[Tensor | None, ...], start: tuple[Tensor | None, ...], method: Method = "gram"
+    x: Tensor,
+    known: tuple[Tensor | None, ...],
+    start: tuple[Tensor | None, ...],
+    method: Method = "gram",
+    rows: int = 0,
 ) -> tuple[Tensor | None, ...]:
     """One factor after the other, from x projected on the new factors so far and on the known ones of modes to come.
 
     Args:
-        x: the tensor, with entries of about 1.
+        x: the tensor, (*rows, d_1, ..., d_N), with entries of about 1.
         known: U_n to project on until a new one is there, or None: all None for the sequentially truncated HOSVD, the
             last factors for a sweep of HOOI.
         start: orthonormal, of the wanted ranks: kept where nothing is to be seen; None where the mode is whole.
         method: of :func:`comoving.linalg.leading_directions`.
+        rows: leading dimensions of x that count rows.
     """
     factors = list(start)
     waiting = by_shrinkage(start)
@@ -60,14 +66,14 @@ def sweep(
         u = start[n]
         assert u is not None
         seen = multilinear(x, [k.mH if m in waiting and k is not None else None for m, k in enumerate(known)])
-        found = torch.where(seen.any(), leading_directions(seen, n, u.shape[-1], method), u)
+        found = unless_zero(seen, leading_directions(seen, n, u.shape[-1], method, rows), u, rows)
         factors[n] = found
         if waiting:
-            x = multilinear(x, [found.mH if m == n else None for m in range(x.ndim)])
+            x = multilinear(x, [found.mH if m == n else None for m in range(len(start))])
     return tuple(factors)
 
 
 def by_shrinkage(factors: tuple[Tensor | None, ...]) -> list[int]:
     """The compressed modes, that of the smallest r_n/d_n first."""
-    shares = {n: u.shape[1] / u.shape[0] for n, u in enumerate(factors) if u is not None}
+    shares = {n: u.shape[-1] / u.shape[-2] for n, u in enumerate(factors) if u is not None}
     return sorted(shares, key=lambda n: shares[n])

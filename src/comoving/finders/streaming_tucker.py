@@ -11,7 +11,7 @@ from ..frames import ModeFrame
 from ..frames.base import Ranks
 from ..linalg import all_but_one, leading_directions, unit_size
 from ..validate import check_float, check_int
-from .base import Memory, check_start
+from .base import Memory, check_start, unless_zero
 from .kronecker import fixed_gaussians, widths
 from .operand import Operand
 
@@ -44,6 +44,7 @@ class StreamingTucker:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    batched: ClassVar[bool] = True
 
     decay: float = 0.9
     oversampling: int = 8
@@ -68,32 +69,33 @@ class StreamingTucker:
             f"{_SKETCH}{n}": Part((*k[:n], shape[n], *k[n + 1 :]), dtype) for n, r in enumerate(ranks) if r is not None
         }
 
-    def observe(self, gradient: Tensor, memory: Memory) -> None:
+    def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """S_n <- decay S_n + G x_m A_m."""
         modes = _modes(memory)
-        for n, fresh in all_but_one(gradient, self._matrices(gradient, memory), modes).items():
+        for n, fresh in all_but_one(gradient, self._matrices(gradient, memory, rows), modes).items():
             memory[f"{_SKETCH}{n}"].mul_(self.decay).add_(fresh)
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Leading directions of the sketches, ``start`` where a sketch is zero."""
         check_start(self, start)
-        modes = _modes(memory)
-        fresh = operand.sketches(self._matrices(operand.dense, memory), modes) if self.newest > 0 else {}
+        modes, rows = _modes(memory), operand.rows
+        fresh = operand.sketches(self._matrices(operand.dense, memory, rows), modes) if self.newest > 0 else {}
         factors = list(start.factors)
         for n in modes:
             u, sketch = factors[n], memory[f"{_SKETCH}{n}"]
             assert u is not None
             if n in fresh:  # an eighth of the sum, which may leave the range
                 sketch = sketch.mul(0.125).add_(fresh[n], alpha=0.125 * self.newest)
-            sketch = unit_size(sketch)
-            factors[n] = torch.where(sketch.any(), leading_directions(sketch, n, u.shape[-1]), u)
+            sketch = unit_size(sketch, rows)
+            factors[n] = unless_zero(sketch, leading_directions(sketch, n, u.shape[-1], rows=rows), u, rows)
         return ModeFrame(tuple(factors))
 
-    def _matrices(self, like: Tensor, memory: Memory) -> tuple[Tensor | None, ...]:
+    def _matrices(self, like: Tensor, memory: Memory, rows: int) -> tuple[Tensor | None, ...]:
         """The A_m, whose sizes are those of the sketches; none for the only compressed mode, which nobody contracts."""
-        shape, k = tuple(like.shape), list(like.shape)
+        shape = tuple(like.shape[rows:])
+        k = list(shape)
         for n in _modes(memory):
-            size = memory[f"{_SKETCH}{n}"].shape
+            size = memory[f"{_SKETCH}{n}"].shape[rows:]
             k = [size[m] if m != n else k[m] for m in range(len(k))]
         return fixed_gaussians(shape, tuple(k), self.seed, like.dtype, like.device)
 

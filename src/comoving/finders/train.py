@@ -29,6 +29,7 @@ class TrainSVD(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (BondFrame,)
+    batched: ClassVar[bool] = False
 
     momentum: float = 0.0
     method: Method = "gram"
@@ -65,6 +66,7 @@ class TrainRandomized(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (BondFrame,)
+    batched: ClassVar[bool] = False
 
     momentum: float = 0.0
     oversampling: int = 8
@@ -119,6 +121,7 @@ class TrainIncrement(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (BondFrame,)
+    batched: ClassVar[bool] = False
 
     momentum: float = 0.0
     columns: int = 8

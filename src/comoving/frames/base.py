@@ -1,7 +1,7 @@
 """What the engine asks of a frame, and of the part that says how frames are laid out on a tensor."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Frame(Protocol):
         ...
 
     def defect(self) -> Tensor:
-        """The largest entry of |F^H F - I| over the stored factors, a real scalar."""
+        """The largest entry of |F^H F - I| over the stored factors, a real scalar, or one for each row."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -53,6 +53,9 @@ class Layout(Protocol):
 
     A class attribute ``makes``, the type of its frames, lets finders that do not fill them be refused at once.
     """
+
+    batched: ClassVar[bool]
+    """Whether its frames may be stacked: tensors with rows in front, each framed as it would be alone."""
 
     def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> Ranks:
         """The ranks for a tensor of this shape; all None where no mode is worth compressing.

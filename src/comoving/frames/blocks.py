@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Blocks:
         mode: along which the blocks lie, >= 0.
         inner: the layout of each block's frame.
     """
+
+    batched: ClassVar[bool] = False
 
     mode: int = 0
     inner: Layout = field(default_factory=Modes)

@@ -108,6 +108,7 @@ class Bonded(ABC):
     """
 
     makes: ClassVar[type[BondFrame]] = BondFrame
+    batched: ClassVar[bool] = False
 
     @abstractmethod
     def template(self, shape: tuple[int, ...]) -> BondFrame:

@@ -22,6 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..draws import sent
 from ..linalg import orthonormalize
 
 
@@ -257,7 +258,7 @@ def fill(
     if rank == template.size:
         return Interface(template.sizes, None, children)
     rows = tuple(child.rank for child in children) or template.sizes
-    fresh = torch.randn((*rows, rank), generator=generator, dtype=torch.float64).to(like)
+    fresh = sent(torch.randn((*rows, rank), generator=generator, dtype=torch.float64), like)
     if older is not None:
         known = older.stored(like)
         if children:  # in the new bases of the children

@@ -1,14 +1,15 @@
 """Mode-wise (Tucker) frames: one orthonormal factor per compressed mode, every other mode whole."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..draws import sent
 from ..linalg import add_multilinear, multilinear, orthogonality_defect, orthonormalize
 from ..validate import check_choice, check_int
 from .base import SIDES, Rank, Ranks, Side
@@ -17,12 +18,13 @@ from .overlap import Overlap
 
 @dataclass(frozen=True)
 class ModeFrame:
-    """U = (U_1, ..., U_N), U_n of shape (d_n, r_n) with orthonormal columns, or None where the mode is whole.
+    """U = (U_1, ..., U_N), U_n of shape (*rows, d_n, r_n) with orthonormal columns, or None where the mode is whole.
 
-    project  z = g x_1 U_1^H ... x_N U_N^H        (d_1, ..., d_N) -> (r_1, ..., r_N)
-    lift     F z = z x_1 U_1 ... x_N U_N          (r_1, ..., r_N) -> (d_1, ..., d_N)
+    project  z = g x_1 U_1^H ... x_N U_N^H        (*rows, d_1, ..., d_N) -> (*rows, r_1, ..., r_N)
+    lift     F z = z x_1 U_1 ... x_N U_N          (*rows, r_1, ..., r_N) -> (*rows, d_1, ..., d_N)
 
-    All factors None is the whole frame, the identity. Factors and operands share one dtype, real or complex.
+    A frame with rows is as many frames of the same ranks, one for each row of a batch of tensors. All factors None is
+    the whole frame, the identity. Factors and operands share one dtype, real or complex.
     """
 
     factors: tuple[Tensor | None, ...]
@@ -31,6 +33,11 @@ class ModeFrame:
     def ranks(self) -> Ranks:
         """r_n per mode, None where the mode is whole."""
         return tuple(None if u is None else u.shape[-1] for u in self.factors)
+
+    @classmethod
+    def stack(cls, frames: Sequence[Any]) -> Self:
+        """Frames without rows, of the same ranks, as the rows of one: U_n of shape (len(frames), d_n, r_n)."""
+        return cls(stacked([frame.factors for frame in frames]))
 
     def project(self, x: Tensor) -> Tensor:
         """The coordinates F^H x."""
@@ -45,7 +52,7 @@ class ModeFrame:
         return add_multilinear(out, z, self.factors, alpha, beta)
 
     def overlap(self, older: "ModeFrame") -> Overlap:
-        """R_n = U'_n^H U_n per mode, (r'_n, r_n), U' this frame and U the older one; None where both are whole.
+        """R_n = U'_n^H U_n per mode, (*rows, r'_n, r_n), U' this frame and U the older one; None where both are whole.
 
         A whole side counts as the identity: R_n = U'_n^H when only the older frame is whole there, U_n when only this
         one is.
@@ -61,13 +68,22 @@ class ModeFrame:
         )
 
     def defect(self) -> Tensor:
-        """The largest max |U_n^H U_n - I| over the modes, a real scalar; 0 for the whole frame."""
+        """The largest max |U_n^H U_n - I| over the modes, real, (*rows); 0 for the whole frame, which has no rows."""
         defects = [orthogonality_defect(u) for u in self.factors if u is not None]
-        return torch.stack(defects).amax() if defects else torch.zeros(())
+        return torch.stack(defects).amax(0) if defects else torch.zeros(())
 
     def tensors(self) -> dict[str, Tensor]:
         """What the optimizer's state stores: {"frame.n": U_n} for the compressed modes."""
         return {f"frame.{n}": u for n, u in enumerate(self.factors) if u is not None}
+
+
+def stacked(of_rows: Sequence[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """For each mode, the tensors of all rows as one, None where they have none."""
+    modes = list[Tensor | None]()
+    for mode in zip(*of_rows, strict=True):
+        given = [x for x in mode if x is not None]
+        modes.append(torch.stack(given) if given else None)
+    return tuple(modes)
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ class Modes:
     """
 
     makes: ClassVar[type[ModeFrame]] = ModeFrame
+    batched: ClassVar[bool] = True
 
     min_size: int = 8
 
@@ -142,15 +159,16 @@ class Modes:
         Args:
             like: a tensor of the shape, dtype and device to be framed.
             ranks: r_n per mode.
-            older: the frame so far, whose leading directions are kept, or None.
+            older: the frame so far, whose leading directions are kept, or None. One with rows must have these ranks.
             seed: of the Gaussian directions that fill up; drawn on the CPU, hence equal on all devices and ranks.
         """
         generator = torch.Generator().manual_seed(seed)
-        known = older.factors if older is not None else (None,) * like.ndim
+        known = older.factors if older is not None else (None,) * len(ranks)
+        sizes = like.shape[like.ndim - len(ranks) :]
         return ModeFrame(
             tuple(
                 None if r is None else _fill(u, d, r, like, generator)
-                for d, r, u in zip(like.shape, ranks, known, strict=True)
+                for d, r, u in zip(sizes, ranks, known, strict=True)
             )
         )
 
@@ -172,7 +190,7 @@ def _fill(u: Tensor | None, d: int, r: int, like: Tensor, generator: torch.Gener
         return u  # measured when it was found, mended when it was loaded
     kept = like.new_empty((d, 0)) if u is None else u[:, :r]
     fresh = torch.randn((d, r - kept.shape[-1]), generator=generator, dtype=torch.float64)
-    return orthonormalize(torch.cat([kept, fresh.to(like)], dim=-1))
+    return orthonormalize(torch.cat([kept, sent(fresh, like)], dim=-1))
 
 
 def check_rank(rank: object) -> None:

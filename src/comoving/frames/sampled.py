@@ -1,6 +1,6 @@
 """Frames that are sampled from a known basis or drawn from a seed: the state holds integers only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -12,7 +12,7 @@ from ..draws import gaussian, scramble
 from ..linalg import cosine_columns, orthonormalize
 from ..validate import check_choice
 from .base import Ranks
-from .modes import ModeFrame, Modes
+from .modes import ModeFrame, Modes, stacked
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,24 @@ class CosineFrame(ModeFrame):
 
     Args:
         factors: the columns.
-        indices: which ones, (r_n,) int64, or None where the mode is whole.
+        indices: which ones, (*rows, r_n) int64, or None where the mode is whole.
     """
 
     indices: tuple[Tensor | None, ...]
 
     @classmethod
     def of(cls, indices: tuple[Tensor | None, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Self:
-        """The frame of these columns, built."""
+        """The frame of these columns, built; the shape is that of one row."""
         pairs = zip(indices, shape, strict=True)
         return cls(tuple(None if k is None else cosine_columns(d, k, dtype) for k, d in pairs), indices)
 
+    @classmethod
+    def stack(cls, frames: Sequence[Any]) -> Self:
+        """Frames without rows, of the same ranks, as the rows of one."""
+        return cls(stacked([frame.factors for frame in frames]), stacked([frame.indices for frame in frames]))
+
     def tensors(self) -> dict[str, Tensor]:
-        """{"frame.n.indices": (r_n,)} for the compressed modes."""
+        """{"frame.n.indices": (*rows, r_n)} for the compressed modes."""
         return {f"frame.{n}.indices": k for n, k in enumerate(self.indices) if k is not None}
 
 
@@ -72,7 +77,7 @@ def _extended(kept: Tensor | None, d: int, r: int, device: torch.device) -> Tens
     every = torch.arange(d, device=device)
     if kept is None:
         return every[:r].clone()  # a slice would keep all of them alive
-    order = torch.isin(every, kept).long().argsort(stable=True)
+    order = torch.zeros_like(every).index_fill_(0, kept, 1).argsort(stable=True)
     return torch.cat([kept[:r], every[order][: max(0, r - kept.shape[0])]])
 
 
@@ -133,6 +138,7 @@ class Seeded(Modes):
 
     stored: bool = False
     makes: ClassVar[type[ModeFrame]] = SeededFrame
+    batched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -174,6 +174,7 @@ class SparseModes:
 
     makes: ClassVar[type[SparseFrame]] = SparseFrame
     modal: ClassVar[bool] = False
+    batched: ClassVar[bool] = False
 
     block: int = 2
     density: float = 0.5

@@ -170,19 +170,18 @@ def composition(r: Random) -> dict[str, Any]:
     if isinstance(rule, Scheduled):
         transport = r.choice((Keep(), Reset()))
     residual = r.choice(RESIDUALS)(r) if r.random() < 0.75 else Discard()
-    linear = getattr(rule, "linear", True)
-    while (isinstance(residual, Feedback) and not linear) or (
+    while (isinstance(residual, Feedback) and not rule.linear) or (
         isinstance(residual, Sparse) and isinstance(transport, Reset) and residual.statistics != "reset"
     ):
         residual = r.choice(RESIDUALS)(r)
-    while finder.momentum > 0 and not linear:
+    while finder.momentum > 0 and not rule.linear:
         frame, finder = _subspace(r, modal)
     parts = {"frame": frame, "finder": finder, "transport": transport, "rule": rule, "residual": residual}
     if r.random() < 0.25:
         parts["precondition"] = r.choice(PRECONDITIONERS)(r)
     if r.random() < 0.4:
         parts["codec"] = r.choice(CODECS)(r)
-    if r.random() < 0.35 and not getattr(rule, "definite", False):
+    if r.random() < 0.35 and not rule.definite:
         parts["moments"] = r.choice(CODECS)(r)
     if r.random() < 0.25 and isinstance(frame, Modes | SparseModes) and type(frame) not in (Cosines, Seeded):
         parts["bases"] = r.choice(CODECS[:-1])(r)

@@ -2,10 +2,20 @@
 
 from .checks import trouble
 from .cosine import cosine_columns, cosine_transform
-from .decompositions import WIDE, eigh, pinv, qr, qr_triangle, svd
-from .entries import abs_squared, inner, largest, lerp, lerp_, norm, pairs, quotient, sgn_
+from .decompositions import WIDE, asks_host, eigh, pinv, qr, qr_triangle, svd
+from .entries import abs_squared, each_row, inner, largest, lerp, lerp_, norm, over, pairs, quotient, sgn_
 from .incremental import incremental_qr
-from .kronecker import InverseRoot, add_gram, bounded, inverse_root, leading_basis, multiply_factors, turned_basis
+from .kronecker import (
+    InverseRoot,
+    add_gram,
+    bounded,
+    in_order,
+    inverse_root,
+    leading_basis,
+    multiply_factors,
+    standing_root,
+    turned_basis,
+)
 from .leading import Method, leading_directions, unit_size
 from .multilinear import add_multilinear, all_but_one, correlate, gram, multilinear, unfold
 from .nystrom import nystrom_tucker
@@ -29,12 +39,15 @@ __all__ = [
     "add_gram",
     "add_multilinear",
     "all_but_one",
+    "asks_host",
     "bounded",
     "correlate",
     "cosine_columns",
     "cosine_transform",
+    "each_row",
     "eigh",
     "gram",
+    "in_order",
     "inner",
     "largest",
     "incremental_qr",
@@ -52,6 +65,7 @@ __all__ = [
     "nystrom_tucker",
     "orthogonality_defect",
     "orthonormalize",
+    "over",
     "pairs",
     "pinv",
     "qr",
@@ -59,6 +73,7 @@ __all__ = [
     "quotient",
     "reorthonormalize",
     "sgn_",
+    "standing_root",
     "svd",
     "tsqr",
     "tsqr_r",

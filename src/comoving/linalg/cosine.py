@@ -25,11 +25,11 @@ def cosine_transform(x: Tensor, dim: int) -> Tensor:
 
 
 def cosine_columns(d: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The columns of D with these indices, (d, r), on the indices' device.
+    """The columns of D with these indices, (*rows, r), as (*rows, d, r) on the indices' device.
 
     Angles are reduced modulo 2 pi in integers and evaluated in float64, so that large d cost no accuracy.
     """
     odd = 2 * torch.arange(d, device=indices.device) + 1
-    angles = (odd.unsqueeze(-1) * indices).remainder(4 * d).double() * (pi / (2 * d))
-    first = torch.where(indices == 0, 0.5, 1.0).double()  # exact in any precision
+    angles = (odd.unsqueeze(-1) * indices.unsqueeze(-2)).remainder(4 * d).double() * (pi / (2 * d))
+    first = torch.where(indices == 0, 0.5, 1.0).double().unsqueeze(-2)  # exact in any precision
     return (angles.cos() * (first * (2 / d)).sqrt()).to(dtype)

@@ -7,7 +7,8 @@ precision, a perturbation, another algorithm, and in the end one that is made of
 
 On the CPU the host looks at each result and takes the next way if it has to. Elsewhere it waits for nothing: the result
 is replaced on the device, entry by entry of the batch, by coordinate vectors. The checks compare norms that a
-decomposition keeps: cheap beside it, and no NaN passes them.
+decomposition keeps: cheap beside it, and no NaN passes them. Torch itself waits inside of ``eigh`` and ``svd``, to see
+whether they converged; there is no other of either that would not, and none made of products takes less time than that.
 
 Nothing else in this package calls LAPACK's decompositions (but ``cholesky_ex``, which says itself where it failed).
 All of them raise TypeError for half precision and integers, which LAPACK has no routines for.

@@ -1,6 +1,7 @@
 """Entry by entry, complex numbers as pairs of real ones: complex arithmetic of torch takes up to six times as long."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -20,9 +21,20 @@ def abs_squared(x: Tensor) -> Tensor:
     return squares[..., 0] + squares[..., 1] if x.is_complex() else squares
 
 
-def largest(x: Tensor) -> Tensor:
-    """The largest |entry|, a real scalar; of a complex x the largest part, which is at least 1/sqrt(2) of that."""
-    return pairs(x).abs().amax()
+def over(figure: Tensor, x: Tensor) -> Tensor:
+    """A figure a row, (*rows), as one that broadcasts against x of shape (*rows, ...); itself without dimensions."""
+    return figure.reshape(*figure.shape, *[1] * (x.ndim - figure.ndim)) if figure.ndim else figure
+
+
+def each_row(x: Tensor, rows: int) -> Tensor:
+    """x with all entries of a row in one dimension, (*rows, entries)."""
+    return x.reshape(*x.shape[:rows], prod(x.shape[rows:]))
+
+
+def largest(x: Tensor, rows: int = 0) -> Tensor:
+    """The largest |entry| of each row, real, (*rows); of a complex x the largest part, at least 1/sqrt(2) of that."""
+    sizes = pairs(x).abs()
+    return each_row(sizes, rows).amax(-1) if rows else sizes.amax()
 
 
 def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -44,13 +56,20 @@ def quotient(a: Tensor, scale: Tensor) -> Tensor:
     return torch.complex(a.real / scale, a.imag / scale)
 
 
-def norm(x: Tensor) -> Tensor:
-    """The Frobenius norm, a real scalar on x's device, float32 (float64 for double precision).
+def is_short(x: Tensor) -> bool:
+    """Whether :func:`norm` of x is torch's own: real, in single or double precision, and not long."""
+    return x.dtype in _WIDE and x.numel() < _LONG
+
+
+def norm(x: Tensor, rows: int = 0) -> Tensor:
+    """The Frobenius norm of each row, real, (*rows), on x's device, float32 (float64 for double precision).
 
     Squares leave the range of float32 where the norm exceeds 1.8e19, which gives inf, and are lost below 1e-19.
     """
     real = pairs(x) if x.is_complex() else x
     dtype = None if real.dtype in _WIDE else torch.float32
+    if rows:
+        return _norm_of_rows(real, rows, dtype)
     size = real.numel()
     if size < _LONG or real.device.type != "cpu" or not real.is_contiguous():
         return torch.linalg.vector_norm(real, dtype=dtype)
@@ -58,8 +77,20 @@ def norm(x: Tensor) -> Tensor:
     width = _row(real.shape)
     if width > 4 * _ROW:
         real, width = torch.nn.functional.pad(real.view(-1), (0, -size % _ROW)), _ROW
-    rows = torch.linalg.vector_norm(real.view(-1, width), dim=1, dtype=dtype)
-    return torch.linalg.vector_norm(rows)
+    partial = torch.linalg.vector_norm(real.view(-1, width), dim=1, dtype=dtype)
+    return torch.linalg.vector_norm(partial)
+
+
+def _norm_of_rows(real: Tensor, rows: int, dtype: torch.dtype | None) -> Tensor:
+    flat = each_row(real, rows)
+    size = flat.shape[-1]
+    if size >= _LONG and real.device.type == "cpu":
+        width = _row(real.shape[rows:])
+        if width > 4 * _ROW:
+            flat, width = torch.nn.functional.pad(flat, (0, -size % _ROW)), _ROW
+        flat = torch.linalg.vector_norm(flat.unflatten(-1, (-1, width)), dim=-1, dtype=dtype)
+        dtype = None
+    return torch.linalg.vector_norm(flat, dim=-1, dtype=dtype)
 
 
 def _row(shape: Sequence[int]) -> int:
@@ -80,6 +111,8 @@ def sgn_(x: Tensor) -> Tensor:
     return x
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Re <a, b>, the real part of the sum over conj(a) b: a real scalar."""
+def inner(a: Tensor, b: Tensor, rows: int = 0) -> Tensor:
+    """Re <a, b> of each row, the real part of the sum over conj(a) b: real, (*rows)."""
+    if rows:
+        return torch.linalg.vecdot(each_row(pairs(a), rows), each_row(pairs(b), rows))
     return torch.dot(pairs(a).reshape(-1), pairs(b).reshape(-1))

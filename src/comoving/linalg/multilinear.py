@@ -39,10 +39,17 @@ def add_multilinear(
 ) -> Tensor:
     """out <- beta out + alpha (x x_1 A_1 ... x_N A_N), in place; the last product writes to out where layouts allow.
 
-    No batch dimensions: out is one parameter, gradient or error buffer of shape (k_1, ..., k_N).
+    Args:
+        out: one parameter, gradient or error buffer of shape (*batch, k_1, ..., k_N).
+        x: (*batch, d_1, ..., d_N).
+        matrices: A_n of shape (*batch, k_n, d_n), or None for the identity.
+        alpha: a factor.
+        beta: a factor.
     """
     given = [n for n, a in enumerate(matrices) if a is not None]
     order = len(matrices)
+    if out.ndim > order:
+        return _add_to_batch(out, x, matrices, alpha, beta)
     if given and out.dtype == x.dtype and out.is_contiguous():
         n, last = given[-1], matrices[given[-1]]
         assert last is not None
@@ -62,15 +69,36 @@ def add_multilinear(
     return out.add_(multilinear(x, matrices), alpha=alpha)
 
 
+def _add_to_batch(out: Tensor, x: Tensor, matrices: Sequence[Tensor | None], alpha: float, beta: float) -> Tensor:
+    """:func:`add_multilinear` with one batch dimension or more, of which one is served without a temporary."""
+    given = [n for n, a in enumerate(matrices) if a is not None]
+    order = len(matrices)
+    last = matrices[given[-1]] if given else None
+    if last is not None and last.ndim == 3 and out.ndim == order + 1 and out.dtype == x.dtype and out.is_contiguous():
+        count, n = out.shape[0], given[-1]
+        if len(given) == 1 and n == 0:
+            wide = x.reshape(count, x.shape[1], prod(x.shape[2:]))
+            return out.view(count, out.shape[1], -1).baddbmm_(last, wide, alpha=alpha, beta=beta).view(out.shape)
+        if n == order - 1:
+            lifted = _rotate_through(x, matrices, order - 1) if len(given) > 1 else None
+            left = (x if lifted is None else lifted.reshape(count, x.shape[-1], -1).mT).reshape(count, -1, x.shape[-1])
+            flat = out.view(count, -1, out.shape[-1])
+            return flat.baddbmm_(left, last.mT, alpha=alpha, beta=beta).view(out.shape)
+    if beta != 1.0:
+        out.mul_(beta)
+    return out.add_(multilinear(x, matrices), alpha=alpha)
+
+
 def all_but_one(x: Tensor, matrices: Sequence[Tensor | None], modes: Iterable[int]) -> dict[int, Tensor]:
-    """x x_m A_m over all modes m but n, for each n in ``modes``: (k_1, ..., d_n, ..., k_N).
+    """x x_m A_m over all modes m but n, for each n in ``modes``: (*batch, k_1, ..., d_n, ..., k_N).
 
     The modes are halved again and again, and products shared: where the A_m are short, two products with all of x make
-    all of the results. No batch dimensions.
+    all of the results.
 
     Args:
-        x: (d_1, ..., d_N).
-        matrices: A_m of shape (k_m, d_m) in x's dtype, or None for the identity.
+        x: (*batch, d_1, ..., d_N).
+        matrices: A_m of shape (*batch, k_m, d_m), or (k_m, d_m) for all of a batch, in x's dtype, or None for the
+            identity.
         modes: the modes that stay, one at a time.
     """
     everything = list(range(len(matrices)))
@@ -80,29 +108,37 @@ def all_but_one(x: Tensor, matrices: Sequence[Tensor | None], modes: Iterable[in
 def _leave_one(
     x: Tensor, matrices: Sequence[Tensor | None], done: list[int], left: list[int], modes: set[int]
 ) -> dict[int, Tensor]:
-    """The results for the modes that are left, from x whose axes are those of the modes in ``done``, then ``left``."""
+    """The results for the modes that are left, from x whose axes are those of the modes in ``done``, then ``left``.
+
+    The axes of a batch come before them.
+    """
     if not modes & set(left):
         return {}
+    lead = x.ndim - len(matrices)
+    batch = x.shape[:lead]
     if len(left) == 1:
         axes = [*done, *left]
-        return {left[0]: x.permute([axes.index(m) for m in range(len(axes))])}
+        return {left[0]: x.permute([*range(lead), *(lead + axes.index(m) for m in range(len(axes)))])}
     first, second = left[: len(left) // 2], left[len(left) // 2 :]
     results: dict[int, Tensor] = {}
     if modes & set(first):
         y = x
         for m in reversed(second):  # the last axis, which comes out first: no transposed copy, and a wide product
-            a, rest = matrices[m], y.shape[:-1]
-            flat = y.reshape(-1, y.shape[-1]).mT
-            y = (flat if a is None else a @ flat).reshape(-1, *rest)
+            a, rest = matrices[m], y.shape[lead:-1]
+            flat = y.reshape(*batch, -1, y.shape[-1]).mT
+            y = (flat if a is None else a @ flat).reshape(*batch, -1, *rest)
         results |= _leave_one(y, matrices, [*second, *done], first, modes)
     if modes & set(second):
         y = x
-        for axis, m in enumerate(first, len(done)):
+        for axis, m in enumerate(first, lead + len(done)):
             a, before, d, after = matrices[m], y.shape[:axis], y.shape[axis], y.shape[axis + 1 :]
             if a is not None:
-                blocks = y.reshape(prod(before), d, -1)
-                product = (a @ blocks[0]) if len(blocks) == 1 else a @ blocks
-                y = product.reshape(*before, a.shape[0], *after)
+                blocks = y.reshape(*batch, prod(before[lead:]), d, -1)
+                if blocks.shape[lead] == 1:
+                    product = a @ blocks.squeeze(lead)
+                else:
+                    product = (a.unsqueeze(-3) if a.ndim > 2 else a) @ blocks
+                y = product.reshape(*before, a.shape[-2], *after)
         results |= _leave_one(y, matrices, [*done, *first], second, modes)
     return results
 
@@ -113,11 +149,11 @@ def gram(x: Tensor, mode: int, order: int) -> Tensor:
 
 
 def correlate(x: Tensor, z: Tensor, mode: int, order: int) -> Tensor:
-    """X_(n) Z_(n)^H, of shape (*batch, d_n, r_n); x and z agree in every mode but n."""
+    """X_(n) Z_(n)^H, of shape (*batch, d_n, r_n); x and z agree in every mode but n, one z may serve a batch of x."""
     if mode == order - 1:  # the last mode needs no transposed copy
         batch = x.shape[: x.ndim - order]
         rows = x.reshape(*batch, -1, x.shape[-1])
-        return rows.mT @ z.reshape(*batch, -1, z.shape[-1]).conj()
+        return rows.mT @ z.reshape(*z.shape[: z.ndim - order], -1, z.shape[-1]).conj()
     return unfold(x, mode, order) @ unfold(z, mode, order).mH
 
 

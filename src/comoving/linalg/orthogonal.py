@@ -6,7 +6,7 @@ from torch import Tensor
 from .checks import trouble
 from .cosine import cosine_columns
 from .decompositions import WIDE, asks_host, eigh, qr
-from .entries import largest
+from .entries import largest, over
 
 _INDEPENDENT, _JITTER = 1e-5, 1e-5
 """Of columns of unit length: what must be left of each beyond those before it, and what is added where that is not."""
@@ -46,6 +46,8 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
     limit = _default_tolerance(a) if tolerance is None else tolerance
     if not trusted and not asks_host(a):
         return _unseen(a)
+    if not trusted and a.ndim > 2:
+        return _each_measured(a, limit)
     tall = trusted and 2 * a.shape[-1] <= a.shape[-2]
     q = a if tall else a.to(WIDE.get(a.dtype, a.dtype))
     passes = 1 if tall or (trusted and q.dtype != a.dtype) else 2
@@ -63,10 +65,33 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
             break
     if trusted:
         return q.to(a.dtype).contiguous()
+    return _reflected(a)
+
+
+def _reflected(a: Tensor) -> Tensor:
+    """Householder's Q, with the signs that make R's diagonal positive."""
     q, r = qr(a)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     present = diagonal.abs() >= torch.finfo(a.dtype).tiny  # the sign of a complex denormal is NaN
     return (q * torch.where(present, diagonal.sgn(), 1).unsqueeze(-2)).contiguous()
+
+
+def _each_measured(a: Tensor, limit: float) -> Tensor:
+    """:func:`orthonormalize` of a batch: each matrix goes as far as it would alone, and no mate changes another."""
+    q = a.to(WIDE.get(a.dtype, a.dtype))
+    found, done = a, torch.zeros(a.shape[:-2], dtype=torch.bool, device=a.device)
+    broken = done
+    for _ in range(2):
+        factor, info = torch.linalg.cholesky_ex(q.mH @ q)
+        q = torch.linalg.solve_triangular(factor.mH, q, upper=True, left=False)
+        narrow = q.to(a.dtype).contiguous()
+        broken = broken | (info != 0)  # what follows a failure may be orthonormal, but of another span
+        found = torch.where(done[..., None, None], found, narrow)
+        done = done | (~broken & (orthogonality_defect(narrow) <= limit))
+        if a.is_meta or bool(done.all()):
+            return found
+    found[~done] = _reflected(a[~done])
+    return found
 
 
 def _unseen(a: Tensor) -> Tensor:
@@ -90,10 +115,18 @@ def _unseen(a: Tensor) -> Tensor:
 def reorthonormalize(u: Tensor, tolerance: float | None = None) -> Tensor:
     """U itself while its defect is within the tolerance, an orthonormal basis of the same span once it is not.
 
-    For bases that were cached, cast or updated in place. Default tolerance as in :func:`orthonormalize`.
+    For bases (*batch, d, r) that were cached, cast or updated in place, each on its own. Default tolerance as in
+    :func:`orthonormalize`. The host reads the defect on the CPU; elsewhere the basis is always computed, and not waited
+    for.
     """
     limit = _default_tolerance(u) if tolerance is None else tolerance
-    return u if bool((orthogonality_defect(u) <= limit).all()) else orthonormalize(u, limit)
+    good = orthogonality_defect(u) <= limit
+    if asks_host(u):
+        if bool(good.all()):
+            return u
+        mended = orthonormalize(u, limit)
+        return mended if u.ndim == 2 else torch.where(good[..., None, None], u, mended)
+    return torch.where(good[..., None, None], u, orthonormalize(u, limit))
 
 
 def leading_eigenvectors(hermitian: Tensor, count: int) -> Tensor:
@@ -111,19 +144,22 @@ def leading_singular(a: Tensor, count: int, own: Tensor | None = None) -> tuple[
     From the eigenvectors of A A^H in double the precision: for few rows. Entries of A must have squares that fit.
 
     Args:
-        a: (r, n).
-        own: (k,) with k <= r, real: a diagonal block that stands before the first k rows of A; none by default.
+        a: (*batch, r, n).
+        own: (*batch, k) with k <= r, real: a diagonal block that stands before the first k rows of A; none by default.
         count: <= r.
     """
     wide = a.to(WIDE.get(a.dtype, a.dtype))
     product = wide @ wide.mH
     if own is not None:
-        product.diagonal()[: own.shape[-1]].add_(own.to(product.dtype).square())
+        product.diagonal(dim1=-2, dim2=-1)[..., : own.shape[-1]].add_(own.to(product.dtype).square())
     values, vectors = eigh(product)
     leading = vectors[..., -count:].flip(-1).to(a.dtype).contiguous()
     return leading, values[..., -count:].flip(-1).clamp_min(0).sqrt().to(a.dtype.to_real())
 
 
-def to_unit(x: Tensor) -> Tensor:
-    """x, in place, with a largest entry of 1, or part of a complex one: products of gradients would leave the range."""
-    return x.div_(largest(x).clamp_min(torch.finfo(x.dtype).tiny))
+def to_unit(x: Tensor, rows: int = 0) -> Tensor:
+    """x, in place, each row with a largest entry of 1, or part of a complex one.
+
+    Products of gradients would leave the range.
+    """
+    return x.div_(over(largest(x, rows).clamp_min(torch.finfo(x.dtype).tiny), x))

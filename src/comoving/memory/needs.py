@@ -1,5 +1,6 @@
 """What a whole step needs beside weights, gradients and state, from rehearsals of each kind of parameter."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,13 +31,13 @@ NOTHING = Needs()
 
 
 def needs(optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache) -> Needs:
-    """The needs of all parameters: one at a time, but for dense ones that torch steps together.
+    """The needs of all parameters: one batch of alike ones at a time, but for dense ones that torch steps together.
 
     The first step counts as a refresh. With ``layerwise`` its order is that of the backward pass, and with several
     ranks only shares are known: the state of all other parameters then counts as there.
     """
     step = refresh = step_flops = refresh_flops = bound = 0
-    seen: dict[Tensor, Rehearsal] = {}
+    seen: dict[Tensor, tuple[Rehearsal, int]] = {}
     for group in optimizer.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
         for params, alike in _kinds(trained, optimizer, group, device, layerwise):
@@ -44,13 +45,13 @@ def needs(optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int,
             key = device, len(params), kind_of(params[0], site, group)
             if key not in cache:
                 cache[key] = rehearse(optimizer, params, device)
-            found, share, times = cache[key], _share(site, ranks), len(alike) // len(params)
+            found, share, times = cache[key], _share(site, ranks), len(alike) / len(params)
             step = max(step, round(found.step * share))
             refresh = max(refresh, round(found.refresh * share))
             bound = max(bound, round((found.first - found.state) * share))
-            step_flops += times * found.step_flops // ranks
-            refresh_flops += times * found.refresh_flops // ranks
-            seen |= dict.fromkeys(alike, found)
+            step_flops += round(times * found.step_flops / ranks)
+            refresh_flops += round(times * found.refresh_flops / ranks)
+            seen |= dict.fromkeys(alike, (found, len(params)))
     exact = ranks == 1 and not layerwise
     first = _first_step(optimizer, seen) if exact else bound
     return Needs(step, max(refresh, first), step_flops, refresh_flops)
@@ -66,7 +67,7 @@ def kind_of(p: Tensor, site: Site, group: Mapping[str, Any]) -> Any:
 def _kinds(
     params: Sequence[Tensor], optimizer: LowRankOptimizer, group: Mapping[str, Any], device: str, layerwise: bool
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Parameters to rehearse, one of each kind or all that are stepped together, and those that they stand for."""
+    """Parameters to rehearse, as many of each kind as are stepped together, and those that they stand for."""
     apart = not group["foreach"] and optimizer.on_nonfinite != "skip" and (device == "cpu" or group["foreach"] is False)
     together = [p for p in params if optimizer.sites[p].plain and not (layerwise or apart)]
     if together:
@@ -76,10 +77,12 @@ def _kinds(
         if not any(p is q for q in together):
             kinds.setdefault(kind_of(p, optimizer.sites[p], group), []).append(p)
     for alike in kinds.values():
-        yield alike[:1], alike
+        phases = Counter(optimizer.sites[p].phase % group["refresh_every"] for p in alike)
+        count = 1 if layerwise else min(max(phases.values()), optimizer.stacks(alike[0]))
+        yield alike[:count], alike
 
 
-def _first_step(optimizer: LowRankOptimizer, seen: Mapping[Tensor, Rehearsal]) -> int:
+def _first_step(optimizer: LowRankOptimizer, seen: Mapping[Tensor, tuple[Rehearsal, int]]) -> int:
     """The most of a first step, in the engine's order, beside all state: that of later parameters is not there yet."""
     most = total = 0
     for group in optimizer.param_groups:
@@ -88,10 +91,12 @@ def _first_step(optimizer: LowRankOptimizer, seen: Mapping[Tensor, Rehearsal]) -
         moving = [p for p in trained if not optimizer.sites[p].plain]
         resident = total + sum(opened.values())
         for p in moving:
-            most = max(most, resident - opened[p] + seen[p].first)
-            resident += seen[p].state - opened[p]
-        plain = [p for p in trained if optimizer.sites[p].plain]
-        most = max([most, *(resident + seen[p].first - seen[p].state for p in plain)])
+            found, count = seen[p]
+            state = found.state // count
+            most = max(most, resident - count * opened[p] + found.first - (count - 1) * (state - opened[p]))
+            resident += state - opened[p]
+        plain = [seen[p][0] for p in trained if optimizer.sites[p].plain]
+        most = max([most, *(resident + found.first - found.state for found in plain)])
         total = resident
     return most - total
 

@@ -1,13 +1,14 @@
 """Adafactor's second moment, factored over the modes."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..codecs import Part
-from ..linalg import abs_squared, bounded, norm
+from ..linalg import abs_squared, bounded, norm, over
 from ..validate import check_float
 
 
@@ -30,6 +31,8 @@ class Factored:
         clip: largest root mean square of w, > 0; None for no limit.
     """
 
+    batched: ClassVar[bool] = True
+
     decay: float = 0.8
     floor: float = 1e-30
     clip: float | None = 1.0
@@ -44,22 +47,23 @@ class Factored:
         """The v_n."""
         return {f"precondition.{n}": Part((d,), dtype.to_real()) for n, d in enumerate(shape)}
 
-    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int, rows: int = 0) -> Tensor:
         """w, a new tensor."""
-        modes = range(gradient.ndim)
-        gradient = gradient if self.clip is not None else bounded(gradient)
+        order = gradient.ndim - rows
+        size = prod(gradient.shape[rows:])
+        gradient = gradient if self.clip is not None else bounded(gradient, rows)
         fresh = max(1, step) ** -self.decay  # 0 where an empty first gradient has set the count back
-        most = torch.finfo(gradient.dtype).max / (2 * gradient.numel())
+        most = torch.finfo(gradient.dtype).max / (2 * size)
         squares = abs_squared(gradient).add_(self.floor)
         w = gradient
-        for n in modes:
-            others = [m for m in modes if m != n]
+        for n in range(order):
+            others = [m - order for m in range(order) if m != n]
             # An infinite mean would stay for ever; half of the largest number, because sums round.
             mean = (squares.mean(others) if others else squares).clamp_max_(most)
             v = state[f"precondition.{n}"] = state[f"precondition.{n}"].lerp(mean, fresh)
             # V mode by mode, the mean once: the product of all v_n would leave the range of float32.
-            share = v if n == 0 else v / v.mean()
-            w = w * share.rsqrt().reshape([-1 if m == n else 1 for m in modes])
+            share = v if n == 0 else v / v.mean(-1, keepdim=True)
+            w = w * share.rsqrt().reshape(*v.shape[:rows], *(1,) * n, -1, *(1,) * (order - 1 - n))
         if self.clip is None:
             return w
-        return w / (norm(w) / (sqrt(w.numel()) * self.clip)).clamp_min(1.0)
+        return w / over((norm(w, rows) / (sqrt(size) * self.clip)).clamp_min(1.0), w)

@@ -1,12 +1,22 @@
 """Shampoo's preconditioner in the full space."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..codecs import Part
-from ..linalg import InverseRoot, add_gram, bounded, inverse_root, multiply_factors, norm
+from ..linalg import (
+    InverseRoot,
+    add_gram,
+    bounded,
+    inverse_root,
+    multiply_factors,
+    norm,
+    over,
+    standing_root,
+)
 from ..rules.shampoo import check_exponent
 from ..validate import check_choice, check_float, check_int
 
@@ -39,6 +49,8 @@ class Kronecker:
         norm_matched: whether g' has g's norm.
     """
 
+    batched: ClassVar[bool] = True
+
     decay: float = 0.99
     exponent: float | None = None
     eps: float = 1e-12
@@ -70,27 +82,29 @@ class Kronecker:
                 parts[_root(n)] = Part((d, d), dtype)
         return parts
 
-    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int, rows: int = 0) -> Tensor:
         """g', a new tensor."""
-        gradient = bounded(gradient)
+        gradient = bounded(gradient, rows)
         state[_CALLS] = state[_CALLS] + 1
         weight = 1 - self.decay ** state[_CALLS].double()
-        power = self.exponent or 1 / (2 * gradient.ndim)
+        if rows:  # it lies beside the step count, and only one number may be of another device
+            weight = weight.to(gradient.device, gradient.dtype.to_real(), non_blocking=True)
+        power = self.exponent or 1 / (2 * (gradient.ndim - rows))
         roots: dict[int, Tensor] = {}
-        for n in self._modes(tuple(gradient.shape)):
-            factor = state[_factor(n)] = add_gram(state[_factor(n)], gradient, n, self.decay, 1 - self.decay)
+        for n in self._modes(tuple(gradient.shape[rows:])):
+            factor = state[_factor(n)] = add_gram(state[_factor(n)], gradient, n, self.decay, 1 - self.decay, rows)
             kept = state.get(_root(n))
             if kept is not None and (step - 1) % self.every != 0:
-                roots[n] = kept
+                roots[n] = standing_root(kept)
                 continue
-            roots[n] = inverse_root(factor / weight, self.eps, power, self.root)
+            roots[n] = inverse_root(factor / over(weight, factor), self.eps, power, self.root, rows)
             if kept is not None:
                 state[_root(n)] = roots[n]
-        turned = multiply_factors(gradient, roots)
+        turned = multiply_factors(gradient, roots, rows)
         if not self.norm_matched:
             return turned
-        length = norm(turned)
-        return turned * torch.where(length > 0, norm(gradient) / length, 0).to(turned.dtype)
+        length = norm(turned, rows)
+        return turned * over(torch.where(length > 0, norm(gradient, rows) / length, 0).to(turned.dtype), turned)
 
     def _modes(self, shape: tuple[int, ...]) -> list[int]:
         return [n for n, d in enumerate(shape) if d <= self.max_size or self.above == "diagonal"]

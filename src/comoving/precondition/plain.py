@@ -1,6 +1,7 @@
 """No preconditioner."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from ..codecs import Part
 class Plain:
     """The gradient as it is. No state."""
 
+    batched: ClassVar[bool] = True
+
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """None."""
         return {}
 
-    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+    def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int, rows: int = 0) -> Tensor:
         """The gradient itself."""
         return gradient

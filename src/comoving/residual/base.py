@@ -28,6 +28,7 @@ class Passage:
         overlap: of F' and F; None while the frame stands, F' = F.
         image: F'^H F m, what m' would be if nothing of m inside F' were dropped; None while the frame stands.
         tick: the number of finished steps.
+        rows: how many dimensions in front of every tensor count the members of a batch, 0 or 1.
     """
 
     frame: Frame
@@ -39,6 +40,7 @@ class Passage:
     overlap: Overlap | None = None
     image: Tensor | None = None
     tick: int = 0
+    rows: int = 0
 
     @property
     def reentry(self) -> float:
@@ -46,20 +48,23 @@ class Passage:
         return self.decay / self.intake
 
     def lost(self) -> Tensor:
-        """|F m - F' m'|, a real scalar: the root of |m|^2 + |m'|^2 - 2 Re <F'^H F m, m'>.
+        """|F m - F' m'|, real, (*rows): the root of |m|^2 + |m'|^2 - 2 Re <F'^H F m, m'>.
 
         A few rounding errors of |m|^2 are added, so that a bound that is built on it stays one.
         """
         if self.old_momentum is None or self.image is None:
-            return torch.zeros((), device=self.momentum.device)
-        before, after = norm(self.old_momentum).square(), norm(self.momentum).square()
-        gap = before + after - 2 * inner(self.image, self.momentum)
+            lead = self.momentum.shape[: self.rows] if self.rows else ()
+            return torch.zeros(lead, device=self.momentum.device)
+        before, after = norm(self.old_momentum, self.rows).square(), norm(self.momentum, self.rows).square()
+        gap = before + after - 2 * inner(self.image, self.momentum, self.rows)
         return gap.clamp_min(0).add(before, alpha=8 * torch.finfo(torch.float32).eps).sqrt()
 
 
 @dataclass(frozen=True)
 class Update:
     """Steps 6 and 7 of one parameter: w <- shrink w + factor F d, and what the residual wants beside it.
+
+    Or of a batch: then F, z, d and the weights have its members in front, as many dimensions as the clock says.
 
     Args:
         load: returns F; it may have to be drawn first.
@@ -71,7 +76,7 @@ class Update:
         rate: -lr.
         clock: that of the rule.
         eps: likewise.
-        size: the norm of this step's gradient, where it is known.
+        size: the norm of this step's gradient, (*rows), where it is known.
     """
 
     load: Callable[[], Frame]
@@ -84,6 +89,11 @@ class Update:
     clock: Clock
     eps: float
     size: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many dimensions in front count the members of a batch, 0 or 1."""
+        return self.clock.rows
 
     @cached_property
     def frame(self) -> Frame:
@@ -106,8 +116,13 @@ for its norm, where it is a single gradient whose norm the engine knows."""
 
 
 class Residual(Protocol):
-    """Keeps, or does not keep, what the frame cannot hold; a frozen dataclass without tensors."""
+    """Keeps, or does not keep, what the frame cannot hold; a frozen dataclass without tensors.
 
+    Of a batch every tensor has its members in front, slots too, and each member fares as if it were alone.
+    """
+
+    batched: ClassVar[bool]
+    """Whether batches can be kept: only then does a passage or a clock have ``rows`` other than 0."""
     holds: ClassVar[bool]
     """Whether :meth:`keep` may hold on to the gradient itself until :meth:`write`."""
     feeds: ClassVar[bool]
@@ -163,16 +178,16 @@ class Residual(Protocol):
             codec: likewise.
 
         Returns:
-            The Frobenius norm of what is kept, before encoding; None of a residual that does not feed.
+            The Frobenius norm of what is kept, before encoding, (*rows); None of a residual that does not feed.
         """
         ...
 
     def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The norm of all gradients since the last step with what was restored: |g~|^2 = |z|^2 + |g~ - F z|^2.
+        """The norm of all gradients since the last step with what was restored: |g~|^2 = |z|^2 + |g~ - F z|^2; (*rows).
 
         Args:
             core: z.
-            rest: the norm of the second part, as far as the engine knows it.
+            rest: the norm of the second part, as far as the engine knows it, (*rows).
             state: as in :meth:`restore`.
         """
         ...
@@ -196,8 +211,8 @@ class Residual(Protocol):
         """
         ...
 
-    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
-        """An upper bound on the norm of what encoding lost, a real scalar."""
+    def error(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> Tensor:
+        """An upper bound on the norm of what encoding lost, real, (*rows), or without dimensions where it is 0."""
         ...
 
 
@@ -208,6 +223,7 @@ class Inside:
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """Nothing is chosen."""
@@ -218,7 +234,7 @@ class Inside:
 
     def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:
         """hypot(|z|, rest)."""
-        return torch.hypot(norm(core), rest.to(core.device))
+        return torch.hypot(norm(core, rest.ndim), rest.to(core.device))
 
     def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
         """Nothing is kept."""
@@ -240,7 +256,7 @@ class Holding(Inside):
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """The gradient itself: nothing comes from earlier steps."""
-        return Operand(gradient)
+        return Operand(gradient, rows=passage.rows)
 
     def keep(
         self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
@@ -250,12 +266,12 @@ class Holding(Inside):
 
     def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:
         """That of what is held."""
-        return norm(state[HELD])
+        return norm(state[HELD], rest.ndim)
 
     def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
         """Held gradients are multiplied; they may be the caller's."""
         state[HELD] = state[HELD] * factor
 
-    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+    def error(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> Tensor:
         """Zero."""
         return torch.zeros(())

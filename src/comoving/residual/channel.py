@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec
-from ..linalg import norm, pairs
+from ..linalg import norm, over, pairs
 from .base import HELD, Update
 from .gains import LAST, Scaled, brake, gains
 
@@ -37,26 +38,29 @@ class Channel(Scaled):
         growth: by how much |s| may grow in a step, >= 1; None for no limit, that of the first s neither.
     """
 
+    batched: ClassVar[bool] = True
+
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor s."""
         gradient = state.pop(HELD)
-        size = norm(gradient) if update.size is None else update.size
+        size = norm(gradient, update.rows) if update.size is None else update.size
         phi, length = gains(update, self.per, size, sqrt(gradient.numel() / update.core.numel()))
         if self.growth is not None:
-            size = _scaled_norm(gradient, phi, size)
+            size = _scaled_norm(gradient, phi, size, update.rows)
             factor, state[LAST] = brake(size, state[LAST], self.growth, length)
-            phi = phi * factor
+            phi = phi * over(factor, phi)
         update.decay(weights)
+        phi = over(phi, gradient) if update.rows else phi
         if gradient.is_complex():
             weights, gradient, phi = pairs(weights), pairs(gradient), phi.unsqueeze(-1)
         weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
 
 
-def _scaled_norm(gradient: Tensor, phi: Tensor, size: Tensor) -> Tensor:
-    """|phi g|, without the product where torch is fast without it; ``size`` is |g|."""
-    if phi.ndim == 0 or phi.numel() == 1:
-        return phi.reshape(()) * size
-    shared = [n for n in range(gradient.ndim) if phi.shape[n] == 1]
+def _scaled_norm(gradient: Tensor, phi: Tensor, size: Tensor, rows: int) -> Tensor:
+    """|phi g|, (*rows), without the product where torch is fast without it; ``size`` is |g|, likewise."""
+    if phi.ndim <= rows or phi.numel() == size.numel():
+        return phi.reshape(size.shape) * size
+    shared = [n for n in range(rows, gradient.ndim) if phi.shape[n] == 1]
     if gradient.ndim - 1 in shared and gradient.is_contiguous():
-        return norm(phi * torch.linalg.vector_norm(gradient, dim=shared, keepdim=True))
-    return norm(gradient * phi)
+        return norm(phi * torch.linalg.vector_norm(gradient, dim=shared, keepdim=True), rows)
+    return norm(gradient * phi, rows)

@@ -1,6 +1,7 @@
 """Nothing is kept."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from .base import Inside, Passage
 class Discard(Inside):
     """What lies outside the frame is lost (GaLore, arXiv 2403.03507). No state."""
 
+    batched: ClassVar[bool] = True
+
     def parts(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
     ) -> dict[str, Part]:
@@ -24,13 +27,13 @@ class Discard(Inside):
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """The gradient itself."""
-        return Operand(gradient)
+        return Operand(gradient, rows=passage.rows)
 
     def keep(
         self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> None:
         """Nothing."""
 
-    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+    def error(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> Tensor:
         """Zero: nothing is encoded."""
         return torch.zeros(())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..codecs import Codec, Part, store
 from ..finders import Operand
-from ..linalg import inner, norm
+from ..linalg import inner, norm, over
 from ..validate import check_choice, check_float, check_int
 from .base import Inside, Passage
 
@@ -51,6 +51,7 @@ class Feedback(Inside):
     1/b in "feedback.weight".
     """
 
+    batched: ClassVar[bool] = True
     feeds: ClassVar[bool] = True
 
     lazy: bool = True
@@ -78,44 +79,47 @@ class Feedback(Inside):
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """(g + dA) - F dC; d = 1 but at the first gradient."""
-        share = self._share(passage) if opening else 1.0
+        share, rows = self._share(passage) if opening else 1.0, passage.rows
         stored = _stored(state, _GRADIENTS)
         if share == 1.0:
             dense = codec.decode_onto(gradient, stored)
         else:
-            kept = codec.decode(stored, tuple(gradient.shape), gradient.dtype)
+            kept = codec.decode(stored, tuple(gradient.shape)[rows:], gradient.dtype)
             dense = torch.add(gradient, kept, alpha=share, out=torch.empty_like(kept))
         if passage.old_momentum is None:
-            return Operand(dense)
-        return Operand(dense, 1.0, passage.frame, self._used(passage.old_momentum, state, codec).mul_(-share))
+            return Operand(dense, rows=rows)
+        core = self._used(passage.old_momentum, state, codec, rows).mul_(-share)
+        return Operand(dense, 1.0, passage.frame, core, rows=rows)
 
     def keep(
         self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Tensor:
         """Bring A, Y and the weight up to date; returns |e|."""
+        rows = passage.rows
         used = core.add(passage.momentum, alpha=passage.reentry)
         if not opening:
-            used += self._earlier(used, state, codec)
+            used += self._earlier(used, state, codec, rows)
         elif passage.old_frame is not None and passage.old_momentum is not None:
             lost = 0.0 if self.momentum or passage.overlap is None else passage.reentry
-            surplus = self._used(passage.old_momentum, state, codec).mul_(self._share(passage))
+            surplus = self._used(passage.old_momentum, state, codec, rows).mul_(self._share(passage))
             surplus.sub_(passage.old_momentum, alpha=passage.reentry - lost)
             if self.lazy and passage.overlap is None:
                 used += surplus
-                _store(codec, surplus, state, _MOMENTA)
+                _store(codec, surplus, state, _MOMENTA, rows)
             else:
                 passage.old_frame.add_lift(dense, surplus, -1.0)
                 if lost > 0:
                     passage.frame.add_lift(dense, passage.momentum, lost)
-                self._forget(core, state, codec)
+                self._forget(core, state, codec, rows)
         state[_WEIGHT] = torch.full_like(state[_WEIGHT], 1 / passage.intake)
-        size = _store(codec, dense, state, _GRADIENTS)
+        size = _store(codec, dense, state, _GRADIENTS, rows)
         whole = size.clamp_min(_TINY)
         # |e|^2 = |A|^2 - |C|^2 - 2 Re <F'^H e, C>, and only a transport that drops momentum leaves any of e inside F'.
-        share = (norm(used) / whole).square()
+        share = (norm(used, rows) / whole).square()
         if self.momentum and passage.image is not None and passage.image is not passage.momentum:
-            inside = (passage.image - passage.momentum).div_(whole)
-            share = share + 2 * passage.reentry * inner(inside, used / whole)
+            unit = over(whole, used)
+            inside = (passage.image - passage.momentum).div_(unit)
+            share = share + 2 * passage.reentry * inner(inside, used / unit, rows)
         return size * (1 - share).clamp_min(0).sqrt()
 
     def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
@@ -123,51 +127,54 @@ class Feedback(Inside):
 
         C is about to become f z + a/b m + Y, so Y takes up (f - 1) a/b m beside f Y; without a Y it is A, by F m.
         """
-        gradients = _stored(state, _GRADIENTS)
+        gradients, rows = _stored(state, _GRADIENTS), passage.rows
         missing = passage.momentum * ((factor - 1) * passage.reentry)
         if self.lazy:
             state.update({_GRADIENTS + name: x for name, x in codec.scaled(gradients, factor).items()})
-            earlier = codec.decode(_stored(state, _MOMENTA), tuple(core.shape), core.dtype)
-            _store(codec, missing.add_(earlier, alpha=factor), state, _MOMENTA)
+            earlier = codec.decode(_stored(state, _MOMENTA), tuple(core.shape)[rows:], core.dtype)
+            _store(codec, missing.add_(earlier, alpha=factor), state, _MOMENTA, rows)
             return
         lifted = passage.frame.lift(missing)
-        kept = codec.decode(gradients, tuple(lifted.shape), lifted.dtype)
-        _store(codec, kept * factor - lifted, state, _GRADIENTS)
+        kept = codec.decode(gradients, tuple(lifted.shape)[rows:], lifted.dtype)
+        _store(codec, kept * factor - lifted, state, _GRADIENTS, rows)
 
-    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+    def error(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> Tensor:
         """The codec's own bounds, of A and of Y."""
-        bound = codec.error(_stored(state, _GRADIENTS))
-        return bound + codec.error(_stored(state, _MOMENTA)) if self.lazy else bound
+        bound = codec.error(_stored(state, _GRADIENTS), rows)
+        return bound + codec.error(_stored(state, _MOMENTA), rows) if self.lazy else bound
 
     def _share(self, passage: Passage) -> float:
         """d of this step: 0 where what is kept is dropped."""
         dropped = self.window is not None and passage.tick % self.window == 0
         return 0.0 if dropped else float(self.decay)
 
-    def _used(self, momentum: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor:
+    def _used(self, momentum: Tensor, state: dict[str, Tensor], codec: Codec, rows: int) -> Tensor:
         """C, a new tensor."""
-        used = momentum * state[_WEIGHT]
-        return used.add_(self._earlier(momentum, state, codec))
+        weight = state[_WEIGHT]
+        # A number on the host multiplies what is on a device, a vector of them does not.
+        used = momentum * (over(weight.to(momentum.device, non_blocking=True), momentum) if weight.ndim else weight)
+        return used.add_(self._earlier(momentum, state, codec, rows))
 
-    def _earlier(self, like: Tensor, state: dict[str, Tensor], codec: Codec) -> Tensor | float:
+    def _earlier(self, like: Tensor, state: dict[str, Tensor], codec: Codec, rows: int) -> Tensor | float:
         """Y, in the core's shape and dtype."""
-        return codec.decode(_stored(state, _MOMENTA), tuple(like.shape), like.dtype) if self.lazy else 0.0
+        return codec.decode(_stored(state, _MOMENTA), tuple(like.shape)[rows:], like.dtype) if self.lazy else 0.0
 
-    def _forget(self, core: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
+    def _forget(self, core: Tensor, state: dict[str, Tensor], codec: Codec, rows: int) -> None:
         """Y = 0, in the core's shape."""
         if not self.lazy:
             return
-        for name, part in codec.parts(tuple(core.shape), core.dtype).items():
+        shape = tuple(core.shape)
+        for name, part in codec.parts(shape[rows:], core.dtype).items():
             if not part.seed:  # which goes on from draw to draw
-                state[_MOMENTA + name] = state[_MOMENTA + name].new_zeros(part.shape)
+                state[_MOMENTA + name] = state[_MOMENTA + name].new_zeros(shape[:rows] + part.shape)
 
 
 def _stored(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): part for name, part in state.items() if name.startswith(prefix)}
 
 
-def _store(codec: Codec, x: Tensor, state: dict[str, Tensor], prefix: str) -> Tensor:
-    """Put x into the state in place of what is stored under the prefix; returns |x|."""
-    size, parts = store(codec, x, _stored(state, prefix))
+def _store(codec: Codec, x: Tensor, state: dict[str, Tensor], prefix: str, rows: int) -> Tensor:
+    """Put x into the state in place of what is stored under the prefix; returns |x|, (*rows)."""
+    size, parts = store(codec, x, _stored(state, prefix), rows)
     state.update({prefix + name: part for name, part in parts.items()})
     return size

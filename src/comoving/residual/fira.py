@@ -1,12 +1,13 @@
 """Fira: what lies outside the frame, scaled as the rule scales what lies inside."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec
-from ..linalg import norm
+from ..linalg import norm, over
 from .base import HELD, Update
 from .gains import LAST, Scaled, brake, gains
 
@@ -32,16 +33,18 @@ class Fira(Scaled):
             be up to |d| / u.
     """
 
+    batched: ClassVar[bool] = True
+
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor F d + rate s."""
         gradient = state.pop(HELD)
-        size = norm(gradient) if update.size is None else update.size
+        size = norm(gradient, update.rows) if update.size is None else update.size
         rest = update.frame.add_lift(gradient.clone(memory_format=torch.contiguous_format), update.core, -1.0)
         phi, length = gains(update, self.per, size)
-        rest.mul_(phi)
+        rest.mul_(over(phi, rest) if update.rows else phi)
         if self.growth is not None:
             first = length * (rest.numel() / update.core.numel() - 1) ** 0.5
-            factor, state[LAST] = brake(norm(rest), state[LAST], self.growth, first)
-            rest.mul_(factor)
+            factor, state[LAST] = brake(norm(rest, update.rows), state[LAST], self.growth, first)
+            rest.mul_(over(factor, rest))
         update.write(weights)
         weights.add_(rest, alpha=update.rate)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, Part
-from ..linalg import abs_squared
+from ..linalg import abs_squared, each_row, over
 from ..validate import check_choice, check_float
 from .base import Holding, Update
 
@@ -18,6 +18,8 @@ _SMALL = 1e-8
 def gains(update: Update, per: str, size: Tensor, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
     """phi = |d| / (stretch (|z| + u |g|) + 1e-8), real, with as many modes as z; 0 where one of the norms overflows.
 
+    Of a batch, with its members in front.
+
     u is the unit of rounding, machine epsilon: a channel of z below u |g| may hold nothing, where d, of earlier
     gradients, does, and a quotient of both would be without limit.
 
@@ -26,21 +28,23 @@ def gains(update: Update, per: str, size: Tensor, stretch: float = 1.0) -> tuple
         per: "channel", one phi for every index along the whole modes, each of norms over the compressed ones (for a
             matrix with one compressed side GaLore's columns or rows); "tensor", one phi. Where no mode is whole, or
             the frame is not mode-wise, both are one phi.
-        size: |g|.
+        size: |g|, (*rows).
         stretch: the factor of z.
 
     Returns:
-        phi, and |d| of all channels together, a scalar.
+        phi, (*rows) where it is one of each tensor, and |d| of all channels together, (*rows).
     """
-    d, z = update.direction, update.core
-    everything = tuple(range(z.ndim))
+    d, z, rows = update.direction, update.core, update.rows
+    everything = tuple(range(rows, z.ndim))
     modes = everything if per == "tensor" or update.compressed is None else update.compressed
+    if rows and modes is not everything:
+        modes = tuple(n + rows for n in modes)
     own, length = _norms(z, modes), _norms(d, modes)
-    floor = (size * (stretch * torch.finfo(own.dtype).eps)).add_(_SMALL)
+    floor = over((size * (stretch * torch.finfo(own.dtype).eps)).add_(_SMALL), own)
     phi = (length / torch.add(floor, own, alpha=stretch)).nan_to_num_(0.0, posinf=0.0)
     if modes == everything:  # a core of blocks has another order than its tensor
-        return phi.reshape(()), length.reshape(())
-    return phi, torch.linalg.vector_norm(length)
+        return phi.reshape(z.shape[:rows]), length.reshape(z.shape[:rows])
+    return phi, torch.linalg.vector_norm(each_row(length, rows), dim=-1) if rows else torch.linalg.vector_norm(length)
 
 
 def _norms(x: Tensor, modes: tuple[int, ...]) -> Tensor:
@@ -59,7 +63,7 @@ def brake(size: Tensor, last: Tensor, growth: float, first: Tensor) -> tuple[Ten
     of a gradient that lies in the frame.
 
     Args:
-        size: the norm before, a real scalar.
+        size: the norm before, real, (*rows), as are all of these.
         last: of the last update, 0 before the first.
         growth: >= 1.
         first: the limit of the first update.

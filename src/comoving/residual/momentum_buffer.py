@@ -30,6 +30,7 @@ class MomentumBuffer(Inside):
         decay: mu in [0, 1].
     """
 
+    batched: ClassVar[bool] = True
     feeds: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
@@ -49,24 +50,24 @@ class MomentumBuffer(Inside):
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """B."""
-        return Operand(codec.decode_onto(gradient, _stored(state)))
+        return Operand(codec.decode_onto(gradient, _stored(state)), rows=passage.rows)
 
     def keep(
         self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Tensor:
         """M; returns the norm of B outside the frame."""
-        frame = passage.frame
+        frame, rows = passage.frame, passage.rows
         # A later gradient of the window meets M instead of B: what the frame holds of it becomes mu z of all of them.
         surplus = core * (1 - self.decay) if opening else frame.project(dense).sub_(core, alpha=self.decay)
         frame.add_lift(dense, surplus, -1.0)
-        size, parts = store(codec, dense, _stored(state))
+        size, parts = store(codec, dense, _stored(state), rows)
         state.update({_BUFFER + name: part for name, part in parts.items()})
         whole = size.clamp_min(torch.finfo(torch.float32).tiny)
-        return size * (1 - (norm(core) * (self.decay / whole)).square()).clamp_min(0).sqrt()
+        return size * (1 - (norm(core, rows) * (self.decay / whole)).square()).clamp_min(0).sqrt()
 
-    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+    def error(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> Tensor:
         """The codec's own bound."""
-        return codec.error(_stored(state))
+        return codec.error(_stored(state), rows)
 
 
 def _stored(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """FRUGAL: the sign of what lies outside the frame."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec, Part
+from ..linalg import each_row, over
 from ..validate import check_float
 from .base import HELD, Holding, Update
 
@@ -25,6 +27,8 @@ class Sign(Holding):
         floor: in [0, 1).
     """
 
+    batched: ClassVar[bool] = True
+
     rate: float = 1.0
     floor: float = 1e-6
 
@@ -41,7 +45,9 @@ class Sign(Holding):
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor F d + rate sgn(g - F z)."""
         gradient = state.pop(HELD)
-        least = (gradient.abs().amax() * self.floor).clamp_min(torch.finfo(gradient.dtype).tiny)
+        sizes = gradient.abs()
+        most = each_row(sizes, update.rows).amax(-1) if update.rows else sizes.amax()
+        least = over((most * self.floor).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
         rest = update.frame.add_lift(gradient.clone(memory_format=torch.contiguous_format), update.core, -1.0)
         rest = torch.where(rest.abs() > least, rest.sgn(), 0)
         update.write(weights)

@@ -1,5 +1,6 @@
 """TensorGRaD: a few entries are kept exactly, beside what the frame holds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import ClassVar
@@ -50,6 +51,7 @@ class Sparse:
     The state is "sparse.indices", the rule's slots by "sparse.<slot>", and "sparse.draws" where there are any.
     """
 
+    batched: ClassVar[bool] = False  # each member has indices of its own
     holds: ClassVar[bool] = False
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
@@ -148,11 +150,11 @@ class Sparse:
         self.rule.absorb(x, own, update.clock)
         d = self.rule.direction(own, update.clock, update.eps).mul_(update.rate * self.scale)
         state.update({_PREFIX + slot.name: own[slot.name] for slot in self._slots(indices.shape[0])})
-        at = torch.unravel_index(indices, weights.shape)  # the weights may be a slice
+        at = _unravelled(indices, weights.shape)  # the weights may be a slice
         update.write(weights)
         weights[at] += d
 
-    def error(self, state: dict[str, Tensor], codec: Codec) -> Tensor:
+    def error(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> Tensor:
         """Zero: nothing is encoded."""
         return torch.zeros(())
 
@@ -187,7 +189,7 @@ class Sparse:
         state[_DRAWS] = torch.tensor(draws + 1, device="cpu")
         waits = torch.empty(size.shape, dtype=torch.float64, device="cpu")
         waits.exponential_(generator=generator(self.seed, draws))
-        waits = waits.to(size.device)
+        waits = waits.to(size.device, non_blocking=True)
         return waits if self.choose == "random" else (size / size.amax().clamp_min(_TINY)).double() / waits
 
     def _slots(self, count: int) -> tuple[Slot, ...]:
@@ -199,3 +201,12 @@ class Sparse:
         if not getattr(self.rule, "elementwise", False):
             raise ValueError(f"rule must be elementwise, without statistics of modes, got {self.rule!r}")
         return self.rule.slots((count,))
+
+
+def _unravelled(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """The index along each mode; torch's own function would wait for the device."""
+    along: list[Tensor] = []
+    for size in reversed(shape):
+        along.append(indices % size)
+        indices = indices // size
+    return tuple(reversed(along))

@@ -1,13 +1,13 @@
 """Second moments by the means of slices."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..linalg import abs_squared, bounded, lerp_
+from ..linalg import abs_squared, bounded, each_row, lerp_, over
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_choice, check_float
@@ -49,7 +49,13 @@ class Adafactor:
     average: Literal["gradient", "update"] = "gradient"
 
     momentum = FIRST
+    definite = False
+    corrected = True
+    elementwise: ClassVar[bool] = False
+    timeless: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     total: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.decay is not None:
@@ -75,14 +81,15 @@ class Adafactor:
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The means and m, in place."""
-        z = z if self.clip is not None else bounded(z)
+        z = z if self.clip is not None else bounded(z, clock.rows)
+        order = z.ndim - clock.rows
         squares = abs_squared(z).add_(self.floor)
-        most = torch.finfo(z.dtype).max / (2 * max(1, z.numel()))
+        most = torch.finfo(z.dtype).max / (2 * max(1, prod(z.shape[clock.rows :])))
         t = clock.t.double()
         # After a restart of t the means begin anew with it, which the host's count would not.
         decay: Tensor | float = clock.beta2 if self.decay is None else (1 - t.clamp_min(1) ** self.decay)
-        for n in range(z.ndim):
-            others = tuple(m for m in range(z.ndim) if m != n)
+        for n in range(order):
+            others = tuple(m - order for m in range(order) if m != n)
             # An infinite mean would stay for ever.
             mean = (squares.mean(others) if others else squares).clamp_max_(most)
             state[f"{_FACTOR}{n}"].mul_(decay).add_(mean * (1 - decay))
@@ -96,18 +103,22 @@ class Adafactor:
 
     def _clipped(self, top: Tensor, state: dict[str, Tensor], clock: Clock, weight: float | Tensor = 1.0) -> Tensor:
         """top / (weight sqrt(V)) at no more than the RMS allowed, a new tensor."""
-        factors = [state[f"{_FACTOR}{n}"] for n in range(top.ndim)]
-        mean = factors[0].mean()
+        rows = top.shape[: clock.rows]
+        order = top.ndim - len(rows)
+        factors = [state[f"{_FACTOR}{n}"] for n in range(order)]
+        mean = factors[0].mean(-1) if rows else factors[0].mean()
         tiny = torch.finfo(mean.dtype).tiny
         root = mean.clamp_min(tiny).rsqrt()
         if self.decay is None:
             root = root * clock.weight2**0.5
-        u = top * (root / weight)
+        u = top * over(root / weight, top)
+        mean = over(mean.clamp_min(tiny), factors[0])
         for n, r in enumerate(factors):
-            share = r / mean.clamp_min(tiny)
+            share = r / mean
             inverse = torch.where(share > 0, share.clamp_min(tiny).rsqrt(), 0)
-            u.mul_(inverse.view((-1,) + (1,) * (top.ndim - 1 - n)))
+            u.mul_(inverse.view(*rows, *(1,) * n, -1, *(1,) * (order - 1 - n)))
         if self.clip is None:
             return u
-        rms = torch.linalg.vector_norm(u) / sqrt(max(1, u.numel()))
-        return u.div_((rms / self.clip).clamp_min(1))
+        length = torch.linalg.vector_norm(each_row(u, 1), dim=-1) if rows else torch.linalg.vector_norm(u)
+        rms = length / sqrt(max(1, prod(u.shape[len(rows) :])))
+        return u.div_(over((rms / self.clip).clamp_min(1), u))

@@ -24,9 +24,14 @@ class Adam:
     """
 
     momentum = FIRST
+    definite = False
+    corrected = True
+    linear = True
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
     replaces: ClassVar[bool] = True
+    total: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m and v."""

@@ -1,6 +1,6 @@
 """What the engine asks of a rule."""
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -9,16 +9,34 @@ from ..transport import Clock
 
 
 class Rule(Protocol):
-    """Turns the projected gradient into a direction; a frozen dataclass of hyper-parameters, without tensors.
+    """Turns the projected gradient into a direction; a frozen dataclass of hyper-parameters, without tensors."""
 
-    An attribute ``definite = True`` says that its covariances must stay positive semi-definite, as they do not where a
-    codec rounds them. ``corrected = False``: its direction divides by no c2, so that no transport may either.
-    ``linear = False``: its momentum is no average of gradients. ``elementwise = True``: an entry of its direction
-    depends on the same entry of past gradients alone. ``timeless = True``: it reads no tick of the clock, and
-    decomposes nothing, so that one compiled graph serves all steps. ``replaces = True``: it puts new tensors into its
-    slots and leaves the old ones as they are; a rule that changes them in place is given copies, unless it is
-    ``total = True``, so simple that it cannot fail, and its slots are as large as the parameter.
-    """
+    elementwise: ClassVar[bool]
+    """Whether an entry of its direction depends on the same entry of past gradients alone."""
+    timeless: ClassVar[bool]
+    """Whether it reads no tick of the clock, and decomposes nothing, so that one compiled graph serves all steps."""
+    replaces: ClassVar[bool]
+    """Whether it puts new tensors into its slots and leaves the old ones as they are; a rule that changes them in place
+    is given copies, unless it is ``total`` and its slots are as large as the parameter."""
+    total: ClassVar[bool]
+    """Whether it is so simple that it cannot fail."""
+    batched: ClassVar[bool]
+    """Whether it serves the rows of a batch (``Clock.rows``), every one as if it were alone."""
+
+    @property
+    def definite(self) -> bool:
+        """Whether its covariances must stay positive semi-definite, as they do not where a codec rounds them."""
+        ...
+
+    @property
+    def corrected(self) -> bool:
+        """Whether it makes up for averages that begin at zero; where it does not, no transport of variances may."""
+        ...
+
+    @property
+    def linear(self) -> bool:
+        """Whether its momentum is an average of gradients."""
+        ...
 
     @property
     def momentum(self) -> str:
@@ -26,7 +44,7 @@ class Rule(Protocol):
         ...
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
-        """The slots that the rule keeps for a core of this shape.
+        """The slots that the rule keeps for a core of this shape, that of one row of a batch.
 
         Raises:
             ValueError: a core that the rule cannot serve.
@@ -40,6 +58,7 @@ class Rule(Protocol):
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """Take z, the projected gradient, into the slots; the clock already counts this step.
 
+        z has shape (*rows, r_1, ..., r_N), and the slots have the rows in front.
         The slots' tensors are replaced, or changed in place. z may be the caller's gradient, and is not changed.
         """
         ...
@@ -51,7 +70,7 @@ class Rule(Protocol):
 
 def replaces(rule: Rule) -> bool:
     """Whether a rule leaves the tensors in its slots as they are."""
-    return getattr(rule, "replaces", False)
+    return rule.replaces
 
 
 def averaged(rule: Rule, momentum: Tensor, clock: Clock) -> Tensor:

@@ -1,12 +1,13 @@
 """Equal columns: the direction of Dion."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..linalg import each_row, over
 from ..slots import Kind, Slot
 from ..transport import Clock
 from ..validate import check_choice
@@ -34,7 +35,14 @@ class Columns:
     along: Literal["auto", "left", "right"] = "auto"
 
     momentum = FIRST
+    definite = False
+    corrected = True
+    linear = True
+    elementwise: ClassVar[bool] = False
+    timeless: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
+    total: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("along", self.along, ("auto", "left", "right"))
@@ -49,21 +57,24 @@ class Columns:
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """m = z, unless z = 0."""
-        state[FIRST] = torch.where((z != 0).any(), z, state[FIRST])
+        seen = z != 0
+        seen = over(each_row(seen, clock.rows).any(-1), z) if clock.rows else seen.any()
+        state[FIRST] = torch.where(seen, z, state[FIRST])
         hand_over(state, z)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""
         z = taken(state)
-        if not z.ndim:
+        core = z.shape[clock.rows :]
+        if not core:
             return z.sgn()
-        long = [n for n, d in enumerate(z.shape) if d > 1] or [0]
-        mode = {"left": long[0], "right": long[-1], "auto": min(long, key=lambda n: z.shape[n])}[self.along]
-        others = tuple(n for n in range(z.ndim) if n != mode)
+        long = [n for n, d in enumerate(core) if d > 1] or [0]
+        mode = {"left": long[0], "right": long[-1], "auto": min(long, key=lambda n: core[n])}[self.along]
+        others = tuple(n - len(core) for n in range(len(core)) if n != mode)
         tiny = torch.finfo(z.dtype).tiny
         unit = z.abs().amax(others, keepdim=True).clamp_min(tiny) if others else z.abs().clamp_min(tiny)
         scaled = z / unit
         length = torch.linalg.vector_norm(scaled, dim=others, keepdim=True) if others else scaled.abs()
-        root = sqrt(z.numel() / max(1, z.shape[mode]))
+        root = sqrt(prod(core) / max(1, core[mode]))
         # |R_j| + eps = unit (length + eps / unit); a slice of zeros stays one.
         return scaled.mul_(root / (length + eps / unit).clamp_min(tiny))

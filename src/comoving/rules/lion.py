@@ -29,9 +29,14 @@ class Lion:
     b2: float | None = None
 
     momentum = FIRST
+    definite = False
+    corrected = True
+    linear = True
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
+    replaces: ClassVar[bool] = False
     total: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):

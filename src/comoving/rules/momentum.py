@@ -24,9 +24,13 @@ class Momentum:
     """
 
     momentum = FIRST
+    definite = False
+    linear = True
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
     replaces: ClassVar[bool] = True
+    total: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     corrected: bool = False
 

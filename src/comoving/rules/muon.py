@@ -58,7 +58,14 @@ class Muon:
     bf16: bool = False
 
     momentum = FIRST
+    definite = False
+    corrected = True
+    linear = True
+    elementwise: ClassVar[bool] = False
+    timeless: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
+    total: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_float("decay", self.decay, 0.0, 1.0, open_high=True)
@@ -94,17 +101,19 @@ class Muon:
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """s orth(x), a new tensor."""
         x = taken(state)
-        modes = self._rows_and_columns(x)
+        core = x.shape[clock.rows :]
+        modes = self._two_modes(core, x.is_complex())
         if modes is None:
-            rows = next((d for d in x.shape if d > 1), 1)
-            return self._orthogonal(x.reshape(rows, -1), eps).reshape(x.shape).contiguous()
+            first = next((d for d in core if d > 1), 1)
+            flat = x.reshape(*x.shape[: clock.rows], first, prod(core) // max(1, first))
+            return self._orthogonal(flat, eps).reshape(x.shape).contiguous()
         cut = x.movedim(modes, (-2, -1))
         return self._orthogonal(cut, eps).movedim((-2, -1), modes).contiguous()
 
-    def _rows_and_columns(self, x: Tensor) -> tuple[int, int] | None:
-        """The modes of each matrix, None for the first against all others."""
-        each = self.over == "each" or (self.over == "auto" and x.is_complex())
-        long = [n for n, d in enumerate(x.shape) if d > 1]
+    def _two_modes(self, core: Sequence[int], is_complex: bool) -> tuple[int, int] | None:
+        """The modes of each matrix, from the end; None for the first against all others."""
+        each = self.over == "each" or (self.over == "auto" and is_complex)
+        long = [n - len(core) for n, d in enumerate(core) if d > 1]
         return (long[0], long[1]) if each and len(long) > 2 else None
 
     def _orthogonal(self, x: Tensor, eps: float) -> Tensor:

@@ -32,10 +32,15 @@ class Scheduled:
     decay: float = -0.5
 
     momentum = FIRST
-    elementwise: ClassVar[bool] = True
-    replaces: ClassVar[bool] = True
-    corrected: ClassVar[bool] = False
+    definite = False
+    corrected = False
     """Not by the group's decay rates, on which transports that follow the frame would have to rely."""
+    linear = True
+    elementwise: ClassVar[bool] = True
+    timeless: ClassVar[bool] = False
+    replaces: ClassVar[bool] = True
+    total: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_float("growth", self.growth, 0.0, 1.0, open_low=True)

@@ -6,7 +6,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import InverseRoot, abs_squared, add_gram, bounded, inverse_root, lerp, multiply_factors, norm
+from ..linalg import (
+    InverseRoot,
+    abs_squared,
+    add_gram,
+    bounded,
+    inverse_root,
+    lerp,
+    multiply_factors,
+    norm,
+    over,
+    standing_root,
+)
 from ..slots import Kind, Slot
 from ..transport import Clock, mass_of
 from ..validate import check_choice, check_float, check_int
@@ -45,7 +56,13 @@ class Shampoo:
     """
 
     momentum = FIRST
+    corrected = True
+    linear = True
+    elementwise: ClassVar[bool] = False
+    timeless: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
+    total: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     decay: float = 0.999
     average: bool = True
@@ -92,31 +109,33 @@ class Shampoo:
             state[SECOND] = abs_squared(z).mul_(1 - clock.beta2).add_(state[SECOND], alpha=clock.beta2)
         keep, add = (self.decay, 1 - self.decay) if self.average else (1.0, 1.0)
         due = (clock.tick - 1) % self.every == 0
-        limited = bounded(z)
-        for n in range(z.ndim):
-            factor = state[_factor(n)] = add_gram(state[_factor(n)], limited, n, keep, add)
-            if self.every > 1 and factor.ndim == 2 and (due or _root(n) not in state):
+        rows = clock.rows
+        limited = bounded(z, rows)
+        for n in range(z.ndim - rows):
+            factor = state[_factor(n)] = add_gram(state[_factor(n)], limited, n, keep, add, rows)
+            if self.every > 1 and factor.ndim == rows + 2 and (due or _root(n) not in state):
                 state[_root(n)] = self._root(factor, z, clock)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""
         m = state[FIRST] / clock.weight1
         roots: dict[int, Tensor] = {}
-        for n in range(m.ndim):
+        for n in range(m.ndim - clock.rows):
             kept = state.get(_root(n))
-            roots[n] = self._root(state[_factor(n)], m, clock) if kept is None else kept
-        u = multiply_factors(m, roots)
+            roots[n] = self._root(state[_factor(n)], m, clock) if kept is None else standing_root(kept)
+        u = multiply_factors(m, roots, clock.rows)
         if not self.graft:
             return u
         mass = state.get(mass_of(SECOND))
         a = m / (state[SECOND] / (clock.weight2 if mass is None else mass)).sqrt_().add_(eps)
-        length = norm(u)
-        return u * torch.where(length > 0, norm(a) / length, 0).to(a.dtype)
+        length = norm(u, clock.rows)
+        return u * over(torch.where(length > 0, norm(a, clock.rows) / length, 0).to(a.dtype), u)
 
     def _root(self, factor: Tensor, core: Tensor, clock: Clock) -> Tensor:
         if self.average:
             factor = factor / clock.weight(self.decay)
-        return inverse_root(factor, self.eps, self.exponent or 1 / (2 * core.ndim), self.root)
+        exponent = self.exponent or 1 / (2 * (core.ndim - clock.rows))
+        return inverse_root(factor, self.eps, exponent, self.root, clock.rows)
 
 
 def check_exponent(exponent: float | None, root: str) -> None:

@@ -6,7 +6,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import abs_squared, add_gram, bounded, leading_basis, lerp, multilinear, quotient, turned_basis
+from ..linalg import (
+    abs_squared,
+    add_gram,
+    bounded,
+    each_row,
+    in_order,
+    leading_basis,
+    lerp,
+    multilinear,
+    over,
+    quotient,
+    turned_basis,
+)
 from ..slots import Kind, Slot
 from ..transport import Clock, mass_of
 from ..validate import check_choice, check_float, check_int
@@ -56,7 +68,14 @@ class SOAP:
     """
 
     momentum = FIRST
+    definite = False
+    corrected = True
+    linear = True
+    elementwise: ClassVar[bool] = False
+    timeless: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
+    total: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     decay: float | None = None
     every: int = 10
@@ -84,32 +103,35 @@ class SOAP:
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The bases where they are due, then the averages."""
-        modes = self._modes(tuple(z.shape))
+        core = tuple(z.shape[clock.rows :])
+        modes = self._modes(core)
         if clock.tick > 2 and (clock.tick - 1) % self.every == 0:
             for n in modes:
                 basis, order = turned_basis(state[_factor(n)], state[_basis(n)])
                 state[_basis(n)] = basis
                 for name in {SECOND, mass_of(SECOND)} & state.keys():
-                    state[name] = state[name].index_select(n, order)
+                    state[name] = in_order(state[name], n - len(core), order)
         decay = clock.beta2 if self.decay is None else self.decay
-        limited = bounded(z)
+        limited = bounded(z, clock.rows)
         for n in modes:
-            state[_factor(n)] = add_gram(state[_factor(n)], limited, n, decay, 1 - decay)
+            state[_factor(n)] = add_gram(state[_factor(n)], limited, n, decay, 1 - decay, clock.rows)
             if clock.tick == 1:
                 state[_basis(n)] = leading_basis(state[_factor(n)])
         state[FIRST] = lerp(state[FIRST], z, 1 - clock.beta1)
-        turned = multilinear(z, [None if q is None else q.mH for q in self._bases(z, state)])
+        turned = multilinear(z, [None if q is None else q.mH for q in self._bases(len(core), state)])
         state[SECOND] = abs_squared(turned).mul_(1 - clock.beta2).add_(state[SECOND], alpha=clock.beta2)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""
         m = state[FIRST]
-        bases = self._bases(m, state)
+        core = m.shape[clock.rows :]
+        bases = self._bases(len(core), state)
         mass = state.get(mass_of(SECOND))
         scale = (state[SECOND] / (clock.weight2 if mass is None else mass)).sqrt_()
-        longest = max((d for d, q in zip(m.shape, bases, strict=True) if q is not None), default=0)
+        longest = max((d for d, q in zip(core, bases, strict=True) if q is not None), default=0)
         if longest:
-            scale.add_(scale.amax() * (longest * torch.finfo(scale.dtype).eps))
+            most = each_row(scale, clock.rows).amax(-1) if clock.rows else scale.amax()
+            scale.add_(over(most * (longest * torch.finfo(scale.dtype).eps), scale))
         scale.add_(eps).mul_(clock.weight1)
         turned = multilinear(m, [None if q is None else q.mH for q in bases])
         return multilinear(_cut(quotient(turned, scale), clock), bases)
@@ -119,8 +141,8 @@ class SOAP:
         sides = [min((0, 1), key=lambda n: shape[n])] if self.one_sided and len(shape) == 2 else range(len(shape))
         return [n for n in sides if shape[n] <= self.max_size]
 
-    def _bases(self, x: Tensor, state: dict[str, Tensor]) -> list[Tensor | None]:
-        return [state.get(_basis(n)) for n in range(x.ndim)]
+    def _bases(self, order: int, state: dict[str, Tensor]) -> list[Tensor | None]:
+        return [state.get(_basis(n)) for n in range(order)]
 
 
 def _cut(x: Tensor, clock: Clock) -> Tensor:

@@ -29,18 +29,19 @@ def compiled(**options: Any) -> Turn:
     """
 
     def arithmetic(
-        rule: Rule, z: Tensor, moments: dict[str, Tensor], t: Tensor, betas: tuple[float, float], eps: float
+        rule: Rule, z: Tensor, moments: dict[str, Tensor], t: Tensor, betas: tuple[float, float], rows: int, eps: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return turned(rule, z, moments, Clock(t, *betas), eps), moments
+        return turned(rule, z, moments, Clock(t, *betas, rows=rows), eps), moments
 
     graphs = torch.compile(arithmetic, **options)
 
     def turn(rule: Rule, z: Tensor, state: dict[str, Any], clock: Clock, eps: float) -> Tensor:
         if z.is_complex():
             return turned(rule, z, state, clock, eps)
-        own = [slot.name for slot in rule.slots(tuple(z.shape))]
+        own = [slot.name for slot in rule.slots(tuple(z.shape[clock.rows :]))]
         own += [name for name in map(mass_of, own) if name in state]
-        d, moments = graphs(rule, z, {name: state[name] for name in own}, clock.t, (clock.beta1, clock.beta2), eps)
+        betas, moments = (clock.beta1, clock.beta2), {name: state[name] for name in own}
+        d, moments = graphs(rule, z, moments, clock.t, betas, clock.rows, eps)
         state.update(moments)
         return d
 

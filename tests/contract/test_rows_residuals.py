@@ -1,0 +1,156 @@
+"""A batch of tensors keeps, loses and writes what each of them does alone, and is measured as each of them."""
+
+import pytest
+import torch
+
+from comoving.codecs import Full, Int4, Int8
+from comoving.diagnostics import measure, measure_kept, overlap_defect
+from comoving.frames import ModeFrame
+from comoving.linalg import norm
+from comoving.residual import Channel, Feedback, Fira, Passage, Sign, Sparse, Update
+from comoving.transport import Clock
+from contract.support import COMPLEX, MOVING, REAL, RESIDUALS, core_of, randn, random_frame
+
+F32 = torch.float32
+SCALED = [Fira(growth=None), Fira(per="tensor"), Channel(growth=None), Channel(per="tensor")]
+MORE = [Feedback(window=2), *SCALED, Sign(0.5)]
+BATCHED = [residual for residual in [*RESIDUALS, *MOVING, *MORE] if residual.batched]
+CODECS = [Full(), Int8(block=8), Int4(block=8, rounding="stochastic")]
+CASES = [((6, 8), (2, None)), ((8, 7), (None, 2)), ((6, 8), (3, 2)), ((4, 3, 5), (2, None, 3)), ((9,), (3,))]
+SIZES = [1.0, 0.0, 1e15, 1e-15]
+STEPS, TURN, TWICE, SHRUNK = 6, 3, 2, 4
+DECAY, INTAKE = 0.9, 0.1
+
+
+class Run:
+    """A parameter, or a batch of them, stepped by a residual between stand-ins for finder, rule and transport.
+
+    Args:
+        residual, codec: under test.
+        frames: that of the first steps, and that from step ``TURN`` on.
+        weights: likewise stacked or not.
+        state: the slots.
+        rows: 0 or 1.
+        told: whether the norm of the gradient is known.
+    """
+
+    def __init__(self, residual, codec, frames, weights, state, rows, told):
+        self.residual, self.codec, self.frames, self.rows, self.told = residual, codec, frames, rows, told
+        self.weights, self.state = weights.clone(), state
+        self.momentum, self.figures = None, weights.real.new_zeros((*weights.shape[:rows], 6))
+        self.seen = []
+
+    def step(self, t, gradients):
+        residual, codec, state, rows = self.residual, self.codec, self.state, self.rows
+        frame = self.frames[t >= TURN]
+        core = None
+        for opening, g in zip((True, False), gradients, strict=False):
+            if self.momentum is None:
+                m = torch.zeros_like(frame.project(g))
+                passage = Passage(frame, m, DECAY, INTAKE, tick=t, rows=rows)
+            else:
+                old, m = self.frames[t > TURN] if opening else frame, self.momentum
+                passage = Passage(old, m, DECAY, INTAKE, old, m, tick=t, rows=rows)
+            given = g.clone()
+            operand = residual.restore(g, passage, opening, state, codec)
+            assert operand.rows == rows
+            assert torch.equal(g, given)
+            if t == TURN and opening:
+                overlap = frame.overlap(old)
+                image = overlap.move(m)
+                self.momentum = 0.5 * image  # some of it is dropped
+                passage = Passage(frame, self.momentum, DECAY, INTAKE, old, m, overlap, image, t, rows)
+                self.figures[..., 2] = overlap_defect(overlap)
+            turned = passage.overlap
+            z = frame.project(operand.dense)
+            if operand.core is not None:
+                z += operand.core if turned is None else turned.move(operand.core)
+            core = z if core is None else core + z
+            kept = residual.keep(operand.dense, core, passage, opening, state, codec)
+            lost, rounded = passage.lost(), residual.error(state, codec, rows)
+            assert (kept is not None) == residual.feeds
+            assert lost.ndim == rows
+            own = norm(g, rows)
+            if kept is None:
+                measure(self.figures, own, z)
+            else:
+                assert kept.ndim == rounded.ndim == rows
+                total = None if turned is None else own
+                measure_kept(self.figures, own, total, z, kept, rounded, lost, opening)
+            if residual.rescales:
+                self.seen.append(residual.size(core, torch.zeros_like(own) if kept is None else kept, state))
+            self.seen += [lost, self.figures.clone(), *([] if kept is None else [kept, rounded])]
+        m = self.momentum if self.momentum is not None else torch.zeros_like(core)
+        if t == SHRUNK and residual.rescales:
+            residual.rescale(0.5, core, Passage(frame, m, DECAY, INTAKE, frame, m, tick=t, rows=rows), state, codec)
+            core = core * 0.5
+        self.momentum = DECAY * m + INTAKE * core
+        clock = Clock(torch.tensor(float(t + 1)), DECAY, 0.99, t + 1, rows)
+        compressed = tuple(n for n, r in enumerate(frame.ranks) if r is not None)
+        size = norm(gradients[0], rows) if self.told and len(gradients) == 1 else None
+        d = self.momentum.sgn() if self.told else self.momentum
+        update = Update(lambda: frame, compressed, core, d, -0.02, 0.99, -0.1, clock, 1e-8, size)
+        residual.write(self.weights, update, state, codec)
+
+
+def slots(residual, codec, shape, ranks, dtype, members=None):
+    """The slots of one tensor, or of so many; seeds of their own."""
+    lead = () if members is None else (members,)
+    parts = residual.parts(codec, shape, core_of(shape, ranks), dtype)
+    state = {name: torch.zeros((*lead, *part.shape), dtype=part.dtype) for name, part in parts.items()}
+    for name, part in parts.items():
+        if part.seed:
+            state[name] += 3 if members is None else torch.arange(3, 3 + members)
+    return state
+
+
+def near(a, b, dtype):
+    """To rounding, of the size of the largest entry."""
+    tolerance = 2e-4 if dtype is F32 else 1e-10
+    size = float(b.abs().nan_to_num(0, 0, 0).amax())
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=size * tolerance, equal_nan=True)
+
+
+def test_every_residual_but_one_takes_batches():
+    assert {type(residual) for residual in [*RESIDUALS, *MOVING] if not residual.batched} == {Sparse}
+
+
+@pytest.mark.parametrize("residual", BATCHED, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [REAL, COMPLEX, F32], ids=str)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_batch_fares_as_its_members(residual, codec, case, dtype, told):
+    """Gradients of ordinary size, zero, huge and tiny; two of them in one step, and frames that change once."""
+    shape, ranks = case
+    codec = Full() if dtype is F32 else codec  # there rounding of products may reach the codes
+    members = range(len(SIZES))
+    frames = [[random_frame(shape, ranks, dtype, 10 * i + turn) for turn in range(2)] for i in members]
+    both = [ModeFrame.stack([frames[i][turn] for i in members]) for turn in range(2)]
+    weights = randn((len(SIZES), *shape), dtype, 5)
+    states = [slots(residual, codec, shape, ranks, dtype) for _ in members]
+    for i, state in enumerate(states):
+        state |= {name: x + i for name, x in state.items() if name.endswith(".seed")}
+    alone = [Run(residual, codec, frames[i], weights[i], states[i], 0, told) for i in members]
+    batch = Run(residual, codec, both, weights, slots(residual, codec, shape, ranks, dtype, len(SIZES)), 1, told)
+    for t in range(STEPS):
+        gradients = [
+            torch.stack([randn(shape, dtype, 100 * t + 10 * i + k) * size for i, size in enumerate(SIZES)])
+            for k in range(2 if t == TWICE else 1)
+        ]
+        batch.step(t, gradients)
+        for i, run in enumerate(alone):
+            run.step(t, [g[i] for g in gradients])
+            near(batch.weights[i], run.weights, dtype)
+            near(batch.momentum[i], run.momentum, dtype)
+            assert batch.state.keys() == run.state.keys()
+            for name, x in run.state.items():
+                assert batch.state[name].shape == (len(SIZES), *x.shape)
+                if x.is_floating_point() or x.is_complex():
+                    near(batch.state[name][i], x, dtype)
+                else:
+                    assert torch.equal(batch.state[name][i], x), name
+            assert len(batch.seen) == len(run.seen)
+            for a, b in zip(batch.seen, run.seen, strict=True):
+                near(a[i], b, dtype)
+        assert not batch.state.keys() & {"held"}

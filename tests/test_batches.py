@@ -1,0 +1,213 @@
+"""Alike parameters stepped together are what each of them is alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from comoving import LowRankOptimizer, build, recipes, state_bytes
+from comoving.codecs import Int8
+from comoving.finders import Exact, Power
+from comoving.frames import Blocks, Modes
+from comoving.residual import Feedback
+from comoving.rules import Adam
+from comoving.transport import Carry, Reset
+
+SHAPES = [(24, 16)] * 4 + [(16, 24)] * 2 + [(20, 12, 10)] * 3 + [(7,)]
+
+
+def model(dtype=torch.float64, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    return nn.ParameterList([nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes])
+
+
+def give(params, step, idle=()):
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        p.grad = None if i in idle else torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def pair(recipe, dtype=torch.float64, **options):
+    models = model(dtype), model(dtype)
+    optimizers = [build(recipe, m, 1e-2, **options) for m in models]
+    optimizers[1].stacked_entries = 0
+    return models, optimizers
+
+
+def formed(optimizer):
+    return list(optimizer._batches)
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_steps_a_batch_as_its_members(recipe):
+    models, optimizers = pair(recipe)
+    for step in range(8):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step, idle={1} if step == 4 else ())
+            o.step()
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    assert not formed(optimizers[1])
+    assert state_bytes(optimizers[0]) == state_bytes(optimizers[1])
+
+
+def test_alike_parameters_are_stacked_and_others_are_not():
+    models, (optimizer, _) = pair("tucker-adam")
+    for step in range(3):
+        give(models[0], step)
+        optimizer.step()
+    sizes = sorted(len(batch.units) for batch in formed(optimizer))
+    assert sum(sizes) >= 4
+    assert all(size > 1 for size in sizes)
+
+
+def test_nothing_is_stacked_again_while_the_states_are_untouched():
+    m = model(shapes=[(24, 16)] * 3)
+    optimizer = LowRankOptimizer(m.parameters(), 1e-2, 4)
+    for step in range(3):
+        give(m, step)
+        optimizer.step()
+    (before,) = formed(optimizer)
+    stacks, stack = [], torch.stack
+
+    def counting(tensors, *args):
+        stacks.append(len(tensors))
+        return stack(tensors, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "stack", counting)
+        give(m, 3)
+        optimizer.step()
+    (after,) = formed(optimizer)
+    assert before is not after
+    assert stacks.count(3) == 4  # gradients, their norms twice, weights
+
+
+def test_a_slot_that_was_replaced_or_written_to_counts():
+    models, optimizers = pair("tucker-adam")
+    for step in range(6):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step)
+            o.step()
+            if step == 2:
+                o.state[m[1]]["moment.first"] = torch.ones_like(o.state[m[1]]["moment.first"])
+            if step == 3:
+                o.state[m[2]]["moment.first"].zero_()
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("recipe", ["comoving", "galore", "muon"])
+def test_checkpoints_do_not_know_of_batches(recipe):
+    models, optimizers = pair(recipe)
+    for step in range(5):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step)
+            o.step()
+    first, second = (o.state_dict() for o in optimizers)
+    assert [*first["state"]] == [*second["state"]]
+    for key, state in first["state"].items():
+        assert {n: getattr(x, "shape", x) for n, x in state.items()} == {
+            n: getattr(x, "shape", x) for n, x in second["state"][key].items()
+        }
+    fresh = model()
+    loaded = build(recipe, fresh, 1e-2)
+    fresh.load_state_dict(models[0].state_dict())
+    loaded.load_state_dict(first)
+    copied = copy.deepcopy((models[0], optimizers[0]))
+    for step in range(5, 9):
+        for m, o in ((models[0], optimizers[0]), (fresh, loaded), copied):
+            give(m, step)
+            o.step()
+    for p, q, r in zip(models[0], fresh, copied[0], strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+def test_a_batch_that_raises_leaves_all_of_it_as_it_was():
+    models, optimizers = pair("tucker-adam")
+    for step in range(4):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step)
+            o.step()
+    optimizer, params = optimizers[0], list(models[0])
+    weights = [p.detach().clone() for p in params]
+    states = [{n: copy.copy(x) for n, x in optimizer.state[p].items()} for p in params]
+
+    def fails(*args, **kwargs):
+        raise MemoryError("no more")
+
+    give(params, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Adam, "direction", fails)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    for p, before, state in zip(params, weights, states, strict=True):
+        if optimizer.sites[p].plain:
+            continue
+        assert torch.equal(p, before)
+        assert all(optimizer.state[p][n] is x or optimizer.state[p][n] == x for n, x in state.items() if n == "tick")
+    optimizer.step()
+    give(models[1], 4)
+    optimizers[1].step()
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"moments": Int8()}, {"residual": Feedback(), "codec": Int8()}], ids=str)
+@pytest.mark.parametrize("transport", [Carry(), Reset()], ids=str)
+@pytest.mark.parametrize("finder", [Power(exact_up_to=8), Exact()], ids=str)
+def test_experts_are_rows(finder, transport, options):
+    experts, results = 6, []
+    for entries in (2**16, 0):
+        m = model(shapes=[(experts, 24, 16)])
+        optimizer = LowRankOptimizer(
+            m.parameters(),
+            1e-2,
+            4,
+            frame=Blocks(0, Modes()),
+            finder=finder,
+            transport=transport,
+            refresh_every=2,
+            **options,
+        )
+        optimizer.stacked_entries = entries
+        for step in range(7):
+            give(m, step)
+            m[0].grad[step % experts] = 0
+            m[0].grad[(2 * step) % experts] = 0
+            optimizer.step()
+        results.append((m[0].detach(), formed(optimizer)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=1e-11)
+    assert results[0][1]
+    assert not results[1][1]
+
+
+def test_bfloat16_rounds_each_parameter_by_its_own_seed():
+    models = model(torch.bfloat16), model(torch.bfloat16)
+    optimizers = [build("comoving", m, 1e-2, rounding="stochastic", refresh_every=3) for m in models]
+    optimizers[1].stacked_entries = 0
+    for step in range(6):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step)
+            o.step()
+    assert formed(optimizers[0])
+    for p, q in zip(*models, strict=True):
+        assert (p != q).float().mean() < 0.01  # an entry at the edge may be rounded to either side
+        torch.testing.assert_close(p.float(), q.float(), rtol=0.02, atol=0.02)
+
+
+def test_skipped_steps_of_a_batch():
+    models = model(), model()
+    optimizers = [build("tucker-adam", m, 1e-2, refresh_every=3, on_nonfinite="skip") for m in models]
+    optimizers[1].stacked_entries = 0
+    for step in range(6):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step)
+            if step == 3:
+                m[1].grad[0, 0] = torch.nan
+            o.step()
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    assert [o.skipped_steps for o in optimizers] == [1, 1]
