@@ -23,12 +23,8 @@ OPTIONS = {
 
 
 def separate(parts, **options):
-    """An optimizer of each part alone, as a list of pairs; parts refresh when the block of this number does."""
-    pairs = [lone(part, **(OPTIONS | options)) for part in parts]
-    for number, (p, optimizer) in enumerate(pairs):
-        site = optimizer.sites[p]
-        optimizer.sites[p] = type(site)(**{**vars(site), "phase": number})
-    return pairs
+    """An optimizer of each part alone, as a list of pairs; small blocks all refresh at the same steps, as parts do."""
+    return [lone(part, **(OPTIONS | options)) for part in parts]
 
 
 def compare(p, optimizer, cut, parts, gradient, steps=7, tolerance=1e-10):

@@ -1,5 +1,6 @@
 """When frames are refreshed."""
 
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from comoving import LowRankOptimizer
 from comoving.finders import Exact, Power
+from comoving.frames import Blocks
 from comoving.residual import Discard, Feedback
 from comoving.schedule import stagger
 
@@ -96,6 +98,17 @@ def test_no_step_after_the_first_refreshes_much_more_than_another():
             p.grad = torch.randn_like(p)
         optimizer.step()
     assert count == [12] + [3] * 8
+
+
+def test_small_alike_parameters_refresh_together_and_many_of_them_in_turn():
+    few = [nn.Parameter(torch.randn(16, 24)) for _ in range(12)]
+    assert {site.phase for site in LowRankOptimizer(few, 1e-3, 4, refresh_every=4).sites.values()} == {0}
+    many = [nn.Parameter(torch.randn(128, 128)) for _ in range(40)]
+    phases = Counter(site.phase for site in LowRankOptimizer(many, 1e-3, 4, refresh_every=4).sites.values())
+    assert phases == {0: 16, 1: 16, 2: 8}
+    together = LowRankOptimizer([nn.Parameter(torch.randn(80, 64, 64))], 1e-3, 4, frame=Blocks(0), refresh_every=4)
+    (site,) = together.sites.values()
+    assert Counter(site.block(b).phase for b in range(80)) == {0: 64, 1: 16}
 
 
 def test_the_clock_stands_still_without_a_gradient():

@@ -17,7 +17,7 @@ def refresh_due(tick: int, every: int, phase: int) -> bool:
 
 def at_once(entries: int) -> int:
     """How many alike units of this many entries each refresh at the same step."""
-    return 1
+    return max(1, _AT_ONCE // max(1, entries)) if entries <= SMALL else 1
 
 
 def next_refresh(tick: int, every: int, phase: int, interval: int) -> int:

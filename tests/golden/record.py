@@ -1,7 +1,7 @@
 """Write the traces of today's engine: ``PYTHONPATH=src:tests python -m golden.record [recipe ...]``.
 
-The traces in the repository were written before the engine was rebuilt. Write them anew only for a change that is meant
-to change what a recipe does.
+Write them anew only for a change that is meant to change what a recipe does. They are recorded with every parameter
+stepped alone, and hold for those that are stepped together.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import comoving
+from comoving import container
 
 from .scenarios import SCENARIOS, trace
 
@@ -47,6 +48,7 @@ def main(chosen: list[str]) -> None:
     """Record these recipes, or all."""
     FOLDER.mkdir(exist_ok=True)
     torch.set_num_threads(1)
+    container.SMALL = 0
     for recipe in chosen or comoving.recipes():
         found = {scenario: outcome(recipe, scenario) for scenario in SCENARIOS}
         (FOLDER / f"{recipe}.json").write_text(text(found))
