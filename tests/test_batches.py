@@ -116,6 +116,8 @@ def test_checkpoints_do_not_know_of_batches(recipe):
     fresh.load_state_dict(models[0].state_dict())
     loaded.load_state_dict(first)
     copied = copy.deepcopy((models[0], optimizers[0]))
+    optimizers[1].load_state_dict(first)
+    assert not formed(optimizers[1])
     for step in range(5, 9):
         for m, o in ((models[0], optimizers[0]), (fresh, loaded), copied):
             give(m, step)

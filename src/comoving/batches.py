@@ -222,7 +222,7 @@ def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def sorted_out(units: Iterable[tuple[Kind | None, Unit]]) -> tuple[list[tuple[Kind, list[int]]], list[int]]:
-    """Which units, by their places in the given order, are stepped together, and which alone."""
+    """Which units, by their places in the given order, are stepped together, and which alone; equal kinds are one."""
     together: dict[Hashable, tuple[Kind, list[int]]] = {}
     alone: list[int] = []
     for place, (kind, unit) in enumerate(units):
@@ -230,7 +230,7 @@ def sorted_out(units: Iterable[tuple[Kind | None, Unit]]) -> tuple[list[tuple[Ki
         if kind is None or now is None:
             alone.append(place)
         else:
-            together.setdefault((kind, now), (kind, []))[1].append(place)
+            together.setdefault((id(kind), now), (kind, []))[1].append(place)
     cut: list[tuple[Kind, list[int]]] = []
     for kind, places in together.values():
         few = [places[i : i + kind.most] for i in range(0, len(places), kind.most)]

@@ -105,6 +105,7 @@ class Container(Optimizer):
         self.stacked_entries = SMALL
         self._batches = Batches()
         self._kinds: dict[tuple[Tensor, str | None], Kind | None] = {}
+        self._alike: dict[Kind, Kind] = {}
         self._block_sites: dict[tuple[Tensor, int], Site] = {}
         self._releases: list[tuple[float, list[Tensor]]] = []
 
@@ -286,7 +287,8 @@ class Container(Optimizer):
             group = slots.parts_of(site, self.param_groups[number])
             if block is not None:
                 site, group = self._block_site(p, int(block)), slots.group_of_block(group)
-            self._kinds[key] = kind_of(site, group, number)
+            kind = kind_of(site, group, number)
+            self._kinds[key] = None if kind is None else self._alike.setdefault(kind, kind)
         kind = self._kinds[key]
         return kind if kind is not None and kind.entries <= self.stacked_entries else None
 
@@ -298,6 +300,7 @@ class Container(Optimizer):
     def _forget_kinds(self) -> None:
         """What was decided about parameters has changed, or what their kinds follow from."""
         self._kinds.clear()
+        self._alike.clear()
         self._block_sites.clear()
         self._batches = Batches()
 
@@ -434,6 +437,7 @@ class Container(Optimizer):
                 own = {b: {n: own[f"{b}.{n}"] for n in block} for b, block in state.items()}
             self.state[p] = own
         self._held.clear()
+        self._forget_kinds()
 
     def _fit_loaded(self, admitted: dict[Tensor, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         """Lower the ranks that loaded parameters ask for where they exceed the budget; frames follow at the next step.

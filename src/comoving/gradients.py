@@ -48,7 +48,8 @@ def norms(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
 def any_nonfinite(figures: Iterable[Tensor]) -> Tensor:
     """One flag for all gradients, on the first one's device, from one scalar figure of each."""
     listed = list(figures)
-    return ~torch.stack([x.to(listed[0].device) for x in listed]).isfinite().all()
+    device = listed[0].device
+    return ~torch.stack([x if x.device == device else x.to(device) for x in listed]).isfinite().all()
 
 
 def sums(params: Iterable[Tensor]) -> list[Tensor]:

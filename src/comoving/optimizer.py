@@ -276,7 +276,7 @@ class LowRankOptimizer(InBackward):
             weights = torch.stack(given)
             rows = batch.rows(apply(unit, weights, now))
             own = weights.unbind()
-            if None in storages:
+            if any(storage is None for storage in storages):  # "None in" would compare tensors
                 own = [self._rounded(p, view.restore(w), [r]) for p, w, r in zip(params, own, rows, strict=True)]
                 given = params
             copy_into(given, own)
