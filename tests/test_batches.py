@@ -213,3 +213,21 @@ def test_skipped_steps_of_a_batch():
     for p, q in zip(*models, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
     assert [o.skipped_steps for o in optimizers] == [1, 1]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("roles", [("bases",), ("moments", "codec"), ("bases", "moments", "codec")], ids="+".join)
+def test_codes_are_each_rows_own(roles, rounding):
+    results = []
+    for entries in (2**16, 0):
+        m = model()
+        options = {role: Int8(rounding=rounding) for role in roles} | {"residual": Feedback()}
+        optimizer = LowRankOptimizer(m.parameters(), 1e-2, 4, refresh_every=2, **options)
+        optimizer.stacked_entries = entries
+        for step in range(6):
+            give(m, step)
+            optimizer.step()
+        results.append((m, formed(optimizer)))
+    assert results[0][1] and not results[1][1]
+    for p, q in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # an entry at an edge may get the code beside
