@@ -25,7 +25,7 @@ from comoving.ranks import Energy
 from comoving.residual import Feedback, Sparse
 from comoving.rules import Muon, Shampoo
 from comoving.transport import Carry, Keep, Reset
-from pretend import DEVICE, OnDevice, Pretend, install
+from pretend import DEVICE, OnDevice, Pretend, here, install
 
 STEPS, EVERY = 5, 2
 NANS = (0, 3)
@@ -248,6 +248,48 @@ def test_after_a_first_gradient_of_zeros_the_frame_comes_with_the_next_refresh(r
         torch.testing.assert_close(u.mT @ u, torch.eye(u.shape[1]), rtol=0, atol=1e-5)
     changes = [not torch.equal(a, b) for a, b in zip(frames, frames[1:], strict=False)]
     assert 1 <= sum(changes) <= 2
+
+
+class Recording(Pretend):
+    """Lists the operations on the device, with every number that the host gives them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, OnDevice) for t in types):
+            self.operations.append((here(), str(func), numbers((*args, *(kwargs or {}).values()))))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def numbers(given):
+    if isinstance(given, list | tuple):
+        return [numbers(x) for x in given]
+    return given if isinstance(given, int | float) else None
+
+
+BY_THE_STEP = {
+    "flora": {"precondition/factored.py:apply": "the decay rate of its means goes by the step"},
+    "smmf": {"linalg/entries.py:lerp": "the decay rate of the first moment goes by the step"},
+}
+"""Which operations of steps between refreshes have other numbers at every step, and why."""
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_steps_between_refreshes_are_the_same_operations(recipe):
+    with Recording() as mode:
+        model = Model()
+        options = {} if recipes()[recipe].full_rank else {"refresh_every": 1000}
+        optimizer = build(recipe, model, 1e-2, on_nonfinite="skip", **options)
+        for t in range(7):  # the last two of them, at which no root is due either
+            model.with_gradients(t)
+            earlier, mode.operations = mode.operations, []
+            optimizer.step()
+    pairs = list(zip(earlier, mode.operations, strict=True))
+    assert len(pairs) > 100
+    assert all(a[:2] == b[:2] for a, b in pairs)
+    assert {a[0] for a, b in pairs if a != b} == BY_THE_STEP.get(recipe, {}).keys()
 
 
 # --------------------------------------------------------------------------------------------------- the device itself
