@@ -107,16 +107,17 @@ def mixed(dtype):
 @FIELDS
 @pytest.mark.parametrize("trusted", [False, True])
 def test_an_orthonormalized_batch(dtype, trusted):
-    """Each matrix goes the way that it would go alone."""
-    a = mixed(dtype)
+    """Each matrix goes the way that it would go alone; what no rank or a condition of 1e9 leaves open is any basis."""
+    a, known = mixed(dtype), [0, 1, 2, 3] if trusted else [0, 3, 5, 6]
     if trusted:
         a = a[[0, 3, 5, 6]]
     found = orthonormalize(a, trusted=trusted)
-    for x, q in zip(a, found, strict=True):
-        torch.testing.assert_close(q, orthonormalize(x, trusted=trusted), **close_to(dtype))
+    for b in known:
+        torch.testing.assert_close(found[b], orthonormalize(a[b], trusted=trusted), **close_to(dtype))
     assert orthogonality_defect(found).max() <= 200 * torch.finfo(dtype).eps
     nested = orthonormalize(a[:4].unflatten(0, (2, 2)), trusted=trusted)
-    torch.testing.assert_close(nested.flatten(0, 1), found[:4], **close_to(dtype))
+    known = [b for b in known if b < 4]
+    torch.testing.assert_close(nested.flatten(0, 1)[known], found[known], **close_to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
