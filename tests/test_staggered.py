@@ -9,6 +9,7 @@ from torch import nn
 from comoving import build, state_bytes
 from comoving.finders import RandomProjection
 from comoving.frames import Blocks, Seeded
+from comoving.residual import Sparse
 
 COUNT = 5
 ALONE = {
@@ -17,6 +18,8 @@ ALONE = {
     "apollo-mini": {},
     "flora": {},
     "frugal": {},
+    "tensorgrad": {},
+    "tensorgrad, drawn": {"residual": Sparse(fraction=0.1, choose="probabilistic", first=False)},
 }
 """Recipe -> options over its own."""
 EVERY = pytest.mark.parametrize("name", ALONE)
