@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from comoving import build, state_bytes
-from comoving.finders import RandomProjection
+from comoving.codecs import Full
+from comoving.finders import Lazy, Power, RandomProjection
 from comoving.frames import Blocks, Seeded
 from comoving.residual import Sparse
 
@@ -18,6 +19,8 @@ ALONE = {
     "apollo-mini": {},
     "flora": {},
     "frugal": {},
+    "q-galore": {},
+    "q-galore, impatient": {"finder": Lazy(Power(), threshold=0.2, patience=1), "moments": Full(), "bases": Full()},
     "tensorgrad": {},
     "tensorgrad, drawn": {"residual": Sparse(fraction=0.1, choose="probabilistic", first=False)},
 }
