@@ -21,7 +21,9 @@ from .frames.base import Ranks
 from .linalg import asks_host, orthogonality_defect, orthonormalize, over, trouble
 
 PREFIX = "frame."
-_FACTOR, _RANK = PREFIX + "{}", PREFIX + "{}.rank"
+RANK = PREFIX + "{}.rank"
+"""The slot, by the mode, of a rank that the factor does not show."""
+_FACTOR = PREFIX + "{}"
 _TRIES = 4
 
 
@@ -35,7 +37,7 @@ def parts(group: Mapping[str, Any], shape: tuple[int, ...], ranks: Ranks, dtype:
         if (name := _FACTOR.format(n)) in found:
             size, rank = found.pop(name).shape
             found |= {f"{name}.{own}": part for own, part in codec.parts((rank, size), dtype).items()}
-            found[_RANK.format(n)] = Part((), torch.int64, scalar=True)
+            found[RANK.format(n)] = Part((), torch.int64, scalar=True)
     return found
 
 
@@ -45,7 +47,7 @@ def ranks(state: Mapping[str, Any], shape: tuple[int, ...]) -> Ranks | None:
     Raises:
         ValueError: a rank that no factor has.
     """
-    stored = [state.get(_RANK.format(n)) for n in range(len(shape))]
+    stored = [state.get(RANK.format(n)) for n in range(len(shape))]
     if all(rank is None for rank in stored):
         return None
     said = tuple(None if rank is None else int(rank) for rank in stored)

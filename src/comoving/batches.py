@@ -3,13 +3,14 @@
 Units are of one *kind* when they share everything that was decided about them but their names and places: group, view,
 ranks, codecs, phase. They are stacked where every part is ``batched``, none has more entries than the optimizer's
 ``stacked_entries``, and the host knows the same of all: the number of finished steps, and a finder's integers. A frame
-that is still to be found for the first time is found alone.
+that is still to be found for the first time is found alone. So is every other one where a part is ``alone``: then
+phases may differ, and those that are not due are stacked.
 
 A batch holds its tensors stacked; the state of each unit holds its row of them, as a view. While nobody replaces one
 of these views, nothing has to be stacked again.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
 from operator import is_
@@ -40,6 +41,8 @@ class Kind:
         shared: the slots that hold the same for all, and are not stacked.
         host: those of them that the host reads: units in which these differ are stepped apart.
         frame: name and shape of each tensor of a frame of these ranks.
+        said: name and value of each rank that a frame stores.
+        alone: whether frames are refreshed one by one; the site's phase is then that of none.
     """
 
     group: int
@@ -47,6 +50,8 @@ class Kind:
     shared: frozenset[str]
     host: tuple[str, ...]
     frame: tuple[tuple[str, tuple[int, ...]], ...]
+    said: tuple[tuple[str, int], ...]
+    alone: bool
 
     @property
     def entries(self) -> int:
@@ -58,11 +63,15 @@ class Kind:
         """How many units a batch has at most."""
         return max(1, _TOGETHER // max(1, self.entries))
 
-    def now(self, state: Mapping[str, Any]) -> Hashable:
+    def now(self, unit: Unit) -> Hashable:
         """What the host knows of a unit; None where it has to be stepped alone at this step."""
+        state = unit.state
         tick, t = state["tick"], state["step"]
         if self.site.projected and (
-            tick <= 0 or any(name not in state or state[name].shape != shape for name, shape in self.frame)
+            tick <= 0
+            or any(name not in state or state[name].shape != shape for name, shape in self.frame)
+            or any(int(state[name]) != rank for name, rank in self.said)
+            or (self.alone and unit.scheduled())
         ):
             return None
         count = float(t.numpy()) if t.device.type == "cpu" else None  # else the device's own, which agrees
@@ -87,16 +96,26 @@ def kind_of(site: Site, group: Mapping[str, Any], number: int) -> Kind | None:
     single = {
         name: part for name, part in slots.layout(site, group).items() if not part.shape and part.dtype == torch.int64
     }
-    host = tuple(name for name, part in single.items() if not part.seed)
-    phase = site.phase % group["refresh_every"]
+    shared = tuple(name for name, part in single.items() if not (part.seed or part.own))
+    said = tuple((name, rank) for name, rank in _said(site) if name in shared)
+    alone = any(getattr(group[role], "alone", False) for role in roles)
+    phase = 0 if alone else site.phase % group["refresh_every"]
     alike = replace(site, name="", reason="", index=0, phase=phase, base=())
     frame = bases.parts(group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
     shapes = tuple((name, part.shape) for name, part in frame.items())
-    return Kind(number, alike, frozenset({"tick", "step", *host}), host, shapes)
+    host = tuple(name for name in shared if name not in dict(said))
+    return Kind(number, alike, frozenset({"tick", "step", *shared}), host, shapes, said, alone)
+
+
+def _said(site: Site) -> list[tuple[str, int]]:
+    """The name under which each rank is stored by frames that store it, and the rank."""
+    return [(bases.RANK.format(n), r) for n, r in enumerate(site.ranks) if r is not None]
 
 
 def pieces(sites: Sequence[Site], group: Mapping[str, Any], number: int) -> list[list[int]]:
     """Which parameters of a group, by their places, refresh at the same step: small alike ones, some at a time.
+
+    Those whose frames are refreshed alone do so at a step of their own.
 
     Args:
         sites: of all of them, still without phases.
@@ -106,7 +125,7 @@ def pieces(sites: Sequence[Site], group: Mapping[str, Any], number: int) -> list
     alike: dict[Hashable, list[int]] = {}
     for place, site in enumerate(sites):
         kind = kind_of(site, slots.parts_of(site, group), number)
-        small = kind is not None and kind.entries <= SMALL
+        small = kind is not None and kind.entries <= SMALL and not kind.alone
         alike.setdefault(kind if small else place, []).append(place)
     cut: list[list[int]] = []
     for places in alike.values():
@@ -189,7 +208,7 @@ class Batches:
         last = self._of.get(id(units[0].state))
         if last is None or len(last.units) != len(units) or not all(map(_same, last.units, units)):
             last = None
-            self._leave(units)
+            self._end(units, {id(unit.state) for unit in units})
         batch = Batch(kind, units, last)
         self._of.update((id(unit.state), batch) for unit in units)
         return batch
@@ -198,9 +217,12 @@ class Batches:
         """Each once."""
         return iter({id(batch): batch for batch in self._of.values()}.values())
 
-    def _leave(self, units: Sequence[Unit]) -> None:
-        staying = {id(unit.state) for unit in units}
-        for batch in {id(own): own for key in staying if (own := self._of.get(key)) is not None}.values():
+    def part(self, units: Iterable[Unit]) -> None:
+        """End the batches of units that are stepped alone: what is replaced then would live on in their mates'."""
+        self._end(units, frozenset())
+
+    def _end(self, units: Iterable[Unit], staying: Set[int]) -> None:
+        for batch in {id(own): own for unit in units if (own := self._of.get(id(unit.state))) is not None}.values():
             for place, unit in enumerate(batch.units):
                 del self._of[id(unit.state)]
                 if id(unit.state) not in staying:
@@ -226,7 +248,7 @@ def sorted_out(units: Iterable[tuple[Kind | None, Unit]]) -> tuple[list[tuple[Ki
     together: dict[Hashable, tuple[Kind, list[int]]] = {}
     alone: list[int] = []
     for place, (kind, unit) in enumerate(units):
-        now = None if kind is None else kind.now(unit.state)
+        now = None if kind is None else kind.now(unit)
         if kind is None or now is None:
             alone.append(place)
         else:

@@ -1,6 +1,7 @@
 """An optimizer without its step: groups, the state of parameters and of their blocks, budget and checkpoints."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -292,10 +293,10 @@ class Container(Optimizer):
         kind = self._kinds[key]
         return kind if kind is not None and kind.entries <= self.stacked_entries else None
 
-    def stacks(self, p: Tensor) -> int:
-        """How many parameters like this one are stepped together at most; 1 for one that is stepped alone."""
-        kind = self._kind(p)
-        return 1 if kind is None else kind.most
+    def stacks(self, alike: Sequence[Tensor]) -> int:
+        """How many of some parameters, alike but for their phases, are stepped together at most; 1 where none are."""
+        kinds = [self._kind(p) for p in alike]
+        return max((min(kind.most, count) for kind, count in Counter(kinds).items() if kind is not None), default=1)
 
     def _forget_kinds(self) -> None:
         """What was decided about parameters has changed, or what their kinds follow from."""

@@ -1,5 +1,7 @@
 """Random numbers that are the same on every device and process, and leave the global generators alone."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,14 @@ def gaussian(shape: tuple[int, ...], like: Tensor, *key: int) -> Tensor:
 
     Half precision is drawn in single.
     """
+    return sent(_drawn(shape, like, *key), like)
+
+
+def gaussian_rows(shape: tuple[int, ...], like: Tensor, seeds: Sequence[int]) -> Tensor:
+    """What :func:`gaussian` draws from each of these seeds, (rows, *shape), sent to the device at once."""
+    return sent(torch.stack([_drawn(shape, like, seed) for seed in seeds]), like)
+
+
+def _drawn(shape: tuple[int, ...], like: Tensor, *key: int) -> Tensor:
     dtype = like.dtype if like.dtype in _DRAWN else torch.float32
-    drawn = torch.randn(shape, dtype=dtype, generator=generator(*key), device="cpu")
-    return sent(drawn, like)
+    return torch.randn(shape, dtype=dtype, generator=generator(*key), device="cpu")

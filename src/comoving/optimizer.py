@@ -261,6 +261,7 @@ class LowRankOptimizer(InBackward):
             own = [params[i] for i in places]
             self._step_together(own, self._batches.form(kind, [units[i] for i in places]), bad)
             done.update(dict.fromkeys(own, WHOLE))
+        self._batches.part(units[i] for i in alone)
         for i in alone:
             self._step_by_rule(params[i], bad, done)
 
@@ -355,6 +356,7 @@ class LowRankOptimizer(InBackward):
             batch = self._batches.form(kind, [live[i][1] for i in places])
             absorb(batch.unit, torch.stack([live[i][2] for i in places]), None, now)
             batch.commit()
+        self._batches.part(live[i][1] for i in alone)
         for i in alone:
             absorb(live[i][1], live[i][2], None, now)
 

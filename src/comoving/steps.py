@@ -73,14 +73,18 @@ class Unit(NamedTuple):
 
     def due(self, frame: Frame | None = None) -> bool:
         """Whether the next gradient brings a new frame; ``frame`` is the one in the state."""
-        site, group, state = self.site, self.group, self.state
+        site = self.site
         # A loaded checkpoint of other ranks does not fit: it is carried over at once.
         if not site.projected or (self.frame() if frame is None else frame).ranks != site.ranks:
             return site.projected
-        tick, own = state["tick"], state.get(slots.MEMORY + NEXT)
+        return self.scheduled()
+
+    def scheduled(self) -> bool:
+        """Whether a refresh is scheduled for this step; of rows, whether one is for any."""
+        tick, own = self.state["tick"], self.state.get(slots.MEMORY + NEXT)
         if own is None:
-            return refresh_due(tick, group["refresh_every"], site.phase)
-        return tick <= 0 or tick >= int(own)
+            return refresh_due(tick, self.group["refresh_every"], self.site.phase)
+        return tick <= 0 or tick >= int(own.amin() if own.ndim else own)
 
     def unpacked(self, only: str | None = None) -> "Unit":
         """The unit with a state of its own, in which its moments, or ``only`` one of them, are decoded."""

@@ -9,9 +9,22 @@ from functools import reduce
 import pytest
 import torch
 
-from comoving.finders import HOOI, Exact, Growing, IncrementalSVD, Lazy, Operand, StreamingTucker
-from comoving.frames import Blocks, CosineFrame, Cosines, ModeFrame, Modes, Overlap, Seeded, SparseModes, Trains, Trees
-from contract.support import FINDERS, PATIENCE, SAMPLED, close, core_of, known_rank, randn, random_frame
+from comoving.draws import gaussian, gaussian_rows
+from comoving.finders import HOOI, Exact, Growing, IncrementalSVD, Lazy, Operand, RandomProjection, StreamingTucker
+from comoving.frames import (
+    Blocks,
+    CosineFrame,
+    Cosines,
+    ModeFrame,
+    Modes,
+    Overlap,
+    Seeded,
+    SeededFrame,
+    SparseModes,
+    Trains,
+    Trees,
+)
+from contract.support import FINDERS, PATIENCE, REAL, SAMPLED, close, core_of, known_rank, randn, random_frame
 
 ROWS, ZERO, ONE = 4, 1, 2
 """How many rows there are, and which are zero and of rank 1."""
@@ -26,8 +39,9 @@ CASES = {
 CASE = pytest.mark.parametrize("case", CASES)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64, torch.complex128], ids=str)
 BATCHED = [
-    *((finder, Modes()) for finder in FINDERS if finder.batched),
+    *((finder, Modes()) for finder in FINDERS if finder.batched and not isinstance(finder, Lazy)),
     *((finder, layout) for finder, layout in SAMPLED if finder.batched and layout.batched),
+    (RandomProjection(), Seeded(stored=True)),
 ]
 
 
@@ -47,7 +61,7 @@ def frames_of(layout, like, ranks, seed, warm):
     """A frame for each row, each another one."""
     if warm and layout == Modes():
         return [random_frame(like.shape[1:], ranks, like.dtype, seed + b) for b in range(ROWS)]
-    if layout == Modes():
+    if layout != Cosines():
         return [layout.start(row, ranks, None, seed + b) for b, row in enumerate(like)]
     pairs = list(zip(like.shape[1:], ranks, strict=True))
     indices = [
@@ -226,6 +240,48 @@ def test_frames_of_cosines_with_rows():
     assert torch.equal(loaded.indices[1], torch.stack([f.indices[1] for f in frames]))
 
 
+@DTYPES
+def test_every_row_draws_what_it_draws_alone(dtype):
+    like = torch.zeros((), dtype=dtype)
+    drawn = gaussian_rows((5, 3), like, (7, 2**63 - 1, 0))
+    assert drawn.dtype is dtype
+    assert all(torch.equal(x, gaussian((5, 3), like, s)) for x, s in zip(drawn, (7, 2**63 - 1, 0), strict=True))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@CASE
+@DTYPES
+def test_frames_that_are_drawn_with_rows(stored, case, dtype):
+    (shape, ranks), layout = CASES[case], Seeded(stored=stored)
+    x = batch_of(shape, dtype)
+    frames = frames_of(layout, x, ranks, 2**62, False)
+    frame = SeededFrame.stack(frames)
+    z = batch_of(core_of(shape, ranks), dtype)
+    loaded = layout.load(frame.tensors(), shape, z)
+    for several, singles in ((frame, frames), (loaded, frames), (loaded.next(), [f.next() for f in frames])):
+        assert several.stored is stored
+        assert several.ranks == ranks
+        parts = layout.parts(shape, ranks, dtype)
+        for name, value in several.tensors().items():
+            alone = [single.tensors()[name] for single in singles]
+            if parts[name].shape:
+                close(value, torch.stack(alone), tolerance(dtype))
+            else:
+                assert value.dtype is torch.int64
+                assert torch.equal(value.expand(ROWS), torch.stack(alone))
+                assert (value.ndim == 1) == parts[name].seed
+        close(
+            several.project(x), torch.stack([f.project(y) for f, y in zip(singles, x, strict=True)]), tolerance(dtype)
+        )
+    if stored:
+        assert all(a is b for a, b in zip(frame.factors, loaded.factors, strict=True))
+    else:
+        with pytest.raises(ValueError, match="belongs to no frame"):
+            layout.load(frame.tensors(), shape, z[0])
+        with pytest.raises(ValueError, match="belongs to no frame"):
+            layout.load(frame.tensors(), shape, z[:-1])
+
+
 @CASE
 @DTYPES
 @pytest.mark.parametrize("term", ["none", "own", "other"])
@@ -282,10 +338,13 @@ def test_columns_of_operands_with_rows(shape, each, count):
 
 
 def test_who_serves_batches():
-    assert {type(f).__name__ for f in FINDERS if not f.batched} == {"Lazy"}
+    assert all(finder.batched for finder in FINDERS)
     assert Growing(Exact()).batched
     assert not Growing(OneByOne()).batched
-    assert not any(layout.batched for layout in (Blocks(), Seeded(), SparseModes(), Trains(), Trees()))
+    assert Lazy(Exact()).batched
+    assert not Lazy(OneByOne()).batched
+    assert {type(f).__name__ for f in FINDERS if getattr(f, "alone", False)} == {"Lazy"}
+    assert not any(layout.batched for layout in (Blocks(), SparseModes(), Trains(), Trees()))
 
 
 class OneByOne(Exact):
@@ -294,4 +353,24 @@ class OneByOne(Exact):
 
 def test_an_overlap_of_nothing_keeps_the_shape():
     assert Overlap((None, None)).moved_shape(torch.zeros(4, 2, 3)) == [4, 2, 3]
-    assert Lazy.batched is False
+
+
+@pytest.mark.parametrize("inner", [finder for finder in FINDERS if not hasattr(finder, "interval")], ids=str)
+def test_a_lazy_finder_observes_rows_as_its_inner_one_does(inner):
+    """Rows with other numbers of refreshes behind them, of which each has its own."""
+    shape, ranks = CASES["left"]
+    finder, x = Lazy(inner), batch_of(shape, REAL)
+    parts = finder.parts(shape, ranks, REAL)
+    assert {name for name, part in parts.items() if part.own} == {"lazy.count", "lazy.stretch", "next"}
+    alone = [{name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()} for _ in x]
+    for b, memory in enumerate(alone):
+        memory.update({name: torch.tensor(b + 1) for name, part in parts.items() if part.own})
+    shared = {name for name, part in parts.items() if part.scalar and not part.own}
+    together = {n: alone[0][n] if n in shared else torch.stack([memory[n] for memory in alone]) for n in parts}
+    for _ in range(2):
+        finder.observe(x, together, 1)
+        for row, memory in zip(x, alone, strict=True):
+            finder.observe(row, memory)
+    for name, value in together.items():
+        for b, memory in enumerate(alone):
+            close(value if name in shared else value[b], memory[name], 1e-9)

@@ -8,13 +8,20 @@ from comoving.diagnostics import measure, measure_kept, overlap_defect
 from comoving.frames import ModeFrame
 from comoving.linalg import norm
 from comoving.residual import Channel, Feedback, Fira, Passage, Sign, Sparse, Update
+from comoving.rules import Lion, Scheduled
 from comoving.transport import Clock
 from contract.support import COMPLEX, MOVING, REAL, RESIDUALS, core_of, randn, random_frame
 
 F32 = torch.float32
 SCALED = [Fira(growth=None), Fira(per="tensor"), Channel(growth=None), Channel(per="tensor")]
 MORE = [Feedback(window=2), *SCALED, Sign(0.5)]
-BATCHED = [residual for residual in [*RESIDUALS, *MOVING, *MORE] if residual.batched]
+EVERY = [*RESIDUALS, *MOVING, *MORE]
+BATCHED = [residual for residual in EVERY if residual.batched and not getattr(residual, "alone", False)]
+LONELY = [
+    *(residual for residual in EVERY if getattr(residual, "alone", False)),
+    Sparse(fraction=0.2, rule=Scheduled()),
+    Sparse(fraction=0.2, rule=Lion(), first=False, scale=3.0),
+]
 CODECS = [Full(), Int8(block=8), Int4(block=8, rounding="stochastic")]
 CASES = [((6, 8), (2, None)), ((8, 7), (None, 2)), ((6, 8), (3, 2)), ((4, 3, 5), (2, None, 3)), ((9,), (3,))]
 SIZES = [1.0, 0.0, 1e15, 1e-15]
@@ -111,8 +118,14 @@ def near(a, b, dtype):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=size * tolerance, equal_nan=True)
 
 
-def test_every_residual_but_one_takes_batches():
-    assert {type(residual) for residual in [*RESIDUALS, *MOVING] if not residual.batched} == {Sparse}
+class OneByOne(Lion):
+    batched = False
+
+
+def test_every_residual_takes_batches():
+    assert all(residual.batched for residual in EVERY)
+    assert {type(residual) for residual in LONELY} == {Sparse}
+    assert not Sparse(rule=OneByOne()).batched
 
 
 @pytest.mark.parametrize("residual", BATCHED, ids=str)
@@ -154,3 +167,75 @@ def test_a_batch_fares_as_its_members(residual, codec, case, dtype, told):
             for a, b in zip(batch.seen, run.seen, strict=True):
                 near(a[i], b, dtype)
         assert not batch.state.keys() & {"held"}
+
+
+def _absorbed(residual, g, frame, opening, state, rows, t):
+    passage = Passage(frame, frame.project(g), DECAY, INTAKE, tick=t, rows=rows)
+    given = g.clone()
+    operand = residual.restore(residual.split(g, state), passage, opening, state, Full())
+    assert operand.rows == rows
+    core = frame.project(operand.dense)
+    state["core"] = core if opening else state["core"] + core
+    assert residual.keep(operand.dense, state["core"], passage, opening, state, Full()) is None
+    assert torch.equal(g, given)
+    return residual.size(state["core"], norm(operand.dense, rows), state)
+
+
+def _written(residual, weights, frame, state, rows, t):
+    z, compressed = state.pop("core"), tuple(n for n, r in enumerate(frame.ranks) if r is not None)
+    clock = Clock(torch.tensor(float(t + 1)), DECAY, 0.99, t + 1, rows)
+    update = Update(lambda: frame, compressed, z, z.sgn(), -0.02, 0.99, -0.1, clock, 1e-8)
+    residual.write(weights, update, state, Full())
+
+
+@pytest.mark.parametrize("residual", LONELY, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [REAL, COMPLEX, F32], ids=str)
+def test_a_batch_fares_as_its_members_between_refreshes(residual, case, dtype):
+    """Rows whose choice was renewed one by one; two gradients in one step, and weights that are a slice."""
+    shape, ranks = case
+    members = range(len(SIZES))
+    frames = [random_frame(shape, ranks, dtype, 10 * i) for i in members]
+    frame = ModeFrame.stack(frames)
+    weights = randn((len(SIZES), *shape), dtype, 5)
+    states = [slots(residual, Full(), shape, ranks, dtype) for _ in members]
+    parts = residual.parts(Full(), shape, core_of(shape, ranks), dtype)
+    alone, batch = weights.clone(), torch.stack([weights, weights], -1)[..., 0]
+    for t in range(STEPS):
+        gradients = [
+            torch.stack([randn(shape, dtype, 100 * t + 10 * i + k) * size for i, size in enumerate(SIZES)])
+            for k in range(2 if t == TWICE else 1)
+        ]
+        renewing = t in {0, TURN}
+        together = {name: torch.stack([state[name] for state in states]) for name in parts}
+        held = {name: x.clone() for name, x in together.items()}
+        before = dict(together)
+        for opening, g in zip((True, False), gradients, strict=False):
+            sizes = []
+            for i, state in enumerate(states):
+                if renewing and opening:
+                    residual.renew(g[i], state, Full())
+                sizes.append(_absorbed(residual, g[i], frames[i], opening, state, 0, t))
+                state.pop("held.indices", None)
+            if not renewing:
+                near(_absorbed(residual, g, frame, opening, together, 1, t), torch.stack(sizes), dtype)
+        if t == SHRUNK:
+            for state, rows, one in [
+                *((state, 0, f) for state, f in zip(states, frames, strict=True)),
+                (together, 1, frame),
+            ]:
+                passage = Passage(one, state["core"], DECAY, INTAKE, tick=t, rows=rows)
+                residual.rescale(0.5, state["core"], passage, state, Full())
+                state["core"] = state["core"] * 0.5
+        for i, state in enumerate(states):
+            _written(residual, alone[i], frames[i], state, 0, t)
+        if renewing:
+            batch.copy_(alone)
+            continue
+        _written(residual, batch, frame, together, 1, t)
+        near(batch, alone, dtype)
+        assert together.keys() == parts.keys()
+        for name, part in parts.items():
+            assert torch.equal(before[name], held[name])  # replaced, never written to
+            assert together[name].shape == (len(SIZES), *part.shape)
+            near(together[name], torch.stack([state[name] for state in states]), dtype)

@@ -11,13 +11,16 @@ class Part(NamedTuple):
     """Shape and dtype of one stored tensor.
 
     ``scalar`` marks numbers that stay where the step count is; ``seed`` those of them that random numbers are drawn
-    from: they begin as :func:`comoving.draws.scramble` of the optimizer's seed, the parameter and the name.
+    from: they begin as :func:`comoving.draws.scramble` of the optimizer's seed, the parameter and the name, those of
+    frames as their layout decides. ``own`` marks other integers of which every row of a batch has its own, as it has of
+    seeds; all rows share those that are not marked.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     scalar: bool = False
     seed: bool = False
+    own: bool = False
 
 
 class Codec(Protocol):

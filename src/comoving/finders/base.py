@@ -24,6 +24,8 @@ class Finder(Protocol):
     that comes from the first moment instead of the newest gradient.
 
     A class attribute ``fills``, the types of frames that it can find, lets other layouts be refused at construction.
+    Where there is one ``alone``, and it is True, each frame is refreshed alone, at steps of its own: batches are
+    stepped in between, and :meth:`find` sees none.
     """
 
     batched: ClassVar[bool]

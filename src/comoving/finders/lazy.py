@@ -39,7 +39,8 @@ class Lazy:
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
-    batched: ClassVar[bool] = False
+    batched: ClassVar[bool] = True  # where the inner finder is
+    alone: ClassVar[bool] = True  # when the next refresh is due depends on what each has found
 
     inner: Finder = Exact()
     threshold: float = 0.4
@@ -51,6 +52,8 @@ class Lazy:
         check_int("patience", self.patience, 1)
         check_int("growth", self.growth, 2)
         check_inner(self.inner, timed=False)
+        if not getattr(self.inner, "batched", False):
+            object.__setattr__(self, "batched", False)
 
     @property
     def momentum(self) -> float:
@@ -59,12 +62,16 @@ class Lazy:
 
     def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
         """The inner finder's, the last cosines, and on the host their number, the factor, and what is next."""
-        own = {_SIMILAR: Part((self.patience,), torch.float32), _COUNT: drawing, _STRETCH: drawing, NEXT: drawing}
+        number = drawing._replace(own=True)
+        own = {_SIMILAR: Part((self.patience,), torch.float32), _COUNT: number, _STRETCH: number, NEXT: number}
         return self.inner.parts(shape, ranks, dtype) | own
 
     def observe(self, gradient: torch.Tensor, memory: Memory, rows: int = 0) -> None:
         """As the inner finder does."""
-        self.inner.observe(gradient, memory)
+        if rows:
+            self.inner.observe(gradient, memory, rows)
+        else:
+            self.inner.observe(gradient, memory)
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """The inner finder's frame, compared with the last one."""

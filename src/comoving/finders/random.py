@@ -16,7 +16,8 @@ class RandomProjection(Memoryless):
     """
 
     fills: ClassVar[tuple[type, ...]] = (SeededFrame,)
-    batched: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = True  # what is drawn is drawn row by row, and costs least where it is staggered
 
     @property
     def momentum(self) -> float:

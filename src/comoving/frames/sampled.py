@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
-from ..draws import gaussian, scramble
+from ..draws import gaussian, gaussian_rows, scramble
 from ..linalg import cosine_columns, orthonormalize
 from ..validate import check_choice
 from .base import Ranks
@@ -81,47 +81,76 @@ def _extended(kept: Tensor | None, d: int, r: int, device: torch.device) -> Tens
     return torch.cat([kept[:r], every[order][: max(0, r - kept.shape[0])]])
 
 
+Seed = int | tuple[int, ...]
+"""What one factor is drawn from: a number, or one for each row."""
+
+
 @dataclass(frozen=True)
 class SeededFrame(ModeFrame):
     """U_n = the orthonormalized Gaussian matrix of a seed.
 
     Args:
-        factors: the bases.
+        factors: the bases, (*rows, d_n, r_n).
         seeds: of each, or None where the mode is whole.
         stored: whether the state holds the bases too.
     """
 
-    seeds: tuple[int | None, ...]
+    seeds: tuple[Seed | None, ...]
     stored: bool = False
 
     @classmethod
     def of(
-        cls, seeds: tuple[int | None, ...], shape: tuple[int, ...], ranks: Ranks, like: Tensor, stored: bool = False
+        cls, seeds: tuple[Seed | None, ...], shape: tuple[int, ...], ranks: Ranks, like: Tensor, stored: bool = False
     ) -> Self:
-        """The frame of these seeds and ranks, drawn, in like's dtype and on its device."""
+        """The frame of these seeds and ranks, drawn, in like's dtype and on its device; the shape is one row's."""
         factors = tuple(
-            None if seed is None or r is None else orthonormalize(gaussian((d, r), like, seed), trusted=True)
+            None if seed is None or r is None else orthonormalize(_drawn((d, r), like, seed), trusted=True)
             for seed, d, r in zip(seeds, shape, ranks, strict=True)
         )
         return cls(factors, seeds, stored)
 
+    @classmethod
+    def stack(cls, frames: Sequence[Any]) -> Self:
+        """Frames without rows, of the same ranks, as the rows of one."""
+        seeds = tuple(None if None in mode else mode for mode in zip(*(frame.seeds for frame in frames), strict=True))
+        return cls(stacked([frame.factors for frame in frames]), seeds, frames[0].stored)
+
     def next(self) -> "SeededFrame":
         """Another frame like this one, each seed made from the last."""
-        seeds = tuple(None if seed is None else scramble(seed) for seed in self.seeds)
+        seeds = tuple(None if seed is None else _following(seed) for seed in self.seeds)
         drawn = [u for u in self.factors if u is not None]
-        shape = tuple(1 if u is None else u.shape[0] for u in self.factors)
+        shape = tuple(1 if u is None else u.shape[-2] for u in self.factors)
         return SeededFrame.of(seeds, shape, self.ranks, drawn[0], self.stored) if drawn else self
 
     def tensors(self) -> dict[str, Tensor]:
-        """{"frame.n.seed": a single int64 on the host} for compressed modes, and the bases, or their ranks likewise."""
+        """{"frame.n.seed": int64 on the host, (*rows)} for compressed modes, and the bases, or their ranks.
+
+        A rank is a single int64 on the host, the same for all rows.
+        """
         seeds = {f"frame.{n}.seed": _on_host(seed) for n, seed in enumerate(self.seeds) if seed is not None}
         if self.stored:
             return super().tensors() | seeds
         return seeds | {f"frame.{n}.rank": _on_host(rank) for n, rank in enumerate(self.ranks) if rank is not None}
 
 
-def _on_host(number: int) -> Tensor:
+def _drawn(shape: tuple[int, int], like: Tensor, seed: Seed) -> Tensor:
+    """The Gaussian matrix of a seed, or those of all rows, each as it is drawn alone."""
+    return gaussian(shape, like, seed) if isinstance(seed, int) else gaussian_rows(shape, like, seed)
+
+
+def _following(seed: Seed) -> Seed:
+    return scramble(seed) if isinstance(seed, int) else tuple(map(scramble, seed))
+
+
+def _on_host(number: Seed) -> Tensor:
     return torch.tensor(number, device="cpu")
+
+
+def _read(seed: Tensor | None) -> Seed | None:
+    """A seed in the state as a number, or those of all rows."""
+    if seed is None:
+        return None
+    return tuple(seed.tolist()) if seed.ndim else int(seed)
 
 
 @dataclass(frozen=True)
@@ -138,7 +167,6 @@ class Seeded(Modes):
 
     stored: bool = False
     makes: ClassVar[type[ModeFrame]] = SeededFrame
-    batched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +175,7 @@ class Seeded(Modes):
     def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
         """The seeds, and the factors where they are stored, else the ranks."""
         number, modes = Part((), torch.int64, scalar=True), [n for n, r in enumerate(ranks) if r is not None]
-        seeds = {f"frame.{n}.seed": number for n in modes}
+        seeds = {f"frame.{n}.seed": number._replace(seed=True) for n in modes}
         if self.stored:
             return super().parts(shape, ranks, dtype) | seeds
         return seeds | {f"frame.{n}.rank": number for n in modes}
@@ -156,17 +184,18 @@ class Seeded(Modes):
         """The frame whose seeds and ranks are in the state, drawn in like's dtype.
 
         Raises:
-            ValueError: like, a tensor of the core's shape, is missing or has another shape, or a rank is.
+            ValueError: like, a tensor of the core's shape with the rows in front, is missing or has another shape, or
+                a rank is.
         """
-        stored = [state.get(f"frame.{n}.seed") for n in range(len(shape))]
-        seeds = tuple(None if seed is None else int(seed) for seed in stored)
+        seeds = tuple(_read(state.get(f"frame.{n}.seed")) for n in range(len(shape)))
         if self.stored:
             return SeededFrame(super().load(state, shape, like).factors, seeds, stored=True)
         if all(seed is None for seed in seeds):
             return SeededFrame((None,) * len(shape), seeds)
         said = [state.get(f"frame.{n}.rank") for n in range(len(shape))]
         ranks = tuple(None if rank is None else int(rank) for rank in said)
-        core = tuple(d if r is None else r for d, r in zip(shape, ranks, strict=True))
+        lead = tuple(len(seed) for seed in seeds if isinstance(seed, tuple))[:1]
+        core = (*lead, *(d if r is None else r for d, r in zip(shape, ranks, strict=True)))
         fits = all(r is not None and 1 <= r <= d for r, s, d in zip(ranks, seeds, shape, strict=True) if s is not None)
         if like is None or tuple(like.shape) != core or not fits:
             has = None if like is None else tuple(like.shape)

@@ -1,6 +1,5 @@
 """What a whole step needs beside weights, gradients and state, from rehearsals of each kind of parameter."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,8 +76,7 @@ def _kinds(
         if not any(p is q for q in together):
             kinds.setdefault(kind_of(p, optimizer.sites[p], group), []).append(p)
     for alike in kinds.values():
-        phases = Counter(optimizer.sites[p].phase % group["refresh_every"] for p in alike)
-        count = 1 if layerwise else min(max(phases.values()), optimizer.stacks(alike[0]))
+        count = 1 if layerwise else optimizer.stacks(alike)
         yield alike[:count], alike
 
 

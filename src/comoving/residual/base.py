@@ -118,7 +118,8 @@ for its norm, where it is a single gradient whose norm the engine knows."""
 class Residual(Protocol):
     """Keeps, or does not keep, what the frame cannot hold; a frozen dataclass without tensors.
 
-    Of a batch every tensor has its members in front, slots too, and each member fares as if it were alone.
+    Of a batch every tensor has its members in front, slots too, and each member fares as if it were alone. Where there
+    is a class attribute ``alone``, and it is True, frames are refreshed one by one, and :meth:`renew` sees no batch.
     """
 
     batched: ClassVar[bool]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codecs import Codec, Part
 from ..draws import generator
 from ..finders import Operand
-from ..linalg import norm
+from ..linalg import each_row, norm
 from ..rules import Adam, Rule
 from ..rules.base import replaces
 from ..slots import Kind, Slot
@@ -48,10 +48,12 @@ class Sparse:
         rule: turns x into d_x, entry by entry.
         seed: >= 0.
 
-    The state is "sparse.indices", the rule's slots by "sparse.<slot>", and "sparse.draws" where there are any.
+    The state is "sparse.indices", the rule's slots by "sparse.<slot>", and "sparse.draws" where there are any. Every
+    row of a batch has indices and moments of its own.
     """
 
-    batched: ClassVar[bool] = False  # each member has indices of its own
+    batched: ClassVar[bool] = True  # where the rule is
+    alone: ClassVar[bool] = True  # what is chosen may have to be drawn, row by row
     holds: ClassVar[bool] = False
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
@@ -75,6 +77,8 @@ class Sparse:
         if isinstance(self.rule, type) or not hasattr(self.rule, "direction"):
             raise TypeError(f"rule must be a rule part, got {self.rule!r}")
         self._slots(2)
+        if not getattr(self.rule, "batched", False):
+            object.__setattr__(self, "batched", False)
 
     def parts(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
@@ -93,7 +97,7 @@ class Sparse:
         for slot in self._slots(count):
             whole = Part((count,), dtype.to_real() if slot.kind is Kind.VARIANCE else dtype)
             parts[_PREFIX + slot.name] = Part((), torch.float32, scalar=True) if slot.kind is Kind.SCALAR else whole
-        return parts if self.choose == "top" else parts | {_DRAWS: Part((), torch.int64, scalar=True)}
+        return parts if self.choose == "top" else parts | {_DRAWS: Part((), torch.int64, scalar=True, own=True)}
 
     def count(self, shape: tuple[int, ...]) -> int:
         """How many entries of a tensor of this shape are kept."""
@@ -111,13 +115,15 @@ class Sparse:
             return gradient
         self._hold(gradient, state)
         at = state[_INDICES].long()
+        if at.ndim > 1:
+            return each_row(gradient, at.ndim - 1).scatter(-1, at, 0).view(gradient.shape)
         return gradient.flatten().index_fill(0, at, 0).view(gradient.shape)
 
     def restore(
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Operand:
         """The gradient itself: nothing comes from earlier steps."""
-        return Operand(gradient)
+        return Operand(gradient, rows=passage.rows)
 
     def keep(
         self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
@@ -131,8 +137,8 @@ class Sparse:
 
     def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:
         """What the frame holds, what it leaves, and the entries, where they are no part of the rest."""
-        seen = torch.hypot(norm(core), rest.to(core.device))
-        return torch.hypot(seen, norm(state[HELD])) if self.first else seen
+        seen = torch.hypot(norm(core, rest.ndim), rest.to(core.device))
+        return torch.hypot(seen, norm(state[HELD], rest.ndim)) if self.first else seen
 
     def rescale(self, factor: float, core: Tensor, passage: Passage, state: dict[str, Tensor], codec: Codec) -> None:
         """The entries are multiplied."""
@@ -142,15 +148,17 @@ class Sparse:
         """w <- shrink w + factor F d + rate scale d_x."""
         x, indices = state.pop(HELD), state[_INDICES].long()
         if not self.first:
-            x = x - update.frame.lift(update.core).flatten()[indices]
+            x = x - _entries(update.frame.lift(update.core), indices)
         own: dict[str, Tensor] = {}
         for name, value in state.items():
             if name.startswith(_PREFIX):
                 own[name.removeprefix(_PREFIX)] = value if replaces(self.rule) else value.clone()
         self.rule.absorb(x, own, update.clock)
         d = self.rule.direction(own, update.clock, update.eps).mul_(update.rate * self.scale)
-        state.update({_PREFIX + slot.name: own[slot.name] for slot in self._slots(indices.shape[0])})
-        at = _unravelled(indices, weights.shape)  # the weights may be a slice
+        state.update({_PREFIX + slot.name: own[slot.name] for slot in self._slots(indices.shape[-1])})
+        at = _unravelled(indices, weights.shape[update.rows :])  # the weights may be a slice
+        if update.rows:
+            at = (torch.arange(len(indices), device=indices.device).unsqueeze(-1), *at)
         update.write(weights)
         weights[at] += d
 
@@ -159,11 +167,11 @@ class Sparse:
         return torch.zeros(())
 
     def _hold(self, gradient: Tensor, state: dict[str, Tensor]) -> None:
-        entries = gradient.flatten()[state[_INDICES].long()]
+        entries = _entries(gradient, state[_INDICES].long())
         state[HELD] = state[HELD] + entries if HELD in state else entries
 
     def _choose(self, looked_at: Tensor, state: dict[str, Tensor]) -> None:
-        """Omega from the entries that are looked at, and the moments on it."""
+        """Omega from the entries that are looked at, of no batch, and the moments on it."""
         old, size = state.pop(_OLD), looked_at.flatten().abs()
         count = old.shape[0]
         weight = size if self.choose == "top" else self._drawn(size, state)
@@ -201,6 +209,11 @@ class Sparse:
         if not getattr(self.rule, "elementwise", False):
             raise ValueError(f"rule must be elementwise, without statistics of modes, got {self.rule!r}")
         return self.rule.slots((count,))
+
+
+def _entries(x: Tensor, at: Tensor) -> Tensor:
+    """The entries of each row of x at its own indices, (*rows, count)."""
+    return each_row(x, at.ndim - 1).gather(-1, at) if at.ndim > 1 else x.flatten()[at]
 
 
 def _unravelled(indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
