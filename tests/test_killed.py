@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from killed import main
+
 SCRIPT = Path(__file__).with_name("killed.py")
 
 
 def start(folder, pause):
-    folder.mkdir(exist_ok=True)
     return subprocess.Popen([sys.executable, str(SCRIPT), str(folder), str(pause)])
 
 
@@ -27,9 +28,11 @@ def equal(a, b):
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
-    whole = start(tmp_path / "whole", 0.0)
-    killed = start(tmp_path / "killed", 0.05)
-    checkpoint, deadline = tmp_path / "killed" / "checkpoint.pt", time.monotonic() + 120
+    whole, folder, threads = tmp_path / "whole", tmp_path / "killed", torch.get_num_threads()
+    whole.mkdir()
+    folder.mkdir()
+    killed = start(folder, 0.05)
+    checkpoint, deadline = folder / "checkpoint.pt", time.monotonic() + 120
     while not (checkpoint.exists() and torch.load(checkpoint, weights_only=True)["done"] >= 15):
         assert killed.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
@@ -38,9 +41,12 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
     assert killed.wait() == -signal.SIGKILL
     done = torch.load(checkpoint, weights_only=True)["done"]
     assert 15 <= done < 40
-    assert start(tmp_path / "killed", 0.0).wait(120) == 0
-    assert whole.wait(120) == 0
-    final = [torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "killed")]
+    resumed = start(folder, 0.0)
+    with torch.random.fork_rng():
+        main(whole, 0.0)
+    torch.set_num_threads(threads)
+    assert resumed.wait(120) == 0
+    final = [torch.load(path / "final.pt", weights_only=True) for path in (whole, folder)]
     assert equal(*final)
     assert any(x.dtype == torch.int8 for x in final[0]["optimizer"]["state"][1].values() if isinstance(x, torch.Tensor))
     assert all(x.dtype == torch.bfloat16 for x in final[0]["model"].values())

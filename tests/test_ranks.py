@@ -641,7 +641,7 @@ def test_resumed_training_is_bitwise_uninterrupted_training(case):
         seen.append([ranks_of(optimizer, p) for p in (model.w0, model.w1, model.w2)])
         saved.append((t + 1, copy.deepcopy(model), through_file(optimizer.state_dict())))
     assert sum(a != b for a, b in zip(seen, seen[1:], strict=False)) >= 2
-    for start, resumed, state in saved[:13]:
+    for start, resumed, state in saved[:13:3]:
         _, other = competing(budget, policy, model=resumed)
         other.load_state_dict(state)
         for t in range(start, 16):

@@ -213,14 +213,42 @@ def test_codecs(codec, shape, dtype, size):
     )  # a second time loses nothing
 
 
-@pytest.mark.parametrize("residual", RESIDUALS, ids=str)
+TURNED = pytest.mark.parametrize("turned", [False, True])
+
+
+def those_that_feed(wanted):
+    return pytest.mark.parametrize("residual", [r for r in RESIDUALS if r.feeds is wanted], ids=str)
+
+
+@those_that_feed(True)
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 @FIELDS
 @SHAPES
 @SIZES
-@pytest.mark.parametrize("turned", [False, True])
-def test_residuals(residual, codec, shape, ranks, size, turned, dtype):
+@TURNED
+def test_residuals_that_feed(residual, codec, shape, ranks, size, turned, dtype):
     """The gradient stays as it is; what is kept, with what the frame holds, is the whole of it."""
+    check(residual, codec, shape, ranks, size, turned, dtype)
+
+
+class Untouched:
+    """A codec that nobody may use."""
+
+    def __getattr__(self, name):
+        raise AssertionError(name)
+
+
+@those_that_feed(False)
+@FIELDS
+@SHAPES
+@SIZES
+@TURNED
+def test_residuals_that_do_not_feed(residual, shape, ranks, size, turned, dtype):
+    """The gradient stays as it is; nothing comes back; and the codec, of which there is none, is not asked."""
+    check(residual, Untouched(), shape, ranks, size, turned, dtype)
+
+
+def check(residual, codec, shape, ranks, size, turned, dtype):
     frame = random_frame(shape, ranks, dtype, 1)
     old = random_frame(shape, ranks, dtype, 2) if turned else frame
     g = randn(shape, dtype, 3) * size

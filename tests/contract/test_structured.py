@@ -1,5 +1,8 @@
 """Every recipe on gradients as they really are: nothing raises, weights and state stay finite, no step is too long."""
 
+from itertools import combinations
+from math import prod
+
 import pytest
 import torch
 from torch import nn
@@ -20,10 +23,24 @@ def embed(structure, shape):
     return Parameter(f"{structure}-{len(shape)}-{shape[0]}", shape, SHAPES[shape], structure=structure)
 
 
+def embedded(name, full):
+    """All structures in all shapes; or each in one, another one with the next recipe: all pairs of the three."""
+    shift, shapes = list(recipes()).index(name), list(SHAPES)
+    for i, structure in enumerate(STRUCTURES):
+        for shape in shapes if full else [shapes[(i + shift) % len(shapes)]]:
+            yield embed(structure, shape)
+
+
+def test_all_pairs_of_recipe_structure_and_shape_meet():
+    met = {(name, p.structure, p.shape) for name in recipes() for p in embedded(name, False)}
+    for a, b in combinations(range(3), 2):
+        assert len({(x[a], x[b]) for x in met}) == prod(len({x[n] for x in met}) for n in (a, b))
+
+
 @EVERY
-def test_structured_gradients_keep_every_promise(name):
-    """The fuzz tool's own checks, a resume in the middle among them, on every structure and shape at once."""
-    parameters = tuple(embed(structure, shape) for structure in STRUCTURES for shape in SHAPES)
+def test_structured_gradients_keep_every_promise(name, request):
+    """The fuzz tool's own checks, a resume in the middle among them, on every structure at once."""
+    parameters = tuple(embedded(name, request.config.getoption("full")))
     case = Case(0, 0, name, {"refresh_every": 3} if name not in FULL else {}, parameters, None, 1e-2, STEPS, resume=6)
     outcome = examine(case)
     assert outcome.kind == "passed", f"{outcome.detail}\n{outcome.trace}"

@@ -48,7 +48,7 @@ class Stub:
         self.asked.append((run.arm.name, run.rate, run.seed))
         progress(1, 2.0)
         good = run.rate == BEST.get(run.arm.name, 0.002)
-        made = synthetic.run(run.seed, final=96.0 if good else 90.0, rate=run.rate)
+        made = synthetic.run(run.seed, final=96.0 if good else 90.0, rate=run.rate, steps=40)
         record = {**made, "shapes": {"layer": [4, 4]}, "notes": {}} | ({} if self.record is None else self.record(run))
         write_json(file, record)
         return record

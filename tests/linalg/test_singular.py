@@ -54,7 +54,7 @@ def test_the_sketched_range_gives_the_same_as_everything(noise, dtype):
 
 
 @DOUBLE
-@SIZES
+@pytest.mark.parametrize("size", [(4, 6), (6, 4), (4, 4), (2, 4, 5), (2, 1, 5, 4)], ids=str)
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_gradients_once_and_twice(size, count, dtype):
     a = randn(size, dtype, 3).requires_grad_()
@@ -100,7 +100,7 @@ def test_degenerate_spectra_give_finite_values_and_gradients(kind, dtype):
 
 
 @DOUBLE
-@pytest.mark.parametrize(("d", "m"), [(6, 8), (8, 6), (5, 20), (20, 5)])
+@pytest.mark.parametrize(("d", "m"), [(5, 6), (6, 5), (4, 11), (11, 4)])
 def test_the_projector_on_a_whole_cluster_has_its_gradient(d, m, dtype):
     """A cluster of equal values has no vectors of its own to differentiate; its span does."""
     _, a = with_spectrum(d, m, [3.0, 3.0, 1.0, 1.0], dtype)

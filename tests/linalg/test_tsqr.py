@@ -135,13 +135,13 @@ def test_a_dependent_column_gets_no_gradient_and_the_others_theirs():
 
 
 @DOUBLE
-@pytest.mark.parametrize(("size", "block"), [((6, 3), None), ((2, 9, 2), 4), ((3, 3), None), ((2, 1, 5, 1), 2)])
+@pytest.mark.parametrize(("size", "block"), [((5, 3), None), ((9, 2), 4), ((3, 3), None), ((2, 1, 5, 1), 2)])
 def test_gradients_once_and_twice(size, block, dtype):
     a = randn(size, dtype).requires_grad_()
     assert gradcheck(lambda a: tsqr(a, block), a)
-    assert gradgradcheck(lambda a: tsqr(a, block), a)
+    assert gradgradcheck(lambda a: tsqr(a, block), a, fast_mode=block is not None)
     assert gradcheck(lambda a: tsqr_r(a, block), a)
-    assert gradgradcheck(lambda a: tsqr_r(a, block), a)
+    assert gradgradcheck(lambda a: tsqr_r(a, block), a, fast_mode=block is not None)
 
 
 @DOUBLE

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 
@@ -17,6 +18,12 @@ from comoving.race.runner import train
 from comoving.race.sweep import Race, beyond, reach, results, save
 from comoving.race.table import remarks, size
 from race.small import Small, settings
+
+
+@cache
+def trained(run):
+    """The record of a run of :class:`Small`, which takes far longer than all that is tested here."""
+    return json.dumps(train(run, Small(), lambda step, loss: None))
 
 
 class InProcess:
@@ -31,7 +38,7 @@ class InProcess:
         if len(self.runs) == self.interrupt_at:
             raise KeyboardInterrupt
         self.runs.append(run)
-        record = train(run, Small(), progress)
+        record = json.loads(trained(run))
         if self.final is not None:
             record["final"] = self.final(run)
         write_json(file, {"settings": asdict(run), **record})
@@ -178,7 +185,7 @@ def test_refused_and_failed_contenders_stay_in_the_table(tmp_path):
             return {"status": "refused", "error": "no tensors, please"}
         if run.contender == "galore-torch":
             return {"status": "failed", "error": "RuntimeError: oops"}
-        return train(run, Small(), progress)
+        return json.loads(trained(run))
 
     made = settings(tmp_path, optimizers=("torch-muon", "torch-adamw", "galore-torch"))
     race = race_of(made, runner)
@@ -242,15 +249,19 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.0]}
 
 
-COMMAND = [sys.executable, "-m", "comoving.race", "--task", "vit", "--optimizers", "torch-adamw"]
+OPTIONS = ["--task", "vit", "--optimizers", "torch-adamw"]
 
 
-def test_command_line_end_to_end(tmp_path, monkeypatch):
+def test_command_line_end_to_end(tmp_path, monkeypatch, capsys):
+    """The command here, the run in a process of its own."""
+    from comoving.cli import main  # noqa: PLC0415
+
     monkeypatch.setenv("COMOVING_DIGITS", "1")
-    command = [*COMMAND, "--steps", "2", "--out", str(tmp_path), "--batch", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "torch-adamw" in done.stdout and "worst/median" in done.stdout
+    with pytest.raises(SystemExit) as ended:
+        main(["race", *OPTIONS, "--steps", "2", "--out", str(tmp_path), "--batch", "4"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    assert "torch-adamw" in said.out and "worst/median" in said.out
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["command"].startswith("comoving race --task vit")
     assert stored["summary"][0]["peak_memory"] > 2**26
@@ -258,7 +269,7 @@ def test_command_line_end_to_end(tmp_path, monkeypatch):
 
 def test_interrupt_ends_the_processes_and_keeps_the_command_resumable(tmp_path, monkeypatch):
     monkeypatch.setenv("COMOVING_DIGITS", "1")
-    command = [*COMMAND, "--steps", "5000", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "comoving.race", *OPTIONS, "--steps", "5000", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     runs = tmp_path / "runs"
     deadline = time.monotonic() + 120
