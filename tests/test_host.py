@@ -7,17 +7,15 @@ from torch import nn
 from comoving import LowRankOptimizer, build, recipes
 from comoving.codecs import Int4, Int8, RankOne
 from comoving.finders import (
-    HOOI,
     BlockSelection,
+    Exact,
     Growing,
     IncrementalSVD,
     Lazy,
     Nystroem,
     Power,
     Randomized,
-    RandomizedTucker,
     RandomProjection,
-    SequentialHOSVD,
     TrainRandomized,
 )
 from comoving.frames import Blocks, Seeded, SparseModes, Trains
@@ -56,12 +54,12 @@ WHEN_SKIPPING = {"frugal": PUT_BACK, "flora": PUT_BACK, "seeded": PUT_BACK}
 OPTIONS = {"q-galore": {"finder": Lazy(patience=2)}}
 
 PARTS = {
-    "hooi": {"finder": HOOI()},
+    "warm": {"finder": Exact(sweeps=1, sequential=True, warm=True)},
     "incremental": {"finder": IncrementalSVD()},
     "randomized": {"finder": Randomized()},
     "nystroem": {"finder": Nystroem()},
-    "sequential": {"finder": SequentialHOSVD()},
-    "randomized tucker": {"finder": RandomizedTucker()},
+    "slices": {"finder": Nystroem(columns="slices")},
+    "sequential": {"finder": Randomized(sequential=True)},
     "randomized train": {"frame": Trains(), "finder": TrainRandomized()},
     "growing": {"finder": Growing(inner=Power())},
     "lazy": {"finder": Lazy(inner=Power(), patience=1)},
@@ -80,8 +78,8 @@ PARTS = {
     "blocks": {"frame": Blocks()},
 }  # fmt: skip
 OF_PARTS = {
-    "hooi": EIGH | {"refresh: finders/hooi.py:find": "whether the last frame is worth going on from"},
-    "incremental": EIGH, "randomized": EIGH, "nystroem": EIGH, "sequential": EIGH, "randomized tucker": EIGH,
+    "warm": EIGH | {"refresh: finders/exact.py:find": "whether the last frame is worth going on from"},
+    "incremental": EIGH, "randomized": EIGH, "nystroem": EIGH, "slices": EIGH, "sequential": EIGH,
     "randomized train": EIGH,
     "lazy": LAZY,
     "polar": {"step: linalg/decompositions.py:_svd": CONVERGED},

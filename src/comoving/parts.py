@@ -6,7 +6,6 @@ from typing import Any
 
 from .codecs import BFloat16, Full, Int4, Int8, RankOne
 from .finders import (
-    HOOI,
     Amortized,
     BlockSelection,
     Correlation,
@@ -16,13 +15,10 @@ from .finders import (
     IncrementalSVD,
     Lazy,
     Nystroem,
-    NystroemTucker,
     Oja,
     Power,
     Randomized,
-    RandomizedTucker,
     RandomProjection,
-    SequentialHOSVD,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -67,10 +63,6 @@ PARTS: dict[str, dict[str, type]] = {
         "train_increment": TrainIncrement,
         "tree_svd": TreeSVD,
         "tree_increment": TreeIncrement,
-        "sequential_hosvd": SequentialHOSVD,
-        "hooi": HOOI,
-        "randomized_tucker": RandomizedTucker,
-        "nystrom_tucker": NystroemTucker,
         "streaming_tucker": StreamingTucker,
         "block_selection": BlockSelection,
     },

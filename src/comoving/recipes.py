@@ -19,7 +19,7 @@ from .finders import (
     Exact,
     Growing,
     Lazy,
-    NystroemTucker,
+    Nystroem,
     Oja,
     Power,
     RandomProjection,
@@ -248,7 +248,7 @@ _RECIPES = (
         "nystrom-tucker-adam",
         "tucker-adam with factors from a small sample of fibres, drawn by the energy of their slices",
         "this package; sampling as in Drineas, Kannan and Mahoney, 2006",
-        _FOLLOWING | {"finder": NystroemTucker()},
+        _FOLLOWING | {"finder": Nystroem(samples=0.02, columns="slices")},
         relative_rate=2.0,
     ),
     Recipe(

@@ -180,11 +180,11 @@ def test_targets_tell_met_from_missed():
         return {"tensor": "t", "every": 4, "ranks": (2, 2, 2), "finder": finder, "time_of_exact": time,
                 "time_of_exact_every_step": 2 * time, "energy_of_exact": energy}  # fmt: skip
 
-    rates = [row("energy 1%", 0.1, 0.9), row("energy 5%", 0.3, 0.985), row("energy 10%", 0.5, 0.999)]
+    rates = [row("slices 1%", 0.1, 0.9), row("slices 5%", 0.3, 0.985), row("slices 10%", 0.5, 0.999)]
     found = {
         "streams": [row("StreamingTucker", 0.2, 0.97)], "rates": rates, "orders": {"summary": []}, "trains": [],
         "increments": [],
     }  # fmt: skip
     lines = report.targets(found)
     assert [line["met"] for line in lines] == [True, False, False, False]
-    assert lines[0]["reached"] == "3.33x at 0.985 (energy 5%)"
+    assert lines[0]["reached"] == "3.33x at 0.985 (slices 5%)"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from comoving.draws import gaussian, gaussian_rows
-from comoving.finders import HOOI, Exact, Growing, IncrementalSVD, Lazy, Operand, RandomProjection, StreamingTucker
+from comoving.finders import Exact, Growing, IncrementalSVD, Lazy, Operand, RandomProjection, StreamingTucker
 from comoving.frames import (
     Blocks,
     CosineFrame,
@@ -177,8 +177,8 @@ def test_rows_of_any_size_do_not_touch_their_mates(finder, layout, case, warm):
 
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_a_row_that_lost_its_operand_starts_anew_and_its_mates_go_on(sweeps):
-    """HOOI: one frame sees nothing of its operand, the others see all of theirs."""
-    finder, dtype = HOOI(sweeps=sweeps), torch.float64
+    """Warm HOOI: one frame sees nothing of its operand, the others see all of theirs."""
+    finder, dtype = Exact(sweeps=sweeps, sequential=True, warm=True), torch.float64
     starts = [random_frame((6, 4, 5), (2, 2, 2), dtype, b) for b in range(3)]
     x = torch.stack([frame.lift(randn((2, 2, 2), dtype, b)) for b, frame in enumerate(starts)])
     u = starts[1].factors[0]

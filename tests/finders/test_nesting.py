@@ -7,7 +7,6 @@ import torch
 
 from comoving import LowRankOptimizer
 from comoving.finders import (
-    HOOI,
     Amortized,
     BlockSelection,
     Correlation,
@@ -17,13 +16,10 @@ from comoving.finders import (
     IncrementalSVD,
     Lazy,
     Nystroem,
-    NystroemTucker,
     Oja,
     Power,
     Randomized,
-    RandomizedTucker,
     RandomProjection,
-    SequentialHOSVD,
     StreamingTucker,
     TrainSVD,
     TreeSVD,
@@ -31,8 +27,9 @@ from comoving.finders import (
 from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 
 BASE = [
-    Exact(), Power(), Oja(), Nystroem(), Randomized(), IncrementalSVD(), Correlation(), Amortized(), HOOI(),
-    SequentialHOSVD(), RandomizedTucker(), NystroemTucker(), StreamingTucker(),
+    Exact(), Power(), Oja(), Nystroem(), Randomized(), IncrementalSVD(), Correlation(), Amortized(),
+    Exact(sweeps=1, sequential=True, warm=True), Randomized(sequential=True), Nystroem(columns="slices"),
+    StreamingTucker(),
 ]  # fmt: skip
 ELSEWHERE = [CosineSelection(), RandomProjection(), TrainSVD(), TreeSVD(), BlockSelection(), Exact, None, 3]
 TIMED = [Lazy(patience=1, threshold=0.0), Growing(base=2.0)]

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,11 @@ import torch
 import comoving
 from comoving import LowRankOptimizer
 from comoving.finders import (
-    HOOI,
     Exact,
-    NystroemTucker,
+    Nystroem,
     Operand,
     Power,
-    RandomizedTucker,
-    SequentialHOSVD,
+    Randomized,
     StreamingTucker,
 )
 from comoving.finders.kronecker import widths
@@ -26,19 +25,23 @@ from comoving.residual import Feedback
 from comoving.transport import Rotate
 from contract.support import COMPLEX, REAL, close, known_rank, lone, look, randn, random_frame, step
 
+HOOI = Exact(sweeps=1, sequential=True, warm=True)
+SAMPLED = Nystroem(samples=0.02)
+SLICES = Nystroem(samples=0.02, columns="slices")
 TUCKER = [
     Exact(),
-    SequentialHOSVD(),
-    SequentialHOSVD(method="svd"),
-    HOOI(),
-    RandomizedTucker(oversampling=0, passes=1),
-    RandomizedTucker(),
-    NystroemTucker(samples=0.2, fibres="uniform"),
-    NystroemTucker(samples=0.2),
+    Exact(sequential=True),
+    Exact(method="svd", sequential=True),
+    HOOI,
+    Randomized(oversampling=0, reads=1, sequential=True),
+    Randomized(reads=2, sequential=True),
+    Randomized(reads=2),
+    Nystroem(samples=0.2),
+    Nystroem(samples=0.2, columns="slices"),
     StreamingTucker(oversampling=0),
     StreamingTucker(),
 ]
-ONE_PASS = [TUCKER[4], *TUCKER[-2:]]
+ONE_READ = [TUCKER[4], *TUCKER[-2:]]
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX])
 CORES = [((9, 10, 8), (2, 3, 2)), ((6, 5, 7, 4), (2, None, 3, 2)), ((5, 4, 6, 3, 4), (2, 2, 3, None, 2))]
 TENSORS = pytest.mark.parametrize(("shape", "ranks"), CORES, ids=["N=3", "N=4", "N=5"])
@@ -106,11 +109,14 @@ def test_hard_spectra(finder, dtype):
 def test_close_to_the_hosvd_on_a_falling_spectrum(finder, shape, ranks, dtype):
     x = decaying(shape, dtype, 0.5)
     best = energy(cold(Exact(sweeps=20), x, ranks), x)
-    assert energy(cold(finder, x, ranks), x) > (0.85 if finder in ONE_PASS else 0.95) * best
+    assert energy(cold(finder, x, ranks), x) > (0.85 if finder in ONE_READ else 0.95) * best
     assert energy(random_frame(shape, ranks, dtype), x) < 0.8 * best
 
 
-@pytest.mark.parametrize("finder", [RandomizedTucker(), NystroemTucker(), NystroemTucker(fibres="uniform")], ids=str)
+DRAWING = [Randomized(oversampling=2), Randomized(oversampling=2, sequential=True), SLICES, SAMPLED]
+
+
+@pytest.mark.parametrize("finder", DRAWING, ids=str)
 def test_draws_differ_between_refreshes_and_seeds_and_repeat_from_the_memory(finder):
     x, ranks = randn((12, 11, 10)), (3, 3, 3)
     memory = memory_of(finder, x, ranks)
@@ -119,7 +125,7 @@ def test_draws_differ_between_refreshes_and_seeds_and_repeat_from_the_memory(fin
     kept = {name: value.clone() for name, value in memory.items()}
     first, second = (finder.find(Operand(x), start, True, memory) for _ in range(2))
     again = finder.find(Operand(x), start, True, kept)
-    other = type(finder)(**(vars(finder) | {"seed": 1}))
+    other = replace(finder, seed=1)
     elsewhere = look(other, Operand(x), start, True)
     assert int(memory["draws"]) == 2
     for u, v, w, z in zip(first.factors, second.factors, again.factors, elsewhere.factors, strict=True):
@@ -128,7 +134,7 @@ def test_draws_differ_between_refreshes_and_seeds_and_repeat_from_the_memory(fin
         assert not torch.allclose(u @ u.mH, z @ z.mH)
 
 
-RESUMED = [RandomizedTucker(), NystroemTucker(), NystroemTucker(fibres="uniform"), StreamingTucker(), HOOI()]
+RESUMED = [Randomized(sequential=True), SLICES, SAMPLED, StreamingTucker(), HOOI]
 
 
 @pytest.mark.parametrize("finder", RESUMED, ids=str)
@@ -151,7 +157,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finder, stop):
     for t in range(stop, 10):
         step(resumed, q, randn(shape, torch.complex64, t))
     assert torch.equal(p, q)
-    assert any(name.startswith("finder.") for name in optimizer.state[p]) is (finder != HOOI())
+    assert any(name.startswith("finder.") for name in optimizer.state[p]) is (finder != HOOI)
     for name, value in optimizer.state[p].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed.state[q][name])), name
 
@@ -195,10 +201,8 @@ def test_recipes_descend_like_tucker_adam(recipe, dtype):
 
 def test_by_name():
     assert part("finder", "streaming_tucker(decay=0.5)") == StreamingTucker(decay=0.5)
-    assert part("finder", "nystrom_tucker(samples=7)") == NystroemTucker(samples=7)
-    assert part("finder", "randomized_tucker") == RandomizedTucker()
-    assert part("finder", "sequential_hosvd") == SequentialHOSVD()
-    assert part("finder", "hooi(sweeps=3)") == HOOI(sweeps=3)
+    assert part("finder", "nystroem(samples=7, columns='slices')") == Nystroem(samples=7, columns="slices")
+    assert part("finder", "exact(sweeps=1, sequential=True, warm=True)") == HOOI
 
 
 # -------------------------------------------------------------------------------------------------- HOSVD and HOOI
@@ -215,8 +219,8 @@ def test_sequential_truncation_is_near_the_best_and_hooi_no_worse_than_its_start
             for n, r in enumerate(ranks)
             if r is not None
         ]
-        sequential = error(cold(SequentialHOSVD(), x, ranks), x) * float(x.norm())
-        iterated = error(cold(HOOI(sweeps=3), x, ranks), x) * float(x.norm())
+        sequential = error(cold(Exact(sequential=True), x, ranks), x) * float(x.norm())
+        iterated = error(cold(replace(HOOI, sweeps=3), x, ranks), x) * float(x.norm())
         hosvd = error(cold(Exact(), x, ranks), x) * float(x.norm())
         # No approximation is better than the worst mode's tail: a lower bound of the best error.
         assert max(tails) ** 0.5 - 1e-9 <= sequential <= sum(tails) ** 0.5 + 1e-9 <= compressed**0.5 * max(tails) ** 0.5
@@ -227,13 +231,13 @@ def test_sequential_truncation_is_near_the_best_and_hooi_no_worse_than_its_start
 @FIELDS
 def test_each_sweep_from_the_last_frame_captures_no_less(dtype):
     x, ranks = randn((8, 7, 9), dtype), (3, 2, 3)
-    frame, seen = cold(SequentialHOSVD(), x, ranks), []
+    frame, seen = cold(Exact(sequential=True), x, ranks), []
     for _ in range(6):
         seen.append(energy(frame, x))
-        frame = HOOI().find(Operand(x), frame, True, {})
+        frame = HOOI.find(Operand(x), frame, True, {})
     assert all(b >= a - 1e-12 for a, b in zip(seen, seen[1:], strict=False))
     assert seen[-1] > seen[0] + 1e-4
-    together = HOOI(sweeps=5).find(Operand(x), cold(SequentialHOSVD(), x, ranks), True, {})
+    together = replace(HOOI, sweeps=5).find(Operand(x), cold(Exact(sequential=True), x, ranks), True, {})
     assert energy(together, x) == pytest.approx(seen[5])
 
 
@@ -243,14 +247,19 @@ def test_a_frame_that_sees_nothing_is_not_warm():
         tuple(torch.linalg.svd(unfold(x, n, 3)).U[:, -2:].contiguous() for n in range(3))
     )  # orthogonal to all of x
     assert energy(blind, x) < 1e-20
-    assert error(HOOI().find(Operand(x), blind, True, {}), x) < 1e-6
+    assert error(HOOI.find(Operand(x), blind, True, {}), x) < 1e-6
+
+
+def test_going_on_without_a_sweep_is_refused():
+    with pytest.raises(ValueError, match="sweeps must be >= 1 where warm=True"):
+        Exact(warm=True)
 
 
 @FIELDS
 def test_the_mode_that_shrinks_most_goes_first(dtype):
     """Its factor is the HOSVD's; that of the others is not, for they see what it leaves."""
     x, ranks = randn((6, 8, 7), dtype), (4, 1, 3)
-    sequential, hosvd = cold(SequentialHOSVD(), x, ranks), cold(Exact(), x, ranks)
+    sequential, hosvd = cold(Exact(sequential=True), x, ranks), cold(Exact(), x, ranks)
     gaps = [float((u @ u.mH - v @ v.mH).norm()) for u, v in zip(sequential.factors, hosvd.factors, strict=True)]
     assert gaps[1] < 1e-9
     assert min(gaps[0], gaps[2]) > 1e-3
@@ -269,98 +278,9 @@ def test_errors_are_those_of_tensorly(shape, ranks):
             found = decomposition.tucker(x, rank=rank, n_iter_max=sweeps, init="svd", tol=0)
             return float((tensorly.tucker_to_tensor(found) - x).norm() / x.norm())
 
-    for ours in (HOOI(sweeps=30), Exact(sweeps=30)):
+    for ours in (replace(HOOI, sweeps=30), Exact(sweeps=30)):
         assert error(cold(ours, x, ranks), x) == pytest.approx(theirs(30), rel=2e-2)
     assert error(cold(Exact(sweeps=1), x, ranks), x) == pytest.approx(theirs(1), rel=1e-6)
-
-
-# --------------------------------------------------------------------------------------------------- sampled fibres
-
-
-@FIELDS
-@TENSORS
-@pytest.mark.parametrize("count", [1, 7, None])
-def test_an_operand_in_two_terms_is_sampled_as_the_sum(shape, ranks, dtype, count):
-    x, frame = randn(shape, dtype, 1), random_frame(shape, ranks, dtype, 2)
-    w = frame.project(randn(shape, dtype, 3))
-    whole = 0.3 * x + frame.lift(w)
-    for n, d in enumerate(shape):
-        columns = torch.randperm(whole.numel() // d, generator=torch.Generator().manual_seed(n))[:count]
-        expected = unfold(whole, n, whole.ndim)[:, columns]
-        operand = Operand(x, 0.3, frame, w)
-        close(operand.sample(n, columns), expected)
-        assert ("_formed" in vars(operand)) == (200 * len(columns) * d >= whole.numel())
-        _ = operand.full()
-        close(operand.sample(n, columns), expected)
-        close(Operand(whole).sample(n, columns), expected)
-
-
-@FIELDS
-@pytest.mark.parametrize("fibres", ["uniform", "energy"])
-def test_all_columns_span_what_the_hosvd_finds(fibres, dtype):
-    x, ranks = decaying((7, 6, 8), dtype), (3, 2, 4)
-    frame, exact = cold(NystroemTucker(samples=1.0, fibres=fibres), x, ranks), cold(Exact(), x, ranks)
-    for u, v in zip(frame.factors, exact.factors, strict=True):
-        close(u @ u.mH, v @ v.mH, 1e-7)
-
-
-@FIELDS
-@pytest.mark.parametrize("fibres", ["uniform", "energy"])
-def test_the_sampled_gram_matrix_is_unbiased(fibres, dtype):
-    """The mean over many draws, within six of its own standard errors and 3% in norm."""
-    x = decaying((5, 6, 7), dtype)
-    finder = NystroemTucker(fibres=fibres)
-    memory = memory_of(finder, x, (2, 2, 2))
-    finder.observe(decaying((5, 6, 7), dtype, seed=0) + 0.3 * randn((5, 6, 7), dtype, 9) * x.abs().mean(), memory)
-    generator, mode, count, draws = torch.Generator().manual_seed(0), 1, 10, 3000
-    total = x.numel() // x.shape[mode]
-    exact, grams = Operand(x).gram(mode), []
-    for _ in range(draws):
-        columns, weights = finder.draw(tuple(x.shape), mode, count, generator, memory)
-        assert len(columns) == count
-        sampled = Operand(x).sample(mode, columns)
-        scaled = sampled * (total / count if weights is None else weights)
-        grams.append(scaled @ sampled.mH)
-    grams = torch.stack(grams)
-    mean, deviation = grams.mean(0), (grams - grams.mean(0)).abs().square().mean(0).sqrt()
-    assert ((mean - exact).abs() <= 6 * deviation / draws**0.5 + 1e-12).all()
-    assert (mean - exact).norm() < 0.03 * exact.norm()
-    # Without the weights it would not be.
-    if fibres == "energy":
-        assert (memory["energy.0"].max() / memory["energy.0"].min()) > 3
-
-
-def test_energies_beat_uniform_draws_on_a_concentrated_tensor():
-    """All but 1% of the energy in a few slices: uniform fibres miss most of it."""
-    shape = (20, 24, 22)
-    strong = known_rank(shape, (3, 3, 3), seed=1)
-    mask = torch.zeros(24, 22, dtype=REAL)
-    mask[:3, :3] = 1.0
-    x = strong * mask + 0.01 * strong.abs().mean() * randn(shape)
-    captured = {}
-    for fibres in ("uniform", "energy"):
-        energies = [
-            energy(cold(NystroemTucker(samples=16, fibres=fibres, seed=seed), x, (3, None, None)), x)
-            for seed in range(10)
-        ]
-        captured[fibres] = sum(energies) / len(energies)
-    assert captured["energy"] > 0.99
-    assert captured["uniform"] < captured["energy"] - 0.05
-
-
-@FIELDS
-def test_energies_are_those_of_the_slices_whatever_the_gradients_size(dtype):
-    finder, shape = NystroemTucker(decay=0.5), (5, 4, 6)
-    memory = memory_of(finder, torch.zeros(shape, dtype=dtype), (2, 2, 2))
-    expected = [torch.zeros(d, dtype=REAL) for d in shape]
-    for t, size in enumerate((1e-27, 1.0, 1e27, 0.0)):
-        g = randn(shape, dtype, t) * size
-        finder.observe(g, memory)
-        for m in range(3):
-            others = [i for i in range(3) if i != m]
-            fresh = g.abs().square().sum(others) / g.abs().square().sum() if size else 0.0
-            expected[m] = 0.5 * expected[m] + fresh
-            close(memory[f"energy.{m}"], expected[m])
 
 
 # ------------------------------------------------------------------------------------------------ streamed sketches
@@ -511,11 +431,11 @@ def test_memory_is_small():
     parts = StreamingTucker().parts(shape, ranks, torch.complex64)
     assert sum(torch.Size(p.shape).numel() for p in parts.values()) < 0.02 * torch.Size(shape).numel()
     assert {p.dtype for p in parts.values()} == {torch.complex64}
-    energies = NystroemTucker().parts(shape, ranks, torch.complex64)
+    energies = SLICES.parts(shape, ranks, torch.complex64)
     assert {name: p.shape for name, p in energies.items()} == {
         "draws": (), "energy.0": (64,), "energy.1": (64,), "energy.2": (16,), "energy.3": (9,)
     }  # fmt: skip
-    assert set(NystroemTucker(fibres="uniform").parts(shape, ranks, REAL)) == {"draws"}
+    assert set(SAMPLED.parts(shape, ranks, REAL)) == {"draws"}
 
 
 @pytest.mark.parametrize("warm", [True, False])

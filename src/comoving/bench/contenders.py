@@ -33,7 +33,7 @@ CONTENDERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("Power, 2 iterations", "Power", "Modes", {"iterations": 2}),
     ("Randomized", "Randomized", "Modes", {}),
     ("Nystroem", "Nystroem", "Modes", {}),
-    ("Nystroem, energy", "Nystroem", "Modes", {"columns": "energy"}),
+    ("Nystroem, energy", "Nystroem", "Modes", {"columns": "energy", "decay": 0.99}),
     ("Oja", "Oja", "Modes", {}),
     ("Correlation", "Correlation", "Modes", {}),
     ("Amortized", "Amortized", "Modes", {}),
@@ -41,11 +41,11 @@ CONTENDERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("IncrementalSVD, momentum", "IncrementalSVD", "Modes", {}),
     ("CosineSelection", "CosineSelection", "Cosines", {}),
     ("RandomProjection", "RandomProjection", "Seeded", {}),
-    ("SequentialHOSVD", "SequentialHOSVD", "Modes", {}),
-    ("HOOI", "HOOI", "Modes", {}),
-    ("RandomizedTucker", "RandomizedTucker", "Modes", {}),
-    ("NystroemTucker", "NystroemTucker", "Modes", {}),
-    ("NystroemTucker, uniform", "NystroemTucker", "Modes", {"fibres": "uniform"}),
+    ("Exact, sequential", "Exact", "Modes", {"sequential": True}),
+    ("HOOI, warm", "Exact", "Modes", {"sequential": True, "warm": True, "sweeps": 1}),
+    ("Randomized, sequential", "Randomized", "Modes", {"sequential": True, "reads": 2}),
+    ("Nystroem, slices", "Nystroem", "Modes", {"columns": "slices", "samples": 0.02}),
+    ("Nystroem, uniform 2%", "Nystroem", "Modes", {"samples": 0.02}),
     ("StreamingTucker", "StreamingTucker", "Modes", {}),
     ("BlockSelection", "BlockSelection", "SparseModes", {}),
     ("TrainSVD", "TrainSVD", "Trains", {}),
@@ -66,14 +66,10 @@ def contenders() -> list[Contender]:
 
 
 def sampled() -> list[Contender]:
-    """Exact, and NystroemTucker at each rate of :data:`RATES` with both ways to draw."""
-    if not hasattr(finders, "NystroemTucker"):
-        return []
+    """Exact, and Nystroem at each rate of :data:`RATES`, by slices and uniformly."""
     kinds = [
-        Contender(
-            f"{fibres} {rate:.0%}", _finder("NystroemTucker", {"samples": rate, "fibres": fibres}), frames.Modes()
-        )
-        for fibres in ("energy", "uniform")
+        Contender(f"{columns} {rate:.0%}", _finder("Nystroem", {"samples": rate, "columns": columns}), frames.Modes())
+        for columns in ("slices", "uniform")
         for rate in RATES
     ]
     return [Contender(EXACT, _finder("Exact", {}), frames.Modes()), *kinds]

@@ -13,6 +13,7 @@ Found = dict[str, Any]
 Row = dict[str, Any]
 MARKS = ("o", "s", "^", "D", "v")
 WITHIN_TUCKER, WITHIN_INCREMENTS = 0.98, 0.95
+SHARES = ("slices ", "uniform ", "Nystroem, slices", "Nystroem, uniform")  # how the names of those contenders begin
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def _streams(found: Found) -> list[Table]:
 
 def _rates(found: Found) -> Table:
     return Table(
-        "Nystroem-Tucker by share of the columns that are read",
-        ("tensor", "every", "fibres and share", "time of Exact's", "energy of Exact's"),
+        "Nystroem by share of the columns that are read",
+        ("tensor", "every", "columns and share", "time of Exact's", "energy of Exact's"),
         [
             (r["tensor"], str(r["every"]), r["finder"], _faster(r["time_of_exact"]), f"{r['energy_of_exact']:.3f}")
             for r in found["rates"]
@@ -153,9 +154,9 @@ def _tucker_targets(found: Found) -> Iterator[Row]:
     """Of the share that is the fastest with enough energy, or else comes nearest to it."""
     tensors = [row for row in (*found["streams"], *found["rates"]) if len(row["ranks"]) > 2]
     for (name, every), rows in grouped(tensors, lambda row: (row["tensor"], row["every"])).items():
-        curve = [r for r in rows if r["finder"].startswith(("energy ", "uniform ", "NystroemTucker"))]
+        curve = [r for r in rows if r["finder"].startswith(SHARES)]
         streaming = [r for r in rows if r["finder"] == "StreamingTucker"]
-        for who, own in (("Nystroem-Tucker, best share", curve), ("streaming Tucker", streaming)):
+        for who, own in (("Nystroem, best share", curve), ("streaming Tucker", streaming)):
             for period, field in ((every, "time_of_exact"), (1, "time_of_exact_every_step")):
                 good = [r for r in own if r["energy_of_exact"] >= WITHIN_TUCKER]
                 best = min(good or own, key=lambda r: r[field] if good else -r["energy_of_exact"], default=None)
@@ -246,11 +247,11 @@ def accuracy(found: Found) -> bytes:
                 mark = MARKS[i // len(COLORS) % len(MARKS)]
                 place = row["time_of_exact"], missed(row)
                 axes.plot(*place, mark, color=COLORS[i % len(COLORS)], ms=6, alpha=0.85, label=row["finder"])
-            for fibres, dash in (("energy", "-"), ("uniform", ":")):
-                own = [r for r in found["rates"] if r["tensor"] == name and r["finder"].startswith(f"{fibres} ")]
+            for columns, dash in (("slices", "-"), ("uniform", ":")):
+                own = [r for r in found["rates"] if r["tensor"] == name and r["finder"].startswith(f"{columns} ")]
                 times, values = [r["time_of_exact"] for r in own], [missed(r) for r in own]
                 if own:
-                    axes.plot(times, values, dash, color="#999999", lw=1.2, label=f"NystroemTucker, {fibres}, 1 to 25%")
+                    axes.plot(times, values, dash, color="#999999", lw=1.2, label=f"Nystroem, {columns}, 1 to 25%")
             axes.set_xscale("log")
             axes.set_yscale("log")
             ticker = require("matplotlib.ticker", "cli")

@@ -7,18 +7,14 @@ from .correlation import Correlation
 from .cosine import CosineSelection
 from .exact import Exact
 from .growing import Growing
-from .hooi import HOOI
 from .incremental import IncrementalSVD
 from .lazy import Lazy
 from .nystroem import Nystroem
-from .nystroem_tucker import NystroemTucker
 from .oja import Oja
 from .operand import Operand
 from .power import Power
 from .random import RandomProjection
 from .randomized import Randomized
-from .randomized_tucker import RandomizedTucker
-from .sequential import SequentialHOSVD
 from .streaming_tucker import StreamingTucker
 from .train import TrainIncrement, TrainRandomized, TrainSVD
 from .tree import TreeIncrement, TreeSVD
@@ -31,7 +27,6 @@ __all__ = [
     "Exact",
     "Finder",
     "Growing",
-    "HOOI",
     "IncrementalSVD",
     "Lazy",
     "MERGED",
@@ -39,15 +34,12 @@ __all__ = [
     "Memoryless",
     "NEXT",
     "Nystroem",
-    "NystroemTucker",
     "Oja",
     "Operand",
     "Power",
     "REFRESHES",
     "RandomProjection",
     "Randomized",
-    "RandomizedTucker",
-    "SequentialHOSVD",
     "StreamingTucker",
     "TrainIncrement",
     "TrainRandomized",

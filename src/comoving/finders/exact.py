@@ -1,30 +1,44 @@
-"""Exact factors of each unfolding, by the Gram matrix of the short side or by SVD."""
+"""Exact factors of each unfolding: SVD, HOSVD, sequentially truncated HOSVD and HOOI."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import Method, leading_directions, multilinear, unit_size
+from ..linalg import Method, leading_directions, multilinear, norm, over, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import Memory, Memoryless, check_start, unless_zero
 from .operand import Operand
+
+Factors = tuple[Tensor | None, ...]
+
+_SEEN = 0.1  # of the norm: 1% of the energy
 
 
 @dataclass(frozen=True)
 class Exact(Memoryless):
     """U_n = the leading r_n left singular vectors of the unfolding O_(n); for a matrix, the truncated SVD.
 
-    For tensors this is the truncated HOSVD (De Lathauwer et al., 2000), which ``sweeps`` of HOOI then
-    improve: mode by mode, U_n from the unfolding of O projected on all other factors. For a matrix with one whole
-    side the SVD is already best and no sweep is made.
+    For a tensor that is the truncated higher-order SVD, HOSVD (De Lathauwer, De Moor and Vandewalle, 2000). Its error
+    is at most sqrt(N) times that of the best factors, and ``sweeps`` of higher-order orthogonal iteration, HOOI (the
+    same authors, 2000), lower it: U_n anew from O x_m U_m^H over all m != n, for one mode n after the other. A frame
+    with a single compressed mode cannot be improved, and no sweep is made.
 
     Args:
         momentum: rho of the operand, in [0, 1); 0 looks at the gradient alone, as GaLore does (arXiv 2403.03507).
         sweeps: HOOI sweeps, >= 0 (Tensor-GaLore, arXiv 2501.02379, takes Tucker factors, so > 0).
         method: "gram" takes eigenvectors of O_(n) O_(n)^H or O_(n)^H O_(n), whichever is smaller, accurate for singular
             values above about sqrt(machine epsilon) of the largest; "svd" is accurate for all and slower.
+        sequential: the sequentially truncated HOSVD, ST-HOSVD (Vannieuwenhoven, Vandebril and Meerbergen, 2012):
+            U_n from O x_m U_m^H over the modes m that are done, so that each mode makes the next one cheaper. The mode
+            that shrinks most, by r_n/d_n, goes first, in sweeps too. The bound on the error is that of the HOSVD.
+        warm: the sweeps, >= 1, go on from the last frame, whose captured energy |F^H O|^2 none of them lowers. A last
+            frame that captures less than 1% of O's energy (read on the host, once a refresh) is not gone on from, for
+            each mode sees only what the others let through. What they hide in part comes back over several refreshes,
+            unlike with :class:`comoving.finders.Power`, whose modes do not see one another.
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
@@ -33,25 +47,71 @@ class Exact(Memoryless):
     momentum: float = 0.0
     sweeps: int = 0
     method: Method = "gram"
+    sequential: bool = False
+    warm: bool = False
 
     def __post_init__(self) -> None:
         check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
         check_int("sweeps", self.sweeps, 0)
         check_choice("method", self.method, ("gram", "svd"))
+        check_choice("sequential", self.sequential, (True, False))
+        check_choice("warm", self.warm, (True, False))
+        if self.warm and self.sweeps == 0:
+            raise ValueError("sweeps must be >= 1 where warm=True, for they are all that goes on, got 0")
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
-        """Decompose each compressed mode anew; ``start`` only serves where the operand is zero."""
+        """Decompose anew, or iterate from ``start``, which otherwise only serves where the operand is zero."""
         check_start(self, start)
-        rows = operand.rows
+        factors, rows = start.factors, operand.rows
         x = unit_size(operand.full(), rows)
-        factors = [None if u is None else self._leading(x, n, u, rows) for n, u in enumerate(start.factors)]
-        compressed = [n for n, u in enumerate(factors) if u is not None]
-        for _ in range(self.sweeps if len(compressed) > 1 else 0):
-            for n in compressed:
-                others = [u.mH if u is not None and m != n else None for m, u in enumerate(factors)]
-                factors[n] = self._leading(multilinear(x, others), n, start.factors[n], rows)
-        return ModeFrame(tuple(factors))
+        order = by_shrinkage(factors) if self.sequential else [n for n, u in enumerate(factors) if u is not None]
+        good = None
+        if self.warm and warm and len(order) > 1:
+            good = norm(start.project(x), rows) >= _SEEN * norm(x, rows)
+        if good is None or not bool(good.all()):
+            factors = self._anew(x, factors, order, rows)
+            if good is not None:  # some rows go on from where they were
+                pairs = zip(start.factors, factors, strict=True)
+                factors = tuple(None if u is None or v is None else torch.where(over(good, u), u, v) for u, v in pairs)
+        for _ in range(self.sweeps if len(order) > 1 else 0):
+            factors = _sweep(x, factors, factors, order, self.method, rows)
+        return ModeFrame(factors)
 
-    def _leading(self, x: Tensor, mode: int, start: Tensor | None, rows: int) -> Tensor:
-        assert start is not None
-        return unless_zero(x, leading_directions(x, mode, start.shape[-1], self.method, rows), start, rows)
+    def _anew(self, x: Tensor, start: Factors, order: list[int], rows: int) -> Factors:
+        if self.sequential:
+            return _sweep(x, (None,) * len(start), start, order, self.method, rows)
+        leading = partial(_leading, method=self.method, rows=rows)
+        return tuple(None if u is None else leading(x, n, u) for n, u in enumerate(start))
+
+
+def by_shrinkage(factors: Factors) -> list[int]:
+    """The compressed modes, that of the smallest r_n/d_n first."""
+    shares = {n: u.shape[-1] / u.shape[-2] for n, u in enumerate(factors) if u is not None}
+    return sorted(shares, key=lambda n: shares[n])
+
+
+def _sweep(x: Tensor, known: Factors, start: Factors, order: list[int], method: Method, rows: int) -> Factors:
+    """One factor after the other, from x projected on the new factors so far and on the known ones of modes to come.
+
+    Args:
+        x: the tensor, (*rows, d_1, ..., d_N), with entries of about 1.
+        known: U_n to project on until a new one is there, or None: all None for the ST-HOSVD, the last factors for a
+            sweep of HOOI.
+        start: orthonormal, of the wanted ranks: kept where nothing is to be seen; None where the mode is whole.
+        order: of the compressed modes.
+        method: of :func:`comoving.linalg.leading_directions`.
+        rows: leading dimensions of x that count rows.
+    """
+    factors, waiting = list(start), list(order)
+    while waiting:
+        n = waiting.pop(0)
+        seen = multilinear(x, [k.mH if m in waiting and k is not None else None for m, k in enumerate(known)])
+        factors[n] = found = _leading(seen, n, start[n], method, rows)
+        if waiting:
+            x = multilinear(x, [found.mH if m == n else None for m in range(len(start))])
+    return tuple(factors)
+
+
+def _leading(x: Tensor, mode: int, start: Tensor | None, method: Method, rows: int) -> Tensor:
+    assert start is not None
+    return unless_zero(x, leading_directions(x, mode, start.shape[-1], method, rows), start, rows)

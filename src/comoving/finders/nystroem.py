@@ -1,7 +1,7 @@
 """Nystroem's method: factors from a few columns of each unfolding."""
 
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, prod
 from typing import ClassVar, Literal
 
 import torch
@@ -11,33 +11,38 @@ from ..codecs import Part
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import abs_squared, leading_eigenvectors, orthonormalize, over
+from ..linalg import leading_directions, unit_size
 from ..validate import check_choice, check_float, check_int
-from .base import DRAWS, Memory, check_start, counted, drawing, peak
+from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
+from .columns import by_energy, by_slices, column_energies, joined, slice_energies
 from .operand import Operand
 
-_ENERGY = ".energy"
-_UNIFORM_SHARE = 0.1  # of the chances in energy sampling: bounds the weight of a column that was silent so far
+_COLUMNS = "columns."
+_ENERGY = "energy."
 
 
 @dataclass(frozen=True)
 class Nystroem:
-    """U_n = the leading left singular vectors of a weighted sample C of the columns of O_(n).
+    """U_n = the leading r_n left singular vectors of a weighted sample C of the columns of the unfolding O_(n).
 
-    Column j enters with chance pi_j, divided by sqrt(pi_j), so that C C^H estimates O_(n) O_(n)^H without bias (Drineas
-    and Mahoney, 2005; here without replacement, so that as many samples as columns are exact). The full Gram matrix is
-    never formed: s columns cost O(d_n s r_n). Each refresh draws other columns: the seed and a count of the refreshes,
-    which is in the state, determine them.
+    Each column has the weight 1/(its expected number of draws), so that C C^H estimates O_(n) O_(n)^H without bias
+    (Drineas, Kannan and Mahoney, 2006). Only the sampled columns of O are ever formed, never the full Gram matrix:
+    s columns cost O(d_n s r_n). Each refresh draws other ones: the seed and a count of the refreshes, which is in the
+    state, determine which. As many samples as there are columns are all of them, and exact.
 
     Args:
         momentum: rho of the operand, in [0, 1).
-        samples: columns s of each unfolding. A float >= 1 is a multiple of the rank, cut to the columns there are; an
-            int >= 1 is their number, at most the number of columns of every unfolding. Where the rank is higher, as it
-            may become where ranks adapt, there are as many samples as it needs.
-        columns: "uniform" gives all columns the same chance; "energy" chances in proportion to the energy that they
-            had in past gradients, a tenth spread evenly. The energies are one number per column in the state.
-        decay: of the energies, per gradient, in [0, 1).
-        seed: of the samples, >= 0.
+        samples: the number s of columns of each unfolding. A float >= 1 is a multiple of r_n, cut to the columns there
+            are; a float below 1 a share of the columns, but never fewer than 2 r_n or r_n + 8; an int >= 1 the number
+            itself, at most that of the columns of every unfolding. Where r_n is higher than an int, as it may become
+            where ranks adapt, there are r_n of them.
+        columns: how they are drawn. "uniform": all with the same chance. "energy": in proportion to the energy that
+            each column had in past gradients, but for a tenth of the chances, spread evenly; one number per column in
+            the state. "slices": in proportion to the product of the energies that the slices of the tensor through the
+            column had, but for a fifth of the columns, drawn evenly; one number per index of each mode in the state. A
+            slice holds all entries with the same index along one mode. Only "slices" may draw a column twice.
+        decay: of the energies, which each gradient changes as if it had norm 1, in [0, 1).
+        seed: of the draws, >= 0.
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
@@ -45,8 +50,8 @@ class Nystroem:
 
     momentum: float = 0.9
     samples: int | float = 2.0
-    columns: Literal["uniform", "energy"] = "uniform"
-    decay: float = 0.99
+    columns: Literal["uniform", "energy", "slices"] = "uniform"
+    decay: float = 0.9
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,94 +59,92 @@ class Nystroem:
         if isinstance(self.samples, int):
             check_int("samples", self.samples, 1)
         else:
-            check_float("samples", self.samples, 1.0)
-        check_choice("columns", self.columns, ("uniform", "energy"))
+            check_float("samples", self.samples, 0.0, open_low=True)
+        check_choice("columns", self.columns, ("uniform", "energy", "slices"))
         check_float("decay", self.decay, 0.0, 1.0, open_high=True)
         check_int("seed", self.seed, 0)
 
     def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
-        """How often columns were drawn, and for "energy" the root of each column's energy.
+        """How often columns were drawn, "draws", and decayed sums of energies.
+
+        For "energy" these are "columns.n", a number per column of the unfolding of each compressed mode n; for "slices"
+        "energy.m", (d_m,), for each mode m.
 
         Raises:
             ValueError: more samples than there are columns.
         """
-        parts = {DRAWS: drawing}
-        size = torch.Size(shape).numel()
-        for n, (d, r) in enumerate(zip(shape, ranks, strict=True)):
-            if r is None:
-                continue
-            columns = size // d
-            if isinstance(self.samples, int) and self.samples > columns:
-                raise ValueError(f"samples must lie in [1, {columns}], the columns of mode {n}, got {self.samples}")
-            if self.columns == "energy":
-                parts[f"{n}{_ENERGY}"] = Part((columns,), dtype.to_real())
+        parts, real = {DRAWS: drawing}, dtype.to_real()
+        columns = {n: prod(shape) // shape[n] for n, r in enumerate(ranks) if r is not None}
+        for n, most in columns.items():
+            if isinstance(self.samples, int) and self.samples > most:
+                raise ValueError(f"samples must lie in [1, {most}], the columns of mode {n}, got {self.samples}")
+        if self.columns == "energy":
+            parts |= {f"{_COLUMNS}{n}": Part((count,), real) for n, count in columns.items()}
+        elif self.columns == "slices":
+            parts |= {f"{_ENERGY}{m}": Part((d,), real) for m, d in enumerate(shape)}
         return parts
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
-        """Bring the energies up to date: a pass over the gradient for each compressed mode."""
-        roots = {int(name.removesuffix(_ENERGY)): root for name, root in memory.items() if name.endswith(_ENERGY)}
-        if not roots:
-            return
-        unit = peak(gradient, rows).clamp_min(torch.finfo(gradient.dtype).tiny)
-        scaled = gradient / over(unit, gradient)
-        squares = abs_squared(scaled) if scaled.is_complex() else scaled.square_()
-        for mode, root in roots.items():
-            new = squares.sum(rows + mode).flatten(rows).sqrt() * over(unit, root)
-            root.copy_(torch.hypot(root * sqrt(self.decay), new * sqrt(1 - self.decay)))
+        """Bring the energies up to date: for "energy" a pass over the gradient for each compressed mode."""
+        if self.columns == "slices":
+            for m, fresh in enumerate(slice_energies(gradient, rows)):
+                memory[f"{_ENERGY}{m}"].mul_(self.decay).add_(fresh)
+        for name in memory:
+            if name.startswith(_COLUMNS):
+                fresh = column_energies(gradient, int(name.removeprefix(_COLUMNS)), rows)
+                memory[name].mul_(self.decay).add_(fresh)
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
-        """Decompose a sample for each compressed mode; ``start`` serves where it is zero, or smaller than the rank."""
+        """Draw and decompose anew; ``start`` only serves where all that was drawn is zero."""
         check_start(self, start)
-        count = counted(memory)
-        factors: list[Tensor | None] = []
-        for n, u in enumerate(start.factors):
-            root = memory.get(f"{n}{_ENERGY}")
-            factors.append(None if u is None else self._leading(operand, n, u, root, count))
+        factors, rows = list(start.factors), operand.rows
+        ranks = {n: u.shape[-1] for n, u in enumerate(factors) if u is not None}
+        drawn = self.draw(operand.shape, ranks, counted(memory), memory)
+        for n, (columns, weights) in drawn.items():
+            u = factors[n]
+            assert u is not None
+            x = unit_size(operand.sample(n, columns.to(u.device, non_blocking=True)), rows)
+            x = x if weights is None else x * weights.sqrt().to(u).unsqueeze(-2)
+            factors[n] = unless_zero(x, leading_directions(x, 0, u.shape[-1], rows=rows), u, rows)
         return ModeFrame(tuple(factors))
 
-    def _leading(self, operand: Operand, mode: int, start: Tensor, root: Tensor | None, count: int) -> Tensor:
-        d, rank = start.shape[-2:]
-        columns = operand.columns(mode)
-        wanted = max(rank, self.samples) if isinstance(self.samples, int) else ceil(self.samples * rank)
-        indices, chances = self._draw(root, min(wanted, columns), columns, operand.dense.device, (count, mode))
-        c = operand.sample(mode, indices).div_(chances.sqrt().unsqueeze(-2))
-        size = over(peak(c, operand.rows), c)
-        c.div_(size.clamp_min(torch.finfo(c.dtype).tiny))
-        kept = min(rank, c.shape[-1])
-        small = c.shape[-1] <= d
-        basis = c @ leading_eigenvectors(c.mH @ c, kept) if small else leading_eigenvectors(c @ c.mH, kept)
-        return torch.where(size > 0, orthonormalize(torch.cat([basis, start[..., : rank - kept]], dim=-1)), start)
+    def count(self, columns: int, rank: int) -> int:
+        """How many of an unfolding's columns are drawn."""
+        if isinstance(self.samples, int):
+            wanted = max(self.samples, rank)
+        elif self.samples >= 1:
+            wanted = ceil(self.samples * rank)
+        else:
+            wanted = max(ceil(self.samples * columns), 2 * rank, rank + 8)
+        return min(wanted, columns)
 
-    def _draw(
-        self, root: Tensor | None, count: int, columns: int, device: torch.device, key: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Indices of ``count`` columns, and the chances that they had: (s,) each, (*rows, s) where the roots differ."""
-        every = torch.full((columns,), 1 / columns, dtype=torch.float64, device=device)
-        if count == columns:
-            return torch.arange(columns, device=device), torch.ones_like(every)
-        if root is not None:
-            energy = (root / root.amax(-1, keepdim=True).clamp_min(torch.finfo(root.dtype).tiny)).double().square()
-            total = energy.sum(-1, keepdim=True)
-            share = (1 - _UNIFORM_SHARE) * energy / total.clamp_min(1) + _UNIFORM_SHARE * every
-            every = torch.where(total > 0, share, every)
-        chances = inclusion(every, count)
-        source = generator(self.seed, *key)
-        order = torch.randperm(columns, generator=source, device="cpu").to(device, non_blocking=True)
-        offset = torch.rand((), dtype=torch.float64, generator=source, device="cpu").to(device, non_blocking=True)
-        ends = chances[..., order].cumsum(-1)
-        marks = offset + torch.arange(count, dtype=torch.float64, device=device)
-        places = torch.searchsorted(ends, marks.expand(*ends.shape[:-1], count).contiguous())
-        indices = order[places.clamp_max(columns - 1)]
-        return indices, chances.gather(-1, indices)
+    def draw(
+        self, shape: tuple[int, ...], ranks: dict[int, int], refresh: int, memory: Memory
+    ) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """Columns of the unfolding of each mode that has a rank, and their weights; None where all are equal.
 
+        Both are of shape (*rows, s), or (s,) for all rows where they do not depend on energies.
 
-def inclusion(shares: Tensor, count: int) -> Tensor:
-    """Chances pi_j = min(1, a p_j) that sum to ``count``, for positive shares p and ``count`` below their number.
-
-    Both are of shape (*rows, columns).
-    """
-    ordered = shares.sort(descending=True).values
-    rest = ordered.flip(-1).cumsum(-1).flip(-1)  # p_k + p_{k+1} + ...
-    factors = (count - torch.arange(shares.shape[-1], device=shares.device)) / rest
-    certain = (factors * ordered > 1).logical_and(factors > 0).long().cumprod(-1).sum(-1, keepdim=True)
-    return (shares * factors.gather(-1, certain)).clamp(max=1)
+        Args:
+            shape: (d_1, ..., d_N).
+            ranks: r_n of each compressed mode n.
+            refresh: the number of the draw.
+            memory: with the energies.
+        """
+        total = {n: prod(shape) // shape[n] for n in ranks}
+        counts = {n: self.count(total[n], rank) for n, rank in ranks.items()}
+        slices = None
+        if self.columns == "slices":  # which all modes share
+            energies = [memory[f"{_ENERGY}{m}"] for m in range(len(shape))]
+            slices = by_slices(energies, max(counts.values()), generator(self.seed, refresh))
+        drawn: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for n, count in counts.items():
+            if count == total[n]:
+                drawn[n] = torch.arange(count), None
+            elif slices is not None:
+                drawn[n] = joined(slices, shape, n, count)
+            elif self.columns == "energy":
+                drawn[n] = by_energy(memory[f"{_COLUMNS}{n}"], count, generator(self.seed, refresh, n))
+            else:
+                drawn[n] = torch.randperm(total[n], generator=generator(self.seed, refresh, n))[:count], None
+        return drawn

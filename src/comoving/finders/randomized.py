@@ -1,33 +1,45 @@
-"""Randomized SVD: a Gaussian sketch, power passes, and a small problem."""
+"""Factors from random sketches of the unfoldings: randomized SVD, HOSVD and sequentially truncated HOSVD."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_singular, orthonormalize, over, reorthonormalize, to_unit, unfold
-from ..validate import check_float, check_int
-from .base import DRAWS, Memory, check_start, counted, drawing, peak
+from ..linalg import leading_directions, unit_size
+from ..validate import check_choice, check_float, check_int
+from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
+from .exact import by_shrinkage
+from .kronecker import gaussians, widths
 from .operand import Operand
 
 
 @dataclass(frozen=True)
 class Randomized:
-    """U_n = the leading left singular vectors of O_(n), found in the range of a sketch (Halko et al., arXiv 0909.4061).
+    """U_n = the leading r_n left singular vectors of O_(n), found in the range of a sketch of it.
 
-    Q = orth(O_(n) W) with Gaussian W of r_n + oversampling columns, Q <- orth(O_(n) O_(n)^H Q) at each pass, then the
-    leading r_n left singular vectors of Q^H O_(n). The last frame is not looked at. Each refresh draws another W: the
-    seed and a count of the refreshes, which is in the state, determine it.
+    A sketch Y = O_(n) Omega_n, with a random matrix Omega_n, has few columns, r_n + oversampling, and nearly the range
+    of O_(n) (Halko, Martinsson and Tropp, arXiv 0909.4061). Further reads of O sharpen it: the second gives B = Q^H O
+    with Q = orth(Y), and U_n = Q times B's leading directions; the third Y = O_(n) B^H, and so on. For a tensor that is
+    the randomized HOSVD (Minster, Saibaba and Kilmer, arXiv 1905.07311).
+
+    Omega_n is a Kronecker product of a Gaussian matrix for each other mode, and never formed; for a matrix it is a
+    Gaussian matrix. A mode whose sketch would be as wide as tall is decomposed exactly. The last frame is not looked
+    at. Each refresh draws anew: the seed, the mode and a count of the refreshes, which is in the state, determine what.
 
     Args:
         momentum: rho of the operand, in [0, 1).
-        oversampling: columns of the sketch beyond the rank, >= 0.
-        passes: power passes, >= 0; for slowly decaying spectra.
-        seed: of the sketches, >= 0.
+        oversampling: columns of the sketch beyond r_n, >= 0; a Kronecker product may have more.
+        reads: how often O is read for a mode, >= 1; with 2 q + 2 of them q are the "power iterations" of Halko et al.,
+            which help where the spectrum decays slowly.
+        sequential: the randomized ST-HOSVD (the same authors): O is projected on U_n before the next mode, which
+            becomes cheaper; the mode that shrinks most, by r_n/d_n, goes first.
+        seed: of the draws, >= 0.
     """
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
@@ -35,38 +47,55 @@ class Randomized:
 
     momentum: float = 0.9
     oversampling: int = 8
-    passes: int = 1
+    reads: int = 4
+    sequential: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
         check_int("oversampling", self.oversampling, 0)
-        check_int("passes", self.passes, 0)
+        check_int("reads", self.reads, 1)
+        check_choice("sequential", self.sequential, (True, False))
         check_int("seed", self.seed, 0)
 
     def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
-        """How often a sketch was drawn."""
+        """The number of refreshes so far, "draws"."""
         return {DRAWS: drawing}
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Nothing to note."""
 
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
-        """Decompose each compressed mode anew; ``start`` only serves where the operand is zero."""
+        """Draw and decompose anew; ``start`` only serves where the operand is zero."""
         check_start(self, start)
-        count = counted(memory)
-        return ModeFrame(
-            tuple(None if u is None else self._leading(operand, n, u, count) for n, u in enumerate(start.factors))
-        )
+        count, factors, waiting = counted(memory), list(start.factors), by_shrinkage(start.factors)
+        while waiting:
+            n = waiting.pop(0)
+            u = factors[n]
+            assert u is not None
+            factors[n] = found = self._leading(operand, n, u, generator(self.seed, count, n))
+            if self.sequential and waiting:
+                operand = Operand(operand.contract(n, found), rows=operand.rows)
+        return ModeFrame(tuple(factors))
 
-    def _leading(self, operand: Operand, mode: int, start: Tensor, count: int) -> Tensor:
-        d, rank = start.shape[-2:]
-        rows = operand.rows
-        width = min(rank + self.oversampling, d, max(rank, operand.columns(mode)))
-        q = orthonormalize(to_unit(operand.sketch(mode, width, self.seed, count, mode), rows))
-        for _ in range(self.passes):
-            seen = to_unit(operand.contract(mode, q), rows)
-            q = orthonormalize(to_unit(operand.correlate(mode, seen), rows))
-        inside = unfold(operand.contract(mode, q), mode, operand.order)
-        vectors, _ = leading_singular(to_unit(inside, rows), rank)
-        return torch.where(over(peak(inside, rows) > 0, start), reorthonormalize(q @ vectors), start)
+    def _leading(self, operand: Operand, mode: int, start: Tensor, source: torch.Generator) -> Tensor:
+        (d, rank), shape, rows = start.shape[-2:], operand.shape, operand.rows
+        width = min(rank + self.oversampling, prod(shape) // d)
+        if width >= d or width < rank:
+            x = unit_size(operand.full(), rows)
+            return unless_zero(x, leading_directions(x, mode, rank, rows=rows), start, rows)
+        matrices = gaussians(shape, widths(shape, {mode: width}), source, operand.dense)
+        sketch = unit_size(operand.sketches(matrices, (mode,))[mode], rows)
+        basis = leading_directions(sketch, mode, width, rows=rows)
+        small: Tensor | None = None
+        for _ in range(1, self.reads):
+            if small is None:
+                small = unit_size(operand.contract(mode, basis), rows)
+            else:
+                y, small = unit_size(operand.correlate(mode, small), rows), None
+                basis = leading_directions(y, 0, width, rows=rows)
+        if small is None:
+            found = basis[..., :rank].contiguous()
+        else:
+            found = basis @ leading_directions(small, mode, rank, rows=rows)
+        return unless_zero(sketch, found, start, rows)

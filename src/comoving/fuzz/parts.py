@@ -6,7 +6,6 @@ from typing import Any
 
 from ..codecs import BFloat16, Int4, Int8, RankOne
 from ..finders import (
-    HOOI,
     Amortized,
     BlockSelection,
     Correlation,
@@ -16,13 +15,10 @@ from ..finders import (
     IncrementalSVD,
     Lazy,
     Nystroem,
-    NystroemTucker,
     Oja,
     Power,
     Randomized,
-    RandomizedTucker,
     RandomProjection,
-    SequentialHOSVD,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -53,20 +49,19 @@ def _plain_finder(r: Random) -> Any:
 
 
 MODE_FINDERS: tuple[Draw, ...] = (
-    lambda r: Exact(r.choice(_MOMENTA), r.choice((0, 1, 2)), r.choice(("gram", "svd"))),
+    lambda r: Exact(r.choice(_MOMENTA), r.choice((0, 1, 2)), r.choice(("gram", "svd")), _flag(r)),
+    lambda r: Exact(r.choice(_MOMENTA), r.choice((1, 2)), sequential=_flag(r), warm=True),
     lambda r: Power(
         r.choice(_MOMENTA), r.choice((1, 2)), r.choice(("random", "exact")), exact_up_to=r.choice((0, 8, 32))
     ),
-    lambda r: Randomized(r.choice(_MOMENTA), r.choice((0, 2, 8)), r.choice((0, 1, 2)), r.randrange(4)),
-    lambda r: Nystroem(r.choice(_MOMENTA), r.choice((1.0, 2.0, 16)), r.choice(("uniform", "energy"))),
+    lambda r: Randomized(r.choice(_MOMENTA), r.choice((0, 2, 8)), r.choice((1, 2, 3, 4)), _flag(r), r.randrange(4)),
+    lambda r: Nystroem(
+        r.choice(_MOMENTA), r.choice((1.0, 2.0, 16, 0.02, 0.5)), r.choice(("uniform", "energy", "slices"))
+    ),
     lambda r: Amortized(r.choice((1, 2))),
     lambda r: Oja(r.choice(_MOMENTA), r.choice((0.1, 1.0)), r.choice(("random", "exact"))),
     lambda r: Correlation(r.choice((0.1, 1.0)), r.choice((1, 2, 5))),
     lambda r: IncrementalSVD(r.choice(_MOMENTA), r.choice((0.5, 0.9, 1.0)), r.choice((1, 8))),
-    lambda r: SequentialHOSVD(r.choice(_MOMENTA), r.choice(("gram", "svd"))),
-    lambda r: HOOI(r.choice(_MOMENTA), r.choice((1, 2))),
-    lambda r: RandomizedTucker(r.choice(_MOMENTA), r.choice((0, 2, 8)), r.choice((1, 2))),
-    lambda r: NystroemTucker(r.choice(_MOMENTA), r.choice((0.02, 0.5)), r.choice(("uniform", "energy"))),
     lambda r: StreamingTucker(r.choice((0.5, 0.9, 1.0)), r.choice((0, 2, 8)), r.choice((0.0, 1.0))),
     lambda r: Growing(_plain_finder(r), r.choice((1.0, 1.2, 2.0))),
     lambda r: Lazy(_plain_finder(r), r.choice((0.0, 0.4, 0.9)), r.choice((1, 2, 5)), r.choice((2, 3))),
