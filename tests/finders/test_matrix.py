@@ -2,7 +2,7 @@
 
 import copy
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import cos, pi, sqrt
 from typing import ClassVar
 
@@ -591,22 +591,6 @@ def test_finders_and_frames_that_do_not_fit_are_refused_with_both_names(finder, 
     optimizer = LowRankOptimizer([p], rank=4)
     with pytest.raises(TypeError, match="cannot fill"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(16, 24))], "frame": layout})
-
-
-def test_two_draws_differ_and_two_processes_agree():
-    """What a refresh draws depends on the seed, the count and the mode, and on nothing else."""
-    x, ranks = randn((20, 30)), (3, 3)
-    for finder in (Randomized(reads=1, oversampling=0), Nystroem()):
-        memory = memory_of(finder, x, ranks)
-        start = Modes().start(x, ranks, None, 0)
-        first, second = (finder.find(Operand(x), start, True, memory) for _ in range(2))
-        twin = finder.find(Operand(x), start, True, {"draws": torch.tensor(1)})
-        assert not torch.allclose(first.factors[0], second.factors[0])
-        assert torch.equal(second.factors[0], twin.factors[0])
-        assert torch.equal(second.factors[1], twin.factors[1])
-        other = replace(finder, seed=1)
-        third = other.find(Operand(x), start, True, memory_of(other, x, ranks))
-        assert not torch.allclose(third.factors[0], first.factors[0])
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ from contract.support import COMPLEX, REAL, close, known_rank, lone, look, randn
 
 HOOI = Exact(sweeps=1, sequential=True, warm=True)
 SAMPLED = Nystroem(samples=0.02)
+ENERGY = Nystroem(columns="energy")
 SLICES = Nystroem(samples=0.02, columns="slices")
 TUCKER = [
     Exact(),
     Exact(sequential=True),
-    Exact(method="svd", sequential=True),
     HOOI,
     Randomized(oversampling=0, reads=1, sequential=True),
     Randomized(reads=2, sequential=True),
@@ -41,7 +41,7 @@ TUCKER = [
     StreamingTucker(oversampling=0),
     StreamingTucker(),
 ]
-ONE_READ = [TUCKER[4], *TUCKER[-2:]]
+ONE_READ = [TUCKER[3], *TUCKER[-2:]]
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX])
 CORES = [((9, 10, 8), (2, 3, 2)), ((6, 5, 7, 4), (2, None, 3, 2)), ((5, 4, 6, 3, 4), (2, 2, 3, None, 2))]
 TENSORS = pytest.mark.parametrize(("shape", "ranks"), CORES, ids=["N=3", "N=4", "N=5"])
@@ -113,7 +113,7 @@ def test_close_to_the_hosvd_on_a_falling_spectrum(finder, shape, ranks, dtype):
     assert energy(random_frame(shape, ranks, dtype), x) < 0.8 * best
 
 
-DRAWING = [Randomized(oversampling=2), Randomized(oversampling=2, sequential=True), SLICES, SAMPLED]
+DRAWING = [Randomized(oversampling=2), Randomized(oversampling=2, sequential=True), SLICES, Nystroem(), ENERGY]
 
 
 @pytest.mark.parametrize("finder", DRAWING, ids=str)

@@ -15,9 +15,10 @@ from .operand import Operand
 
 @dataclass(frozen=True)
 class Amortized(Memoryless):
-    """P = orth(B Q) with Q = R of the last step, R = B^H P (Dion, arXiv 2504.05295).
+    """P = orth(B Q), half a power iteration: the other half, Q = B^H P, is the last step's (Dion, arXiv 2504.05295).
 
-    R^H is the core z of the last step: the momentum of :class:`comoving.rules.Columns`. That of any other rule does as
+    B is the operand's unfolding O_(n), P the new factor U_n, and R = B^H P, the next step's Q, costs nothing: R^H is
+    the core z of the last step, the momentum of :class:`comoving.rules.Columns`. That of any other rule does as
     well, for an average. The lengths of Q's columns do not matter to the span, nor to P. The first Q is B^H U of a
     seeded orthonormal U. Where several modes are compressed, z has lost what the other modes' factors hide, and B^H U
     is computed for each mode, as in :class:`comoving.finders.Power`.

@@ -22,7 +22,7 @@ class CosineSelection(Memoryless):
     ties go to the columns that are there already.
 
     Args:
-        momentum: rho of the operand, in [0, 1).
+        momentum: rho, the first moment's share of the operand O, in [0, 1).
         norm: of a row, 1 for the sum of absolute values or 2 for the energy, which loses least of the operand.
     """
 

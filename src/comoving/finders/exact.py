@@ -28,7 +28,8 @@ class Exact(Memoryless):
     with a single compressed mode cannot be improved, and no sweep is made.
 
     Args:
-        momentum: rho of the operand, in [0, 1); 0 looks at the gradient alone, as GaLore does (arXiv 2403.03507).
+        momentum: rho, the first moment's share of the operand O, in [0, 1); with 0, O is the gradient alone, as in
+            GaLore (arXiv 2403.03507).
         sweeps: HOOI sweeps, >= 0 (Tensor-GaLore, arXiv 2501.02379, takes Tucker factors, so > 0).
         method: "gram" takes eigenvectors of O_(n) O_(n)^H or O_(n)^H O_(n), whichever is smaller, accurate for singular
             values above about sqrt(machine epsilon) of the largest; "svd" is accurate for all and slower.

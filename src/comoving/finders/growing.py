@@ -16,10 +16,11 @@ from .operand import Operand
 
 @dataclass(frozen=True)
 class Growing:
-    """Another finder, whose k-th refresh (from 0) is followed by the next after tau + floor(psi^k) steps, k >= 1.
+    """Another finder at growing intervals: tau + floor(psi^k) steps from its k-th refresh, k >= 1, to the next.
 
-    tau is the group's ``refresh_every``. The second refresh comes after tau steps, or at the phase by which parameters
-    are staggered (LoQT, arXiv 2405.16528, with psi = 1.2 and tau = 100).
+    Refreshes are counted from 0; tau is the group's ``refresh_every`` and psi the field ``base``. The second refresh
+    comes after tau steps, or at the phase by which parameters are staggered. LoQT (arXiv 2405.16528) takes psi = 1.2
+    and tau = 100.
 
     Args:
         inner: the finder, of mode-wise frames; none that times its refreshes itself.

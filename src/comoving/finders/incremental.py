@@ -35,7 +35,7 @@ class IncrementalSVD:
     The first frame looks for r_n more directions. s_n is in the state; a checkpoint of another rank starts it anew.
 
     Args:
-        momentum: rho of the operand, in [0, 1); the finder remembers by itself.
+        momentum: rho, the first moment's share of the operand O, in [0, 1); the finder remembers by itself.
         forgetting: the factor of old singular values per refresh, in (0, 1].
         add: new directions that each refresh tries, >= 1.
         seed: of the sketches, >= 0.

@@ -31,7 +31,7 @@ class Nystroem:
     state, determine which. As many samples as there are columns are all of them, and exact.
 
     Args:
-        momentum: rho of the operand, in [0, 1).
+        momentum: rho, the first moment's share of the operand O, in [0, 1).
         samples: the number s of columns of each unfolding. A float >= 1 is a multiple of r_n, cut to the columns there
             are; a float below 1 a share of the columns, but never fewer than 2 r_n or r_n + 8; an int >= 1 the number
             itself, at most that of the columns of every unfolding. Where r_n is higher than an int, as it may become

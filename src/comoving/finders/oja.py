@@ -27,8 +27,8 @@ class Oja(Memoryless):
     The first frame is made by three power iterations, or from the exact singular vectors.
 
     Args:
-        momentum: rho of the operand, in [0, 1).
-        rate: of the step, > 0.
+        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        rate: the factor in front of O_(n) O_(n)^H U_n / mu, > 0.
         start: where the first frame begins, "random" or "exact"; see :class:`Power`.
     """
 

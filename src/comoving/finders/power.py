@@ -22,10 +22,10 @@ class Power(Memoryless):
     mode's factor hides it. Directions in which O has no energy stay where they were.
 
     Args:
-        momentum: rho of the operand, in [0, 1).
+        momentum: rho, the first moment's share of the operand O, in [0, 1).
         iterations: power iterations per refresh, >= 1.
-        start: the very first frame: "exact" decomposes the first gradient; "random" makes ``cold`` iterations from a
-            seeded orthonormal basis.
+        start: where a parameter's very first frame comes from: "exact" decomposes the first operand
+            (:class:`comoving.finders.Exact`); "random" makes ``cold`` iterations from a seeded orthonormal basis.
         cold: iterations of the first frame when it starts at random, >= 1.
         exact_up_to: modes of at most this many entries get the leading eigenvectors of O_(n) O_(n)^H instead, which
             cost less than an iteration where a mode is short, and are better; 0 for none.

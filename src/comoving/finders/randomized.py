@@ -11,7 +11,7 @@ from ..codecs import Part
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_directions, unit_size
+from ..linalg import leading_directions, orthonormalize, unfold, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
 from .exact import by_shrinkage
@@ -33,7 +33,7 @@ class Randomized:
     at. Each refresh draws anew: the seed, the mode and a count of the refreshes, which is in the state, determine what.
 
     Args:
-        momentum: rho of the operand, in [0, 1).
+        momentum: rho, the first moment's share of the operand O, in [0, 1).
         oversampling: columns of the sketch beyond r_n, >= 0; a Kronecker product may have more.
         reads: how often O is read for a mode, >= 1; with 2 q + 2 of them q are the "power iterations" of Halko et al.,
             which help where the spectrum decays slowly.
@@ -85,17 +85,16 @@ class Randomized:
             x = unit_size(operand.full(), rows)
             return unless_zero(x, leading_directions(x, mode, rank, rows=rows), start, rows)
         matrices = gaussians(shape, widths(shape, {mode: width}), source, operand.dense)
-        sketch = unit_size(operand.sketches(matrices, (mode,))[mode], rows)
-        basis = leading_directions(sketch, mode, width, rows=rows)
-        small: Tensor | None = None
-        for _ in range(1, self.reads):
-            if small is None:
+        sketch = unfold(operand.sketches(matrices, (mode,))[mode], mode, operand.order)
+        y, basis, small = unit_size(sketch, rows), start, sketch
+        for read in range(2, self.reads + 1):
+            if read % 2 == 0:
+                basis = orthonormalize(y) if y.shape[-1] == width else leading_directions(y, 0, width, rows=rows)
                 small = unit_size(operand.contract(mode, basis), rows)
             else:
-                y, small = unit_size(operand.correlate(mode, small), rows), None
-                basis = leading_directions(y, 0, width, rows=rows)
-        if small is None:
-            found = basis[..., :rank].contiguous()
-        else:
+                y = unit_size(operand.correlate(mode, small), rows)
+        if self.reads % 2 == 0:
             found = basis @ leading_directions(small, mode, rank, rows=rows)
-        return unless_zero(sketch, found, start, rows)
+        else:
+            found = leading_directions(y, 0, rank, rows=rows)
+        return unless_zero(y, found, start, rows)

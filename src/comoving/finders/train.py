@@ -22,7 +22,7 @@ class TrainSVD(Memoryless):
     singular vectors of the unfolding, projected on all bases before. Then comes the other side, from its outer end.
 
     Args:
-        momentum: rho of the operand, in [0, 1).
+        momentum: rho, the first moment's share of the operand O, in [0, 1).
         method: "gram" takes eigenvectors of the Gram matrix of the smaller side of each unfolding, accurate for
             singular values above about sqrt(machine epsilon) of the largest; "svd" takes the small SVD after QR,
             accurate for all and slower.
@@ -59,7 +59,7 @@ class TrainRandomized(Memoryless):
     energy is lower where the spectrum decays slowly.
 
     Args:
-        momentum: rho of the operand, in [0, 1).
+        momentum: rho, the first moment's share of the operand O, in [0, 1).
         oversampling: columns of the sketch beyond the interface's largest rank, >= 0.
         reads: how often the data are read, 1 or 2.
         seed: of the sketch, >= 0; the same at every refresh and on all ranks.
@@ -114,7 +114,7 @@ class TrainIncrement(Memoryless):
     decomposed, and what the operand does not reach stays as it was.
 
     Args:
-        momentum: rho of the operand, in [0, 1).
+        momentum: rho, the first moment's share of the operand O, in [0, 1).
         columns: of the Gaussian sketch, >= 1, of about unit norm like those of B.
         add: directions by which each edge grows before pruning, >= 1; None for as many as it has.
         seed: of the sketch, >= 0; the same at every refresh and on all ranks.
