@@ -245,17 +245,22 @@ def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def sorted_out(units: Iterable[tuple[Kind | None, Unit]]) -> tuple[list[tuple[Kind, list[int]]], list[int]]:
     """Which units, by their places in the given order, are stepped together, and which alone; equal kinds are one."""
-    together: dict[Hashable, tuple[Kind, list[int]]] = {}
+    alike: dict[int, tuple[Kind, list[tuple[int, Unit]]]] = {}
     alone: list[int] = []
     for place, (kind, unit) in enumerate(units):
-        now = None if kind is None else kind.now(unit)
-        if kind is None or now is None:
+        if kind is None:
             alone.append(place)
         else:
-            together.setdefault((id(kind), now), (kind, []))[1].append(place)
+            alike.setdefault(id(kind), (kind, []))[1].append((place, unit))
     cut: list[tuple[Kind, list[int]]] = []
-    for kind, places in together.values():
-        few = [places[i : i + kind.most] for i in range(0, len(places), kind.most)]
-        cut += [(kind, piece) for piece in few if len(piece) > 1]
-        alone += [piece[0] for piece in few if len(piece) == 1]
+    for kind, mates in alike.values():
+        together: dict[Hashable, list[int]] = {}
+        for place, unit in mates:
+            now = kind.now(unit) if len(mates) > 1 else None  # nothing is asked of one that has no mates
+            together.setdefault(now, []).append(place)
+        alone += together.pop(None, [])
+        for places in together.values():
+            few = [places[i : i + kind.most] for i in range(0, len(places), kind.most)]
+            cut += [(kind, piece) for piece in few if len(piece) > 1]
+            alone += [piece[0] for piece in few if len(piece) == 1]
     return cut, sorted(alone)
