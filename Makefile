@@ -33,10 +33,10 @@ lint: $(VENV)/all.stamp
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-full: lint
-	$(BIN)/python -m pytest -n 2 --full
+	$(BIN)/python -m pytest -n 2 --dist worksteal --full
 
 clean:
 	rm -rf $(VENV) out

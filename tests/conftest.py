@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,7 +16,17 @@ settings.register_profile("fixed", deadline=None, derandomize=True, database=Non
 settings.load_profile("fixed")
 
 
-def pytest_collection_finish():
-    """The items live to the end: no garbage collection needs to go through them, least of all those of tests."""
+def freeze():
+    """Let no garbage collection go through what lives now: the items, and libraries, which live to the end."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """What earlier modules imported and left behind is of no concern to those that collect and count."""
+    freeze()
