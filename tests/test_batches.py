@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import comoving
 from comoving import LowRankOptimizer, build, recipes, state_bytes
 from comoving.codecs import Int8
 from comoving.finders import Exact, Power
@@ -231,3 +232,22 @@ def test_codes_are_each_rows_own(roles, rounding):
     assert results[0][1] and not results[1][1]
     for p, q in zip(results[0][0], results[1][0], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # an entry at an edge may get the code beside
+
+
+@pytest.mark.parametrize("residual", [comoving.residual.Discard(), Feedback()], ids=str)
+def test_experts_in_a_clipped_window(residual):
+    results = []
+    for entries in (2**16, 0):
+        m = model(shapes=[(5, 24, 16)])
+        optimizer = LowRankOptimizer(
+            m.parameters(), 1e-2, 4, frame=Blocks(0, Modes()), finder=Exact(), residual=residual, refresh_every=2
+        )
+        optimizer.stacked_entries = entries
+        optimizer.step_in_backward(accumulate=2, clip=0.5)
+        for step in range(5):
+            for part in range(2):
+                generator = torch.Generator().manual_seed(10 * step + part)
+                (m[0] * torch.randn(m[0].shape, generator=generator, dtype=m[0].dtype)).sum().backward()
+            optimizer.step()
+        results.append(m[0].detach())
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)

@@ -167,7 +167,7 @@ def absorb(unit: Unit, seen: Tensor, size: Tensor | None, now: Now) -> None:
     else:
         state.pop(slots.HELD_NORM, None)
     if now.clips:
-        state[slots.REST] = outside(kept, seen, z, state.get(slots.REST))
+        state[slots.REST] = outside(kept, seen, z, state.get(slots.REST), unit.rows)
     if group["diagnostics"]:
         own = norm(seen, unit.rows) if size is None else size
         if kept is None:
@@ -257,7 +257,7 @@ def apply(unit: Unit, weights: Tensor, now: Now) -> dict[str, Any]:
     return packed
 
 
-def outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | None) -> Tensor:
+def outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | None, rows: int = 0) -> Tensor:
     """The norm of what a window's gradients have outside the frame: what is kept, or a bound on what is dropped.
 
     Args:
@@ -265,10 +265,11 @@ def outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | No
         seen: the last of them.
         core: its coordinates.
         before: the result of the gradients before it; None for the first.
+        rows: how many leading dimensions count rows.
     """
     if kept is not None:
         return kept
-    lost = (norm(seen).square() - norm(core).square()).clamp_min_(0).sqrt_()
+    lost = (norm(seen, rows).square() - norm(core, rows).square()).clamp_min_(0).sqrt_()
     return lost if before is None else lost + before
 
 
