@@ -12,6 +12,7 @@ of these views, nothing has to be stacked again.
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from operator import is_
 from typing import Any
@@ -53,7 +54,7 @@ class Kind:
     said: tuple[tuple[str, int], ...]
     alone: bool
 
-    @property
+    @cached_property
     def entries(self) -> int:
         """How many entries a unit has."""
         return prod(self.site.view.shape)

@@ -381,13 +381,37 @@ class LowRankOptimizer(InBackward):
 
     def _write(self, p: Tensor, written: set[str]) -> None:
         """Steps 5-7; the blocks whose weights have been written are added to the set."""
-        view, codes = self.sites[p].view, codes_of(p)
+        site, codes = self.sites[p], codes_of(p)
         if isinstance(codes, DeferringLinear):
             return self._write_deferred(p, codes)
-        storage = view.see_storage(p) if codes is None else None
-        weights = storage if storage is not None else view.see(p if codes is None else codes.decode())
-        states: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        now, ready = self._now(p), self._with_core(p, weights)
+        storage = site.view.see_storage(p) if codes is None else None
+        weights = storage if storage is not None else site.view.see(p if codes is None else codes.decode())
+        now = self._now(p)
+        if site.blocks:
+            states = self._write_blocks(p, weights, now, None if storage is None else written)
+        else:
+            unit = Unit(*self._open(p))
+            states = [(unit.state, apply(unit, weights, now))]
+        if storage is None and codes is None:
+            p.copy_(self._rounded(p, site.view.restore(weights), [state for _, state in states]))  # once, at the end
+        elif codes is not None and states:
+            codes.encode(site.view.restore(weights))
+        for stored, state in states:
+            slots.commit(stored, state)
+
+    def _write_blocks(
+        self, p: Tensor, weights: Tensor, now: Now, written: set[str] | None
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Steps 5-7 for the blocks of a parameter, alike ones together: the states that are still to be stored.
+
+        Args:
+            p: the parameter.
+            weights: its own storage, or a copy, as they are seen; changed.
+            now: what the host decided.
+            written: takes the numbers of blocks whose weights and states are stored here; None where the weights are a
+                copy, which the parameter is still to get.
+        """
+        ready, states = self._with_core(p, weights), list[tuple[dict[str, Any], dict[str, Any]]]()
         together, alone = sorted_out((self._kind(p, b), unit) for b, unit, _ in ready)
         for kind, places in [*together, *((None, [i]) for i in alone)]:
             units, parts = [ready[i][1] for i in places], [ready[i][2] for i in places]
@@ -397,21 +421,14 @@ class LowRankOptimizer(InBackward):
                 batch, stacked = self._batches.form(kind, units), torch.stack(parts)
                 rows = batch.rows(apply(batch.unit, stacked, now))
                 copy_into(parts, stacked.unbind())
-            pairs = list(zip([unit.state for unit in units], rows, strict=True))
-            if storage is None:
+            pairs = zip([unit.state for unit in units], rows, strict=True)
+            if written is None:
                 states += pairs
                 continue
             for stored, row in pairs:
                 slots.commit(stored, row)
-            written.update(b for b in (ready[i][0] for i in places) if b is not None)
-        if storage is not None:
-            return
-        if codes is None:
-            p.copy_(self._rounded(p, view.restore(weights), [state for _, state in states]))  # once, at the end
-        elif states:
-            codes.encode(view.restore(weights))
-        for stored, state in states:
-            slots.commit(stored, state)
+            written.update(b for i in places if (b := ready[i][0]) is not None)
+        return states
 
     def _write_deferred(self, p: Tensor, codes: DeferringLinear) -> None:
         """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
