@@ -310,20 +310,22 @@ class Container(Optimizer):
             self._block_sites[p, block] = self.sites[p].block(block)
         return self._block_sites[p, block]
 
-    def _unit(self, p: Tensor, block: int) -> Unit:
-        """A block of a parameter, opened where it was not."""
+    def _units(self, p: Tensor, blocks: Iterable[int]) -> list[Unit]:
+        """Blocks of a parameter, opened where they were not."""
         site, group, state = self._open(p)
-        site, group = self._block_site(p, block), slots.group_of_block(group)
-        own = state.setdefault(str(block), {})
-        if not own:
-            own.update(slots.opened(site, group, p, self._scalar_device(p, site, group), self.seed))
-        return Unit(site, group, own)
+        inner, units = slots.group_of_block(group), list[Unit]()
+        for block in blocks:
+            own, site = state.setdefault(str(block), {}), self._block_site(p, block)
+            if not own:
+                own.update(slots.opened(site, inner, p, self._scalar_device(p, site, inner), self.seed))
+            units.append(Unit(site, inner, own))
+        return units
 
     def _opened(self, p: Tensor) -> list[Unit]:
         """The parameter, or those of its blocks that have a state."""
         site, group, state = self.sites[p], self.param_groups[self._group_index[p]], self.state.get(p, {})
         if site.blocks:
-            return [self._unit(p, int(block)) for block in state]
+            return self._units(p, map(int, state))
         own = slots.parts_of(site, group)
         return [Unit(slots.current(site, group, state), own, state)] if "step" in state else []
 
@@ -356,7 +358,7 @@ class Container(Optimizer):
         blocks = group["frame"].split(seen)
         live = seen.movedim(site.block_mode, 0).flatten(1).any(1).tolist()
         numbers = [b for b in range(len(blocks)) if live[b] and str(b) not in but]
-        return [(str(b), self._unit(p, b), blocks[b]) for b in numbers]
+        return [(str(b), unit, blocks[b]) for b, unit in zip(numbers, self._units(p, numbers), strict=True)]
 
     def _with_core(self, p: Tensor, weights: Tensor) -> list[tuple[str | None, Unit, Tensor]]:
         """What has absorbed a gradient, and its weights; blocks with their number."""
@@ -364,7 +366,8 @@ class Container(Optimizer):
         if not site.blocks:
             return [(None, Unit(site, group, state), weights)]
         blocks = group["frame"].split(weights)
-        return [(b, self._unit(p, int(b)), blocks[int(b)]) for b, own in state.items() if "core" in own]
+        numbers = [int(b) for b, own in state.items() if "core" in own]
+        return [(str(b), unit, blocks[b]) for b, unit in zip(numbers, self._units(p, numbers), strict=True)]
 
     def _count_skipped(self, bad: Tensor | None = None) -> None:
         """Count a step that was skipped; by a flag on the device where one is given."""
