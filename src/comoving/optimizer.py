@@ -290,8 +290,9 @@ class LowRankOptimizer(InBackward):
         before, written = self._saved(p), set(done.get(p, WHOLE))
         try:
             with self._undone_if(bad, [p]):
-                self._take(p, gradients.usable(p.grad, bad), written)
-                self._write(p, written)
+                now = self._now(p)
+                self._take(p, gradients.usable(p.grad, bad), written, now)
+                self._write(p, written, now)
         except BaseException:
             self._put_back(p, before, written)
             if written:
@@ -342,11 +343,11 @@ class LowRankOptimizer(InBackward):
                 raise
             self._settle()
 
-    def _take(self, p: Tensor, gradient: Tensor, but: Collection[str] = ()) -> None:
+    def _take(self, p: Tensor, gradient: Tensor, but: Collection[str] = (), now: Now | None = None) -> None:
         """Steps 1-4 for one parameter, which may hold on to the gradient until step 7, but for some of its blocks."""
         site, group, state = self._open(p)
         seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
-        now = self._now(p)
+        now = now or self._now(p)
         if not site.blocks:
             absorb(Unit(site, group, state), seen, self._norms.get(p), now)
             return
@@ -379,14 +380,14 @@ class LowRankOptimizer(InBackward):
         with gradients.full_precision():
             self._write(p, set())
 
-    def _write(self, p: Tensor, written: set[str]) -> None:
+    def _write(self, p: Tensor, written: set[str], now: Now | None = None) -> None:
         """Steps 5-7; the blocks whose weights have been written are added to the set."""
         site, codes = self.sites[p], codes_of(p)
         if isinstance(codes, DeferringLinear):
             return self._write_deferred(p, codes)
         storage = site.view.see_storage(p) if codes is None else None
         weights = storage if storage is not None else site.view.see(p if codes is None else codes.decode())
-        now = self._now(p)
+        now = now or self._now(p)
         if site.blocks:
             states = self._write_blocks(p, weights, now, None if storage is None else written)
         else:

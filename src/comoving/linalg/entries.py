@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-_LEAST, _ROW, _LONG = 2**7, 2**12, 2**16
+_LEAST, _ROW, _LONG = 2**5, 2**12, 2**16
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -58,7 +58,7 @@ def quotient(a: Tensor, scale: Tensor) -> Tensor:
 
 def is_short(x: Tensor) -> bool:
     """Whether :func:`norm` of x is torch's own: real, in single or double precision, and not long."""
-    return x.dtype in _WIDE and x.numel() < _LONG
+    return x.dtype in _WIDE and x.numel() <= _LONG
 
 
 def norm(x: Tensor, rows: int = 0) -> Tensor:
@@ -71,7 +71,7 @@ def norm(x: Tensor, rows: int = 0) -> Tensor:
     if rows:
         return _norm_of_rows(real, rows, dtype)
     size = real.numel()
-    if size < _LONG or real.device.type != "cpu" or not real.is_contiguous():
+    if size <= _LONG or real.device.type != "cpu" or not real.is_contiguous():
         return torch.linalg.vector_norm(real, dtype=dtype)
     # On the CPU torch adds all squares in a row: of ten million equal ones it loses 1%.
     width = _row(real.shape)
@@ -84,7 +84,7 @@ def norm(x: Tensor, rows: int = 0) -> Tensor:
 def _norm_of_rows(real: Tensor, rows: int, dtype: torch.dtype | None) -> Tensor:
     flat = each_row(real, rows)
     size = flat.shape[-1]
-    if size >= _LONG and real.device.type == "cpu":
+    if size > _LONG and real.device.type == "cpu":
         width = _row(real.shape[rows:])
         if width > 4 * _ROW:
             flat, width = torch.nn.functional.pad(flat, (0, -size % _ROW)), _ROW
