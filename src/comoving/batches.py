@@ -90,9 +90,7 @@ def kind_of(site: Site, group: Mapping[str, Any], number: int) -> Kind | None:
     if site.plain or site.blocks or site.coded or 0 in site.view.shape:
         return None
     roles = (*_ROLES, *_OF_FRAMES) if site.projected else _ROLES
-    if (site.projected and group["ranks"].adaptive) or not all(
-        getattr(group[role], "batched", False) for role in roles
-    ):
+    if (site.projected and group["ranks"].adaptive) or not all(group[role].batched for role in roles):
         return None
     single = {
         name: part for name, part in slots.layout(site, group).items() if not part.shape and part.dtype == torch.int64

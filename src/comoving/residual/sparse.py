@@ -13,7 +13,6 @@ from ..draws import generator
 from ..finders import Operand
 from ..linalg import each_row, norm
 from ..rules import Adam, Rule
-from ..rules.base import replaces
 from ..slots import Kind, Slot
 from ..validate import check_choice, check_float, check_int
 from .base import HELD, Passage, Update
@@ -77,7 +76,7 @@ class Sparse:
         if isinstance(self.rule, type) or not hasattr(self.rule, "direction"):
             raise TypeError(f"rule must be a rule part, got {self.rule!r}")
         self._slots(2)
-        if not getattr(self.rule, "batched", False):
+        if not self.rule.batched:
             object.__setattr__(self, "batched", False)
 
     def parts(
@@ -152,7 +151,7 @@ class Sparse:
         own: dict[str, Tensor] = {}
         for name, value in state.items():
             if name.startswith(_PREFIX):
-                own[name.removeprefix(_PREFIX)] = value if replaces(self.rule) else value.clone()
+                own[name.removeprefix(_PREFIX)] = value if self.rule.replaces else value.clone()
         self.rule.absorb(x, own, update.clock)
         d = self.rule.direction(own, update.clock, update.eps).mul_(update.rate * self.scale)
         state.update({_PREFIX + slot.name: own[slot.name] for slot in self._slots(indices.shape[-1])})

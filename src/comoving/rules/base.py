@@ -68,11 +68,6 @@ class Rule(Protocol):
         ...
 
 
-def replaces(rule: Rule) -> bool:
-    """Whether a rule leaves the tensors in its slots as they are."""
-    return rule.replaces
-
-
 def averaged(rule: Rule, momentum: Tensor, clock: Clock) -> Tensor:
     """The momentum as a weighted mean of past gradients: m divided by b (1 - a^t) / (1 - a). For Adam m / c1."""
     decay, intake = rule.recursion(clock)
