@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import comoving
+from comoving.clock import Clock
 from comoving.codecs import Int4, Int8
 from comoving.residual import Channel, Fira
 from comoving.rules import SOAP
-from comoving.transport import Clock
 from contract.support import COMPLEX, REAL, Holder, lone, randn, step
 from references.soap import adams_bound
 

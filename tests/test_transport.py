@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comoving.clock import Clock
 from comoving.codecs import Full
 from comoving.finders import Power
 from comoving.frames import ModeFrame
@@ -13,7 +14,7 @@ from comoving.ranks import Energy, Tolerance
 from comoving.residual import Feedback
 from comoving.rules import SOAP, Adam, Shampoo
 from comoving.slots import Kind
-from comoving.transport import Carry, Clock, Keep, Reset, Rotate, initial, mass_of
+from comoving.transport import Carry, Keep, Reset, Rotate, initial, mass_of
 from contract.support import (
     COMPLEX,
     REAL,

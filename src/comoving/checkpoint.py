@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import bases
+from .clock import Clock
 from .codecs import Full, Part
 from .frames.base import Ranks
 from .groups import check_options
@@ -38,7 +39,6 @@ from .state import (
     unpacked,
     zeros,
 )
-from .transport import Clock
 from .validate import plain
 from .views import View
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import bases, diagnostics
 from . import state as slots
+from .clock import Clock
 from .finders import NEXT, Memory, Operand
 from .frames import Frame, ModeFrame, Modes
 from .groups import update_scale
@@ -32,7 +33,6 @@ from .rules.base import averaged
 from .rules.turn import Turn, turned
 from .schedule import next_refresh, refresh_due
 from .sites import Site
-from .transport import Clock
 
 
 class Unit(NamedTuple):

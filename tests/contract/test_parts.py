@@ -5,12 +5,13 @@ import io
 import pytest
 import torch
 
+from comoving.clock import Clock
 from comoving.codecs import Full
 from comoving.frames import ModeFrame, Modes
 from comoving.residual import Feedback, Passage
 from comoving.rules import Adam
 from comoving.state import layout
-from comoving.transport import Clock, Keep
+from comoving.transport import Keep
 from contract.support import (
     CODECS,
     COMPLEX,

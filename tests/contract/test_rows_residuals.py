@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from comoving.clock import Clock
 from comoving.codecs import Full, Int4, Int8
 from comoving.diagnostics import measure, measure_kept, overlap_defect
 from comoving.frames import ModeFrame
 from comoving.linalg import norm
 from comoving.residual import Channel, Feedback, Fira, Passage, Sign, Sparse, Update
 from comoving.rules import Lion, Scheduled
-from comoving.transport import Clock
 from contract.support import COMPLEX, MOVING, REAL, RESIDUALS, core_of, randn, random_frame
 
 F32 = torch.float32

@@ -5,12 +5,13 @@ from dataclasses import fields
 import pytest
 import torch
 
+from comoving.clock import Clock
 from comoving.frames import Overlap
 from comoving.rules import SOAP, Adafactor, Adam, Columns, Momentum, Muon, Shampoo
 from comoving.rules.base import averaged
 from comoving.rules.turn import compiled
 from comoving.slots import Kind
-from comoving.transport import Carry, Clock, Keep, Rotate, initial
+from comoving.transport import Carry, Keep, Rotate, initial
 from contract.support import PRECONDITIONERS, RULES, TRANSPORTS, randn, random_frame
 
 MORE = [

@@ -5,13 +5,14 @@ from itertools import pairwise
 import pytest
 import torch
 
+from comoving.clock import Clock
 from comoving.codecs import Int8
 from comoving.finders import Power
 from comoving.frames import Modes
 from comoving.residual import Discard, Feedback
 from comoving.rules import Momentum, Shampoo
 from comoving.slots import Kind
-from comoving.transport import Carry, Clock, Keep, Reset, Rotate, initial
+from comoving.transport import Carry, Keep, Reset, Rotate, initial
 from contract.support import COMPLEX, REAL, RULES, close, lone, randn, step
 
 EVERY = pytest.mark.parametrize("rule", RULES, ids=str)

@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bonded import SHAPES, SPECS, explicit, matrix, random_frame
+from comoving.clock import Clock
 from comoving.frames import Overlap
 from comoving.frames.bond import BondFrame
 from comoving.frames.interface import Interface
 from comoving.frames.train import Trains
 from comoving.frames.tree import Trees
 from comoving.slots import Kind, Slot
-from comoving.transport import Carry, Clock, Rotate
+from comoving.transport import Carry, Rotate
 from contract.support import COMPLEX, REAL, close, randn
 
 EVERY = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

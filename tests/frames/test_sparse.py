@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from comoving import explain, state_bytes
+from comoving.clock import Clock
 from comoving.codecs import Int8
 from comoving.finders import BlockSelection, Exact, Oja, Operand, Power, StreamingTucker, TrainSVD
 from comoving.frames import Blocks, ModeFrame, Modes, SparseFrame, SparseModes
@@ -16,7 +17,7 @@ from comoving.ranks import Energy
 from comoving.residual import Discard, Feedback, Passage
 from comoving.rules import Adam
 from comoving.slots import Kind, Slot
-from comoving.transport import Carry, Clock, Reset, Rotate
+from comoving.transport import Carry, Reset, Rotate
 from contract.support import COMPLEX, REAL, close, known_rank, lone, randn, random_frame, step
 from references.algebra import basis
 

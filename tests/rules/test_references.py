@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import comoving
+from comoving.clock import Clock
 from comoving.codecs import Int4, Int8
 from comoving.frames import Modes
 from comoving.residual import Feedback, MomentumBuffer
 from comoving.rules import Adafactor, Columns, Lion, Muon, Scheduled
 from comoving.rules.muon import newton_schulz, polar
-from comoving.transport import Clock
 from contract.support import COMPLEX, REAL, Holder, close, known_rank, lone, randn, step
 from references import adafactor, dion, lion, muon, smmf
 from references.algebra import unfold

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import state as slots
+from ..clock import Clock
 from ..codecs import BFloat16, Codec, Full, Int4, Int8
 from ..codecs.noise import noise
 from ..frames import Modes
@@ -43,7 +44,6 @@ from ..frames.base import Ranks
 from ..refusals import check_composition
 from ..sites import Site
 from ..slots import Kind
-from ..transport import Clock
 from .base import Grid
 from .budget import Claim
 

@@ -8,11 +8,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..codecs import Codec, Part
 from ..finders import Operand
 from ..frames import Frame, Overlap
 from ..linalg import inner, norm, pairs
-from ..transport import Clock
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..linalg import abs_squared, bounded, each_row, lerp_, over
 from ..slots import Kind, Slot
-from ..transport import Clock
 from ..validate import check_choice, check_float
 from .adam import FIRST
 

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..clock import Clock
 from ..linalg import abs_squared, lerp, quotient
 from ..slots import Kind, Slot
-from ..transport import Clock, mass_of
+from ..transport import mass_of
 
 FIRST, SECOND = "moment.first", "moment.second"
 

@@ -4,8 +4,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from ..clock import Clock
 from ..slots import Slot
-from ..transport import Clock
 
 
 class Rule(Protocol):

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..linalg import each_row, over
 from ..slots import Kind, Slot
-from ..transport import Clock
 from ..validate import check_choice
 from .adam import FIRST
 from .passing import hand_over, taken

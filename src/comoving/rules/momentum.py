@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..clock import Clock
 from ..linalg import lerp
 from ..slots import Kind, Slot
-from ..transport import Clock
 from ..validate import check_choice
 from .adam import FIRST
 

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..linalg import svd
 from ..slots import Kind, Slot
-from ..transport import Clock
 from ..validate import check_choice, check_float, check_int
 from .adam import FIRST
 from .passing import hand_over, taken

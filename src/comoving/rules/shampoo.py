@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..linalg import (
     InverseRoot,
     abs_squared,
@@ -19,7 +20,7 @@ from ..linalg import (
     standing_root,
 )
 from ..slots import Kind, Slot
-from ..transport import Clock, mass_of
+from ..transport import mass_of
 from ..validate import check_choice, check_float, check_int
 from .adam import FIRST, SECOND
 

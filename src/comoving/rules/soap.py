@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..clock import Clock
 from ..linalg import (
     abs_squared,
     add_gram,
@@ -20,7 +21,7 @@ from ..linalg import (
     turned_basis,
 )
 from ..slots import Kind, Slot
-from ..transport import Clock, mass_of
+from ..transport import mass_of
 from ..validate import check_choice, check_float, check_int
 from .adam import FIRST, SECOND
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transport import Clock, mass_of
+from ..clock import Clock
+from ..transport import mass_of
 from .base import Rule
 
 Turn = Callable[[Rule, Tensor, dict[str, Any], Clock, float], Tensor]
