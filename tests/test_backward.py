@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 import comoving
 from comoving import LowRankOptimizer, build
 from comoving.codecs import Int8
+from comoving.drivers.taken import TakenUp
 from comoving.finders import Exact
 from comoving.precondition import Kronecker
 from comoving.residual import Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.taken import TakenUp
 from comoving.transport import Keep, Rotate
 
 REAL = torch.float64

@@ -17,7 +17,7 @@ from comoving.parts import part
 from comoving.ranks import Energy
 from comoving.residual import Feedback, MomentumBuffer
 from comoving.transport import Carry, Keep, Reset, Rotate
-from contract.support import COMPLEX, REAL, Holder, close, lone, randn, random_frame, step
+from contract.support import COMPLEX, REAL, Holder, cells, close, lone, randn, random_frame, step
 from test_moments import build, flat_states, saved, states_equal, train, travelled
 
 F32, C64 = torch.float32, torch.complex64
@@ -139,10 +139,10 @@ def test_the_frame_of_a_refresh_is_that_of_the_steps_after_it(codec, dtype):
     for t in range(7):
         g = randn((24, 40), dtype, t)
         step(optimizer, p, g)
-        (unit,) = optimizer._opened(p)
-        frames.append(unit.frame())
-        codes.append({n: x.clone() for n, x in unit.state.items() if n.startswith("frame.")})
-        assert torch.equal(unit.state["moment.first"], frames[-1].project(g))
+        (unit,) = cells(optimizer, p)
+        frames.append(unit.frame)
+        codes.append({n: x.clone() for n, x in unit.basis.items()})
+        assert torch.equal(unit.moments["moment.first"], frames[-1].project(g))
         assert frames[-1].defect() < 1e-6
         if t % 3:
             states_equal(codes[-2:-1], codes[-1:])
@@ -195,18 +195,18 @@ def test_a_checkpoint_of_another_rank_is_carried_over(codec, transport, moments,
     options = {"bases": codec, "moments": moments, "transport": transport, "refresh_every": 50}
     p, source = build(SHAPES, **options)
     train(p, source, 0, 3)
-    before = [source._opened(x)[0].unpacked() for x in p[:2]]
+    before = [cells(source, x)[0] for x in p[:2]]
     q, target = build(SHAPES, rank=rank, **options)
     target.load_state_dict(saved(source))
     train(q, target, 3, 4)
     assert state_bytes(target) == explain(target).state_bytes
     for x, old in zip(q[:2], before, strict=True):
-        unit = target._opened(x)[0].unpacked()
-        frame, m = unit.frame(), unit.state["moment.first"]
-        assert frame.ranks == target.sites[x].ranks != old.frame().ranks
+        unit = cells(target, x)[0]
+        frame, m = unit.frame, unit.moments["moment.first"]
+        assert frame.ranks == target.sites[x].ranks != old.frame.ranks
         assert m.shape == target.sites[x].core_shape
         if transport.projects:
-            expected = 0.9 * frame.overlap(old.frame()).move(old.state["moment.first"]) + 0.1 * frame.project(x.grad)
+            expected = 0.9 * frame.overlap(old.frame).move(old.moments["moment.first"]) + 0.1 * frame.project(x.grad)
             assert (m - expected).norm() <= (0.2 if moments == Int4() else 0.05) * expected.norm()
 
 
@@ -216,7 +216,7 @@ def test_ranks_that_adapt(codec):
     options = {"bases": codec, "moments": codec, "ranks": policy, "transport": Carry(), "residual": Feedback()}
     p, optimizer = build(SHAPES, **options)
     train(p, optimizer, 0, 9)
-    assert any(optimizer._opened(x)[0].frame().ranks != optimizer.sites[x].ranks for x in p[:2])
+    assert any(cells(optimizer, x)[0].frame.ranks != optimizer.sites[x].ranks for x in p[:2])
     q, resumed = build(SHAPES, **options)
     with torch.no_grad():
         for a, b in zip(p, q, strict=True):
@@ -225,7 +225,7 @@ def test_ranks_that_adapt(codec):
     train(p, optimizer, 9, 12)
     train(q, resumed, 9, 12)
     assert all(torch.equal(a, b) for a, b in zip(p, q, strict=True))
-    held = sum(optimizer._claim(x).held() for x in p[:2])
+    held = sum(optimizer.roster.claim(x).held() for x in p[:2])
     assert state_bytes(optimizer, projected=True) == held
 
 
@@ -242,9 +242,9 @@ def test_other_layouts_of_factors(codec, layout):
     for t in range(3):
         step(optimizer, p, randn(shape, C64, t))
     assert state_bytes(optimizer) == explain(optimizer).state_bytes
-    for unit in optimizer._opened(p):
-        modes = unit.frame().modes if sparse else unit.frame()
-        assert modes.defect() < 1e-6 and unit.frame().ranks == unit.site.ranks
+    for unit in cells(optimizer, p):
+        modes = unit.frame.modes if sparse else unit.frame
+        assert modes.defect() < 1e-6 and unit.frame.ranks == unit.kind.site.ranks
     q, resumed = lone(p.detach(), **options)
     resumed.load_state_dict(saved(optimizer))
     for params, optimizers in ((p, optimizer), (q, resumed)):
@@ -276,11 +276,11 @@ def test_feedback_telescopes_in_coded_frames():
         g = randn((24, 40), REAL, t)
         total = total + g
         step(optimizer, p, g)
-        (unit,) = optimizer._opened(p)
-        m = unit.frame().lift(unit.state["moment.first"])
+        (unit,) = cells(optimizer, p)
+        m = unit.frame.lift(unit.moments["moment.first"])
         sums = sums + m
-    used = unit.state["moment.first"] * unit.state["feedback.weight"] + unit.state["feedback.momenta.value"]
-    kept = unit.state["feedback.gradients.value"] - unit.frame().lift(used)
+    used = unit.moments["moment.first"] * unit.residual["feedback.weight"] + unit.residual["feedback.momenta.value"]
+    kept = unit.residual["feedback.gradients.value"] - unit.frame.lift(used)
     close(sums + 4.0 * m + kept, total, 1e-9)
 
 
@@ -362,7 +362,7 @@ def test_seeds_of_a_state_that_adamw_began(residual, rank):
     (_, loaded), (q, fresh) = (drawing(shapes=shapes, residual=residual, rank=rank) for _ in range(2))
     loaded.load_state_dict(copy.deepcopy(theirs.state_dict()))
     seeds = {name: seed for (_, name), seed in seeds_of(loaded).items()}
-    fresh._open(q[0])
+    fresh.engine.row(q[0])
     first = {name: int(x) for name, x in fresh.state[q[0]].items() if name.endswith(".seed")}
     assert seeds.keys() == first.keys() and len(first) > 1
     for name, seed in seeds.items():
@@ -438,12 +438,12 @@ def test_seeded_frames_say_the_rank_that_coded_moments_do_not(rank):
     p, source = lone(randn((40, 24), F32), rank=4, **options)
     for t in range(3):
         step(source, p, randn((40, 24), F32, t))
-    old = source._opened(p)[0].unpacked()
+    old = cells(source, p)[0]
     q, target = lone(p.detach(), rank=rank, **options)
     target.load_state_dict(saved(source))
     g = randn((40, 24), F32, 9)
     step(target, q, g)
-    new = target._opened(q)[0].unpacked()
-    expected = 0.9 * new.frame().overlap(old.frame()).move(old.state["moment.first"]) + 0.1 * new.frame().project(g)
-    assert new.frame().ranks == (None, rank)
-    assert (new.state["moment.first"] - expected).norm() < 0.2 * expected.norm()
+    new = cells(target, q)[0]
+    expected = 0.9 * new.frame.overlap(old.frame).move(old.moments["moment.first"]) + 0.1 * new.frame.project(g)
+    assert new.frame.ranks == (None, rank)
+    assert (new.moments["moment.first"] - expected).norm() < 0.2 * expected.norm()

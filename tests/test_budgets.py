@@ -25,6 +25,7 @@ from comoving.residual import Discard, Feedback
 from comoving.rules import Shampoo
 from comoving.state import RANKS
 from comoving.transport import Carry
+from contract.support import cells
 
 ORDER = [Full(), BFloat16(), Int8(), Int4()]
 
@@ -310,7 +311,7 @@ def test_what_a_rule_cannot_take_is_not_assigned():
     claim = LowRankOptimizer(
         [p], rank=0.5, rule=Shampoo(root="newton"), residual=Feedback(), codec="auto", moments="auto", budget="1GB"
     )
-    own = claim._claim(p)
+    own = claim.roster.claim(p)
     assert {o.moments for o in assignments.options(own)} == {Full()}
     assert {o.codec for o in assignments.options(own)} == set(ORDER)
     with pytest.raises(TypeError, match="noise"):
@@ -422,8 +423,8 @@ def test_another_assignment_takes_over_what_was_saved(before, after):
 
 
 def momenta(optimizer, p):
-    (unit,) = optimizer._opened(p)
-    return unit.frame().lift(unit.unpacked().state["moment.first"])
+    (unit,) = cells(optimizer, p)
+    return unit.frame.lift(unit.moments["moment.first"])
 
 
 def test_a_checkpoint_of_fixed_codecs_is_refused_with_the_reason():
@@ -443,7 +444,7 @@ def test_rank_moves_to_where_the_energy_is():
     policy = Energy(low=0.999, high=0.9999, step=1)
     options = dict(rank=(8, None), ranks=policy, transport=Carry(), finder=Exact(), refresh_every=1, residual=Discard())
     probe = LowRankOptimizer([few, many], **options, moments=Int8())
-    size = sum(probe._claim(p).bytes_at((8, None)) for p in (few, many))
+    size = sum(probe.roster.claim(p).bytes_at((8, None)) for p in (few, many))
     optimizer = LowRankOptimizer([few, many], budget=size, moments="auto", **options)
     assert optimizer.sites[few].moments == optimizer.sites[many].moments == Int8()
     for t in range(20):

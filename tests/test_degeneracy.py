@@ -74,7 +74,7 @@ def test_rank_one_is_torchs_adamw_bit_for_bit(kind, options, dtype):
 @pytest.mark.parametrize("option", ["foreach", "fused"])
 def test_the_kernel_is_handed_over(option, monkeypatch):
     """Equal bits prove little where kernels agree: see that torch's function is told."""
-    import comoving.optimizer as module  # noqa: PLC0415
+    import comoving.drivers.dense as module  # noqa: PLC0415
 
     holders = [m for m in vars(module).values() if callable(m) and getattr(m, "__name__", "") == "adam"]
     assert holders, "torch's function is called from elsewhere: this test must follow it"

@@ -34,8 +34,8 @@ EIGH = {"refresh: linalg/decompositions.py:_eigh": CONVERGED}
 SVD = {"refresh: linalg/decompositions.py:_svd": CONVERGED}
 EIGH_OUTSIDE = {"step: linalg/decompositions.py:_eigh": CONVERGED}
 LAZY = {"refresh: finders/lazy.py:_compare": "the host decides when the next refresh is"}
-RAISING = {"step: optimizer.py:_inspect_gradients": "one flag, so that nothing changes before it is raised"}
-PUT_BACK = {"step: gradients.py:__exit__": "the seed that the frame is drawn from is on the host"}
+RAISING = {"step: drivers/guard.py:inspect": "one flag, so that nothing changes before it is raised"}
+PUT_BACK = {"step: drivers/gradients.py:__exit__": "the seed that the frame is drawn from is on the host"}
 
 OF_RECIPES = {
     "comoving": EIGH,  # of modes up to 32
@@ -84,11 +84,11 @@ OF_PARTS = {
     "lazy": LAZY,
     "polar": {"step: linalg/decompositions.py:_svd": CONVERGED},
     "adaptive ranks": EIGH | {"refresh: ranks/reading.py:read": "ranks are the host's to choose"},
-    "blocks": {"step: container.py:_with_gradient": "which blocks have a gradient"},
+    "blocks": {"step: engine.py:_blocks_of": "which blocks have a gradient"},
 }  # fmt: skip
 ONCE = {
-    "adaptive ranks": {"step: optimizer.py:_step_all": "what has changed its shape cannot be put back on the device"},
-    "blocks": {"step: optimizer.py:_step_all": "blocks that open cannot be put back on the device"},
+    "adaptive ranks": {"step: drivers/guard.py:stops": "what has changed its shape cannot be put back on the device"},
+    "blocks": {"step: drivers/guard.py:stops": "blocks that open cannot be put back on the device"},
 }
 """With ``on_nonfinite="skip"`` likewise."""
 
@@ -131,7 +131,7 @@ def train(make, on_nonfinite):
             most |= {where: max(most.get(where, 0), mode.waits.count(where)) for where in mode.waits}
     assert all(p.own.isfinite().all() for p in model.parameters())
     if on_nonfinite == "skip":
-        assert int(optimizer._skipped.own) == len(NANS)
+        assert int(optimizer._guard.skipped.own) == len(NANS)
     return most
 
 
@@ -222,7 +222,7 @@ def test_steps_are_those_of_the_cpu(recipe):
             on_host.with_gradients(t, bad=t == 3, on=lambda x: x)
             other.step()
     if recipe not in {"apollo", "adamw"}:
-        assert any(len(batch.units) == 2 for batch in optimizer._batches)
+        assert any(len(batch.rows) == 2 for batch in optimizer.engine.batches)
     for (name, p), q in zip(model.named_parameters(), on_host.parameters(), strict=True):
         apart = (p.own - q.detach()).abs()
         assert apart.mean() < 2e-4, name  # of weights that have moved by some 1e-2

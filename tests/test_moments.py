@@ -15,7 +15,7 @@ from comoving.ranks import Energy
 from comoving.residual import Discard, Feedback
 from comoving.rules import Adafactor, Adam, Lion, Muon
 from comoving.transport import Carry, Keep, Reset, Rotate
-from contract.support import Holder, close, known_rank, lone, randn, step
+from contract.support import Holder, cells, close, known_rank, lone, randn, step
 
 F32, C64 = torch.float32, torch.complex64
 CODECS = [BFloat16(), Int8(), Int8(block=8), Int4(), Int4(table="linear"), RankOne()]
@@ -155,12 +155,12 @@ def test_a_checkpoint_of_other_ranks_is_carried_over(moments, transport):
     train(q, target, 5, 6)
     assert state_bytes(target) == explain(target).state_bytes
     projected = next(x for x in q if target.sites[x].projected)
-    unit = target._opened(projected)[0].unpacked()
-    assert unit.state["moment.first"].shape == target.sites[projected].core_shape
-    before = source._opened(p[0])[0].unpacked()
+    unit = cells(target, projected)[0]
+    assert unit.moments["moment.first"].shape == target.sites[projected].core_shape
+    before = cells(source, p[0])[0]
     if transport.projects and moments in GAP:
-        frame, m = unit.frame(), unit.state["moment.first"]
-        moved = frame.overlap(before.frame()).move(before.state["moment.first"])
+        frame, m = unit.frame, unit.moments["moment.first"]
+        moved = frame.overlap(before.frame).move(before.moments["moment.first"])
         expected = 0.9 * moved + 0.1 * frame.project(q[0].grad)
         assert (m - expected).norm() < GAP[moments] * expected.norm()
 
@@ -202,7 +202,7 @@ def test_adaptive_ranks(moments):
     train(params, optimizer, 12, 16)
     train(q, resumed, 12, 16)
     assert all(torch.equal(a, b) for a, b in zip(params, q, strict=True))
-    assert state_bytes(optimizer) == sum(optimizer._claim(p).held() for p in projected) + sum(
+    assert state_bytes(optimizer) == sum(optimizer.roster.claim(p).held() for p in projected) + sum(
         row.bytes for row in explain(optimizer).rows if not row.projected
     )
 
@@ -341,9 +341,9 @@ def test_feedback_returns_what_the_codec_of_moments_rounds():
         g = randn((24, 40), F32, t)
         total = total + g
         step(optimizer, p, g)
-        unit = optimizer._opened(p)[0].unpacked()
-        m = unit.frame().lift(unit.state["moment.first"])
+        unit = cells(optimizer, p)[0]
+        m = unit.frame.lift(unit.moments["moment.first"])
         sums = sums + m
-    used = unit.state["moment.first"] * unit.state["feedback.weight"] + unit.state["feedback.momenta.value"]
-    kept = unit.state["feedback.gradients.value"] - unit.frame().lift(used)
+    used = unit.moments["moment.first"] * unit.residual["feedback.weight"] + unit.residual["feedback.momenta.value"]
+    kept = unit.residual["feedback.gradients.value"] - unit.frame.lift(used)
     close(sums + 4.0 * m + kept, total, 1e-4)

@@ -17,14 +17,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import comoving
-from comoving import LowRankOptimizer, explain, gradients, state_bytes
-from comoving import optimizer as engine
+from comoving import LowRankOptimizer, explain, state_bytes
 from comoving import state as slots
 from comoving.codecs import Int8
+from comoving.drivers import gradients
 from comoving.finders import Exact, Power
 from comoving.frames import Modes
 from comoving.parts import part
 from comoving.ranks import Energy, Fixed, Reading, Record, Temperature, Tolerance
+from comoving.ranks import adapting as engine
 from comoving.ranks import budget as budgets
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
@@ -471,7 +472,8 @@ def test_the_budget_holds_whatever_happens(seed):
             optimizer.absorb(model.w0, model.w0.grad)
         optimizer.step()
         assert state_bytes(optimizer, projected=True) <= budget
-        assert all(size == optimizer._claim(p).held() for p, size in optimizer._held.items())  # what is remembered
+        roster = optimizer.roster
+        assert all(size == roster.claim(p).held() for p, size in roster._held.items())  # what is remembered
         grown |= any(
             (now or 0) > (first or 0)
             for p, site in optimizer.sites.items()
@@ -518,7 +520,7 @@ def test_energy_moves_to_where_it_is_worth_more():
 
 def test_of_two_modes_the_one_with_more_outside_grows():
     p, optimizer = lone(torch.zeros(40, 40), rank=(8, 8), ranks=ADAPT)
-    claim, now = optimizer._claim(p), optimizer._claim(p).bytes_at((8, 8))
+    claim, now = optimizer.roster.claim(p), optimizer.roster.claim(p).bytes_at((8, 8))
     one = claim.bytes_at((16, 8)) - now
     for reading, first in (
         (Reading(((0.1,) * 8, (0.05,) * 8)), (8, 16)),
@@ -542,13 +544,13 @@ def test_the_least_energy_per_byte_is_released_for_twice_as_much():
         states[p]["ranks.value"][0] = price
 
     def released(gain):
-        budgets.release(gain, states, optimizer._claim)
+        budgets.release(gain, states, optimizer.roster.claim)
         return [int(state["ranks"][0]) for state in states.values()]
 
     assert released(2.0) == [16, 16, 16]
     assert released(2.1) == [16, 8, 16]
     assert states[model.w1]["ranks.value"].tolist() == [torch.inf] * 2  # not again before its next reading
-    assert optimizer._claim(model.w1).held() == optimizer._claim(model.w0).held()  # nothing is freed yet
+    assert optimizer.roster.claim(model.w1).held() == optimizer.roster.claim(model.w0).held()  # nothing is freed yet
     assert released(4.1) == [16, 8, 8]
     states[model.w2]["ranks.value"][0] = 0.5  # still at rank 16: asked already
     assert released(4.1) == [16, 8, 8]

@@ -185,7 +185,7 @@ def test_a_part_of_ones_own_needs_one_class(role):
     params, optimizer = trained(options, 2**16)
     alone, _ = trained(options, 0)
     usual, _ = trained({}, 2**16)
-    assert len(list(optimizer._batches)) == 1
+    assert len(optimizer.engine.batches) == 1
     for p, q in zip(params, alone, strict=True):
         assert p.isfinite().all()
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """What a checkpoint holds beside tensors, and what it becomes in an optimizer of other ranks, groups or blocks."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from .state import (
     layout,
     packed,
     parts_of,
+    place,
     resized,
     rule_slots,
     slot_part,
@@ -165,7 +167,7 @@ def _is_of(name: str, slot: str) -> bool:
 
 def _packed(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
     """The state with its moments as they are stored here."""
-    return packed(site, group, state, {})
+    return packed(site, group, state)
 
 
 def _blocks_of(saved: Mapping[str, Any], site: Site) -> dict[int, dict[str, Any]]:
@@ -294,6 +296,45 @@ def _mended(state: dict[str, Any], site: Site) -> dict[str, Any]:
             basis = value.to(site.view.dtype)  # transfer tensors are matrices by their last index
             state[name] = reorthonormalize(basis.flatten(0, -2)).view(basis.shape)
     return state
+
+
+def check_form(state_dict: object) -> None:
+    """Raise unless something has the form of an optimizer's ``state_dict()``.
+
+    Raises:
+        ValueError: saying what it has instead.
+    """
+    given: Any = state_dict
+    if not isinstance(given, Mapping) or not {"state", "param_groups"} <= given.keys():
+        found = ", ".join(map(str, [*given][:5])) if isinstance(given, Mapping) else type(given).__name__
+        raise ValueError(f"an optimizer's state_dict() has 'state' and 'param_groups', got {found or 'nothing'}")
+
+
+def owned(
+    state: Mapping[str, Any], p: Tensor, site: Site, group: Mapping[str, Any], scalars: torch.device
+) -> dict[str, Any]:
+    """An admitted state in copies of the parameter's own, on the right devices, in the dtypes that it was saved in.
+
+    Args:
+        state: of the parameter; of one with blocks a state for each.
+        p: the parameter.
+        site: what was decided about it.
+        group: its hyper-parameters.
+        scalars: where single numbers are.
+    """
+    parts = layout(site, group)
+
+    def own(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return deepcopy(value)
+        if name in (RANKS, VALUE):
+            return value.detach().clone().cpu()
+        part = parts.get(name, Part(tuple(value.shape), value.dtype))
+        return value.detach().clone().to(place(part, p.device, scalars))
+
+    if site.blocks:
+        return {b: {n: own(f"{b}.{n}", x) for n, x in block.items()} for b, block in state.items()}
+    return {name: own(name, value) for name, value in state.items()}
 
 
 def unheard(group: Mapping[str, Any]) -> dict[str, Any]:

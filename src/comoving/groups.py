@@ -1,7 +1,7 @@
 """Which parameters are projected, at what rank, seen as what, and why."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod, sqrt
@@ -21,7 +21,7 @@ from .rounding import ROUNDINGS
 from .rules import Adam
 from .sites import Site
 from .slots import Kind
-from .validate import check_choice, check_float, check_int
+from .validate import check_choice, check_float, check_int, check_known, plain
 from .views import Heads, View, check_view
 from .weights import DeferringLinear, codes_of
 
@@ -41,6 +41,8 @@ _SMALLEST_SHARE = 1 / 128
 _AUTO_MATRIX, _AUTO_TENSOR = 0.3, 1.0
 
 
+_FOREIGN = {"params", "param_names", "name", "initial_lr", "gradient_norm", "validation"}
+"""Keys of parameter groups that are not hyper-parameters."""
 _TRAITS = {
     "rule": ("definite", "corrected", "linear", "elementwise", "timeless", "replaces", "total", "batched"),
     "transport": ("resizes", "projects", "batched"), "precondition": ("batched",), "frame": ("batched",),
@@ -408,6 +410,36 @@ def named(params: Iterable[Any]) -> list[tuple[str | None, Tensor]]:
             raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {_shown(entry)}")
         pairs.append((name, p))
     return pairs
+
+
+def joining(
+    group: object, defaults: Mapping[str, Any], present: Collection[Tensor]
+) -> tuple[list[tuple[str | None, Tensor]], dict[str, Any]]:
+    """The (name, parameter) pairs of a group that shall join, and its entries as plain values.
+
+    Args:
+        group: as for ``add_param_group``.
+        defaults: every hyper-parameter there is.
+        present: the parameters of other groups.
+
+    Raises:
+        ValueError: an empty group, or a duplicate parameter.
+        TypeError: no group, or an unknown hyper-parameter.
+    """
+    given: Any = group
+    if not isinstance(given, dict) or "params" not in given:
+        raise TypeError(f"a parameter group is a dict with its parameters under 'params', got {given!r}")
+    entries: dict[str, Any] = given
+    pairs = named(entries["params"])
+    check_known(entries.keys() - _FOREIGN, defaults)
+    entries = {key: value if key == "params" else plain(value) for key, value in entries.items()}
+    if not pairs:
+        raise ValueError("a parameter group is empty")
+    params = [p for _, p in pairs]
+    repeated = [n or i for i, (n, p) in enumerate(pairs) if p in present or any(p is q for q in params[:i])]
+    if repeated:
+        raise ValueError(f"duplicate parameters: {repeated} are already in this or another group")
+    return pairs, entries
 
 
 def params_of(params: Any) -> Iterable[Any]:

@@ -1,47 +1,42 @@
-"""The engine: one optimizer, seven steps."""
+"""The optimizer: what is built, stepped, saved and loaded."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
+from weakref import proxy
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam as torch_adam
+from torch.optim import Optimizer
 
+from . import checkpoint
 from . import diagnostics as error_control
-from . import gradients
-from . import rounding as rounds
 from . import state as slots
-from .backward import InBackward
-from .batches import Batch, copy_into, sorted_out
 from .codecs import Codec, Full
-from .finders import MERGED, REFRESHES, Finder, Memory, Power
-from .frames import Frame, Layout, Modes
+from .drivers import Backward, Guard, Whole
+from .drivers.backward import Window, check_clip, check_hooks
+from .engine import Engine
+from .finders import Finder, Power
+from .frames import Layout, Modes
 from .frames.base import Rank, Side
-from .groups import check_options, params_of
-from .linalg import asks_host, trouble
+from .groups import check_options, joining, params_of
+from .precision import full_precision
 from .precondition import Plain, Precondition
 from .ranks import Fixed, Policy
-from .ranks import budget as budgets
-from .ranks.assignment import settled
-from .ranks.reading import leading, read
+from .ranks.assignment import ROLES, settled
+from .ranks.limit import parse_budget
 from .residual import Discard, Residual
-from .resume import WHOLE, Resume
+from .roster import Roster
 from .rounding import Rounding
 from .rules import Adam, Rule
-from .rules.adam import FIRST, SECOND
-from .rules.turn import compiled, turned
-from .steps import Now, Unit, absorb, apply
+from .rules.turn import compiled
+from .sites import Site
 from .transport import Rotate, Transport
 from .validate import check_choice, check_float, check_int, names_unknown, plain
 from .views import Heads, ViewName
-from .weights import DeferringLinear, codes_of
-
-_CAPTURABLE = ("cuda", "xpu", "hpu", "privateuseone")
-"""Devices on which torch's AdamW can leave its step count."""
 
 
-class LowRankOptimizer(InBackward):
+class LowRankOptimizer(Optimizer):
     """Adam-like optimization in a frame that follows the gradient, with state that is carried along.
 
     One step of a projected parameter p with gradient g, frame F (old) and F' (new):
@@ -158,9 +153,52 @@ class LowRankOptimizer(InBackward):
         )  # fmt: skip
         defaults = {key: plain(value) for key, value in defaults.items()}
         check_options(settled(defaults))
-        super().__init__(params_of(params), defaults, on_nonfinite, seed, budget)
+        self.on_nonfinite, self.seed, self.budget = on_nonfinite, seed, parse_budget(budget)
+        self._begin()
+        self._complete = False  # the budget is shared out once, over all groups
+        super().__init__(params_of(params), defaults)
+        self._complete = True
+        self.roster.sites |= self.roster.within_budget(self.sites, self.roster.group_of)
+        self.engine.forget()
 
-    # ------------------------------------------------------------------------------------------------ the seven steps
+    def _begin(self) -> None:
+        """What is made anew of a copy too."""
+        me: LowRankOptimizer = proxy(self)  # a cycle would keep state alive until the collector comes
+        self.roster = Roster(me, self.budget, lambda: me.engine.forget())  # noqa: PLW0108  (there is none so far)
+        self.engine = Engine(me, self.roster, self.seed)
+        self._guard = Guard(self.engine, self.on_nonfinite)
+        self._whole, self._backward = Whole(self.engine, self._guard), None
+        self._complete = True
+
+    _backward: Backward | None
+
+    @property
+    def sites(self) -> dict[Tensor, Site]:
+        """What was decided about each parameter; see :func:`comoving.explain`."""
+        return self.roster.sites
+
+    @property
+    def stacked_entries(self) -> int:
+        """Up to how many entries a parameter, or a block of one, is stepped together with those like it; 0 for none.
+
+        Not part of the state; see :mod:`comoving.batches`.
+        """
+        return self.engine.stacked_entries
+
+    @stacked_entries.setter
+    def stacked_entries(self, entries: int) -> None:
+        self.engine.stacked_entries = entries
+
+    @property
+    def refresh_scope(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state."""
+        return self.engine.refresh_scope
+
+    @refresh_scope.setter
+    def refresh_scope(self, scope: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.engine.refresh_scope = scope
+
+    # ------------------------------------------------------------------------------------------------------- stepping
 
     def compile(self, **options: Any) -> None:
         """Compile the rule's arithmetic in the core: Adam's, Lion's or momentum's, one graph a shape and dtype.
@@ -172,7 +210,7 @@ class LowRankOptimizer(InBackward):
         Args:
             **options: for :func:`torch.compile`.
         """
-        self._compiled = compiled(**options)
+        self.engine.turn = compiled(**options)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -203,113 +241,12 @@ class LowRankOptimizer(InBackward):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with gradients.full_precision():
-            if self._window is not None:
-                self._finish(self._window)
+        with full_precision():
+            if self._backward is not None:
+                self._backward.finish()
             else:
-                self._step_all()
+                self._whole.step()
         return loss
-
-    def _step_all(self) -> None:
-        """Every parameter that has a gradient, and was not stepped by it already when the last step failed.
-
-        One that has no gradient, but absorbed some, is stepped by these.
-        """
-        self._check_structure()
-        self._check_closed()
-        done, self._resume = self._resume.by_the_same_gradients(), Resume()
-        opened: list[Tensor] = []
-        try:
-            bad = self._inspect_gradients()
-            if bad is not None and any(self._changes_shape(p) for p in self._norms) and trouble(bad):
-                return  # what has no state of its shape yet could not be put back
-            for group in self.param_groups:
-                ready = [p for p in group["params"] if p.grad is not None and (p not in done or done[p])]
-                opened += [p for p in ready if p not in self.state]
-                units = {p: Unit(*self._open(p)) for p in ready}
-                self._step_by_rules({p: unit for p, unit in units.items() if not unit.site.plain}, bad, done)
-                for p in group["params"]:
-                    if p.grad is None and self._holds_core(p):
-                        self._step_by_core(p, bad)
-                dense = [p for p, unit in units.items() if unit.site.plain]
-                for device in {p.device for p in dense}:
-                    here = [p for p in dense if p.device == device]
-                    with self._undone_if(bad, here):
-                        self._step_dense(here, group)
-                    done.update(dict.fromkeys(here, WHOLE))
-        except BaseException as error:
-            self._resume = Resume(done)
-            for p in opened:
-                if p not in done:
-                    self.state.pop(p, None)
-            if done:
-                error.add_note(
-                    f"{len(done)} parameters had been stepped before this was raised; step() with the same gradients "
-                    f"goes on with the others."
-                )
-            raise
-        finally:
-            self._norms = {}
-
-    def _step_by_rules(
-        self, ready: Mapping[Tensor, Unit], bad: Tensor | None, done: dict[Tensor, frozenset[str]]
-    ) -> None:
-        """All seven steps: alike parameters together, others alone."""
-        params, units = [*ready], [*ready.values()]
-        together, alone = sorted_out((self._kind(p), unit) for p, unit in ready.items())
-        for kind, places in together:
-            own = [params[i] for i in places]
-            self._step_together(own, self._batches.form(kind, [units[i] for i in places]), bad)
-            done.update(dict.fromkeys(own, WHOLE))
-        self._batches.part(units[i] for i in alone)
-        for i in alone:
-            self._step_by_rule(params[i], bad, done)
-
-    def _step_together(self, params: list[Tensor], batch: Batch, bad: Tensor | None) -> None:
-        """All seven steps for a batch of whole parameters; where anything raises, they and their states stay."""
-        view, unit, now = batch.kind.site.view, batch.unit, self._now(params[0])
-        with self._undone_if(bad, params):
-            seen = torch.stack([view.see(gradients.usable(p.grad, bad)) for p in params if p.grad is not None])
-            seen = seen.neg_() if unit.group["maximize"] else seen
-            absorb(unit, seen, torch.stack([self._norms[p] for p in params]), now)
-            storages = [view.see_storage(p) for p in params]
-            given = [view.see(p) if storage is None else storage for p, storage in zip(params, storages, strict=True)]
-            weights = torch.stack(given)
-            rows = batch.rows(apply(unit, weights, now))
-            own = weights.unbind()
-            if any(storage is None for storage in storages):  # "None in" would compare tensors
-                own = [self._rounded(p, view.restore(w), [r]) for p, w, r in zip(params, own, rows, strict=True)]
-                given = params
-            copy_into(given, own)
-            for alone, row in zip(batch.units, rows, strict=True):
-                slots.commit(alone.state, row)
-
-    def _step_by_rule(self, p: Tensor, bad: Tensor | None, done: dict[Tensor, frozenset[str]]) -> None:
-        """All seven steps for one parameter; its blocks that an earlier try has stepped are left out."""
-        assert p.grad is not None
-        before, written = self._saved(p), set(done.get(p, WHOLE))
-        try:
-            with self._undone_if(bad, [p]):
-                now = self._now(p)
-                self._take(p, gradients.usable(p.grad, bad), written, now)
-                self._write(p, written, now)
-        except BaseException:
-            self._put_back(p, before, written)
-            if written:
-                done[p] = frozenset(written)
-            raise
-        done[p] = WHOLE
-        self._settle()
-
-    def _step_by_core(self, p: Tensor, bad: Tensor | None) -> None:
-        """Steps 5-7 for a parameter that has absorbed gradients; a step that is skipped uses them up."""
-        before, written = self._saved(p), set[str]()
-        try:
-            with self._undone_if(bad, [p]):
-                self._write(p, written)
-        except BaseException:
-            self._put_back(p, before, written)
-            raise
 
     @torch.no_grad()
     def absorb(self, p: Tensor, gradient: Tensor) -> None:
@@ -323,43 +260,16 @@ class LowRankOptimizer(InBackward):
             ValueError: another optimizer's parameter, or one that was cast; a gradient of another layout, shape or
                 dtype.
         """
-        self._check_kept(p)
-        site = self.sites[p]
-        if site.plain:
-            raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
+        site = self._served(p)
         if gradient.layout is not torch.strided or gradient.shape != p.shape or gradient.dtype is not p.dtype:
             raise ValueError(
                 f"the gradient of {site.name} must be dense, {p.dtype} and of shape {tuple(p.shape)}, got "
                 f"{gradient.layout}, {gradient.dtype} and {tuple(gradient.shape)}"
             )
         # The caller may clear its gradient before apply().
-        held = not site.projected or self.param_groups[self._group_index[p]]["residual"].holds
-        with gradients.full_precision():
-            before = self._saved(p)
-            try:
-                self._take(p, gradient.clone() if held else gradient)
-            except BaseException:
-                self._put_back(p, before)
-                raise
-            self._settle()
-
-    def _take(self, p: Tensor, gradient: Tensor, but: Collection[str] = (), now: Now | None = None) -> None:
-        """Steps 1-4 for one parameter, which may hold on to the gradient until step 7, but for some of its blocks."""
-        site, group, state = self._open(p)
-        seen = site.view.see(-gradient if group["maximize"] else gradient)  # 1
-        now = now or self._now(p)
-        if not site.blocks:
-            absorb(Unit(site, group, state), seen, self._norms.get(p), now)
-            return
-        live = self._with_gradient(p, seen, but)
-        together, alone = sorted_out((self._kind(p, b), unit) for b, unit, _ in live)
-        for kind, places in together:
-            batch = self._batches.form(kind, [live[i][1] for i in places])
-            absorb(batch.unit, torch.stack([live[i][2] for i in places]), None, now)
-            batch.commit()
-        self._batches.part(live[i][1] for i in alone)
-        for i in alone:
-            absorb(live[i][1], live[i][2], None, now)
+        held = not site.projected or self.roster.group_of(p)["residual"].holds
+        with full_precision():
+            self.engine.take(p, gradient.clone() if held else gradient)
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
@@ -371,195 +281,144 @@ class LowRankOptimizer(InBackward):
         Raises:
             RuntimeError: nothing was absorbed; experts that saw no token are no reason.
         """
-        self._check_kept(p)
+        site = self._served(p)
+        if not site.blocks and not self.engine.open(p):
+            raise RuntimeError(f"{site.name} has no gradient to apply: call absorb() first")
+        with full_precision():
+            self.engine.write(p)
+
+    def _served(self, p: Tensor) -> Site:
+        self.roster.check_kept(p)
         site = self.sites[p]
         if site.plain:
             raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
-        if not site.blocks and "core" not in self.state.get(p, {}):
-            raise RuntimeError(f"{site.name} has no gradient to apply: call absorb() first")
-        with gradients.full_precision():
-            self._write(p, set())
+        return site
 
-    def _write(self, p: Tensor, written: set[str], now: Now | None = None) -> None:
-        """Steps 5-7; the blocks whose weights have been written are added to the set."""
-        site, codes = self.sites[p], codes_of(p)
-        if isinstance(codes, DeferringLinear):
-            return self._write_deferred(p, codes)
-        storage = site.view.see_storage(p) if codes is None else None
-        weights = storage if storage is not None else site.view.see(p if codes is None else codes.decode())
-        now = now or self._now(p)
-        if site.blocks:
-            states = self._write_blocks(p, weights, now, None if storage is None else written)
-        else:
-            unit = Unit(*self._open(p))
-            states = [(unit.state, apply(unit, weights, now))]
-        if storage is None and codes is None:
-            p.copy_(self._rounded(p, site.view.restore(weights), [state for _, state in states]))  # once, at the end
-        elif codes is not None and states:
-            codes.encode(site.view.restore(weights))
-        for stored, state in states:
-            slots.commit(stored, state)
+    # ----------------------------------------------------------------------------------------------- the backward pass
 
-    def _write_blocks(
-        self, p: Tensor, weights: Tensor, now: Now, written: set[str] | None
-    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Steps 5-7 for the blocks of a parameter, alike ones together: the states that are still to be stored.
+    def step_in_backward(self, accumulate: int = 1, clip: float | None = None, norm: str = "exact") -> None:
+        """From now on take up each gradient inside ``backward()``, as soon as it is accumulated, and free it.
+
+        The training loop stays as it is: ``accumulate`` times ``loss.backward()``, then ``step()``, then the
+        scheduler's. Gradients are accumulated **in the subspace**: of a projected parameter only the core and what the
+        residual keeps are held (a frame stays as it is during the window), so at no time is there more than one
+        parameter's full gradient; of a dense one, and where the residual needs the whole gradient (Fira, Channel,
+        Sign), the sum itself. Divide the loss by ``accumulate`` where the mean is meant, as ever.
+        Until ``step()`` ``p.grad`` holds a :class:`comoving.drivers.taken.TakenUp`, a tensor without numbers: what
+        would read gradients there, such as ``clip_grad_norm_``, raises instead of finding none.
+
+        Without ``clip``, or with ``norm="running"``, a parameter is stepped inside the last backward pass of the
+        window, and ``step()`` steps only those that got fewer gradients. With ``norm="exact"`` all are stepped in
+        ``step()``: cores wait, and full gradients do not.
 
         Args:
-            p: the parameter.
-            weights: its own storage, or a copy, as they are seen; changed.
-            now: what the host decided.
-            written: takes the numbers of blocks whose weights and states are stored here; None where the weights are a
-                copy, which the parameter is still to get.
+            accumulate: backward passes in a window, >= 1.
+            clip: largest norm > 0 of all gradients of a window together, those that are fed back included: as
+                F is orthonormal, |g~|^2 = |z|^2 + |g~ - F z|^2 needs no full gradient, and core and rest are multiplied
+                by the same factor min(1, clip / (norm + 1e-6)). Exact for one gradient, and with error feedback; of
+                several gradients whose rest is dropped, the sum of the rests' norms is taken. Frames are searched
+                before the norm is known, in gradients as they are. None for no limit.
+            norm: "exact" for the norm of this window; "running" for that of the last one that had gradients (the first
+                is not clipped), by which core and rest are multiplied just so. Where non-finite gradients were dropped
+                the norm does not fall.
+
+        Raises:
+            ValueError: a value outside its interval; a residual or preconditioner that cannot be clipped so; several
+                processes, whose gradients would not be averaged yet.
+            RuntimeError: a gradient is there already, or this was called before. Later, inside ``backward()``: a
+                sparse or non-finite gradient (parameters that were reached before it have been stepped, but with exact
+                clipping; with ``on_nonfinite="skip"`` it alone is dropped), or more gradients than the window has.
         """
-        ready, states = self._with_core(p, weights), list[tuple[dict[str, Any], dict[str, Any]]]()
-        together, alone = sorted_out((self._kind(p, b), unit) for b, unit, _ in ready)
-        for kind, places in [*together, *((None, [i]) for i in alone)]:
-            units, parts = [ready[i][1] for i in places], [ready[i][2] for i in places]
-            if kind is None:
-                rows = [apply(units[0], parts[0], now)]
-            else:
-                batch, stacked = self._batches.form(kind, units), torch.stack(parts)
-                rows = batch.rows(apply(batch.unit, stacked, now))
-                copy_into(parts, stacked.unbind())
-            pairs = zip([unit.state for unit in units], rows, strict=True)
-            if written is None:
-                states += pairs
-                continue
-            for stored, row in pairs:
-                slots.commit(stored, row)
-            written.update(b for i in places if (b := ready[i][0]) is not None)
-        return states
+        check_int("accumulate", accumulate, 1)
+        check_choice("norm", norm, ("exact", "running"))
+        if clip is not None:
+            check_float("clip", clip, 0.0, open_low=True)
+        if self._backward is not None:
+            raise RuntimeError("already stepping in the backward pass; call step_after_backward() first")
+        check_hooks(self.engine, clip)
+        self._backward = Backward(self, self._guard, Window(accumulate, clip, norm == "exact"))
+        self._backward.begin_running()
 
-    def _write_deferred(self, p: Tensor, codes: DeferringLinear) -> None:
-        """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
-        now = self._now(p)
-        for _, unit, weights in self._with_core(p, codes.decode()):
-            count, merged = (unit.state[slots.MEMORY + name] for name in (REFRESHES, MERGED))
-            if int(count) == int(merged) and codes.change is not None:
-                state = apply(unit, weights, now)
-                codes.take(weights, 1 - unit.group["lr"] * unit.group["weight_decay"])
-                slots.commit(unit.state, state)
-                continue
-            frame: Any = unit.frame()
-            (mode,) = (n for n, u in enumerate(frame.factors) if u is not None)
-            before = [x.clone() for x in codes.numbers()]
-            try:
-                codes.merge(weights, frame.factors[mode], mode == 0)
-            except BaseException:
-                for x, value in zip(codes.numbers(), before, strict=True):
-                    x.copy_(value)
-                raise
-            unit.state[slots.MEMORY + MERGED] = count.clone()
-            del unit.state["core"]
-            unit.state["tick"] += 1
+    def step_after_backward(self) -> None:
+        """Undo :meth:`step_in_backward`.
 
-    def _rounded(self, p: Tensor, weights: Tensor, states: list[dict[str, Any]]) -> Tensor:
-        """Weights as they are written to a parameter, whose own dtype does the rest."""
-        if not (self.sites[p].rounded and states):
-            return weights
-        seeds = [rounds.advance(state) for state in states]
-        return rounds.stochastic_bfloat16(weights, rounds.generator(p.device, seeds))
-
-    def _now(self, p: Tensor) -> Now:
-        """What the host decides for a step of this parameter."""
-        clips = self._window is not None and self._window.clip is not None
-        return Now(self.seed, partial(self._adapt, p), self.refresh_scope, clips, self._compiled or turned)
-
-    def _adapt(self, p: Tensor, unit: Unit, seen: Tensor, memory: Memory) -> tuple[Unit, Frame | None]:
-        """Before step 3: the ranks of the new frame, and what is kept of the old one; None for all of it, as it is."""
-        site, group, state = unit.site, unit.group, unit.state
-        policy: Policy = group["ranks"]
-        if not policy.adaptive or group["rule"].momentum not in state:
-            return unit, None
-        old: Any = unit.frame()
-        reading, directions = read(old, seen, state[group["rule"].momentum])
-        if reading is not None and old.ranks == site.ranks and state["tick"] > 0:
-            opened = self._record(group).opened
-            ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, state["tick"], opened)
-            claim = budgets.Claim(site, group, state)
-            limit = self.limit()
-            if limit is not None:
-                others = [q for q, other in self.sites.items() if other.projected and q is not p]
-                ranks, gain = budgets.grant(claim, ranks, reading, limit - self._held_by(others))
-                if gain > 0:
-                    self._releases.append((gain, others))
-            prices = budgets.prices(claim, reading, ranks)
-            state[slots.VALUE] = torch.tensor(prices, dtype=torch.float64, device="cpu")
-            slots.set_ranks(state, ranks)
-            site = slots.current(site, group, state)
-        self._held.pop(p, None)
-        if old.ranks == site.ranks:
-            return Unit(site, group, state), None
-        parts = group["finder"].parts(site.view.shape, site.ranks, site.view.dtype)
-        stale = {name: part for name, part in parts.items() if memory[name].shape != part.shape}
-        memory.update(slots.zeros(stale, seen.device, state["step"].device))
-        return Unit(site, group, state), leading(old, directions, site.ranks)
-
-    def _settle(self) -> None:
-        """Ask others for the ranks that a refresh would have had, now that nothing of it can fail."""
-        for gain, others in self._releases:
-            budgets.release(gain, {q: self.state.get(q, {}) for q in others}, self._claim)
-        self._releases.clear()
-
-    def _changes_shape(self, p: Tensor) -> bool:
-        """Whether the next step may give slots of this parameter another shape, or on the CPU their first one.
-
-        Elsewhere the host does not wait to know whether a first step is skipped. What it has made is set back to what
-        it begins as, but for the frame, which is one of zeros: random until the next refresh that is due. So do bases
-        and roots of rules wait for the step at which they are due again.
+        Raises:
+            RuntimeError: in the middle of a window.
         """
-        site, units = self.sites[p], self._opened(p)
-        if not (site.blocks or asks_host(p) or p in self.state):
-            return False
-        if not site.projected:
-            return not units
-        return len(units) < max(1, site.blocks) or any(
-            not slots.at_its_ranks(unit.site, unit.group, unit.state) or (unit.group["ranks"].adaptive and unit.due())
-            for unit in units
-        )
+        if self._backward is not None:
+            self._backward.remove()
+            self._backward = None
 
-    def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Torch's AdamW on the dense real parameters of a group."""
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        torch_adam(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [s[FIRST] for s in states],
-            [s[SECOND] for s in states],
-            [s[slots.SECOND_MAX] for s in states] if group["amsgrad"] else [],
-            [s["step"] for s in states],
-            foreach=group["foreach"],
-            fused=group["fused"],
-            capturable=states[0]["step"].device.type in _CAPTURABLE and not group["fused"],
-            amsgrad=group["amsgrad"],
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-            decoupled_weight_decay=True,
-        )
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether gradients are taken up inside the backward pass."""
+        return self._backward is not None
 
-    # ---------------------------------------------------------------------------------------------- checks and readings
+    @property
+    def gradient_norm(self) -> float | None:
+        """The norm of the last finished window before clipping; None without clipping, and before the first."""
+        return None if self._backward is None else self._backward.window.norm
 
-    def _inspect_gradients(self) -> Tensor | None:
-        """Refuse bad gradients before anything changes; with "skip", return a flag on the device instead."""
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        gradients.check_layout(params, self.sites)
-        self._norms = gradients.norms(params)
-        if not params:
-            return None
-        bad = gradients.any_nonfinite(self._norms.values())
-        if self.on_nonfinite == "skip":
-            bad = bad & gradients.any_nonfinite(gradients.sums(params))
-            self._count_skipped(bad)
-            return bad
-        if trouble(bad):
-            gradients.refuse_nonfinite(params, self.sites)
-        return None
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; a window of :meth:`step_in_backward` is not emptied."""
+        if self._backward is not None:
+            self._backward.clear()
+        super().zero_grad(set_to_none)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler.step() first of all.
+
+        Raises:
+            RuntimeError: while stepping in the backward pass.
+        """
+        if self._backward is not None:
+            raise RuntimeError(
+                "GradScaler is refused while stepping in the backward pass: it would unscale gradients, and look for "
+                "infinities, after they have been used. Train in bfloat16, which needs no scaling"
+            )
+        return False
+
+    # --------------------------------------------------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, or (name, parameter) pairs, with hyper-parameters of their own.
+
+        While stepping in the backward pass the new parameters are stepped there, too.
+
+        Raises:
+            ValueError: an empty group, a duplicate parameter, or a hyper-parameter that does not fit.
+            TypeError: an unknown hyper-parameter.
+        """
+        pairs, given = joining(param_group, self.defaults, self.sites)
+        if self._backward is not None and self._backward.window.clip is not None:
+            check_clip(self._backward.window.clip, self.defaults | given)
+        group = settled(self.defaults | given)
+        check_options(group)
+        params, sites = [p for _, p in pairs], self.roster.decided(pairs, self.defaults | given, group)
+        if self._complete:
+            sites = self.roster.join(params, sites, group)
+        own = {role: group[role] for role in ROLES}
+        super().add_param_group({**given, **own, "params": pairs if pairs[0][0] is not None else params})
+        self.roster.place(params, sites, len(self.param_groups) - 1)
+        if self._backward is not None:
+            self._backward.begin_running()
+            self._backward.hook_into(params)
+
+    def remove_param_group(self, index: int) -> None:
+        """Take a group away again, with the state of its parameters; those of later groups move up by one.
+
+        Raises:
+            IndexError: there is no such group.
+        """
+        params = self.param_groups.pop(index)["params"]
+        for p in params:
+            self.state.pop(p, None)
+        self.roster.remove(params, index)
+
+    def limit(self) -> int | None:
+        """The bytes that the budget allows the state of the projected parameters that are here; None without one."""
+        return self.roster.limit()
 
     def report_validation(self, loss: float) -> None:
         """Tell the rank policies of a validation loss; part of the state. See :class:`comoving.ranks.Temperature`.
@@ -570,12 +429,14 @@ class LowRankOptimizer(InBackward):
         """
         check_float("loss", loss, float("-inf"))
         for group in self.param_groups:
-            group[slots.VALIDATION] = tuple(group["ranks"].heard(self._record(group), float(loss)))
+            group[slots.VALIDATION] = tuple(group["ranks"].heard(self.roster.record(group), float(loss)))
+
+    # ------------------------------------------------------------------------------------------------------- readings
 
     @property
     def skipped_steps(self) -> int:
         """Steps skipped for a non-finite gradient since construction; reads the device."""
-        return 0 if self._skipped is None else int(self._skipped)
+        return 0 if self._guard.skipped is None else int(self._guard.skipped)
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Name -> {"captured", "overlap", "defect", "error", "bound"} of each projected parameter.
@@ -584,8 +445,69 @@ class LowRankOptimizer(InBackward):
         at once. There is no "bound" where the residual has none (:class:`comoving.residual.MomentumBuffer`).
         """
         return {
-            unit.site.name: error_control.reading(unit.state[error_control.SLOT], unit.group["residual"])
+            row.site.name: error_control.reading(row.state[error_control.SLOT], row.kind.parts.residual)
             for p in self.state
-            for unit in self._opened(p)
-            if error_control.SLOT in unit.state
+            for row in self.engine.opened(p)
+            if error_control.SLOT in row.state
         }
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``."""
+        packed = super().state_dict()
+        packed["state"] = {key: slots.flat(state) for key, state in packed["state"].items()}
+        packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, of this recipe at any rank, or of torch's AdamW. Dtypes stay as saved.
+
+        Learning rate, decay rates and the like are taken from the checkpoint; what makes the recipe must agree. Moments
+        of other ranks, and AdamW's, are carried into this optimizer's frames at the next step.
+
+        Raises:
+            ValueError: a checkpoint of another recipe, other groups or other shapes, or no optimizer's; nothing has
+                changed then.
+        """
+        checkpoint.check_form(state_dict)
+        saved = state_dict["param_groups"]
+        keys = checkpoint.match_parameters(saved, self.param_groups)
+        groups = checkpoint.load_groups(saved, self.param_groups, keys)
+        admitted = {
+            p: checkpoint.admit(state_dict["state"][key], self.sites[p], groups[self.roster.index[p]], self.seed)
+            for p, key in keys.items()
+            if key in state_dict["state"]
+        }
+        self.roster.fit_loaded(admitted, groups)
+        packed = super().state_dict()["param_groups"]
+        packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
+        # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
+        super().load_state_dict({"state": {}, "param_groups": packed})
+        for p, state in admitted.items():
+            site, group = self.sites[p], self.roster.group_of(p)
+            self.state[p] = checkpoint.owned(state, p, site, group, self.engine.scalar_device(p, site))
+        self.roster.forget_bytes()
+        self.engine.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a deep copy takes along: a window too, but for the hooks."""
+        own = {name: getattr(self, name) for name in ("on_nonfinite", "seed", "budget", "stacked_entries")}
+        own |= {"sites": self.sites, "index": self.roster.index, "fixed": self.roster.fixed}
+        window = None if self._backward is None else self._backward.copied()
+        return super().__getstate__() | own | {"skipped": self._guard.skipped, "window": window}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a deep copy, with hooks on its own parameters, or take over loaded groups."""
+        if "sites" not in state:
+            super().__setstate__(state)
+            return
+        own = {name: state.pop(name) for name in ("sites", "index", "fixed", "skipped", "window", "stacked_entries")}
+        self.on_nonfinite, self.seed, self.budget = (state[name] for name in ("on_nonfinite", "seed", "budget"))
+        self._begin()
+        super().__setstate__(state)
+        self.roster.sites, self.roster.index, self.roster.fixed = own["sites"], own["index"], own["fixed"]
+        self._guard.skipped, self.stacked_entries = own["skipped"], own["stacked_entries"]
+        if own["window"] is not None:
+            self._backward = Backward(self, self._guard, own["window"])

@@ -36,7 +36,7 @@ def _moments(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dic
     found = next((name for name, parts in stores.items() if _stored_as(parts, state)), "here")
     if found == "here":
         return state
-    return packed(site, group, unpacked(site, {**group, "moments": ladder[found]}, state), {})
+    return packed(site, group, unpacked(site, {**group, "moments": ladder[found]}, state))
 
 
 def _buffer(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:

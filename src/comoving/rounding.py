@@ -16,10 +16,13 @@ SEED = "rounding.seed"
 _LARGEST = torch.finfo(torch.bfloat16).max
 
 
-def advance(state: MutableMapping[str, Any]) -> int:
-    """Replace the seed in a state by the next one, and return it."""
-    following = scramble(int(state[SEED]))
-    state[SEED] = torch.tensor(following, dtype=torch.int64, device="cpu")
+def advance(slots: MutableMapping[str, Any]) -> list[int]:
+    """Replace the seed in a compartment, or that of each row, (*rows), by the next one, and return them."""
+    seeds: Tensor | None = slots.get(SEED)
+    if seeds is None:
+        return []
+    following = [scramble(int(seed)) for seed in seeds.view(-1)]
+    slots[SEED] = torch.tensor(following, dtype=torch.int64, device="cpu").view(seeds.shape)
     return following
 
 

@@ -158,27 +158,33 @@ def awaited(site: Site, group: Mapping[str, Any], state: Mapping[str, Any], devi
     names = moments(site, group).keys()
     if not site.projected or any(name in state for name in names if "seed" not in name):
         return {}
-    first = packed(site, group, {**state, **_first(site, group, device, state["step"].device)}, {})
+    first = packed(site, group, {**state, **_first(site, group, device, state["step"].device)})
     return {name: x for name, x in first.items() if name in names and name not in state}
 
 
-def unpacked(
-    site: Site, group: Mapping[str, Any], state: dict[str, Any], only: str | None = None, rows: int = 0
+def coded(group: Mapping[str, Any]) -> bool:
+    """Whether the moments of a group are stored in codes."""
+    return not isinstance(group["moments"], Full)
+
+
+def decoded(
+    site: Site, group: Mapping[str, Any], moments: Mapping[str, Any], only: str | None = None, rows: int = 0
 ) -> dict[str, Any]:
-    """The state in a dict of its own, with its moments, or ``only`` one of them, decoded.
+    """Moments in a dict of their own, or ``only`` one of them, decoded; what is decoded already stays.
 
     Args:
-        site: of the parameter, or of each row.
+        site: of the parameter, with the ranks of the frame that the moments are in.
         group: its hyper-parameters.
-        state: as it is stored.
+        moments: as they are stored.
         only: the name of one slot.
         rows: how many leading dimensions count rows.
+
+    Raises:
+        ValueError: codes that belong to no core of these ranks.
     """
-    working = dict(state)
-    if isinstance(group["moments"], Full):
+    working = dict(moments)
+    if not coded(group):
         return working
-    if site.projected:
-        site = resized(site, group, ranks_in(site, group, state))
     for slot in rule_slots(site, group):
         if only not in {None, slot.name}:
             continue
@@ -186,47 +192,53 @@ def unpacked(
         if store is not None and all(name in working for name in names):
             if any(tuple(working[name].shape[rows:]) != p.shape for name, p in names.items()):
                 raise ValueError(f"{site.name}: {slot.name}, as it is stored, belongs to no core of shape {part.shape}")
-            coded = {
+            codes = {
                 name.removeprefix(f"{slot.name}."): working[name] if p.seed else working.pop(name)
                 for name, p in names.items()
             }
-            working[slot.name] = store.decode(coded, part.shape, part.dtype)
+            working[slot.name] = store.decode(codes, part.shape, part.dtype)
     return working
 
 
-def packed(  # noqa: PLR0917
-    site: Site,
-    group: Mapping[str, Any],
-    working: Mapping[str, Any],
-    held: Mapping[str, Any],
-    moved: bool = True,
-    rows: int = 0,
+def encoded(
+    site: Site, group: Mapping[str, Any], moments: Mapping[str, Any], held: Mapping[str, Any] | None, rows: int = 0
 ) -> dict[str, Any]:
-    """An unpacked state as it is stored, in a dict and with coded tensors of its own.
+    """Decoded moments as they are stored, in a dict and with coded tensors of its own.
 
     Args:
         site: of the parameter.
         group: its hyper-parameters.
-        working: the state, unpacked.
-        held: the state as it was stored, of which moments that have not moved keep their codes.
-        moved: whether they have.
+        moments: decoded; what is stored already stays.
+        held: as they were stored, where they have not moved and keep their codes; else None.
         rows: how many leading dimensions count rows.
     """
-    result = dict(working)
-    if isinstance(group["moments"], Full):
+    result = dict(moments)
+    if not coded(group):
         return result
     for slot in rule_slots(site, group):
         codec = _store(slot, group["moments"])
         if codec is None or slot.name not in result:
             continue
         value, prefix = result.pop(slot.name), f"{slot.name}."
-        if moved:
+        if held is None:
             own = {n.removeprefix(prefix): x for n, x in result.items() if n.startswith(prefix)}  # seeds
             _, own = store(codec, value, own, rows)
         else:
             own = {name: held[prefix + name] for name in codec.parts(tuple(value.shape[rows:]), value.dtype)}
         result |= {prefix + name: x for name, x in own.items()}
     return result
+
+
+def unpacked(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole state in a dict of its own, with its moments decoded."""
+    if site.projected and coded(group):
+        site = resized(site, group, ranks_in(site, group, state))
+    return decoded(site, group, state)
+
+
+def packed(site: Site, group: Mapping[str, Any], working: Mapping[str, Any]) -> dict[str, Any]:
+    """An unpacked state as it is stored."""
+    return encoded(site, group, working, None)
 
 
 def commit(state: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -281,7 +293,7 @@ def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.devic
     state = {"tick": 0, **zeros({n: x for n, x in parts.items() if n not in later}, p.device, scalars)}
     state |= first_seeds(site, group, seed)
     if not site.projected:
-        state = packed(site, group, state | first_moments(site, group, p, scalars), {})
+        state = packed(site, group, state | first_moments(site, group, p, scalars))
     return {**state, **asked(site, group)}
 
 

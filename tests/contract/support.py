@@ -295,3 +295,11 @@ def core_of(shape, ranks):
 
 def numel(shape):
     return prod(shape)
+
+
+def cells(optimizer, p):
+    """The state of a parameter, or of each of its blocks, with moments decoded."""
+    found = [row.cell() for row in optimizer.engine.opened(p)]
+    for cell in found:
+        cell.decode()
+    return found

@@ -30,7 +30,7 @@ from comoving.parts import part
 from comoving.residual import Feedback
 from comoving.transport import Carry, Keep, Rotate
 from contract import test_finders as contract
-from contract.support import COMPLEX, REAL, close, known_rank, lone, memory_of, randn, search, step
+from contract.support import COMPLEX, REAL, cells, close, known_rank, lone, memory_of, randn, search, step
 
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=str)
 NEW = [
@@ -503,7 +503,7 @@ def test_a_checkpoint_of_another_rank_is_carried_over(finder, layout, old, new):
     before = loss(model)
     train(model, target, 5, 12)
     for p, site in target.sites.items():
-        assert target._opened(p)[0].frame().ranks == site.ranks
+        assert cells(target, p)[0].frame.ranks == site.ranks
         assert target.state[p]["moment.first"].shape == site.core_shape
         assert max(r for r in site.ranks if r is not None) == new
     assert loss(model) < 0.98 * before

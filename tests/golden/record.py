@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import comoving
-from comoving import container
+from comoving.engine import Engine
 
 from .scenarios import SCENARIOS, trace
 
@@ -48,7 +48,7 @@ def main(chosen: list[str]) -> None:
     """Record these recipes, or all."""
     FOLDER.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    container.SMALL = 0
+    Engine.stacked_entries = 0
     for recipe in chosen or comoving.recipes():
         found = {scenario: outcome(recipe, scenario) for scenario in SCENARIOS}
         (FOLDER / f"{recipe}.json").write_text(text(found))

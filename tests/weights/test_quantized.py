@@ -9,7 +9,7 @@ from torch import nn
 
 import comoving
 from comoving.codecs import BFloat16, Full, Int4, Int8
-from comoving.taken import TakenUp
+from comoving.drivers.taken import TakenUp
 from comoving.weights import QuantizedLinear, codes_of, dequantize, quantize
 
 torch.set_num_threads(1)

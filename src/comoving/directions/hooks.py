@@ -55,7 +55,7 @@ def refuse_in_backward(optimizer: Optimizer, what: str) -> None:
 
 
 def _steps_in_backward(optimizer: Optimizer) -> bool:
-    return getattr(optimizer, "_window", None) is not None
+    return getattr(optimizer, "steps_in_backward", False)
 
 
 def group_of(optimizer: Optimizer) -> dict[Tensor, int]:

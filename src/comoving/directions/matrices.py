@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from .. import state as slots
-from ..container import Container, Unit
+from ..cell import Cell
+from ..optimizer import LowRankOptimizer
 from ..rules.adam import FIRST
 from ..weights import codes_of
 from .spectra import working
@@ -54,7 +54,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 def steps_in_backward(optimizer: Optimizer) -> bool:
     """Whether an optimizer of this package takes gradients up inside the backward pass."""
-    return getattr(optimizer, "_window", None) is not None
+    return isinstance(optimizer, LowRankOptimizer) and optimizer.steps_in_backward
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def momentum_of(optimizer: Optimizer, p: Tensor) -> Tensor | None:
     Raises:
         ValueError: the state has neither, or one of another shape than the parameter's; the message says what it has.
     """
-    if isinstance(optimizer, Container):
+    if isinstance(optimizer, LowRankOptimizer):
         return _lifted(optimizer, p)
     state: Mapping[str, Any] = optimizer.state.get(p, {})
     if not state and p.grad is None:
@@ -83,31 +83,30 @@ def momentum_of(optimizer: Optimizer, p: Tensor) -> Tensor | None:
     )
 
 
-def _lifted(optimizer: Container, p: Tensor) -> Tensor | None:
+def _lifted(optimizer: LowRankOptimizer, p: Tensor) -> Tensor | None:
     site, state = optimizer.sites[p], optimizer.state.get(p, {})
     if not state:
         return None
-    group: Mapping[str, Any] = next(g for g in optimizer.param_groups if any(p is q for q in g["params"]))
     if site.plain:
         return state[FIRST]
-    site, group = slots.current(site, group, state), slots.parts_of(site, group)
+    rows = optimizer.engine.opened(p)
     if not site.blocks:
-        return site.view.restore(_core_lifted(Unit(site, group, state)))
-    layout, inner = group["frame"], slots.group_of_block(group)
-    shape = layout.block_shape(site.view.shape)
+        return site.view.restore(_core_lifted(rows[0].cell()))
+    layout = optimizer.roster.group_of(p)["frame"]
+    shape, known = layout.block_shape(site.view.shape), {row.block: row for row in rows}
     whole = [
-        _core_lifted(Unit(site.block(b), inner, state[str(b)]))
-        if state.get(str(b))
+        _core_lifted(known[str(b)].cell())
+        if str(b) in known
         else torch.zeros(shape, dtype=site.view.dtype, device=p.device)
         for b in range(site.blocks)
     ]
     return site.view.restore(torch.stack(whole, layout.mode))
 
 
-def _core_lifted(unit: Unit) -> Tensor:
-    name = unit.group["rule"].momentum
-    unit = unit.unpacked(only=name)
-    if name not in unit.state:
-        return torch.zeros(unit.site.view.shape, dtype=unit.site.view.dtype)
-    core = unit.state[name]
-    return unit.frame().lift(core) if unit.site.projected else working(core)
+def _core_lifted(cell: Cell) -> Tensor:
+    site, name = cell.kind.site, cell.kind.parts.rule.momentum
+    cell.decode(only=name)
+    if name not in cell.moments:
+        return torch.zeros(site.view.shape, dtype=site.view.dtype)
+    core = cell.moments[name]
+    return cell.frame.lift(core) if site.projected else working(core)

@@ -76,7 +76,7 @@ def _kinds(
         if not any(p is q for q in together):
             kinds.setdefault(kind_of(p, optimizer.sites[p], group), []).append(p)
     for alike in kinds.values():
-        count = 1 if layerwise else optimizer.stacks(alike)
+        count = 1 if layerwise else optimizer.engine.stacks(alike)
         yield alike[:count], alike
 
 

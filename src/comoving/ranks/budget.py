@@ -36,7 +36,7 @@ class Claim(NamedTuple):
     def held(self) -> int:
         """The bytes that its state has, or will have once it is at its ranks, whichever is more."""
         tensors = [x for name, x in self.state.items() if isinstance(x, Tensor) and name not in slots.UNFINISHED]
-        return max(sum(x.untyped_storage().nbytes() for x in tensors), self.bytes_at(self.site.ranks))
+        return max(sum(x.nbytes for x in tensors), self.bytes_at(self.site.ranks))
 
     def lower(self, mode: int) -> Ranks | None:
         """Its ranks with one mode a notch lower, None at the limit."""

@@ -1,28 +1,18 @@
 """Bad gradients: refused before anything changes, or undone on the device."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bases import PREFIX
-from .codecs.base import as_real
-from .linalg import norm
-from .linalg.entries import is_short
-from .rounding import SEED
-from .sites import Site
-
-
-def full_precision() -> AbstractContextManager[Any]:
-    """Without autocast, which a step or a backward pass may stand inside of; products would be in half precision."""
-    stack = ExitStack()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    for device in ["cpu"] if accelerator is None else ["cpu", accelerator.type]:
-        if torch.is_autocast_enabled(device):  # entering costs time for every parameter
-            stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
+from ..bases import PREFIX
+from ..codecs.base import as_real
+from ..linalg import norm
+from ..linalg.entries import is_short
+from ..rounding import SEED
+from ..sites import Site
 
 
 def check_layout(params: Iterable[Tensor], sites: Mapping[Tensor, Site]) -> None:

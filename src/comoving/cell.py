@@ -1,0 +1,157 @@
+"""Cells: the state of a batch while it is stepped, in one compartment per role."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor
+
+from . import bases
+from . import state as slots
+from .clock import Clock
+from .diagnostics import SLOT
+from .frames import Frame, ModeFrame
+from .kind import Kind
+from .residual.base import HELD_NORM, Passage
+from .rounding import SEED
+from .sites import Site
+from .state import CORE, MEMORY, REST, WINDOW
+
+_PRECONDITION = "precondition."
+_OURS = {slots.RANKS, slots.VALUE, slots.SIZE, SEED}
+
+
+@dataclass
+class Open:
+    """What lives between the first gradient and the step only, beside what the residual holds in its compartment.
+
+    Args:
+        core: z, the coordinates of all gradients so far.
+        size: the norm of the gradient, (*rows), where there was one and the residual holds on to it.
+        rest: the norm of what they have outside the frame, (*rows), where clipping asks for it.
+        window: how many gradients there were, where a driver counts them.
+    """
+
+    core: Tensor
+    size: Tensor | None = None
+    rest: Tensor | None = None
+    window: int | None = None
+
+
+@dataclass
+class Cell:
+    """The state of a batch, or of one row by itself, while it is stepped.
+
+    Compartments are dicts of this cell's own: a part puts new tensors into its own, and sees no other. The tensors are
+    those of the state, and are not written to: a cell that is dropped has changed nothing.
+
+    Args:
+        kind: of its rows.
+        rows: how many leading dimensions count rows: 1, or 0 of a row by itself.
+        tick: the number of finished steps, known to the host.
+        t: likewise, but for steps that were skipped or forgotten: what bias correction goes by.
+        basis: the frame, as it is stored.
+        moments: of the rule and the transport; as they are stored until :meth:`decode`.
+        precondition, finder, residual: of these parts.
+        figures: of :mod:`comoving.diagnostics`, (*rows, 6); None where they are off.
+        host: what no part sees: ranks that are asked for, seeds of rounding.
+        open: None before the first gradient.
+    """
+
+    kind: Kind
+    rows: int
+    tick: int
+    t: Tensor
+    basis: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    moments: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    precondition: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    finder: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    residual: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    figures: Tensor | None = None
+    host: dict[str, Any] = field(default_factory=dict[str, Any])
+    open: Open | None = None
+    _frame: Frame | None = None
+    _stored: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @classmethod
+    def of(cls, kind: Kind, state: Mapping[str, Any], rows: int = 0) -> "Cell":
+        """The cell of a state with flat names."""
+        cell = cls(kind, rows, state["tick"], state["step"], figures=state.get(SLOT))
+        known = kind.moments
+        for name, x in state.items():
+            if name in known:
+                cell.moments[name] = x
+            elif name.startswith(bases.PREFIX):
+                cell.basis[name] = x
+            elif name.startswith(MEMORY):
+                cell.finder[name.removeprefix(MEMORY)] = x
+            elif name.startswith(_PRECONDITION):
+                cell.precondition[name] = x
+            elif name in _OURS:
+                cell.host[name] = x
+            elif name not in _SINGLE:
+                cell.residual[name] = x
+        if CORE in state:
+            cell.open = Open(state[CORE], state.get(HELD_NORM), state.get(REST), state.get(WINDOW))
+        cell._stored = cell.moments
+        return cell
+
+    def flat(self) -> dict[str, Any]:
+        """The state with flat names, moments as they are stored."""
+        found: dict[str, Any] = {"tick": self.tick, "step": self.t, **self.host, **self.precondition, **self.basis}
+        found |= {MEMORY + name: x for name, x in self.finder.items()} | self.moments | self.residual
+        if self.figures is not None:
+            found[SLOT] = self.figures
+        if self.open is not None:
+            own = {CORE: self.open.core, HELD_NORM: self.open.size, REST: self.open.rest, WINDOW: self.open.window}
+            found |= {name: x for name, x in own.items() if x is not None}
+        return found
+
+    def decode(self, only: str | None = None) -> None:
+        """Decode the moments, or ``only`` one of them; those that are decoded already stay."""
+        self.moments = slots.decoded(self._framed(), self.kind.group, self.moments, only, self.rows)
+
+    def encode(self, moved: bool) -> None:
+        """Encode the moments; where they have not ``moved``, their codes are those that they had."""
+        self.moments = slots.encoded(
+            self._framed(), self.kind.group, self.moments, None if moved else self._stored, self.rows
+        )
+        self._stored = self.moments
+
+    def _framed(self) -> Site:
+        """The site, with the ranks of the frame that is here where codes have to be told them."""
+        site, group = self.kind.site, self.kind.group
+        if not site.projected or not slots.coded(group):
+            return site
+        return slots.resized(site, group, slots.ranks_in(site, group, {**self.basis, **self.moments}))
+
+    @property
+    def frame(self) -> Frame:
+        """The frame that is here; the whole one of a dense parameter."""
+        if self._frame is None:
+            view, momentum = self.kind.site.view, self.moments.get(self.kind.parts.rule.momentum)
+            if self.kind.site.projected:
+                self._frame = bases.load(self.kind.group, self.basis, view.shape, view.dtype, momentum)
+            else:
+                self._frame = ModeFrame((None,) * len(view.shape))
+        return self._frame
+
+    def turn(self, basis: dict[str, Tensor], frame: Frame | None) -> None:
+        """Put another frame in place of the one that is here."""
+        self.basis, self._frame = basis, frame
+
+    def clock(self, betas: tuple[float, float]) -> Clock:
+        """Where its averages stand."""
+        return Clock(self.t, *betas, self.tick, self.rows)
+
+    def standing(self, betas: tuple[float, float]) -> Passage:
+        """The passage of a momentum whose frame stays as it is; its slot is decoded."""
+        rule, frame = self.kind.parts.rule, self.frame
+        decay, intake = rule.recursion(self.clock(betas))
+        momentum = self.moments.get(rule.momentum)
+        if momentum is None:
+            return Passage(frame, cast("Tensor", None), decay, intake, tick=self.tick, rows=self.rows)
+        return Passage(frame, momentum, decay, intake, frame, momentum, tick=self.tick, rows=self.rows)
+
+
+_SINGLE = {"tick", "step", SLOT, CORE, HELD_NORM, REST, WINDOW}

@@ -1,0 +1,107 @@
+"""The usual driver: a step of all parameters, by the gradients that they have."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..engine import Engine
+from ..roster import Owner
+from ..state import WINDOW
+from .dense import step_dense
+from .guard import Guard
+from .resume import WHOLE, Resume
+
+
+class Whole:
+    """Steps every parameter that has a gradient, or has absorbed some.
+
+    Args:
+        engine: steps those that torch's AdamW does not serve.
+        guard: looks at their gradients first.
+    """
+
+    def __init__(self, engine: Engine, guard: Guard) -> None:
+        self.engine, self.guard = engine, guard
+        self._owner: Owner = engine.owner
+        self._resume = Resume()
+
+    def step(self) -> None:
+        """All parameters, but for those that were stepped by the same gradients already when the last step failed."""
+        self.engine.roster.check()
+        self._check_closed()
+        done, self._resume = self._resume.by_the_same_gradients(), Resume()
+        opened: list[Tensor] = []
+        groups, state = self._owner.param_groups, self._owner.state
+        try:
+            self.guard.inspect([p for group in groups for p in group["params"] if p.grad is not None])
+            if self.guard.stops():
+                return
+            for group in groups:
+                ready = [p for p in group["params"] if p.grad is not None and (p not in done or done[p])]
+                opened += [p for p in ready if p not in state]
+                self._step_group(group, ready, done)
+        except BaseException as error:
+            self._resume = Resume(done)
+            for p in opened:
+                if p not in done:
+                    state.pop(p, None)
+            if done:
+                error.add_note(
+                    f"{len(done)} parameters had been stepped before this was raised; step() with the same gradients "
+                    f"goes on with the others."
+                )
+            raise
+        finally:
+            self.guard.forget()
+
+    def _step_group(self, group: dict[str, Any], ready: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
+        engine, guard, sites = self.engine, self.guard, self.engine.roster.sites
+        for p in ready:
+            _ = self._owner.state[p]  # is made, in the order of the parameters
+        rows = [engine.row(p) for p in ready if not sites[p].blocks]
+        for which in engine.sorted_out(row for row in rows if not row.site.plain):
+            with guard.undo(which):
+                engine.step(which, guard.gradient, guard.norms)
+            done.update(dict.fromkeys((row.p for row in which.rows), WHOLE))
+        for p in ready:
+            if sites[p].blocks:
+                self._step_blocks(p, done)
+        for p in group["params"]:
+            if p.grad is None and p in self._owner.state and engine.open(p):
+                with guard.undo_whole([p]):
+                    engine.write(p)
+        self._step_dense(group, [p for p in ready if sites[p].plain], done)
+
+    def _step_blocks(self, p: Tensor, done: dict[Tensor, frozenset[str]]) -> None:
+        written = set(done.get(p, WHOLE))
+        try:
+            with self.guard.undo_whole([p]):
+                self.engine.step_blocks(p, self.guard.gradient(p), written)
+        except BaseException:
+            if written:
+                done[p] = frozenset(written)
+            raise
+        done[p] = WHOLE
+
+    def _step_dense(self, group: dict[str, Any], dense: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
+        for device in {p.device for p in dense}:
+            here = [p for p in dense if p.device == device]
+            states = [self.engine.row(p).state for p in here]
+            with self.guard.undo_whole(here):
+                step_dense(here, [p.grad for p in here if p.grad is not None], states, group)
+            done.update(dict.fromkeys(here, WHOLE))
+
+    def _check_closed(self) -> None:
+        """Raise for gradients that a window has taken up and only stepping in the backward pass would finish."""
+        state, sites = self._owner.state, self.engine.roster.sites
+        open_ = [
+            site.name
+            for p, site in sites.items()
+            if p in state and any(WINDOW in own for own in ([*state[p].values()] if site.blocks else [state[p]]))
+        ]
+        if open_:
+            raise RuntimeError(
+                f"{', '.join(open_[:5])}: the state was saved in the middle of a window of step_in_backward(), which "
+                f"has to be called before this step, or its gradients would be lost"
+            )

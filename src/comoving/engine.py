@@ -1,0 +1,399 @@
+"""The engine: rows and batches of all parameters, and the seven steps on them. Drivers feed it gradients."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import rounding
+from . import state as slots
+from .batches import Alone, Batch, Gathered, Row, State, Together, copy_into
+from .cell import Cell
+from .finders import MERGED, NEXT, REFRESHES
+from .kind import Kind
+from .likeness import likeness
+from .ranks.adapting import Adapting
+from .roster import Owner, Roster
+from .rules.turn import Turn, turned
+from .schedule import SMALL, refresh_due
+from .sites import Site
+from .state import CORE
+from .steps import Now, absorb, apply
+from .stores import store_of
+from .weights import DeferringLinear, codes_of
+
+
+class Engine:
+    """Steps parameters that torch's AdamW does not serve.
+
+    Args:
+        owner: the optimizer, whose state and groups these are.
+        roster: what was decided about its parameters.
+        seed: of random directions.
+    """
+
+    refresh_scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Called at each refresh for a context to run it in."""
+    turn: Turn = staticmethod(turned)
+    """Step 5; it may be compiled."""
+    clips: bool = False
+    """Whether a driver wants to know what gradients have outside their frames."""
+    stacked_entries: int = SMALL
+    """Up to how many entries a row is stepped together with those like it; 0 for none."""
+
+    def __init__(self, owner: Owner, roster: Roster, seed: int) -> None:
+        self.owner, self.roster, self.seed = owner, roster, seed
+        self.adapting = Adapting(roster)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was decided about parameters has changed, or what their kinds follow from."""
+        self._kinds: dict[tuple[Tensor, str | None], Kind] = {}
+        self._alike: dict[Any, Kind] = {}
+        self._rows: dict[tuple[Tensor, str | None], Row] = {}
+        self._batch_of: dict[Row, Batch] = {}
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Those that last, each once."""
+        return [*dict.fromkeys(self._batch_of.values())]
+
+    # ----------------------------------------------------------------------------------------------------------- rows
+
+    def kind(self, p: Tensor, block: str | None = None) -> Kind:
+        """The kind of a parameter, or of one of its blocks."""
+        key = (p, block)
+        if key not in self._kinds:
+            site, number = self.roster.sites[p], self.roster.index[p]
+            group = slots.parts_of(site, self.owner.param_groups[number])
+            if block is not None:
+                site, group = site.block(int(block)), slots.group_of_block(group)
+            like = likeness(site, group, number)
+            own = Kind(site, group, number, like is not None)
+            self._kinds[key] = own if like is None else self._alike.setdefault(like, own)
+        return self._kinds[key]
+
+    def row(self, p: Tensor, block: str | None = None) -> Row:
+        """A parameter, or one of its blocks, with the slots that exist before the first frame."""
+        site, state = self.roster.sites[p], self.owner.state[p]
+        if block is not None:
+            state = state.setdefault(block, {})
+        row = self._rows.get((p, block))
+        if row is None:
+            kind, site = self.kind(p, block), site if block is None else site.block(int(block))
+            row = self._rows[p, block] = Row(p, block, site, kind, self.owner.state)
+        if "step" not in state:
+            scalars = self.scalar_device(p, row.site)
+            state.update(slots.opened(row.site, row.kind.group, p, scalars, self.seed))
+        return row
+
+    def opened(self, p: Tensor) -> list[Row]:
+        """The parameter, or those of its blocks that have a state."""
+        state = self.owner.state.get(p, {})
+        if self.roster.sites[p].blocks:
+            return [self.row(p, block) for block in state]
+        return [self.row(p)] if "step" in state else []
+
+    def open(self, p: Tensor) -> list[Row]:
+        """What has absorbed a gradient."""
+        return [row for row in self.opened(p) if CORE in row.state]
+
+    def due(self, row: Row) -> bool:
+        """Whether the next gradient brings this row a new frame."""
+        return row.site.projected and self.now(row).due(row.cell())
+
+    def scalar_device(self, p: Tensor, site: Site) -> torch.device:
+        """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""
+        fused = site.plain and self.roster.group_of(p)["fused"]
+        return torch.device("cpu") if self.owner.on_nonfinite == "raise" and not fused else p.device
+
+    def now(self, row: Row) -> Now:
+        """What the host decides for a step of this row, or of a batch that begins with it."""
+        group, site = self.owner.param_groups[row.kind.number], row.site
+        adaptive = site.projected and row.kind.parts.ranks.adaptive
+        return Now(
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            scale=group["scale"],
+            every=group["refresh_every"],
+            phase=site.phase,
+            seed=self.seed + site.index,
+            key=(self.seed, site.index),
+            adapt=partial(self.adapting.choose, row.p) if adaptive else None,
+            scope=self.refresh_scope,
+            clips=self.clips,
+            turn=self.turn,
+        )
+
+    # -------------------------------------------------------------------------------------------------------- batches
+
+    def sorted_out(self, rows: Iterable[Row]) -> list[Together]:
+        """Which rows are stepped together, and which alone."""
+        alike: dict[Kind, list[Row]] = {}
+        alone: list[Row] = []
+        for row in rows:
+            if row.kind.stacks and row.kind.entries <= self.stacked_entries:
+                alike.setdefault(row.kind, []).append(row)
+            else:
+                alone.append(row)
+        found: list[Together] = []
+        for kind, mates in alike.items():
+            batch = self._batch_of.get(mates[0])
+            if batch is not None and self._is(batch, mates) and not kind.alone:
+                found.append(batch)
+            else:
+                alone += self._of_a_kind(kind, mates, found)
+        for row in alone:
+            batch = self._batch_of.get(row)
+            stands = batch is not None and batch.stands()
+            if batch is not None and not stands:
+                self._end(batch)
+            found.append(Alone(row, shown=stands))
+        return found
+
+    def _of_a_kind(self, kind: Kind, mates: Sequence[Row], found: list[Together]) -> list[Row]:
+        """Add what is stepped together to what was found; returns the rows that are stepped alone."""
+        every = self.owner.param_groups[kind.number]["refresh_every"]
+        sorts: dict[Any, list[Row]] = {}
+        for row in mates:
+            sorts.setdefault(kind.now(row.state), []).append(row)
+        alone = sorts.pop(None, [])
+        for few in (rows[i : i + kind.most] for rows in sorts.values() for i in range(0, len(rows), kind.most)):
+            due = [row for row in few if kind.alone and _scheduled(row, every)]
+            rest = [row for row in few if row not in due] if due else few
+            alone += due
+            if len(rest) == 1:
+                alone += rest
+            elif rest:
+                batch = self._joined(kind, few)
+                whole = len(rest) == len(batch.rows) and all(map(is_, rest, batch.rows))
+                found.append(batch if whole else Gathered(kind, rest))
+        return alone
+
+    def stacks(self, alike: Sequence[Tensor]) -> int:
+        """How many of some parameters, alike but for their phases, are stepped together at most; 1 where none are."""
+        kinds = Counter(kind for kind in map(self.kind, alike) if kind.stacks and kind.entries <= self.stacked_entries)
+        return max((min(kind.most, count) for kind, count in kinds.items()), default=1)
+
+    def _is(self, batch: Batch, rows: Sequence[Row]) -> bool:
+        return len(batch.rows) == len(rows) and all(map(is_, batch.rows, rows)) and batch.stands()
+
+    def _joined(self, kind: Kind, rows: Sequence[Row]) -> Batch:
+        """The batch that all of these rows are in: their own, or one that is made of them."""
+        owners = dict.fromkeys(self._batch_of.get(row) for row in rows)
+        only = next(iter(owners))
+        if len(owners) == 1 and only is not None and only.stands():
+            return only
+        for batch in owners:
+            if batch is not None:
+                self._end(batch)
+        batch = Batch(kind, rows)
+        self._batch_of.update(dict.fromkeys(rows, batch))
+        return batch
+
+    def _end(self, batch: Batch) -> None:
+        batch.dissolve()
+        for row in batch.rows:
+            if self._batch_of.get(row) is batch:
+                del self._batch_of[row]
+
+    # ---------------------------------------------------------------------------------------------------- all at once
+
+    def step(self, which: Together, gradient: Callable[[Tensor], Tensor], norms: Mapping[Tensor, Tensor]) -> None:
+        """All seven steps for whole parameters; where anything raises, they and their states are as they were.
+
+        Args:
+            which: the parameters.
+            gradient: of a parameter.
+            norms: of the gradients.
+        """
+        first, rows = which.rows[0], which.rows
+        cell, now = which.cell(), self.now(first)
+        sign = self.owner.param_groups[first.kind.number]["maximize"]
+        if not which.stacked:
+            with self._closed_if_failing(first.p):
+                given = gradient(first.p)
+                absorb(cell, first.site.view.see(-given if sign else given), norms.get(first.p), now)
+                self._write(first, cell, now)
+            which.commit(cell)
+            self.settle()
+            return
+        params, straight = [row.p for row in rows], first.kind.straight
+        given = [gradient(p) for p in params]
+        seen = torch.stack(given if straight else [row.site.view.see(g) for row, g in zip(rows, given, strict=True)])
+        absorb(cell, seen.neg_() if sign else seen, torch.stack([norms[p] for p in params]), now)
+        stores = [] if straight else [store_of(row.p, row.site) for row in rows]
+        weights = torch.stack(params if straight else [store.weights for store in stores])
+        apply(cell, weights, now)
+        seeds, own = rounding.advance(cell.host), weights.unbind()
+        if straight or all(store.shares for store in stores):
+            copy_into(params if straight else [store.weights for store in stores], own)
+        else:
+            for i, (store, w) in enumerate(zip(stores, own, strict=True)):
+                if store.shares:
+                    store.weights.copy_(w)
+                else:
+                    store.write(w, seeds[i : i + 1])
+        which.commit(cell)
+
+    def step_blocks(self, p: Tensor, gradient: Tensor, written: set[str]) -> None:
+        """All seven steps for the blocks of a parameter that have a gradient, but for those that have been written.
+
+        Args:
+            p: the parameter.
+            gradient: of all of it.
+            written: the numbers of blocks whose weights and states are as they shall be; more are added.
+        """
+        with self._closed_if_failing(p, written):
+            parts = self._blocks_of(p, gradient, written)
+            self._write_blocks(p, [*parts], parts, written)
+
+    # --------------------------------------------------------------------------------------------------- in two halves
+
+    def take(self, p: Tensor, gradient: Tensor) -> None:
+        """Steps 1-4 for one parameter, which may hold on to the gradient; where anything raises, its state stays."""
+        site = self.roster.sites[p]
+        with self._closed_if_failing(p):
+            if site.blocks:
+                parts = self._blocks_of(p, gradient, ())
+            else:
+                sign = self.roster.group_of(p)["maximize"]
+                parts = {self.row(p): site.view.see(-gradient if sign else gradient)}
+            taken = [(which, which.cell()) for which in self.sorted_out(parts)]
+            for which, cell in taken:
+                absorb(cell, _laid(which, parts), None, self.now(which.rows[0]))
+        for which, cell in taken:
+            which.commit(cell)
+        self.settle()
+
+    def write(self, p: Tensor, written: set[str] | None = None) -> None:
+        """Steps 5-7 for one parameter that has absorbed gradients; where anything raises, it and its state stay.
+
+        Args:
+            p: the parameter.
+            written: takes the numbers of blocks whose weights and states are as they shall be, should others fail.
+        """
+        if self.roster.sites[p].blocks:
+            self._write_blocks(p, self.open(p), None, set() if written is None else written)
+            return
+        (which,) = self.sorted_out([self.row(p)])
+        cell = which.cell()
+        self._write(which.rows[0], cell, self.now(which.rows[0]))
+        which.commit(cell)
+
+    def settle(self) -> None:
+        """What follows from steps 1-4 for other parameters, now that they cannot fail any more."""
+        self.adapting.settle(self.owner.state)
+
+    # -------------------------------------------------------------------------------------------------------- writing
+
+    def _write(self, row: Row, cell: Cell, now: Now) -> None:
+        """Steps 5-7 for a whole parameter."""
+        codes = codes_of(row.p) if row.site.coded else None
+        if isinstance(codes, DeferringLinear):
+            _write_deferred(cell, codes, now)
+            return
+        store = store_of(row.p, row.site)
+        apply(cell, store.weights, now)
+        store.write(store.weights, rounding.advance(cell.host))
+
+    def _write_blocks(
+        self, p: Tensor, rows: Sequence[Row], parts: Mapping[Row, Tensor] | None, written: set[str]
+    ) -> None:
+        """Steps 5-7 for blocks, alike ones together, and steps 1-4 before them where gradients are given.
+
+        Where the weights are the parameter's own storage, blocks are written one after the other; else all at the end.
+        """
+        site, group = self.roster.sites[p], self.roster.group_of(p)
+        store, waiting = store_of(p, site), list[tuple[Together, Cell]]()
+        weights: Sequence[Tensor] = group["frame"].split(store.weights)
+        for which in self.sorted_out(rows):
+            cell, now = which.cell(), self.now(which.rows[0])
+            if parts is not None:
+                absorb(cell, _laid(which, parts), None, now)
+            own = [weights[int(row.block or 0)] for row in which.rows]
+            stacked = torch.stack(own) if which.stacked else own[0]
+            apply(cell, stacked, now)
+            if which.stacked:
+                copy_into(own, stacked.unbind())
+            if store.shares:
+                which.commit(cell)
+                written.update(row.block or "" for row in which.rows)
+            else:
+                waiting.append((which, cell))
+        if not waiting:
+            return
+        seeds = {row: seed for which, cell in waiting for row, seed in _seeds(which, cell)}
+        store.write(store.weights, [seeds[row] for row in rows if row in seeds])
+        for which, cell in waiting:
+            which.commit(cell)
+        written.update(row.block or "" for row in rows)
+
+    def _blocks_of(self, p: Tensor, gradient: Tensor, but: Collection[str]) -> dict[Row, Tensor]:
+        """The blocks that a gradient is not zero in, with their parts of it, but for some of them."""
+        site, group = self.roster.sites[p], self.roster.group_of(p)
+        assert site.block_mode is not None
+        seen = site.view.see(-gradient if group["maximize"] else gradient)
+        parts: Sequence[Tensor] = group["frame"].split(seen)
+        live = seen.movedim(site.block_mode, 0).flatten(1).any(1).tolist()
+        return {self.row(p, str(b)): parts[b] for b, any_ in enumerate(live) if any_ and str(b) not in but}
+
+    @contextmanager
+    def _closed_if_failing(self, p: Tensor, written: Collection[str] = ()) -> Generator[None]:
+        """Take away the state that a step which failed has opened, but that of blocks that have been written."""
+        before, blocks = {*self.owner.state[p]} if p in self.owner.state else None, self.roster.sites[p].blocks
+        try:
+            yield
+        except BaseException:
+            self.adapting.forget(p)
+            if blocks:
+                state: State = self.owner.state.get(p, {})
+                for block in [b for b in state if b not in written and b not in (before or ())]:
+                    del state[block]
+            if before is None and not (blocks and self.owner.state.get(p)):
+                self.owner.state.pop(p, None)
+            raise
+
+
+def _scheduled(row: Row, every: int) -> bool:
+    """Whether a refresh is scheduled for the next step of a row."""
+    tick, own = row.state["tick"], row.state.get(slots.MEMORY + NEXT)
+    return refresh_due(tick, every, row.site.phase) if own is None else tick <= 0 or tick >= int(own)
+
+
+def _laid(which: Together, parts: Mapping[Row, Tensor]) -> Tensor:
+    """The parts of a gradient that belong to these rows."""
+    own = [parts[row] for row in which.rows]
+    return torch.stack(own) if which.stacked else own[0]
+
+
+def _seeds(which: Together, cell: Cell) -> list[tuple[Row, int]]:
+    return [*zip(which.rows, rounding.advance(cell.host), strict=False)]
+
+
+def _write_deferred(cell: Cell, codes: DeferringLinear, now: Now) -> None:
+    """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
+    count, merged, weights = cell.finder[REFRESHES], cell.finder[MERGED], codes.decode()
+    if int(count) == int(merged) and codes.change is not None:
+        apply(cell, weights, now)
+        codes.take(weights, 1 - now.lr * now.weight_decay)
+        return
+    frame: Any = cell.frame
+    (mode,) = (n for n, u in enumerate(frame.factors) if u is not None)
+    before = [x.clone() for x in codes.numbers()]
+    try:
+        codes.merge(weights, frame.factors[mode], mode == 0)
+    except BaseException:
+        for x, value in zip(codes.numbers(), before, strict=True):
+            x.copy_(value)
+        raise
+    cell.finder[MERGED] = count.clone()
+    cell.open = None
+    cell.tick += 1

@@ -1,0 +1,135 @@
+"""Kinds: what was decided, once, about a parameter and those that are like it, but for their names and places."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from . import bases
+from . import state as slots
+from .codecs import Codec
+from .finders import Finder
+from .frames import Layout
+from .likeness import one_by_one
+from .precondition import Precondition
+from .ranks import Policy
+from .residual import Residual
+from .rules import Rule
+from .sites import Site
+from .transport import Transport
+
+_TOGETHER = 2**22
+"""Entries of a batch at most: what is stacked is there twice while it is stepped."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts that a parameter is stepped by, one of each role; see the protocols of their packages."""
+
+    frame: Layout
+    finder: Finder
+    precondition: Precondition
+    transport: Transport
+    rule: Rule
+    residual: Residual
+    codec: Codec
+    moments: Codec
+    bases: Codec
+    ranks: Policy
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> "Parts":
+        """Those of a parameter group."""
+        return cls(**{field.name: group[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What the rows of a batch share; of what is stepped alone, what was decided about it.
+
+    Args:
+        site: how it is seen, its ranks and its codecs; name and place are those of the first that is of this kind.
+        group: its hyper-parameters as they hold for it; see :func:`comoving.state.parts_of`. Those that may be edited
+            are read anew at every step (:class:`comoving.steps.Now`).
+        number: of its parameter group.
+        stacks: whether rows of this kind can be stepped together.
+    """
+
+    site: Site
+    group: Mapping[str, Any]
+    number: int
+    stacks: bool = False
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What its rows are stepped by."""
+        return Parts.of(self.group)
+
+    @cached_property
+    def moments(self) -> frozenset[str]:
+        """The names of all slots of the rule and the transport, decoded and as they are stored."""
+        own = {slot.name for slot in slots.rule_slots(self.site, self.group)}
+        return frozenset(own | slots.moments(self.site, self.group).keys())
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """The slots on the host that are the same for all rows of a batch, but for the ranks that frames store."""
+        return frozenset(
+            name
+            for name, part in slots.layout(self.site, self.group).items()
+            if not part.shape and part.dtype == torch.int64 and not (part.seed or part.own)
+        )
+
+    @cached_property
+    def basis(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each tensor of a frame of these ranks."""
+        site = self.site
+        found = bases.parts(self.group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
+        return {name: part.shape for name, part in found.items()}
+
+    @cached_property
+    def said(self) -> dict[str, int]:
+        """Name and value of each rank that a frame stores."""
+        said = {bases.RANK.format(n): r for n, r in enumerate(self.site.ranks) if r is not None}
+        return {name: rank for name, rank in said.items() if name in self.shared}
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether frames of this kind are refreshed one by one, at steps of their own."""
+        return self.site.projected and one_by_one(self.group)
+
+    @cached_property
+    def entries(self) -> int:
+        """How many entries a row has."""
+        return prod(self.site.view.shape)
+
+    @property
+    def most(self) -> int:
+        """How many rows a batch has at most."""
+        return max(1, _TOGETHER // max(1, self.entries))
+
+    @cached_property
+    def straight(self) -> bool:
+        """Whether parameters and gradients are seen just as they are stored."""
+        view = self.site.view
+        return view.name == "tensor" and view.dtype is view.stored_dtype and not view.dtype.is_complex
+
+    def at(self, site: Site) -> "Kind":
+        """The kind with the ranks of another site."""
+        return self if site.ranks == self.site.ranks else replace(self, site=site)
+
+    def now(self, state: Mapping[str, Any]) -> Hashable:
+        """What the host knows of a row, by which rows are sorted; None where it has to be stepped alone now."""
+        tick, t = state["tick"], state["step"]
+        if self.site.projected and (
+            tick <= 0
+            or any(name not in state or state[name].shape != shape for name, shape in self.basis.items())
+            or any(int(state[name]) != rank for name, rank in self.said.items())
+        ):
+            return None
+        count = float(t.numpy()) if t.device.type == "cpu" else None  # else the device's own, which agrees
+        host = (int(state[name]) for name in self.shared if name not in self.said)
+        return (tick, count, state.get(slots.WINDOW), frozenset(state), *host)

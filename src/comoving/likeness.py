@@ -1,0 +1,58 @@
+"""Which parameters are alike, so that they can be stepped together and refreshed at the same step."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from . import state as slots
+from .schedule import SMALL, at_once
+from .sites import Site
+
+_ROLES = ("rule", "precondition", "moments", "residual")
+_OF_FRAMES = ("frame", "finder", "transport", "codec", "bases")
+
+
+def likeness(site: Site, group: Mapping[str, Any], number: int) -> Hashable:
+    """What rows must have in common to be stepped together; None of one that is always stepped alone.
+
+    Args:
+        site: of the row.
+        group: its hyper-parameters as they hold for it; see :func:`comoving.state.parts_of`.
+        number: that of its group.
+    """
+    if site.plain or site.blocks or site.coded or 0 in site.view.shape:
+        return None
+    roles = (*_ROLES, *_OF_FRAMES) if site.projected else _ROLES
+    if (site.projected and group["ranks"].adaptive) or not all(group[role].batched for role in roles):
+        return None
+    phase = 0 if site.projected and one_by_one(group) else site.phase % group["refresh_every"]
+    return number, replace(site, name="", reason="", index=0, phase=phase, base=())
+
+
+def one_by_one(group: Mapping[str, Any]) -> bool:
+    """Whether the parts of a group want frames refreshed one by one."""
+    return any(getattr(group[role], "alone", False) for role in ("finder", "residual"))
+
+
+def pieces(sites: Sequence[Site], group: Mapping[str, Any], number: int) -> list[list[int]]:
+    """Which parameters of a group, by their places, refresh at the same step: small alike ones, some at a time.
+
+    Those whose frames are refreshed one by one do so at a step of their own.
+
+    Args:
+        sites: of all of them, still without phases.
+        group: its hyper-parameters.
+        number: that of the group.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for place, site in enumerate(sites):
+        own = slots.parts_of(site, group)
+        key, entries = likeness(site, own, number), prod(site.view.shape)
+        small = key is not None and entries <= SMALL and not (site.projected and one_by_one(own))
+        alike.setdefault(key if small else place, []).append(place)
+    cut: list[list[int]] = []
+    for places in alike.values():
+        count = at_once(prod(sites[places[0]].view.shape))
+        cut += [places[i : i + count] for i in range(0, len(places), count)]
+    return cut

@@ -1,0 +1,258 @@
+"""The roster: what was decided about every parameter, and what may still be edited of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from . import checkpoint
+from . import state as slots
+from .groups import check_options, decide
+from .likeness import pieces
+from .ranks import Record
+from .ranks import assignment as assignments
+from .ranks import budget as budgets
+from .ranks.limit import limit_bytes
+from .schedule import stagger
+from .sites import Site
+from .weights import codes_of
+
+_EDITABLE = ("lr", "betas", "eps", "weight_decay", "scale", "refresh_every", "maximize", "foreach", "fused")
+"""What may be edited in a group, and is checked when it was."""
+
+
+class Owner(Protocol):
+    """What a roster needs of the optimizer that has it."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    on_nonfinite: str
+
+
+class Roster:
+    """The sites of all parameters, their groups, and the budget that their states share.
+
+    Args:
+        owner: the optimizer.
+        budget: as for :class:`comoving.LowRankOptimizer`, parsed.
+        changed: called when something was decided anew.
+    """
+
+    def __init__(self, owner: Owner, budget: int | float | None, changed: Callable[[], None]) -> None:
+        self.owner, self.budget, self._changed = owner, budget, changed
+        self.sites: dict[Tensor, Site] = {}
+        self.index: dict[Tensor, int] = {}
+        self.fixed: list[dict[str, Any]] = []
+        self._edited: dict[int, list[Any]] = {}
+        self._limit: int | None = None
+        self._held: dict[Tensor, int] = {}
+
+    def group_of(self, p: Tensor) -> dict[str, Any]:
+        """The parameter group of a parameter that is here."""
+        return self.owner.param_groups[self.index[p]]
+
+    # ------------------------------------------------------------------------------------------------------- deciding
+
+    def decided(
+        self, pairs: Sequence[tuple[str | None, Tensor]], given: Mapping[str, Any], group: Mapping[str, Any]
+    ) -> list[Site]:
+        """The sites of parameters that are about to join, still without phases.
+
+        Args:
+            pairs: (name, parameter).
+            given: their hyper-parameters, with codecs that may be "auto".
+            group: the same with those settled.
+
+        Raises:
+            ValueError: what does not fit a parameter, or cannot be served.
+        """
+        sites = [assignments.opening(s, given, self.budget is not None) for s in decide(pairs, group, len(self.sites))]
+        deferred = [site.name for site in sites if site.deferred]
+        if deferred and self.owner.on_nonfinite == "skip":
+            raise ValueError(
+                f"on_nonfinite='skip' is refused: {', '.join(deferred)} would be merged at a skipped refresh, "
+                f"which cannot be undone without reading the device; use 'raise'"
+            )
+        sharded = [site.name for (_, p), site in zip(pairs, sites, strict=True) if not site.plain and _sharded(p)]
+        if sharded:
+            raise ValueError(
+                f"{', '.join(sharded[:5])}: sharded over processes (a DTensor, as fully_shard() makes it), which only "
+                f"torch's own AdamW steps here: leave them whole, or keep them dense"
+            )
+        return sites
+
+    def join(self, params: Sequence[Tensor], sites: Sequence[Site], group: Mapping[str, Any]) -> list[Site]:
+        """The sites of parameters that are about to join, and those of all others, within the budget.
+
+        Raises:
+            ValueError: nothing fits; nothing has changed then.
+        """
+        joined = self.sites | dict(zip(params, sites, strict=True))
+        fitted = self.within_budget(joined, lambda p: self.group_of(p) if p in self.sites else group)
+        self.sites |= {p: fitted[p] for p in self.sites}
+        return [fitted[p] for p in params]
+
+    def place(self, params: Sequence[Tensor], sites: Sequence[Site], index: int) -> None:
+        """Register the sites, with phases that spread the work of refreshes evenly."""
+        group = self.owner.param_groups[index]
+        for key, value in checkpoint.unheard(group).items():
+            group.setdefault(key, value)
+        every = group["refresh_every"]
+        self.fixed.append({key: group[key] for key in slots.FIXED})
+        load: dict[int, float] = {}
+        for p, site in self.sites.items():
+            if site.projected and self.group_of(p)["refresh_every"] == every:
+                load[site.phase] = load.get(site.phase, 0.0) + p.numel()
+        moving = [piece for piece in pieces(sites, group, index) if sites[piece[0]].projected]
+        phases = stagger((float(sum(params[i].numel() for i in piece)) for piece in moving), every, load)
+        phase_of = {i: phase for piece, phase in zip(moving, phases, strict=True) for i in piece}
+        for i, (p, site) in enumerate(zip(params, sites, strict=True)):
+            self.sites[p] = replace(site, phase=phase_of.get(i, 0))
+            self.index[p] = index
+        self._changed()
+
+    def remove(self, params: Sequence[Tensor], index: int) -> None:
+        """Forget parameters whose group, of this number, was taken away."""
+        for p in params:
+            del self.sites[p]
+        del self.fixed[index]
+        self.index = {p: i for i, group in enumerate(self.owner.param_groups) for p in group["params"]}
+        self.forget_bytes()
+        self._changed()
+
+    # --------------------------------------------------------------------------------------------------------- checks
+
+    def check(self) -> None:
+        """Refuse edits of what was decided at construction; rates, decay rates and the refresh period may change.
+
+        Raises:
+            ValueError, TypeError: such an edit, one to a value outside its interval, or parameters of another dtype.
+        """
+        for p, site in self.sites.items():
+            if not _kept(p, site):
+                self.check_kept(p)
+        changed = [site.name for p, site in self.sites.items() if site.coded != (codes_of(p) is not None)]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: quantized or dequantized since this optimizer was built, or without the model "
+                f"that held the codes: call comoving.weights.quantize(model) first, then build the optimizer"
+            )
+        for index, (group, fixed) in enumerate(zip(self.owner.param_groups, self.fixed, strict=True)):
+            editable = [group[key] for key in _EDITABLE]
+            if self._edited.get(index) != editable:
+                check_options(group)
+                self._edited[index] = editable
+                self._changed()
+            edited = [key for key, value in fixed.items() if group[key] != value]
+            if edited:
+                raise ValueError(
+                    f"{', '.join(edited)} cannot be edited in a parameter group: what is projected, and what its state "
+                    f"holds, is decided at construction. Build a new optimizer and load this one's state_dict()"
+                )
+
+    def check_kept(self, p: Tensor) -> None:
+        """Raise unless a parameter is here, with the dtype and shape that its state was made for."""
+        site = self.sites.get(p)
+        if site is None:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is none of this optimizer's")
+        if _kept(p, site):
+            return
+        now, then = ((p.dtype, tuple(p.shape)), (site.view.stored_dtype, site.view.stored_shape))
+        raise ValueError(
+            f"{site.name} is {now[0]} of shape {now[1]}, and was {then[0]} of shape {then[1]} when this optimizer was "
+            f"built: call model.to(dtype), .double(), .half() and the like before building the optimizer, or build a "
+            f"new one and load this one's state_dict()"
+        )
+
+    # --------------------------------------------------------------------------------------------------------- budget
+
+    def limit(self) -> int | None:
+        """The bytes that the budget allows the state of the projected parameters that are here; None without one."""
+        if self._limit is None and self.budget is not None:
+            self._limit = limit_bytes(self.budget, [p for p, site in self.sites.items() if site.projected])
+        return self._limit
+
+    def within_budget(
+        self, sites: Mapping[Tensor, Site], group_of: Callable[[Tensor], Mapping[str, Any]]
+    ) -> dict[Tensor, Site]:
+        """The sites, with ranks and codecs that fit the budget; those that have a state are asked for lower ranks.
+
+        Raises:
+            ValueError: nothing fits; nothing has changed then.
+        """
+        if self.budget is None:
+            return dict(sites)
+        claims: dict[Tensor, budgets.Claim] = {}
+        for p, site in sites.items():
+            group, state = group_of(p), self.owner.state.get(p, {})
+            if site.projected:
+                claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
+        return dict(sites) | self._fitted(claims, anew=True)
+
+    def _fitted(self, claims: Mapping[Tensor, budgets.Claim], anew: bool) -> dict[Tensor, Site]:
+        """What fits the budget of those that have no state; of the others the ranks in their state are lowered."""
+        assert self.budget is not None
+        limit = limit_bytes(self.budget, claims)
+        share = f"{limit}, {self.budget:.4g} of AdamW's state" if isinstance(self.budget, float) else str(limit)
+        fitted = assignments.fit([*claims.values()], limit, anew, share)
+        self.forget_bytes()
+        for site, claim in zip(fitted, claims.values(), strict=True):
+            if slots.RANKS in claim.state:
+                slots.set_ranks(claim.state, site.ranks)
+        return {p: site for (p, claim), site in zip(claims.items(), fitted, strict=True) if not claim.state}
+
+    def fit_loaded(self, admitted: Mapping[Tensor, dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+        """Lower the ranks that loaded parameters ask for where they exceed the budget; frames follow at the next step.
+
+        Raises:
+            ValueError: even the lowest ranks need more.
+        """
+        if self.budget is None:
+            return
+        claims: dict[Tensor, budgets.Claim] = {}
+        for p, site in self.sites.items():
+            group, state = groups[self.index[p]], admitted.get(p, {})
+            if site.projected:
+                if slots.RANKS in state:
+                    state[slots.RANKS] = state[slots.RANKS].clone()
+                claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
+        self.sites |= self._fitted(claims, anew=False)
+        self._changed()
+
+    def claim(self, p: Tensor) -> budgets.Claim:
+        """What one projected parameter has of the budget."""
+        group, state = self.group_of(p), self.owner.state.get(p, {})
+        return budgets.Claim(slots.current(self.sites[p], group, state), group, state)
+
+    def held_by(self, params: Sequence[Tensor]) -> int:
+        """The bytes of projected parameters; remembered, since each of them refreshes."""
+        self._held |= {q: self.claim(q).held() for q in params if q not in self._held}
+        return sum(self._held[q] for q in params)
+
+    def forget_bytes(self, p: Tensor | None = None) -> None:
+        """What one parameter, or all, has of the budget has changed."""
+        if p is None:
+            self._held.clear()
+            self._limit = None
+        else:
+            self._held.pop(p, None)
+
+    @staticmethod
+    def record(group: Mapping[str, Any]) -> Record:
+        """What validation has said so far."""
+        return Record(*group.get(slots.VALIDATION, ()))
+
+
+def _kept(p: Tensor, site: Site) -> bool:
+    """Whether a parameter has the dtype and shape that its state was made for."""
+    return site.coded or (p.dtype is site.view.stored_dtype and p.shape == site.view.stored_shape)
+
+
+def _sharded(p: Tensor) -> bool:
+    """Whether a parameter is a DTensor."""
+    if type(p) in {Tensor, nn.Parameter}:
+        return False
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415  (takes its time)
+
+    return isinstance(p, DTensor)
