@@ -2,9 +2,9 @@
 
 Units are of one *kind* when they share everything that was decided about them but their names and places: group, view,
 ranks, codecs, phase. They are stacked where every part is ``batched``, none has more entries than the optimizer's
-``stacked_entries``, and the host knows the same of all: the number of finished steps, and a finder's integers. A frame
-that is still to be found for the first time is found alone. So is every other one where a part is ``alone``: then
-phases may differ, and those that are not due are stacked.
+``stacked_entries``, and the host knows the same of all: the number of finished steps, and the integers of finder and
+cadence. A frame that is still to be found for the first time is found alone. So is every other one where a part is
+``alone``: then phases may differ, and those that are not due are stacked.
 
 A batch holds its tensors stacked; the state of each unit holds its row of them, as a view. While nobody replaces one
 of these views, nothing has to be stacked again.
@@ -29,7 +29,7 @@ from .steps import Unit
 _TOGETHER = 2**22
 """Entries of a batch at most: what is stacked is there twice while it is stepped."""
 _ROLES = ("rule", "precondition", "moments", "residual")
-_OF_FRAMES = ("frame", "finder", "transport", "codec", "bases")
+_OF_FRAMES = ("frame", "finder", "cadence", "transport", "codec", "bases")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from . import rounding as rounds
 from . import state as slots
 from .backward import InBackward
 from .batches import Batch, copy_into, sorted_out
+from .cadence import Cadence, Every
 from .codecs import Codec, Full
-from .finders import MERGED, REFRESHES, Finder, Memory, Power
+from .finders import Finder, Memory, Power
 from .frames import Frame, Layout, Modes
 from .frames.base import Rank, Side
 from .groups import check_options, params_of
@@ -70,7 +71,7 @@ class LowRankOptimizer(InBackward):
         weight_decay: >= 0, decoupled.
         side: "auto", "left", "right" or "both", for matrices.
         view: "tensor", "matrix", "pairs" or heads; see :class:`comoving.views.View`.
-        frame, finder, precondition, transport, rule, residual: the parts.
+        frame, finder, cadence, precondition, transport, rule, residual: the parts.
         codec: stores the residual's buffer; "auto" is 8 bits, or what a budget assigns each projected parameter.
         moments: a codec too, of the rule's moments and covariances; "auto" likewise, and full precision at rank 1.0.
         bases: a codec, of the factors of :class:`comoving.frames.Modes` and :class:`comoving.frames.SparseModes`.
@@ -79,7 +80,8 @@ class LowRankOptimizer(InBackward):
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
             unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
             plain number by itself; "auto" is 0.3-match for matrices and match for tensors, which measured best.
-        refresh_every: steps between refreshes of a frame, >= 1, staggered over the parameters.
+        refresh_every: steps between refreshes of a frame, >= 1, staggered over the parameters; what the cadence starts
+            from, and with :class:`comoving.cadence.Every` keeps to.
         maximize: ascend instead.
         amsgrad, foreach, fused: for dense real parameters, as in torch; amsgrad is refused for others, fused for dense
             complex ones.
@@ -124,6 +126,7 @@ class LowRankOptimizer(InBackward):
         view: ViewName | Heads = "tensor",
         frame: Layout = Modes(),  # noqa: B008  (frozen)
         finder: Finder = Power(),  # noqa: B008
+        cadence: Cadence = Every(),  # noqa: B008
         precondition: Precondition = Plain(),  # noqa: B008
         transport: Transport = Rotate(),  # noqa: B008
         rule: Rule = Adam(),  # noqa: B008
@@ -151,10 +154,10 @@ class LowRankOptimizer(InBackward):
         check_int("seed", seed, 0)
         defaults = dict(
             lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
-            finder=finder, precondition=precondition, transport=transport, rule=rule, residual=residual, codec=codec,
-            moments=moments, bases=bases, ranks=ranks, scale=scale, refresh_every=refresh_every, maximize=maximize,
-            amsgrad=amsgrad, foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons,
-            rounding=rounding,
+            finder=finder, cadence=cadence, precondition=precondition, transport=transport, rule=rule,
+            residual=residual, codec=codec, moments=moments, bases=bases, ranks=ranks, scale=scale,
+            refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad, foreach=foreach, fused=fused,
+            diagnostics=diagnostics, select=select, reasons=reasons, rounding=rounding,
         )  # fmt: skip
         defaults = {key: plain(value) for key, value in defaults.items()}
         check_options(settled(defaults))
@@ -435,8 +438,7 @@ class LowRankOptimizer(InBackward):
         """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
         now = self._now(p)
         for _, unit, weights in self._with_core(p, codes.decode()):
-            count, merged = (unit.state[slots.MEMORY + name] for name in (REFRESHES, MERGED))
-            if int(count) == int(merged) and codes.change is not None:
+            if slots.REFRESHED not in unit.state and codes.change is not None:
                 state = apply(unit, weights, now)
                 codes.take(weights, 1 - unit.group["lr"] * unit.group["weight_decay"])
                 slots.commit(unit.state, state)
@@ -450,7 +452,7 @@ class LowRankOptimizer(InBackward):
                 for x, value in zip(codes.numbers(), before, strict=True):
                     x.copy_(value)
                 raise
-            unit.state[slots.MEMORY + MERGED] = count.clone()
+            unit.state.pop(slots.REFRESHED, None)
             del unit.state["core"]
             unit.state["tick"] += 1
 

@@ -17,12 +17,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import bases, diagnostics
 from . import state as slots
-from .finders import NEXT, Memory, Operand
+from .cadence import When
+from .finders import Memory, Operand
 from .frames import Frame, ModeFrame, Modes
 from .groups import update_scale
 from .linalg import asks_host, norm
@@ -30,7 +30,6 @@ from .residual import Passage, Update
 from .rules import Rule
 from .rules.base import averaged
 from .rules.turn import Turn, turned
-from .schedule import next_refresh, refresh_due
 from .sites import Site
 from .transport import Clock
 
@@ -42,7 +41,7 @@ class Unit(NamedTuple):
         site: what was decided about it, or about the first of several.
         group: its hyper-parameters.
         state: its tensors by name. Those of several have a leading dimension, a row each, but for what is known to the
-            host and the same for all: "tick", "step" and a finder's integers.
+            host and the same for all: "tick", "step" and the integers of finder and cadence.
         rows: how many leading dimensions count rows: 0, or 1 for several.
     """
 
@@ -81,10 +80,13 @@ class Unit(NamedTuple):
 
     def scheduled(self) -> bool:
         """Whether a refresh is scheduled for this step; of rows, whether one is for any."""
-        tick, own = self.state["tick"], self.state.get(slots.MEMORY + NEXT)
-        if own is None:
-            return refresh_due(tick, self.group["refresh_every"], self.site.phase)
-        return tick <= 0 or tick >= int(own.amin() if own.ndim else own)
+        if self.state["tick"] <= 0:
+            return True
+        return self.group["cadence"].due(slots.own_slots(self.state, slots.CADENCE), self.when())
+
+    def when(self) -> When:
+        """This step, as the cadence is asked about it."""
+        return When(max(0, self.state["tick"]), self.group["refresh_every"], self.site.phase)
 
     def unpacked(self, only: str | None = None) -> "Unit":
         """The unit with a state of its own, in which its moments, or ``only`` one of them, are decoded."""
@@ -141,7 +143,9 @@ def absorb(unit: Unit, seen: Tensor, size: Tensor | None, now: Now) -> None:
         unit = unit.unpacked()
         unit.state["step"] = unit.state["step"].clone()  # transports may set it back
     residual, codec, state = group["residual"], group["codec"], unit.state
-    memory = {name: x.clone() if refreshing or x.ndim else x for name, x in slots.memory_of(state).items()}
+    memory = {
+        name: x.clone() if refreshing or x.ndim else x for name, x in slots.own_slots(state, slots.MEMORY).items()
+    }
     if group["diagnostics"]:
         state[diagnostics.SLOT] = state[diagnostics.SLOT].clone()
     if refreshing:
@@ -155,8 +159,9 @@ def absorb(unit: Unit, seen: Tensor, size: Tensor | None, now: Now) -> None:
             restored = restored.measured() if group["diagnostics"] else restored
             unit, kept = now.adapt(unit, seen, memory)
             passage = refresh(unit, restored, memory, kept, now.seed)  # 3
-        _time_next(unit, memory)
-    state.update(slots.remembered(memory))
+        if site.deferred:
+            state[slots.REFRESHED] = True
+    state.update(slots.prefixed(memory, slots.MEMORY))
     z = restored.project(passage.frame, passage.overlap) if opening else passage.frame.project(seen)  # 4
     state["core"] = z if opening else state["core"] + z
     turned = refreshing and restored.core is not None  # else |g~|^2 = |z|^2 + |e|^2
@@ -203,6 +208,8 @@ def refresh(unit: Unit, seen: Operand, memory: Memory, kept: Frame | None, seed:
         looked_at = looked_at.mix(1 - finder.momentum, old, core)
     warm = state["tick"] > 0 and old is not None and any(r is not None for r in old.ranks)
     new: Frame = finder.find(looked_at, start, warm, memory)
+    timed = group["cadence"].refreshed(slots.own_slots(state, slots.CADENCE), start if warm else None, new, unit.when())
+    state.update(slots.prefixed(timed, slots.CADENCE))
     if state["tick"] <= 0 and asks_host(seen.dense) and not bool(seen.dense.any()):
         state["tick"] = -1  # nothing was to be seen so far: look again at the next step
     new = bases.put(group, state, new, old, site.view.shape, (seed, site.index))
@@ -271,14 +278,6 @@ def outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | No
         return kept
     lost = (norm(seen, rows).square() - norm(core, rows).square()).clamp_min_(0).sqrt_()
     return lost if before is None else lost + before
-
-
-def _time_next(unit: Unit, memory: Memory) -> None:
-    """Note when a finder that times its own refreshes wants the next one."""
-    if NEXT in memory:
-        every, tick = unit.group["refresh_every"], max(0, unit.state["tick"])
-        step = next_refresh(tick, every, unit.site.phase, unit.group["finder"].interval(memory, every))
-        memory[NEXT] = torch.tensor(step, device="cpu")
 
 
 def _copy(names: set[str], state: dict[str, Any], stored: Mapping[str, Any]) -> None:

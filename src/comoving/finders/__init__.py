@@ -14,14 +14,12 @@ What their formulas are about:
 """
 
 from .amortized import Amortized
-from .base import MERGED, NEXT, REFRESHES, Finder, Memory, Memoryless
+from .base import Finder, Memory, Memoryless
 from .block_selection import BlockSelection
 from .correlation import Correlation
 from .cosine import CosineSelection
 from .exact import Exact
-from .growing import Growing
 from .incremental import IncrementalSVD
-from .lazy import Lazy
 from .nystroem import Nystroem
 from .oja import Oja
 from .operand import Operand
@@ -39,18 +37,13 @@ __all__ = [
     "CosineSelection",
     "Exact",
     "Finder",
-    "Growing",
     "IncrementalSVD",
-    "Lazy",
-    "MERGED",
     "Memory",
     "Memoryless",
-    "NEXT",
     "Nystroem",
     "Oja",
     "Operand",
     "Power",
-    "REFRESHES",
     "RandomProjection",
     "Randomized",
     "StreamingTucker",
