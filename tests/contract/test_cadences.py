@@ -124,7 +124,7 @@ def test_it_goes_with_ranks_that_change(cadence):
 
 
 @dataclass(frozen=True)
-class Watching(Every):
+class Watching(Growing):
     """Remembers, beside itself, what it was asked with."""
 
     seen = []  # noqa: RUF012
@@ -147,7 +147,7 @@ def test_the_engine_hands_it_its_own_slots_the_frames_and_the_step():
         step(optimizer, p, randn((12, 16), torch.float32, t))
     first, *asked, third = Watching.seen
     assert first[1] is None and [when.tick for *_, when in Watching.seen] == [0, 1, 2, 3, 3]
-    assert all(names == set() and when[1:] == (3, 0) for names, *_, when in Watching.seen)
+    assert all(names == {"refreshes", "next"} and when[1:] == (3, 0) for names, *_, when in Watching.seen)
     assert [new for _, _, new, _ in asked] == [None] * 3
     assert torch.equal(third[1].factors[0], before)
     assert torch.equal(third[2].factors[0], optimizer.state[p]["frame.0"])

@@ -10,7 +10,7 @@ What their formulas are about:
 - U_n, the factor: an orthonormal matrix of shape (d_n, r_n) for each compressed mode n. r_n is the rank, and the frame
   F is all the factors together.
 - O x_n A, the product along mode n: the tensor whose unfolding along mode n is A O_(n).
-- A refresh: a step at which the optimizer asks for a new frame.
+- A refresh: a step at which the optimizer asks for a new frame, as its cadence says (:mod:`comoving.cadence`).
 """
 
 from .amortized import Amortized
