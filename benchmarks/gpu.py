@@ -717,7 +717,7 @@ def _replayed(run: Run, recipe: str, kind: str) -> Figures:
         for twin in twins:
             twin.refresh_every(NEVER)
         quiet = 0
-        while quiet <= SELDOM:  # finders that time themselves have a refresh still to come
+        while quiet <= SELDOM:  # under other cadences than Every a refresh is still to come
             run.check()
             quiet = 0 if any([twin.step() for twin in twins]) else quiet + 1
     if kind == "refresh" and periodic(recipe, SELDOM):

@@ -8,8 +8,9 @@ from torch import nn
 
 import comoving
 from comoving import LowRankOptimizer
+from comoving.cadence import Growing
 from comoving.codecs import Full, Int8
-from comoving.finders import BlockSelection, Exact, Growing, IncrementalSVD, Power, StreamingTucker
+from comoving.finders import BlockSelection, Exact, IncrementalSVD, Power, StreamingTucker
 from comoving.frames import Blocks, SparseModes
 from comoving.precondition import Factored, Kronecker
 from comoving.ranks import Tolerance
@@ -168,7 +169,7 @@ COMPOSED = {
     "own parts": {"finder": InPlace(), "rule": Own(), "residual": Feedback()},
     "whole, own": {"rank": 1.0, "rule": Own(), "precondition": Factored()},
     "adaptive": {"ranks": Tolerance(step=1), "transport": Carry(), "codec": Int8(), "residual": Feedback()},
-    "sparse core": {"frame": SparseModes(), "finder": BlockSelection(Growing(base=2.0))},
+    "sparse core": {"frame": SparseModes(), "finder": BlockSelection(), "cadence": Growing(base=2.0)},
     "rounded": {"rounding": "stochastic", "residual": Discard()},
 }
 

@@ -5,15 +5,13 @@ import torch
 from torch import nn
 
 from comoving import LowRankOptimizer, build, recipes
+from comoving.cadence import Growing, Lazy
 from comoving.codecs import Int4, Int8, RankOne
 from comoving.finders import (
     BlockSelection,
     Exact,
-    Growing,
     IncrementalSVD,
-    Lazy,
     Nystroem,
-    Power,
     Randomized,
     RandomProjection,
     TrainRandomized,
@@ -33,7 +31,7 @@ CONVERGED = "torch asks whether it converged"
 EIGH = {"refresh: linalg/decompositions.py:_eigh": CONVERGED}
 SVD = {"refresh: linalg/decompositions.py:_svd": CONVERGED}
 EIGH_OUTSIDE = {"step: linalg/decompositions.py:_eigh": CONVERGED}
-LAZY = {"refresh: finders/lazy.py:_compare": "the host decides when the next refresh is"}
+LAZY = {"refresh: cadence/lazy.py:_compared": "the host decides when the next refresh is"}
 RAISING = {"step: drivers/guard.py:inspect": "one flag, so that nothing changes before it is raised"}
 PUT_BACK = {"step: drivers/gradients.py:__exit__": "the seed that the frame is drawn from is on the host"}
 
@@ -51,7 +49,7 @@ OF_RECIPES = {
 """Where the host waits in steps of each recipe, and why; nowhere in those of others."""
 WHEN_SKIPPING = {"frugal": PUT_BACK, "flora": PUT_BACK, "seeded": PUT_BACK}
 """Beside that with ``on_nonfinite="skip"``."""
-OPTIONS = {"q-galore": {"finder": Lazy(patience=2)}}
+OPTIONS = {"q-galore": {"cadence": Lazy(patience=2)}}
 
 PARTS = {
     "warm": {"finder": Exact(sweeps=1, sequential=True, warm=True)},
@@ -61,8 +59,8 @@ PARTS = {
     "slices": {"finder": Nystroem(columns="slices")},
     "sequential": {"finder": Randomized(sequential=True)},
     "randomized train": {"frame": Trains(), "finder": TrainRandomized()},
-    "growing": {"finder": Growing(inner=Power())},
-    "lazy": {"finder": Lazy(inner=Power(), patience=1)},
+    "growing": {"cadence": Growing()},
+    "lazy": {"cadence": Lazy(patience=1)},
     "sparse core": {"frame": SparseModes(), "finder": BlockSelection(), "rank": 0.2},
     "seeded": {"frame": Seeded(), "finder": RandomProjection()},
     "carry": {"transport": Carry(), "side": "both", "residual": Feedback()},

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import comoving
+from comoving.cadence import Every, Growing, Lazy
 from comoving.codecs import Int4, Int8
-from comoving.finders import Exact, Growing
+from comoving.finders import Exact
 from comoving.residual import Feedback
 from comoving.weights import DeferringLinear, dequantize, quantize
 from contract.support import frame_of, randn
@@ -48,9 +49,9 @@ def test_levels_are_those_of_qlora():
 @pytest.mark.parametrize("compensate", [0, 3])
 def test_it_is_its_reference(shape, compensate):
     model = quantize(Layers(shape), Int4(block=8), compensate=compensate)
-    finder = Growing(base=1.7)
+    cadence = Growing(base=1.7)
     optimizer = comoving.build(
-        "loqt", model, rank=3, refresh_every=4, scale=SCALE, finder=finder, eps=1e-3 / SCALE, **HYPER
+        "loqt", model, rank=3, refresh_every=4, scale=SCALE, cadence=cadence, eps=1e-3 / SCALE, **HYPER
     )
     layers, left = [model.one, model.two], shape[0] <= shape[1]
 
@@ -117,11 +118,46 @@ def test_gradients_are_those_of_what_is_read_and_the_factor_is_stored_once(dtype
     assert model.one.factor is optimizer.state[model.one.weight]["frame.0"]
     assert model.one.change.dtype == torch.float32 and model.one.weight.untyped_storage().nbytes() == dtype.itemsize
     codes = model.one.codes.clone()
-    before = int(optimizer.state[model.one.weight]["finder.next"])
+    before = int(optimizer.state[model.one.weight]["cadence.next"])
     run(model, optimizer, range(5, before))
     assert torch.equal(model.one.codes, codes)
     run(model, optimizer, range(before, before + 1))
     assert not torch.equal(model.one.codes, codes)
+
+
+@pytest.mark.parametrize("cadence", [Every(), Lazy(threshold=0.0, patience=1), Growing(1.0)], ids=str)
+def test_codes_are_merged_at_refreshes_of_any_cadence_and_at_no_other_step(cadence, monkeypatch):
+    model, optimizer = make(cadence=cadence)
+    refreshes, merges, merge = [], [], DeferringLinear.merge
+    optimizer.refresh_scope = lambda: refreshes.append(t) or torch.no_grad()
+    monkeypatch.setattr(DeferringLinear, "merge", lambda *args: merges.append(t) or merge(*args))
+    for t in range(14):
+        before = model.one.codes.clone()
+        run(model, optimizer, [t])
+        assert torch.equal(model.one.codes, before) or t in merges
+        assert not any("refreshed" in optimizer.state[layer.weight] for layer in (model.one, model.two))
+    assert merges == refreshes and 6 <= len(refreshes) < 14
+
+
+@pytest.mark.parametrize("t", [0, 3])
+def test_a_new_frame_that_is_not_merged_yet_is_saved(t):
+    """Between the first gradient and the step, in the middle of a window."""
+    (model, optimizer), (twin, second) = make(), make()
+    run(model, optimizer, range(t))
+    run(twin, second, range(t))
+    for m, o in ((model, optimizer), (twin, second)):
+        gradient = randn((16, 24), torch.float32, 77)
+        o.absorb(m.one.weight, gradient)
+    assert optimizer.state[model.one.weight]["refreshed"] is True
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    third = comoving.build("loqt", model, 1e-2, rank=4, refresh_every=3)
+    third.load_state_dict(torch.load(file, weights_only=True))
+    third.apply(model.one.weight)
+    second.apply(twin.one.weight)
+    assert torch.equal(model.one.codes, twin.one.codes)
+    assert "refreshed" not in third.state[model.one.weight]
 
 
 @pytest.mark.parametrize("cut", [3, 4, 8])
@@ -169,7 +205,7 @@ def test_it_moves_with_the_model_and_trains():
     ("options", "message"),
     [
         ({"rank": 1.0}, "is not projected"),
-        ({"finder": Exact()}, "does not count its refreshes"),
+        ({"refresh_every": 1}, "one that merges makes no update"),
         ({"residual": Feedback()}, "outside of that frame"),
         ({"side": "both"}, "one side of the matrix"),
         ({"on_nonfinite": "skip"}, "on_nonfinite='skip' is refused: one.weight, two.weight"),
@@ -178,7 +214,7 @@ def test_it_moves_with_the_model_and_trains():
 )
 def test_what_does_not_go_with_a_change_beside_codes_is_refused(options, message):
     model = quantize(Layers((16, 24)), Int4(), compensate=2)
-    given = dict(rank=4, finder=Growing()) | options
+    given = dict(rank=4, refresh_every=3) | options
     with pytest.raises(ValueError, match=message):
         comoving.LowRankOptimizer(model.named_parameters(), **given)
 
@@ -192,4 +228,5 @@ def test_bad_numbers_of_repetitions_are_refused():
 
 def test_defaults_are_the_papers():
     options = comoving.recipes()["loqt"].options
-    assert (options["finder"], options["refresh_every"], options["scale"]) == (Growing(Exact(), 1.2), 100, 0.5)
+    assert (options["finder"], options["cadence"]) == (Exact(), Growing(1.2))
+    assert (options["refresh_every"], options["scale"]) == (100, 0.5)

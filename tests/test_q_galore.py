@@ -1,4 +1,4 @@
-"""q-galore follows its reference; the lazy finder refreshes where and when it should, and resumes bit by bit."""
+"""q-galore follows its reference; the lazy cadence refreshes where and when it should, and resumes bit by bit."""
 
 import copy
 import io
@@ -10,9 +10,10 @@ from torch import nn
 
 import comoving
 from comoving import bases
+from comoving.cadence import Lazy
 from comoving.codecs import Full, Int4, Int8
 from comoving.draws import scramble
-from comoving.finders import Exact, Lazy, Power
+from comoving.finders import Exact, Power
 from comoving.frames import Blocks
 from comoving.transport import Rotate
 from comoving.weights import quantize
@@ -53,7 +54,7 @@ def run(shape, codec=None, block=256, draw=False, **options):
     model, left = Layers(shape), shape[0] <= shape[1]
     if codec is not None:
         quantize(model, codec)
-    given = dict(rank=3, refresh_every=4, scale=0.7, finder=Lazy(**LAZY), moments=Int8(block=block)) | HYPER | options
+    given = dict(rank=3, refresh_every=4, scale=0.7, cadence=Lazy(**LAZY), moments=Int8(block=block)) | HYPER | options
     optimizer = comoving.build("q-galore", model, **given)
     layers = [model.settled, model.moving]
     phases = [optimizer.sites[layer.weight].phase for layer in layers]
@@ -126,7 +127,7 @@ def test_without_patience_spent_it_is_galore_in_few_bits():
     """A threshold that is never reached leaves GaLore's own schedule."""
     model = Layers((6, 9))
     twin = copy.deepcopy(model)
-    lazy = comoving.build("galore", model, 1e-2, rank=3, refresh_every=4, finder=Lazy(threshold=1.0))
+    lazy = comoving.build("galore", model, 1e-2, rank=3, refresh_every=4, cadence=Lazy(threshold=1.0))
     plain = comoving.build("galore", twin, 1e-2, rank=3, refresh_every=4)
     for p, site in zip(twin.parameters(), lazy.sites.values(), strict=True):
         plain.sites[p] = replace(plain.sites[p], phase=site.phase)  # what Lazy times refreshes at steps of its own
@@ -142,15 +143,14 @@ def test_without_patience_spent_it_is_galore_in_few_bits():
 
 def test_defaults_are_the_papers():
     recipe = comoving.recipes()["q-galore"]
-    finder = recipe.options["finder"]
-    assert (finder.inner, finder.threshold, finder.patience, finder.growth) == (Exact(), 0.4, 5, 2)
+    assert (recipe.options["finder"], recipe.options["cadence"]) == (Exact(), Lazy(0.4, patience=5, growth=2))
     assert recipe.options["moments"] == Int8() and Int8().block == 256
     assert recipe.options["bases"] == Int4(block=256, table="linear")
     assert (recipe.options["refresh_every"], recipe.options["scale"]) == (200, 0.25)
     assert str(recipe.state_formula()) == "0.5156 B mr + 2.031 B nr"
 
 
-# The finder in other company
+# The cadence in other company
 
 
 def steps(model, optimizer, which):
@@ -165,7 +165,7 @@ def steps(model, optimizer, which):
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(cut):
     def make():
         model = quantize(Layers((6, 9)).float())
-        options = dict(rank=3, refresh_every=4, finder=Lazy(**LAZY))
+        options = dict(rank=3, refresh_every=4, cadence=Lazy(**LAZY))
         return model, comoving.build("q-galore", model, 1e-2, **options)
 
     (model, optimizer), (twin, second) = make(), make()
@@ -179,33 +179,34 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(cut):
     steps(model, optimizer, range(cut, 30))
     steps(twin, second, range(cut, 30))
     assert all(torch.equal(x, y) for x, y in zip(model.buffers(), twin.buffers(), strict=True))
-    assert int(optimizer.state[model.settled.weight]["finder.next"]) == 56
+    assert int(optimizer.state[model.settled.weight]["cadence.next"]) == 56
 
 
 def test_experts_time_their_refreshes_one_by_one():
     p = nn.Parameter(torch.zeros(2, 6, 9))
-    optimizer = comoving.LowRankOptimizer([p], rank=2, frame=Blocks(), finder=Lazy(**LAZY), refresh_every=4)
+    options = dict(rank=2, frame=Blocks(), finder=Exact(), cadence=Lazy(**LAZY), refresh_every=4)
+    optimizer = comoving.LowRankOptimizer([p], **options)
     for pair in zip(gradients((6, 9), 1, True), gradients((6, 9), 2, False), strict=True):
         p.grad = torch.stack(pair).float()
         optimizer.step()
-    factors = [int(optimizer.state[p][b]["finder.lazy.stretch"]) for b in ("0", "1")]
-    assert factors[0] == 27 and factors[1] < 27
+    lengthened = [int(optimizer.state[p][b]["cadence.lengthened"]) for b in ("0", "1")]
+    assert lengthened[0] == 3 and lengthened[1] < 3
 
 
 def test_the_next_refresh_follows_the_groups_period_when_that_is_edited():
     model = Layers((6, 9))
-    optimizer = comoving.LowRankOptimizer(model.parameters(), rank=3, refresh_every=4, finder=Lazy(threshold=1.0))
+    optimizer = comoving.LowRankOptimizer(model.parameters(), rank=3, refresh_every=4, cadence=Lazy(threshold=1.0))
     steps(model, optimizer, range(5))
     optimizer.param_groups[0]["refresh_every"] = 10
     steps(model, optimizer, range(5, 10))
-    assert int(optimizer.state[model.settled.weight]["finder.next"]) == 18
+    assert int(optimizer.state[model.settled.weight]["cadence.next"]) == 18
 
 
 def test_a_checkpoint_of_adamw_or_of_another_rank_refreshes_at_once_and_goes_on():
     model = Layers((6, 9))
     torchs = torch.optim.AdamW(model.named_parameters())
     steps(model, torchs, range(3))
-    options = dict(refresh_every=4, finder=Lazy(Power(), **LAZY), transport=Rotate())
+    options = dict(refresh_every=4, finder=Power(), cadence=Lazy(**LAZY), transport=Rotate())
     first = comoving.LowRankOptimizer(model.named_parameters(), rank=3, **options)
     first.load_state_dict(torchs.state_dict())
     steps(model, first, range(3, 20))
@@ -213,4 +214,4 @@ def test_a_checkpoint_of_adamw_or_of_another_rank_refreshes_at_once_and_goes_on(
     second.load_state_dict(first.state_dict())
     steps(model, second, range(20, 22))
     state = second.state[model.settled.weight]
-    assert int(state["finder.lazy.stretch"]) >= 3 and tuple(state["frame.0"].shape) == (6, 2)
+    assert int(state["cadence.lengthened"]) >= 1 and tuple(state["frame.0"].shape) == (6, 2)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from comoving import build, state_bytes
+from comoving.cadence import Lazy
 from comoving.codecs import Full
 from comoving.engine import Engine
-from comoving.finders import Lazy, Power, RandomProjection
+from comoving.finders import Power, RandomProjection
 from comoving.frames import Blocks, Seeded
 from comoving.residual import Sparse
 
@@ -21,7 +22,12 @@ ALONE = {
     "flora": {},
     "frugal": {},
     "q-galore": {},
-    "q-galore, impatient": {"finder": Lazy(Power(), threshold=0.2, patience=1), "moments": Full(), "bases": Full()},
+    "q-galore, impatient": {
+        "finder": Power(),
+        "cadence": Lazy(threshold=0.2, patience=1),
+        "moments": Full(),
+        "bases": Full(),
+    },
     "tensorgrad": {},
     "tensorgrad, drawn": {"residual": Sparse(fraction=0.1, choose="probabilistic", first=False)},
 }

@@ -10,6 +10,7 @@ from torch import nn
 
 import comoving
 from comoving import LowRankOptimizer
+from comoving.cadence.base import held
 from comoving.codecs import Part
 from comoving.finders import Operand
 from comoving.frames import ModeFrame, Modes
@@ -55,6 +56,24 @@ class Coordinates:
     def find(self, operand, start, warm, memory):
         eyes = [None if u is None else torch.eye(*u.shape[-2:], dtype=u.dtype).expand_as(u) for u in start.factors]
         return ModeFrame(tuple(None if u is None else u.clone() for u in eyes))
+
+
+@dataclass(frozen=True)
+class Seldom:
+    """Every other time that a refresh would be due."""
+
+    batched = True
+    alone = False
+    compares = ()
+
+    def parts(self):
+        return {"last": Part((), torch.int64, scalar=True)}
+
+    def due(self, slots, when):
+        return when.tick - int(slots["last"]) >= 2 * when.every
+
+    def refreshed(self, slots, last, new, when):
+        return {"last": held(when.tick)}
 
 
 @dataclass(frozen=True)
@@ -157,6 +176,7 @@ class Half:
 PARTS = {
     "rule": SignMomentum(),
     "finder": Coordinates(),
+    "cadence": Seldom(),
     "frame": Shorter(),
     "transport": Halved(),
     "residual": Tenth(),

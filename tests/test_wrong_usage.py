@@ -12,6 +12,7 @@ from torch import nn
 
 import comoving
 from comoving import AdamW, LowRankOptimizer, build, param_groups
+from comoving.cadence import Cadence, Growing
 from comoving.finders import BlockSelection, Exact, Power
 from comoving.parts import part
 from comoving.precondition import Plain, Precondition
@@ -75,7 +76,9 @@ ANSWERED = {
     "no budget": (lambda: build("galore", net(), budget="lots"), ValueError, "'lots'.*GB.*'25%'"),
     "a budget without a unit": (lambda: build("galore", net(), budget=2.0), ValueError, r"share.*\(0, 1\].*2\.0"),
     "a layout that is none": (lambda: part("frame", "blocks(inner=3)"), TypeError, "inner must be a layout.*got 3"),
-    "a finder that is none": (lambda: part("finder", "lazy(inner=3)"), ValueError, "inner must be a finder.*got 3"),
+    "a finder that is none": (
+        lambda: part("finder", "block_selection(inner=3)"), ValueError, "inner must be a finder.*got 3"
+    ),
     "stars in text": (
         lambda: part("transport", "rotate(**{'a': 1})"), ValueError, r"as rotate\(field=value\).*fields are statistics"
     ),
@@ -284,7 +287,10 @@ def traits(protocol):
     return [*protocol.__annotations__, *(name for name in properties if name != "momentum")]
 
 
-ROLES = {"rule": (Rule, Momentum()), "transport": (Transport, Keep()), "precondition": (Precondition, Plain())}
+ROLES = {
+    "rule": (Rule, Momentum()), "transport": (Transport, Keep()), "precondition": (Precondition, Plain()),
+    "cadence": (Cadence, Growing()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

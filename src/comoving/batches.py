@@ -2,9 +2,9 @@
 
 Rows are of one *kind* when they share everything that was decided about them but their names and places: group, view,
 ranks, codecs, phase. They are stacked where every part is ``batched``, none has more entries than the optimizer's
-``stacked_entries``, and the host knows the same of all: the number of finished steps, and a finder's integers. A frame
-that is still to be found for the first time is found alone. So is every other one where a part is ``alone``: then
-phases may differ, and those that are not due are stacked.
+``stacked_entries``, and the host knows the same of all: the number of finished steps, and the integers of finder and
+cadence. A frame that is still to be found for the first time is found alone. So is every other one where a part is
+``alone``: then phases may differ, and those that are not due are stacked.
 
 A batch that lasts holds its tensors stacked, and the state of each row shows its part of them, as views. A step writes
 into what is stacked, so that the views stay what they are; while nobody else replaces one, nothing is stacked again.

@@ -23,6 +23,7 @@ _ROLES = (
     "precondition",
     "frame",
     "finder",
+    "cadence",
     "transport",
     "rule",
     "residual",

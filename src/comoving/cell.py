@@ -15,7 +15,7 @@ from .kind import Kind
 from .residual.base import HELD_NORM, Passage
 from .rounding import SEED
 from .sites import Site
-from .state import CORE, MEMORY, REST, WINDOW
+from .state import CADENCE, CORE, MEMORY, REFRESHED, REST, WINDOW
 
 _PRECONDITION = "precondition."
 _OURS = {slots.RANKS, slots.VALUE, slots.SIZE, SEED}
@@ -30,12 +30,14 @@ class Open:
         size: the norm of the gradient, (*rows), where there was one and the residual holds on to it.
         rest: the norm of what they have outside the frame, (*rows), where clipping asks for it.
         window: how many gradients there were, where a driver counts them.
+        refreshed: whether the first of them brought a new frame to a weight whose change is deferred.
     """
 
     core: Tensor
     size: Tensor | None = None
     rest: Tensor | None = None
     window: int | None = None
+    refreshed: bool = False
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Cell:
         t: likewise, but for steps that were skipped or forgotten: what bias correction goes by.
         basis: the frame, as it is stored.
         moments: of the rule and the transport; as they are stored until :meth:`decode`.
-        precondition, finder, residual: of these parts.
+        precondition, finder, cadence, residual: of these parts.
         figures: of :mod:`comoving.diagnostics`, (*rows, 6); None where they are off.
         host: what no part sees: ranks that are asked for, seeds of rounding.
         open: None before the first gradient.
@@ -66,6 +68,7 @@ class Cell:
     moments: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     precondition: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     finder: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    cadence: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     residual: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     figures: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -85,6 +88,8 @@ class Cell:
                 cell.basis[name] = x
             elif name.startswith(MEMORY):
                 cell.finder[name.removeprefix(MEMORY)] = x
+            elif name.startswith(CADENCE):
+                cell.cadence[name.removeprefix(CADENCE)] = x
             elif name.startswith(_PRECONDITION):
                 cell.precondition[name] = x
             elif name in _OURS:
@@ -92,19 +97,22 @@ class Cell:
             elif name not in _SINGLE:
                 cell.residual[name] = x
         if CORE in state:
-            cell.open = Open(state[CORE], state.get(HELD_NORM), state.get(REST), state.get(WINDOW))
+            own = (state.get(name) for name in (HELD_NORM, REST, WINDOW))
+            cell.open = Open(state[CORE], *own, refreshed=REFRESHED in state)
         cell._stored = cell.moments
         return cell
 
     def flat(self) -> dict[str, Any]:
         """The state with flat names, moments as they are stored."""
         found: dict[str, Any] = {"tick": self.tick, "step": self.t, **self.host, **self.precondition, **self.basis}
-        found |= {MEMORY + name: x for name, x in self.finder.items()} | self.moments | self.residual
+        found |= slots.prefixed(self.finder, MEMORY) | slots.prefixed(self.cadence, CADENCE)
+        found |= self.moments | self.residual
         if self.figures is not None:
             found[SLOT] = self.figures
         if self.open is not None:
             own = {CORE: self.open.core, HELD_NORM: self.open.size, REST: self.open.rest, WINDOW: self.open.window}
             found |= {name: x for name, x in own.items() if x is not None}
+            found |= {REFRESHED: True} if self.open.refreshed else {}
         return found
 
     def decode(self, only: str | None = None) -> None:
@@ -154,4 +162,4 @@ class Cell:
         return Passage(frame, momentum, decay, intake, frame, momentum, tick=self.tick, rows=self.rows)
 
 
-_SINGLE = {"tick", "step", SLOT, CORE, HELD_NORM, REST, WINDOW}
+_SINGLE = {"tick", "step", SLOT, CORE, HELD_NORM, REST, WINDOW, REFRESHED}

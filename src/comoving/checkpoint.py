@@ -47,8 +47,8 @@ from .views import View
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
 # What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
 _STRUCTURE = (
-    "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments", "bases",
-    "amsgrad", "rounding",
+    "view", "side", "frame", "finder", "cadence", "precondition", "transport", "rule", "residual", "codec", "moments",
+    "bases", "amsgrad", "rounding",
 )  # fmt: skip
 # Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
 _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}

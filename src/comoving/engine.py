@@ -13,14 +13,14 @@ from torch import Tensor
 from . import rounding
 from . import state as slots
 from .batches import Alone, Batch, Gathered, Row, State, Together, copy_into
+from .cadence import When
 from .cell import Cell
-from .finders import MERGED, NEXT, REFRESHES
 from .kind import Kind
 from .likeness import likeness
 from .ranks.adapting import Adapting
 from .roster import Owner, Roster
 from .rules.turn import Turn, turned
-from .schedule import SMALL, refresh_due
+from .schedule import SMALL
 from .sites import Site
 from .state import CORE
 from .steps import Now, absorb, apply
@@ -364,8 +364,9 @@ class Engine:
 
 def _scheduled(row: Row, every: int) -> bool:
     """Whether a refresh is scheduled for the next step of a row."""
-    tick, own = row.state["tick"], row.state.get(slots.MEMORY + NEXT)
-    return refresh_due(tick, every, row.site.phase) if own is None else tick <= 0 or tick >= int(own)
+    state, cadence = row.state, row.kind.parts.cadence
+    own = {name: state[slots.CADENCE + name] for name in cadence.parts()}  # faster than a search for them
+    return state["tick"] <= 0 or cadence.due(own, When(state["tick"], every, row.site.phase))
 
 
 def _laid(which: Together, parts: Mapping[Row, Tensor]) -> Tensor:
@@ -380,8 +381,9 @@ def _seeds(which: Together, cell: Cell) -> list[tuple[Row, int]]:
 
 def _write_deferred(cell: Cell, codes: DeferringLinear, now: Now) -> None:
     """Steps 5-7 for a weight whose change is kept beside its codes; a refresh merges it, and moves nothing else."""
-    count, merged, weights = cell.finder[REFRESHES], cell.finder[MERGED], codes.decode()
-    if int(count) == int(merged) and codes.change is not None:
+    assert cell.open is not None
+    weights = codes.decode()
+    if not cell.open.refreshed and codes.change is not None:
         apply(cell, weights, now)
         codes.take(weights, 1 - now.lr * now.weight_decay)
         return
@@ -394,6 +396,5 @@ def _write_deferred(cell: Cell, codes: DeferringLinear, now: Now) -> None:
         for x, value in zip(codes.numbers(), before, strict=True):
             x.copy_(value)
         raise
-    cell.finder[MERGED] = count.clone()
     cell.open = None
     cell.tick += 1

@@ -46,7 +46,8 @@ _FOREIGN = {"params", "param_names", "name", "initial_lr", "gradient_norm", "val
 _TRAITS = {
     "rule": ("definite", "corrected", "linear", "elementwise", "timeless", "replaces", "total", "batched"),
     "transport": ("resizes", "projects", "batched"), "precondition": ("batched",), "frame": ("batched",),
-    "finder": ("batched",), "residual": ("holds", "feeds", "rescales", "bounded", "batched"), "codec": ("batched",),
+    "finder": ("batched",), "cadence": ("batched", "alone", "compares"),
+    "residual": ("holds", "feeds", "rescales", "bounded", "batched"), "codec": ("batched",),
     "moments": ("batched",), "bases": ("batched",),
 }  # fmt: skip
 """What the engine reads of a part beside its methods, by roles; see their protocols."""
@@ -80,8 +81,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_choice("rounding", group["rounding"], ROUNDINGS)
     roles = {
         "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
-        "precondition": ("parts", "apply"), "transport": ("move", "age"), "rule": ("absorb", "direction"),
-        "residual": ("restore", "keep", "write"), "codec": ("encode", "decode"),
+        "cadence": ("parts", "due", "refreshed"), "precondition": ("parts", "apply"), "transport": ("move", "age"),
+        "rule": ("absorb", "direction"), "residual": ("restore", "keep", "write"), "codec": ("encode", "decode"),
         "moments": ("encode", "decode", "positive"), "bases": ("encode", "decode"),
         "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
     }  # fmt: skip
@@ -95,7 +96,7 @@ def check_options(group: Mapping[str, Any]) -> None:
             )
         for trait in _TRAITS.get(role, ()):
             if not hasattr(part, trait):
-                raise TypeError(f"{role} {part!r} states no {trait!r}, True or False, which every {role} must")
+                raise TypeError(f"{role} {part!r} states no {trait!r}, which every {role} must: see its protocol")
     check_composition(group)
 
 

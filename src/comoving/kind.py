@@ -10,6 +10,7 @@ import torch
 
 from . import bases
 from . import state as slots
+from .cadence import Cadence
 from .codecs import Codec
 from .finders import Finder
 from .frames import Layout
@@ -31,6 +32,7 @@ class Parts:
 
     frame: Layout
     finder: Finder
+    cadence: Cadence
     precondition: Precondition
     transport: Transport
     rule: Rule

@@ -10,7 +10,7 @@ from .schedule import SMALL, at_once
 from .sites import Site
 
 _ROLES = ("rule", "precondition", "moments", "residual")
-_OF_FRAMES = ("frame", "finder", "transport", "codec", "bases")
+_OF_FRAMES = ("frame", "finder", "cadence", "transport", "codec", "bases")
 
 
 def likeness(site: Site, group: Mapping[str, Any], number: int) -> Hashable:
@@ -32,7 +32,7 @@ def likeness(site: Site, group: Mapping[str, Any], number: int) -> Hashable:
 
 def one_by_one(group: Mapping[str, Any]) -> bool:
     """Whether the parts of a group want frames refreshed one by one."""
-    return any(getattr(group[role], "alone", False) for role in ("finder", "residual"))
+    return any(getattr(group[role], "alone", False) for role in ("finder", "cadence", "residual"))
 
 
 def pieces(sites: Sequence[Site], group: Mapping[str, Any], number: int) -> list[list[int]]:

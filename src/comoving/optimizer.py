@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from . import checkpoint
 from . import diagnostics as error_control
 from . import state as slots
+from .cadence import Cadence, Every
 from .codecs import Codec, Full
 from .drivers import Backward, Guard, Whole
 from .drivers.backward import Window, check_clip, check_hooks
@@ -65,7 +66,7 @@ class LowRankOptimizer(Optimizer):
         weight_decay: >= 0, decoupled.
         side: "auto", "left", "right" or "both", for matrices.
         view: "tensor", "matrix", "pairs" or heads; see :class:`comoving.views.View`.
-        frame, finder, precondition, transport, rule, residual: the parts.
+        frame, finder, cadence, precondition, transport, rule, residual: the parts.
         codec: stores the residual's buffer; "auto" is 8 bits, or what a budget assigns each projected parameter.
         moments: a codec too, of the rule's moments and covariances; "auto" likewise, and full precision at rank 1.0.
         bases: a codec, of the factors of :class:`comoving.frames.Modes` and :class:`comoving.frames.SparseModes`.
@@ -74,7 +75,8 @@ class LowRankOptimizer(Optimizer):
         scale: "match" multiplies the lifted direction by sqrt(full/core), which gives a core of unit RMS an update of
             unit RMS, so that AdamW's learning rate carries over; "0.2-match" by 0.2 times that, or any other number; a
             plain number by itself; "auto" is 0.3-match for matrices and match for tensors, which measured best.
-        refresh_every: steps between refreshes of a frame, >= 1, staggered over the parameters.
+        refresh_every: steps between refreshes of a frame, >= 1, staggered over the parameters; what the cadence starts
+            from, and with :class:`comoving.cadence.Every` keeps to.
         maximize: ascend instead.
         amsgrad, foreach, fused: for dense real parameters, as in torch; amsgrad is refused for others, fused for dense
             complex ones.
@@ -119,6 +121,7 @@ class LowRankOptimizer(Optimizer):
         view: ViewName | Heads = "tensor",
         frame: Layout = Modes(),  # noqa: B008  (frozen)
         finder: Finder = Power(),  # noqa: B008
+        cadence: Cadence = Every(),  # noqa: B008
         precondition: Precondition = Plain(),  # noqa: B008
         transport: Transport = Rotate(),  # noqa: B008
         rule: Rule = Adam(),  # noqa: B008
@@ -146,10 +149,10 @@ class LowRankOptimizer(Optimizer):
         check_int("seed", seed, 0)
         defaults = dict(
             lr=lr, rank=rank, betas=betas, eps=eps, weight_decay=weight_decay, side=side, view=view, frame=frame,
-            finder=finder, precondition=precondition, transport=transport, rule=rule, residual=residual, codec=codec,
-            moments=moments, bases=bases, ranks=ranks, scale=scale, refresh_every=refresh_every, maximize=maximize,
-            amsgrad=amsgrad, foreach=foreach, fused=fused, diagnostics=diagnostics, select=select, reasons=reasons,
-            rounding=rounding,
+            finder=finder, cadence=cadence, precondition=precondition, transport=transport, rule=rule,
+            residual=residual, codec=codec, moments=moments, bases=bases, ranks=ranks, scale=scale,
+            refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad, foreach=foreach, fused=fused,
+            diagnostics=diagnostics, select=select, reasons=reasons, rounding=rounding,
         )  # fmt: skip
         defaults = {key: plain(value) for key, value in defaults.items()}
         check_options(settled(defaults))

@@ -4,6 +4,7 @@ import ast
 from dataclasses import fields
 from typing import Any
 
+from .cadence import Every, Growing, Lazy
 from .codecs import BFloat16, Full, Int4, Int8, RankOne
 from .finders import (
     Amortized,
@@ -11,9 +12,7 @@ from .finders import (
     Correlation,
     CosineSelection,
     Exact,
-    Growing,
     IncrementalSVD,
-    Lazy,
     Nystroem,
     Oja,
     Power,
@@ -53,8 +52,6 @@ PARTS: dict[str, dict[str, type]] = {
         "nystroem": Nystroem,
         "oja": Oja,
         "incremental": IncrementalSVD,
-        "lazy": Lazy,
-        "growing": Growing,
         "correlation": Correlation,
         "cosine": CosineSelection,
         "random": RandomProjection,
@@ -66,6 +63,7 @@ PARTS: dict[str, dict[str, type]] = {
         "streaming_tucker": StreamingTucker,
         "block_selection": BlockSelection,
     },
+    "cadence": {"every": Every, "growing": Growing, "lazy": Lazy},
     "precondition": {"plain": Plain, "factored": Factored, "kronecker": Kronecker},
     "transport": {"keep": Keep, "reset": Reset, "rotate": Rotate, "carry": Carry},
     "rule": {

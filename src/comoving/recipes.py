@@ -11,14 +11,13 @@ from torch import nn
 
 from . import state as slots
 from .adamw import AdamW
+from .cadence import Growing, Lazy
 from .codecs import Full, Int4, Int8, Part, RankOne
 from .finders import (
     Amortized,
     Correlation,
     CosineSelection,
     Exact,
-    Growing,
-    Lazy,
     Nystroem,
     Oja,
     Power,
@@ -131,7 +130,8 @@ _RECIPES = (
         "quantize(model) 8-bit weights too",
         "2407.08296",
         dict(
-            finder=Lazy(),
+            finder=Exact(),
+            cadence=Lazy(),
             transport=Keep(),
             residual=Discard(),
             codec=Full(),
@@ -148,7 +148,8 @@ _RECIPES = (
         "quantize(model, Int4(), compensate=5)",
         "2405.16528",
         dict(
-            finder=Growing(),
+            finder=Exact(),
+            cadence=Growing(),
             transport=Keep(),
             residual=Discard(),
             codec=Full(),
@@ -424,7 +425,7 @@ _RECIPES = (
     ),
 )
 
-_PROJECTING = {"finder", "transport", "residual", "codec", "bases", "ranks", "budget", "scale", "+ef"}
+_PROJECTING = {"finder", "cadence", "transport", "residual", "codec", "bases", "ranks", "budget", "scale", "+ef"}
 """What concerns projected parameters alone."""
 _CHOICE = ("dense", "project", "pairs", "experts", "heads")
 """What goes to :func:`comoving.param_groups`."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from .codecs import Full, RankOne
-from .finders import REFRESHES
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes
 from .residual import Discard, Feedback, Sparse
 from .rules import Rule
@@ -22,15 +21,21 @@ def check_composition(group: Group) -> None:
     """Raise for parts that do not go together, whatever they are used on.
 
     Raises:
-        TypeError: a finder that does not fill the frame.
+        TypeError: a finder that does not fill the frame, a cadence that cannot compare two of them.
         ValueError: any other pair.
     """
-    frame, finder, rule, residual = (group[role] for role in ("frame", "finder", "rule", "residual"))
+    frame, finder, cadence = group["frame"], group["finder"], group["cadence"]
+    rule, residual = group["rule"], group["residual"]
     makes, fills = getattr(frame, "makes", None), getattr(finder, "fills", None)
     if makes is not None and fills is not None and makes not in fills:
         raise TypeError(
             f"finder {finder} cannot fill frame {frame}: it finds a "
             f"{' or '.join(kind.__name__ for kind in fills)}, the frame is a {makes.__name__}"
+        )
+    if makes is not None and cadence.compares and makes not in cadence.compares:
+        raise TypeError(
+            f"cadence {cadence} cannot compare frames of {frame}: it compares a "
+            f"{' or '.join(kind.__name__ for kind in cadence.compares)}, the frame is a {makes.__name__}"
         )
     if isinstance(residual, Sparse) and isinstance(group["transport"], Reset) and residual.statistics != "reset":
         raise ValueError(
@@ -83,7 +88,7 @@ def check_site(site: Site, group: Group) -> None:
 
 
 def _check_deferred(site: Site, group: Group) -> None:
-    """Raise unless updates lie in a frame of one side, and a finder counts its refreshes."""
+    """Raise unless updates lie in a frame of one side, and there are steps between its refreshes."""
     reason = None
     if not site.projected:
         reason = f"and is not projected ({site.reason}): leave its layer out by skip="
@@ -91,8 +96,8 @@ def _check_deferred(site: Site, group: Group) -> None:
         reason = f"and frame {group['frame']} is not one factor on one side of the matrix: use Modes(), side='auto'"
     elif not isinstance(group["residual"], Discard):
         reason = f"and residual {group['residual']} may move it outside of that frame: use Discard()"
-    elif REFRESHES not in group["finder"].parts(site.view.shape, site.ranks, site.view.dtype):
-        reason = f"and finder {group['finder']} does not count its refreshes: use Growing(...)"
+    elif group["refresh_every"] == 1:
+        reason = "and with refresh_every=1 each step may merge it, and one that merges makes no update: use 2 or more"
     if reason is not None:
         raise ValueError(f"{site.name} keeps its change in a frame beside its codes (compensate=), {reason}")
 

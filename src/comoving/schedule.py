@@ -1,4 +1,4 @@
-"""When frames are refreshed: every k steps, staggered over the parameters so that no step pays for all."""
+"""Phases, by which refreshes are staggered over the parameters, so that no step pays for all."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,22 +10,9 @@ _AT_ONCE = 2**18
 most of what a batch saves."""
 
 
-def refresh_due(tick: int, every: int, phase: int) -> bool:
-    """Whether a parameter refreshes at its step number ``tick``: at 0, then whenever tick = phase modulo every."""
-    return tick == 0 or tick % every == phase % every
-
-
 def at_once(entries: int) -> int:
     """How many alike units of this many entries each refresh at the same step."""
     return max(1, _AT_ONCE // max(1, entries)) if entries <= SMALL else 1
-
-
-def next_refresh(tick: int, every: int, phase: int, interval: int) -> int:
-    """The step of the next refresh after one at ``tick``, for a parameter that times its own.
-
-    The second refresh keeps to the phase, so that parameters stay staggered; later ones are an interval apart.
-    """
-    return tick + interval if tick > 0 else phase % every or every
 
 
 def stagger(costs: Iterable[float], every: int, load: Mapping[int, float] | None = None) -> list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .sites import Site
 from .slots import Kind, Slot
 from .transport import initial
 
+_T = TypeVar("_T")
 SECOND_MAX = "moment.second.max"
 RANKS, VALUE = "ranks", "ranks.value"
 """On the host, for adaptive ranks: those that the next frame shall have, and the energy per byte of each last notch."""
@@ -33,15 +34,18 @@ of fixed ranks before the first report."""
 CORE, WINDOW, REST, SIZE = "core", "window", "rest", "size"
 """What is there between the first gradient and the step only: z; and where steps are taken in the backward pass, how
 many gradients there were (on the host), the norm of their part outside the frame, and that of all, once stepped."""
-UNFINISHED = (CORE, HELD, HELD_NORM, WINDOW, REST, SIZE)
+REFRESHED = "refreshed"
+"""There, and True, until the step where the first gradient brought a new frame to a weight whose change is deferred:
+then what it has is merged into its codes (:class:`comoving.weights.DeferringLinear`)."""
+UNFINISHED = (CORE, HELD, HELD_NORM, WINDOW, REST, SIZE, REFRESHED)
 RUNNING = "gradient_norm"
 """The key of groups for the norm of the last window's gradients; there where clipping goes by it."""
-MEMORY = "finder."
-"""How the names of a finder's own slots begin."""
+MEMORY, CADENCE = "finder.", "cadence."
+"""How the names of the slots begin that are the finder's own, and the cadence's."""
 # Hyper-parameters on which the sites and the shape of the state depend.
 FIXED = (
-    "rank", "view", "side", "frame", "finder", "precondition", "transport", "rule", "residual", "codec", "moments",
-    "bases", "amsgrad", "diagnostics", "select", "reasons", "ranks", "rounding",
+    "rank", "view", "side", "frame", "finder", "cadence", "precondition", "transport", "rule", "residual", "codec",
+    "moments", "bases", "amsgrad", "diagnostics", "select", "reasons", "ranks", "rounding",
 )  # fmt: skip
 _CODED = (Kind.LINEAR, Kind.VARIANCE, Kind.COVARIANCE)
 """What the codec of moments stores; not in a set: hashes of an Enum take longer than the comparisons."""
@@ -325,7 +329,7 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
     if site.projected:
         parts |= bases.parts(group, shape, site.ranks, dtype)
         remembered = group["finder"].parts(shape, site.ranks, dtype)
-        parts |= {MEMORY + name: part for name, part in remembered.items()}
+        parts |= prefixed(remembered, MEMORY) | prefixed(group["cadence"].parts(), CADENCE)
         parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:
             parts[SLOT] = Part((len(STORED),), site.view.dtype.to_real())
@@ -347,14 +351,9 @@ def flat(state: Mapping[str, Any]) -> dict[str, Any]:
     return packed
 
 
-def memory_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The finder's own tensors, by the names that it gave them."""
-    return {name.removeprefix(MEMORY): x for name, x in state.items() if name.startswith(MEMORY)}
-
-
-def remembered(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`memory_of`."""
-    return {MEMORY + name: x for name, x in memory.items()}
+def prefixed(named: Mapping[str, _T], prefix: str) -> dict[str, _T]:
+    """A part's slots, or what they are to be, under the names that they have in the state."""
+    return {prefix + name: x for name, x in named.items()}
 
 
 def part_bytes(part: Part) -> int:

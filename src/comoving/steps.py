@@ -16,20 +16,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import bases, diagnostics
 from . import state as slots
+from .cadence import When
 from .cell import Cell, Open
-from .finders import NEXT, Operand
+from .finders import Operand
 from .frames import Frame, Modes
 from .groups import update_scale
 from .linalg import asks_host, norm
 from .residual import Passage, Update
 from .rules.base import averaged
 from .rules.turn import Turn, turned
-from .schedule import next_refresh, refresh_due
 
 Adapt = Callable[[Cell, Tensor], Frame | None]
 """Before step 3, of a cell and its gradient: the cell gets the ranks of its new frame; returned is what is kept of the
@@ -69,10 +68,11 @@ class Now:
         """Whether the next gradient brings a new frame; a loaded one of other ranks does not fit, and is at once."""
         if cell.frame.ranks != cell.kind.site.ranks:
             return True
-        own = cell.finder.get(NEXT)
-        if own is None:
-            return refresh_due(cell.tick, self.every, self.phase)
-        return cell.tick <= 0 or cell.tick >= int(own.amin() if own.ndim else own)
+        return cell.tick <= 0 or cell.kind.parts.cadence.due(cell.cadence, self.when(cell))
+
+    def when(self, cell: Cell) -> When:
+        """This step, as the cadence is asked about it."""
+        return When(max(0, cell.tick), self.every, self.phase)
 
 
 def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
@@ -106,7 +106,6 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
             restored = restored.measured() if cell.figures is not None else restored
             kept = now.adapt(cell, seen) if now.adapt is not None else None
             passage = refresh(cell, restored, kept, now)  # 3
-        _time_next(cell, now)
     own = restored.project(passage.frame, passage.overlap) if first else passage.frame.project(seen)  # 4
     total = restored.norm() if due and restored.core is not None and cell.figures is not None else None
     z = own if cell.open is None else cell.open.core + own
@@ -115,8 +114,11 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
     if cell.figures is not None:
         given_size = norm(seen, cell.rows) if size is None else size
         _measure(cell, passage, given_size, total, own, kept, first)
-    window = None if cell.open is None else cell.open.window
-    cell.open = Open(z, size if parts.residual.holds and first else None, rest, window)
+    held = size if parts.residual.holds and first else None
+    if cell.open is None:
+        cell.open = Open(z, held, rest, refreshed=due and kind.site.deferred)
+    else:
+        cell.open = replace(cell.open, core=z, size=held, rest=rest)
     cell.encode(moved=due)
 
 
@@ -144,6 +146,7 @@ def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
         looked_at = looked_at.mix(1 - parts.finder.momentum, old, core)
     warm = cell.tick > 0 and old is not None and any(r is not None for r in old.ranks)
     new: Frame = parts.finder.find(looked_at, start, warm, cell.finder)
+    cell.cadence |= parts.cadence.refreshed(cell.cadence, start if warm else None, new, now.when(cell))
     if cell.tick <= 0 and asks_host(seen.dense) and not bool(seen.dense.any()):
         cell.tick = -1  # nothing was to be seen so far: look again at the next step
     basis = dict(cell.basis)
@@ -226,14 +229,6 @@ def _measure(  # noqa: PLR0917
     else:
         lost, rounded = passage.reentry * passage.lost(), parts.residual.error(cell.residual, parts.codec, cell.rows)
         diagnostics.measure_kept(cell.figures, size, total, z, kept, rounded, lost, first)
-
-
-def _time_next(cell: Cell, now: Now) -> None:
-    """Note when a finder that times its own refreshes wants the next one."""
-    if NEXT in cell.finder:
-        finder: Any = cell.kind.parts.finder
-        step = next_refresh(max(0, cell.tick), now.every, now.phase, finder.interval(cell.finder, now.every))
-        cell.finder[NEXT] = torch.tensor(step, device="cpu")
 
 
 def _copy(names: set[str], cell: Cell, stored: dict[str, Tensor]) -> None:

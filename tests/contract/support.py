@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from comoving import LowRankOptimizer
+from comoving.cadence import Every, Growing, Lazy
 from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root
 from comoving.finders import (
     Amortized,
@@ -13,9 +14,7 @@ from comoving.finders import (
     Correlation,
     CosineSelection,
     Exact,
-    Growing,
     IncrementalSVD,
-    Lazy,
     Nystroem,
     Oja,
     Operand,
@@ -66,11 +65,8 @@ FINDERS = [
     IncrementalSVD(),
     StreamingTucker(),
     StreamingTucker(decay=1.0, oversampling=2, newest=0.0, seed=1),
-    Growing(),
-    Growing(Power(), base=2.0),
-    Lazy(),
-    Lazy(Power(), threshold=0.9, patience=2, growth=3),
 ]
+CADENCES = [Every(), Growing(), Growing(base=1.0), Lazy(), Lazy(threshold=0.9, patience=2, growth=3)]
 BOND_FINDERS = [
     TrainSVD(),
     TrainSVD(momentum=0.5, method="svd"),

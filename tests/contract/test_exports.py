@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 
-from comoving import codecs, finders, frames, precondition, ranks, residual, rules, transport
+from comoving import cadence, codecs, finders, frames, precondition, ranks, residual, rules, transport
+from comoving.cadence import Growing, Lazy
 from comoving.codecs import Int4, Int8, RankOne, Root
 from comoving.finders import (
     Amortized,
@@ -13,9 +14,7 @@ from comoving.finders import (
     Correlation,
     CosineSelection,
     Exact,
-    Growing,
     IncrementalSVD,
-    Lazy,
     Nystroem,
     Oja,
     Power,
@@ -35,6 +34,7 @@ from comoving.rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, Sched
 from comoving.transport import Carry, Rotate
 from contract.support import (
     BOND_FINDERS,
+    CADENCES,
     COARSE,
     CODECS,
     DRAWN,
@@ -54,6 +54,7 @@ FRAMES = [Modes(), Modes(min_size=2), Blocks(), Trains(), Trees(), *SAMPLED_LAYO
 RANKS = [Fixed(), Energy(), Tolerance(minimum=2, maximum=0.5), Temperature(curve="exponential")]
 ROLES = {
     "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in (*SAMPLED, *SPARSE))], {"Operand"}),
+    "cadence": (cadence, CADENCES, set()),
     "transport": (transport, TRANSPORTS, {"Clock", "Overlap", "Slot"}),
     "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *POSITIVE], set()),
     "residual": (residual, [*RESIDUALS, *MOVING], {"Passage", "Update"}),
@@ -202,14 +203,9 @@ def test_parts_are_frozen_values(part):
         (Feedback, "momentum", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),
         (BlockSelection, "inner", BlockSelection(), "fills a ModeFrame"),
-        (Lazy, "inner", TrainSVD(), "fills a ModeFrame"),
-        (Lazy, "inner", Lazy(), "does not time its refreshes"),
-        (Lazy, "inner", None, "fills a ModeFrame"),
         (Lazy, "threshold", 1.5, r"\[0, 1\]"),
         (Lazy, "patience", 0, ">= 1"),
         (Lazy, "growth", 1, ">= 2"),
-        (Growing, "inner", TrainSVD(), "fills a ModeFrame"),
-        (Growing, "inner", Growing(), "does not time its refreshes"),
         (Growing, "base", 0.5, r"\[1, inf\)"),
         (SparseModes, "block", 0, ">= 1"),
         (SparseModes, "density", 0.0, r"\(0, 1\]"),

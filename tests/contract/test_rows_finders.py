@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from comoving.draws import gaussian, gaussian_rows
-from comoving.finders import Exact, Growing, IncrementalSVD, Lazy, Operand, RandomProjection, StreamingTucker
+from comoving.finders import Exact, IncrementalSVD, Operand, RandomProjection, StreamingTucker
 from comoving.frames import (
     Blocks,
     CosineFrame,
@@ -24,7 +24,7 @@ from comoving.frames import (
     Trains,
     Trees,
 )
-from contract.support import FINDERS, PATIENCE, REAL, SAMPLED, close, core_of, known_rank, randn, random_frame
+from contract.support import FINDERS, PATIENCE, SAMPLED, close, core_of, known_rank, randn, random_frame
 
 ROWS, ZERO, ONE = 4, 1, 2
 """How many rows there are, and which are zero and of rank 1."""
@@ -39,7 +39,7 @@ CASES = {
 CASE = pytest.mark.parametrize("case", CASES)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64, torch.complex128], ids=str)
 BATCHED = [
-    *((finder, Modes()) for finder in FINDERS if finder.batched and not isinstance(finder, Lazy)),
+    *((finder, Modes()) for finder in FINDERS if finder.batched),
     *((finder, layout) for finder, layout in SAMPLED if finder.batched and layout.batched),
     (RandomProjection(), Seeded(stored=True)),
 ]
@@ -339,38 +339,8 @@ def test_columns_of_operands_with_rows(shape, each, count):
 
 def test_who_serves_batches():
     assert all(finder.batched for finder in FINDERS)
-    assert Growing(Exact()).batched
-    assert not Growing(OneByOne()).batched
-    assert Lazy(Exact()).batched
-    assert not Lazy(OneByOne()).batched
-    assert {type(f).__name__ for f in FINDERS if getattr(f, "alone", False)} == {"Lazy"}
     assert not any(layout.batched for layout in (Blocks(), SparseModes(), Trains(), Trees()))
-
-
-class OneByOne(Exact):
-    batched = False
 
 
 def test_an_overlap_of_nothing_keeps_the_shape():
     assert Overlap((None, None)).moved_shape(torch.zeros(4, 2, 3)) == [4, 2, 3]
-
-
-@pytest.mark.parametrize("inner", [finder for finder in FINDERS if not hasattr(finder, "interval")], ids=str)
-def test_a_lazy_finder_observes_rows_as_its_inner_one_does(inner):
-    """Rows with other numbers of refreshes behind them, of which each has its own."""
-    shape, ranks = CASES["left"]
-    finder, x = Lazy(inner), batch_of(shape, REAL)
-    parts = finder.parts(shape, ranks, REAL)
-    assert {name for name, part in parts.items() if part.own} == {"lazy.count", "lazy.stretch", "next"}
-    alone = [{name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()} for _ in x]
-    for b, memory in enumerate(alone):
-        memory.update({name: torch.tensor(b + 1) for name, part in parts.items() if part.own})
-    shared = {name for name, part in parts.items() if part.scalar and not part.own}
-    together = {n: alone[0][n] if n in shared else torch.stack([memory[n] for memory in alone]) for n in parts}
-    for _ in range(2):
-        finder.observe(x, together, 1)
-        for row, memory in zip(x, alone, strict=True):
-            finder.observe(row, memory)
-    for name, value in together.items():
-        for b, memory in enumerate(alone):
-            close(value if name in shared else value[b], memory[name], 1e-9)

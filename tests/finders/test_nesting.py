@@ -1,4 +1,4 @@
-"""Finders inside finders and blocks: what is accepted steps, and goes on from a file as if nothing had been."""
+"""Finders inside another and in blocks, under each cadence: what is accepted steps, and goes on from a file."""
 
 import io
 
@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from comoving import LowRankOptimizer
+from comoving.cadence import Every, Growing, Lazy
 from comoving.finders import (
     Amortized,
     BlockSelection,
     Correlation,
     CosineSelection,
     Exact,
-    Growing,
     IncrementalSVD,
-    Lazy,
     Nystroem,
     Oja,
     Power,
@@ -32,13 +31,13 @@ BASE = [
     StreamingTucker(),
 ]  # fmt: skip
 ELSEWHERE = [CosineSelection(), RandomProjection(), TrainSVD(), TreeSVD(), BlockSelection(), Exact, None, 3]
-TIMED = [Lazy(patience=1, threshold=0.0), Growing(base=2.0)]
+RARER = [Lazy(patience=1, threshold=0.0), Growing(base=2.0)]
 
 
-def steps_and_resumes(frame, finder, shape):
+def steps_and_resumes(frame, finder, shape, cadence=Every()):  # noqa: B008  (frozen)
     def new(start):
         p = torch.nn.Parameter(start)
-        return p, LowRankOptimizer([p], 1e-2, 3, frame=frame, finder=finder, refresh_every=1)
+        return p, LowRankOptimizer([p], 1e-2, 3, frame=frame, finder=finder, cadence=cadence, refresh_every=1)
 
     def run(p, optimizer, steps):
         for t in steps:
@@ -63,32 +62,47 @@ def steps_and_resumes(frame, finder, shape):
 
 
 @pytest.mark.parametrize("inner", BASE, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("outer", [Lazy, Growing, BlockSelection])
-def test_every_mode_wise_finder_may_stand_inside_another(outer, inner):
-    frame = SparseModes() if outer is BlockSelection else Modes()
-    steps_and_resumes(frame, outer(inner=inner), (6, 7, 8))
+def test_every_mode_wise_finder_may_stand_inside_another(inner):
+    steps_and_resumes(SparseModes(), BlockSelection(inner), (6, 7, 8))
 
 
-@pytest.mark.parametrize("inner", TIMED, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("cadence", RARER, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("finder", BASE, ids=lambda f: type(f).__name__)
+def test_every_mode_wise_finder_under_rarer_refreshes(finder, cadence):
+    assert steps_and_resumes(Modes(), finder, (6, 7, 8), cadence) < 6 == steps_and_resumes(Modes(), finder, (6, 7, 8))
+
+
+@pytest.mark.parametrize("cadence", RARER, ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize("blocks", [False, True])
-def test_blocks_are_selected_when_the_inner_finder_says(inner, blocks):
+def test_blocks_of_a_core_are_selected_when_the_cadence_says(cadence, blocks):
     frame, shape = (Blocks(inner=SparseModes()), (2, 6, 7, 8)) if blocks else (SparseModes(), (6, 7, 8))
     one = 2 if blocks else 1
-    assert steps_and_resumes(frame, BlockSelection(inner), shape) < 6 * one
+    assert steps_and_resumes(frame, BlockSelection(), shape, cadence) < 6 * one
     assert steps_and_resumes(frame, BlockSelection(), shape) == 6 * one
 
 
-@pytest.mark.parametrize("inner", [*TIMED, *ELSEWHERE], ids=str)
-@pytest.mark.parametrize("outer", [Lazy, Growing])
-def test_two_finders_cannot_both_time_refreshes_and_others_are_no_inner_ones(outer, inner):
-    says = "does not time its refreshes" if inner in TIMED else "fills a ModeFrame"
-    with pytest.raises(ValueError, match=f"inner must be a finder that {says}"):
-        outer(inner=inner)
+@pytest.mark.parametrize(
+    ("frame", "finder"),
+    [(Cosines(), CosineSelection()), (Seeded(), RandomProjection()), (Trains(), TrainSVD()), (Trees(), TreeSVD())],
+    ids=lambda x: type(x).__name__,
+)
+def test_frames_that_cannot_be_compared_are_refused_by_a_cadence_that_compares(frame, finder):
+    made = type(frame).makes.__name__
+    for layout, shape in ((frame, (6, 7, 8)), (Blocks(inner=frame), (2, 6, 7, 8))):
+        with pytest.raises(TypeError, match=rf"cadence Lazy\(.*compares a ModeFrame or SparseFrame, .* is a {made}"):
+            steps_and_resumes(layout, finder, shape, Lazy())
+        assert steps_and_resumes(layout, finder, shape, Growing(base=2.0)) < 6 * (2 if layout is not frame else 1)
+
+
+@pytest.mark.parametrize("inner", ELSEWHERE, ids=str)
+def test_other_finders_are_no_inner_ones(inner):
+    with pytest.raises(ValueError, match="inner must be a finder that fills a ModeFrame"):
+        BlockSelection(inner=inner)
 
 
 @pytest.mark.parametrize(
     ("inner", "finder"),
-    [(Modes(), f) for f in (*BASE, *TIMED)]
+    [(Modes(), f) for f in BASE]
     + [(Cosines(), CosineSelection()), (Seeded(), RandomProjection()), (Trains(), TrainSVD()), (Trees(), TreeSVD())],
     ids=lambda x: type(x).__name__,
 )

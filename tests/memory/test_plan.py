@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import comoving
+from comoving.cadence import Every, Growing
 from comoving.codecs import Int4
 from comoving.memory import measure
 from comoving.memory.plan import STATE
@@ -61,6 +62,9 @@ def step(model: nn.Module, optimizer: comoving.LowRankOptimizer, every: int, dev
     """The measured peak of a step with a refresh of everything, or of nothing."""
     for group in optimizer.param_groups:
         group["refresh_every"] = every
+    for state in optimizer.state.values():
+        if "cadence.next" in state:
+            state["cadence.next"].fill_(0 if every == 1 else NEVER)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     return measure(optimizer.step, there(model, optimizer), device).peak
@@ -243,6 +247,15 @@ def test_the_model_is_left_alone() -> None:
     before = [p.clone() for p in model.parameters()]
     comoving.plan(model, "comoving", 0.25)
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_cadence_changes_how_often_frames_are_refreshed_and_not_what_a_refresh_needs() -> None:
+    every, growing = (comoving.plan(Small(), "galore", 4, cadence=cadence) for cadence in (Every(), Growing()))
+    for name in ("step_temporaries", "refresh_temporaries", "step_flops", "refresh_flops"):
+        assert getattr(growing, name) == pytest.approx(getattr(every, name), rel=1e-3), name
+    assert growing.refresh_flops > growing.step_flops > 0
+    matrices = growing.state["scalars"] - every.state["scalars"]
+    assert matrices % 16 == 0 and matrices > 0  # two integers a projected parameter
 
 
 def test_operations_of_a_step_by_hand() -> None:

@@ -10,18 +10,16 @@ What their formulas are about:
 - U_n, the factor: an orthonormal matrix of shape (d_n, r_n) for each compressed mode n. r_n is the rank, and the frame
   F is all the factors together.
 - O x_n A, the product along mode n: the tensor whose unfolding along mode n is A O_(n).
-- A refresh: a step at which the optimizer asks for a new frame.
+- A refresh: a step at which the optimizer asks for a new frame, as its cadence says (:mod:`comoving.cadence`).
 """
 
 from .amortized import Amortized
-from .base import MERGED, NEXT, REFRESHES, Finder, Memory, Memoryless
+from .base import Finder, Memory, Memoryless
 from .block_selection import BlockSelection
 from .correlation import Correlation
 from .cosine import CosineSelection
 from .exact import Exact
-from .growing import Growing
 from .incremental import IncrementalSVD
-from .lazy import Lazy
 from .nystroem import Nystroem
 from .oja import Oja
 from .operand import Operand
@@ -39,18 +37,13 @@ __all__ = [
     "CosineSelection",
     "Exact",
     "Finder",
-    "Growing",
     "IncrementalSVD",
-    "Lazy",
-    "MERGED",
     "Memory",
     "Memoryless",
-    "NEXT",
     "Nystroem",
     "Oja",
     "Operand",
     "Power",
-    "REFRESHES",
     "RandomProjection",
     "Randomized",
     "StreamingTucker",

@@ -108,37 +108,17 @@ def check_start(finder: _Filling, start: object) -> None:
         raise TypeError(f"{finder} fills a {filled}, got a {type(start).__name__}")
 
 
-class Timed(Protocol):
-    """What else a finder offers that times its own refreshes: it remembers :data:`NEXT`."""
-
-    def interval(self, memory: Memory, every: int) -> int:
-        """Steps from the refresh that was just made to the next one, >= 1; ``every`` is the group's period."""
-        ...
-
-
-def check_inner(inner: object, timed: bool) -> None:
+def check_inner(inner: object) -> None:
     """Raise unless a finder may stand inside another one, of mode-wise frames.
 
-    Args:
-        inner: the finder.
-        timed: whether it may time its own refreshes; not where the outer one does.
-
     Raises:
-        ValueError: no finder, or one of other frames; two that time refreshes.
+        ValueError: no finder, or one of other frames.
     """
     finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("parts", "observe", "find"))
     if not finds or ModeFrame not in getattr(inner, "fills", (ModeFrame,)):
         raise ValueError(f"inner must be a finder that fills a ModeFrame, got {inner!r}")
-    if not timed and hasattr(inner, "interval"):
-        raise ValueError(f"inner must be a finder that does not time its refreshes itself, got {inner!r}")
 
 
-NEXT = "next"
-"""The memory's slot, on the host, of a finder that times its own refreshes: the step of the next one."""
-REFRESHES = "refreshes"
-"""The memory's slot, on the host, of a finder that counts its refreshes."""
-MERGED = "merged"
-"""The slot beside it for the last of them at which weights were merged (:class:`comoving.weights.DeferringLinear`)."""
 DRAWS = "draws"
 """The memory's slot for the number of draws so far."""
 drawing = Part((), torch.int64, scalar=True)

@@ -1,7 +1,7 @@
 """The blocks of a Tucker core that hold the most energy."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ class BlockSelection:
     to the blocks that are kept already, then to the first ones, so that nothing changes where nothing is seen.
 
     Args:
-        inner: a finder of mode-wise frames; its momentum is that of the operand, and where it times its refreshes
-            itself (:class:`comoving.finders.Lazy`) it times these.
+        inner: a finder of mode-wise frames; its momentum is that of the operand.
     """
 
     fills: ClassVar[tuple[type, ...]] = (SparseFrame,)
@@ -32,7 +31,7 @@ class BlockSelection:
     inner: Finder = field(default_factory=Power)
 
     def __post_init__(self) -> None:
-        check_inner(self.inner, timed=True)
+        check_inner(self.inner)
 
     @property
     def momentum(self) -> float:
@@ -46,11 +45,6 @@ class BlockSelection:
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """The inner finder takes note of it."""
         self.inner.observe(gradient, memory)
-
-    def interval(self, memory: Memory, every: int) -> int:
-        """The inner finder's, where it times its own refreshes."""
-        timed: Any = self.inner
-        return timed.interval(memory, every)
 
     def find(self, operand: Operand, start: SparseFrame, warm: bool, memory: Memory) -> SparseFrame:
         """Factors first, then the blocks of their core."""

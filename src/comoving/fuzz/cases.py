@@ -25,7 +25,9 @@ DTYPES: tuple[tuple[torch.dtype, float], ...] = (
 )  # fmt: skip
 NAMES = ("weight", "layers.0.weight", "attn.q.weight", "mlp.up.weight", "conv.weight", "tok_emb.weight", "norm.weight")
 _LARGEST = 2500
-_FULL_RANK_REFUSES = {"side", "scale", "codec", "bases", "ranks", "budget", "transport", "residual", "finder"}
+_FULL_RANK_REFUSES = {
+    "side", "scale", "codec", "bases", "ranks", "budget", "transport", "residual", "finder", "cadence",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

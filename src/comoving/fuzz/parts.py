@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
+from ..cadence import Growing, Lazy
 from ..codecs import BFloat16, Int4, Int8, RankOne
 from ..finders import (
     Amortized,
@@ -11,9 +12,7 @@ from ..finders import (
     Correlation,
     CosineSelection,
     Exact,
-    Growing,
     IncrementalSVD,
-    Lazy,
     Nystroem,
     Oja,
     Power,
@@ -44,10 +43,6 @@ def _flag(r: Random) -> bool:
     return r.random() < 0.5
 
 
-def _plain_finder(r: Random) -> Any:
-    return r.choice((Exact(), Exact(momentum=0.5), Power(), Power(momentum=0.0)))
-
-
 MODE_FINDERS: tuple[Draw, ...] = (
     lambda r: Exact(r.choice(_MOMENTA), r.choice((0, 1, 2)), r.choice(("gram", "svd")), _flag(r)),
     lambda r: Exact(r.choice(_MOMENTA), r.choice((1, 2)), sequential=_flag(r), warm=True),
@@ -63,8 +58,6 @@ MODE_FINDERS: tuple[Draw, ...] = (
     lambda r: Correlation(r.choice((0.1, 1.0)), r.choice((1, 2, 5))),
     lambda r: IncrementalSVD(r.choice(_MOMENTA), r.choice((0.5, 0.9, 1.0)), r.choice((1, 8))),
     lambda r: StreamingTucker(r.choice((0.5, 0.9, 1.0)), r.choice((0, 2, 8)), r.choice((0.0, 1.0))),
-    lambda r: Growing(_plain_finder(r), r.choice((1.0, 1.2, 2.0))),
-    lambda r: Lazy(_plain_finder(r), r.choice((0.0, 0.4, 0.9)), r.choice((1, 2, 5)), r.choice((2, 3))),
 )
 BOND_FINDERS: tuple[Draw, ...] = (
     lambda r: TrainSVD(r.choice(_MOMENTA), r.choice(("gram", "svd"))),
@@ -149,6 +142,10 @@ CODECS: tuple[Draw, ...] = (
     lambda r: Int4(r.choice((8, 64)), r.choice(("linear", "normal")), r.choice(("nearest", "stochastic"))),
     lambda r: RankOne(),
 )
+CADENCES: tuple[Draw, ...] = (
+    lambda r: Growing(r.choice((1.0, 1.2, 2.0))),
+    lambda r: Lazy(r.choice((0.0, 0.4, 0.9)), r.choice((1, 2, 5)), r.choice((2, 3))),
+)
 POLICIES: tuple[Draw, ...] = (
     lambda r: Energy(r.choice((0.3, 0.5)), r.choice((0.8, 0.95)), step=r.choice((1, 2, 8))),
     lambda r: Tolerance(r.choice((0.1, 0.3)), r.choice((0.5, 0.8)), step=r.choice((1, 2, 8))),
@@ -183,6 +180,10 @@ def composition(r: Random) -> dict[str, Any]:
     resizes = transport.resizes and not (isinstance(rule, SOAP | Shampoo) and rule.max_size < 40)
     if r.random() < 0.25 and type(frame) is Modes and resizes:
         parts["ranks"] = r.choice(POLICIES)(r)
+    if r.random() < 0.25:
+        cadence = r.choice(CADENCES)(r)
+        if not cadence.compares or type(frame).makes in cadence.compares:
+            parts["cadence"] = cadence
     return parts
 
 

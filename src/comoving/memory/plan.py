@@ -26,7 +26,7 @@ from .shapes import Subject, subject
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATE = ("moments", "frames", "feedback", "finder", "preconditioner", "scalars")
 """The parts of the state: the rule's and the transport's moments; frames; what the residual keeps; the finder's memory;
-statistics of single modes and preconditioners; step counts, seeds and diagnostics."""
+statistics of single modes and preconditioners; step counts, seeds, diagnostics, and what the cadence keeps."""
 _KINDS = {
     Kind.LINEAR: "moments",
     Kind.VARIANCE: "moments",
@@ -308,7 +308,7 @@ def _kinds(site: Site, group: Mapping[str, Any]) -> dict[str, str]:
             found[name] = "finder"
         elif slot is not None:
             found[name] = _KINDS.get(slot.kind, "preconditioner")
-        elif name in (SLOT, "step", slots.RANKS, slots.VALUE):
+        elif name.startswith(slots.CADENCE) or name in (SLOT, "step", slots.RANKS, slots.VALUE):
             found[name] = "scalars"
         elif name in own["precondition"].parts(site.view.shape, site.view.dtype):
             found[name] = "preconditioner"

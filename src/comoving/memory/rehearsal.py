@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cadence import Cadence, When
+from ..cadence.base import Slots
+from ..codecs import Part
 from ..optimizer import LowRankOptimizer
 from . import flops
 from .tracker import StorageTracker
@@ -36,6 +39,42 @@ class Rehearsal:
     refresh: int
     step_flops: int
     refresh_flops: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Called:
+    """Stands for a cadence, with its slots and its work, but refreshes where the period is 1, and at no other step.
+
+    It is equal to the cadence, which groups may not be edited to differ from.
+    """
+
+    cadence: Cadence
+
+    def __eq__(self, other: object) -> bool:
+        return self.cadence == other
+
+    __hash__ = object.__hash__
+
+    @property
+    def batched(self) -> bool:
+        return self.cadence.batched
+
+    @property
+    def alone(self) -> bool:
+        return self.cadence.alone
+
+    @property
+    def compares(self) -> tuple[type, ...]:
+        return self.cadence.compares
+
+    def parts(self) -> dict[str, Part]:
+        return self.cadence.parts()
+
+    def due(self, slots: Slots, when: When) -> bool:
+        return when.every == 1
+
+    def refreshed(self, slots: Slots, last: Any, new: Any, when: When) -> dict[str, Tensor]:
+        return self.cadence.refreshed(slots, last, new, when)
 
 
 class _Watcher(StorageTracker):
@@ -114,11 +153,13 @@ def _period(group: dict[str, Any]) -> int:
 def _prepared(
     optimizer: LowRankOptimizer, group: dict[str, Any], params: Sequence[Tensor], device: str
 ) -> Generator[None]:
-    """Gradients, phases at which nothing refreshes by itself, and torch's choice of kernels; all of it undone."""
-    sites, kept = {p: optimizer.sites[p] for p in params}, {key: group[key] for key in ("refresh_every", "foreach")}
+    """Gradients, one phase, a cadence that waits to be called, and torch's choice of kernels; all of it undone."""
+    sites = {p: optimizer.sites[p] for p in params}
+    kept = {key: group[key] for key in ("cadence", "refresh_every", "foreach")}
+    group["cadence"] = _Called(group["cadence"])
     for p, site in sites.items():
         p.grad = torch.empty_like(p)
-        optimizer.sites[p] = replace(site, phase=_NEVER // 10)
+        optimizer.sites[p] = replace(site, phase=0)
     if device != "cpu" and group["foreach"] is None and not group["fused"]:
         group["foreach"] = True
     try:

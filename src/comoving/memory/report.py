@@ -62,7 +62,7 @@ def _remark(plan: Plan, name: str) -> str:
         "moments": "of rule and transport",
         "frames": "the directions that are kept",
         "finder": "what it remembers of past gradients",
-        "scalars": "step counts, seeds, diagnostics",
+        "scalars": "step counts, seeds, diagnostics, the cadence's",
         "feedback": "what the frame could not hold",
         "preconditioner": "statistics of single modes",
         "activations": "an estimate",
