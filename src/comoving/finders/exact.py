@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..decompositions import Method, leading_directions
 from ..frames import ModeFrame
-from ..linalg import Method, leading_directions, multilinear, norm, over, unit_size
+from ..linalg import multilinear, norm, over, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import Memory, Memoryless, check_start, unless_zero
 from .operand import Operand
@@ -100,7 +101,7 @@ def _sweep(x: Tensor, known: Factors, start: Factors, order: list[int], method: 
             sweep of HOOI.
         start: orthonormal, of the wanted ranks: kept where nothing is to be seen; None where the mode is whole.
         order: of the compressed modes.
-        method: of :func:`comoving.linalg.leading_directions`.
+        method: of :func:`comoving.decompositions.leading_directions`.
         rows: leading dimensions of x that count rows.
     """
     factors, waiting = list(start), list(order)

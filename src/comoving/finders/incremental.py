@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..decompositions import turning
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_singular, orthonormalize, over, reorthonormalize, to_unit, unfold
+from ..linalg import orthonormalize, over, reorthonormalize, to_unit, unfold
 from ..validate import check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing, peak
 from .operand import Operand
@@ -92,6 +93,6 @@ class IncrementalSVD:
         tiny = torch.finfo(seen.dtype).tiny
         size = peak(seen, lead)
         unit = torch.maximum(size, faded.amax(-1)).clamp_min(tiny)
-        vectors, found = leading_singular(seen / over(unit, seen), rank, faded / over(unit, faded))
+        vectors, found = turning(seen / over(unit, seen), rank, faded / over(unit, faded))
         turned = torch.where(over(size > 0, u), reorthonormalize(basis @ vectors), u)
         return turned, torch.where(over(size > 0, faded), found * over(unit, found), faded)

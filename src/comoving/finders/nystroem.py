@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..decompositions import sampled_factor
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_directions, unit_size
+from ..linalg import unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
 from .columns import by_energy, by_slices, column_energies, joined, slice_energies
@@ -104,8 +105,7 @@ class Nystroem:
             u = factors[n]
             assert u is not None
             x = unit_size(operand.sample(n, columns.to(u.device, non_blocking=True)), rows)
-            x = x if weights is None else x * weights.sqrt().to(u).unsqueeze(-2)
-            factors[n] = unless_zero(x, leading_directions(x, 0, u.shape[-1], rows=rows), u, rows)
+            factors[n] = unless_zero(x, sampled_factor(x, u.shape[-1], weights), u, rows)
         return ModeFrame(tuple(factors))
 
     def count(self, columns: int, rank: int) -> int:

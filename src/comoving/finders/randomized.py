@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..decompositions import leading_directions
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_directions, orthonormalize, unfold, unit_size
+from ..linalg import orthonormalize, unfold, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
 from .exact import by_shrinkage

@@ -6,11 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..decompositions import Method
 from ..frames.bond import BondFrame
 from ..frames.interface import Interface, identity
 from ..validate import check_choice, check_float, check_int
 from .base import Memory, Memoryless
-from .bonds import Method, decompose, energy_of, extend, found, prune, scaled, sketch
+from .bonds import decompose, energy_of, extend, found, prune, scaled, sketch
 from .operand import Operand
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from comoving.linalg import orthogonality_defect, tt_randomized, tt_svd
+from comoving.decompositions import tt_randomized, tt_svd
+from comoving.linalg import orthogonality_defect
 from contract.support import COMPLEX, REAL, randn
 
 WIDE = {torch.float32: REAL, torch.complex64: COMPLEX, REAL: REAL, COMPLEX: COMPLEX}

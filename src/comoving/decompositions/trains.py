@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import per_mode, require_dtype, require_order, require_within, train_rank_limits
-from .decompositions import pinv
+from ..linalg import pinv
+from ..linalg.checks import per_mode, require_dtype, require_order, require_within, train_rank_limits
 from .singular import fix_gauge, leading_left_vectors, left_vectors
 from .tsqr import tsqr
 
