@@ -6,6 +6,7 @@ coinciding and vanishing singular values too, unless a docstring says otherwise.
 """
 
 from .eigenvectors import eigenvectors, leading_eigenvectors
+from .hosvd import by_shrinkage, hosvd, sweep
 from .incremental_qr import completed, incremental_qr
 from .incremental_svd import incremental_svd, turning
 from .leading import Method, leading_directions, spanning
@@ -16,9 +17,11 @@ from .tsqr import tsqr, tsqr_r
 
 __all__ = [
     "Method",
+    "by_shrinkage",
     "completed",
     "eigenvectors",
     "fibres",
+    "hosvd",
     "incremental_qr",
     "incremental_svd",
     "leading_directions",
@@ -27,6 +30,7 @@ __all__ = [
     "nystroem_tucker",
     "sampled_factor",
     "spanning",
+    "sweep",
     "tsqr",
     "tsqr_r",
     "tt_randomized",

@@ -23,7 +23,9 @@ def decompose(start: Interface, x: Tensor, method: Method = "gram") -> tuple[Int
     """The interface of start's ranks whose every basis holds leading left singular vectors, and B^H x.
 
     From the leaves to the root, each edge on data that the ones before have projected already: for a train TT-SVD
-    (Oseledets, 2011), for a tree the truncation from leaves to root of Grasedyck (2010).
+    (Oseledets, 2011), for a tree the truncation from leaves to root of Grasedyck (2010). Of a train it is what
+    :func:`comoving.decompositions.tt_svd` makes, bond by bond with the same :func:`leading_directions`; but it walks
+    trees too, ends at the bond, leaves whole edges alone, and keeps data whose modes come from the right as they lie.
     """
     if start.basis is None:
         return start, x

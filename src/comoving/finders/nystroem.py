@@ -29,7 +29,9 @@ class Nystroem:
     Each column has the weight 1/(its expected number of draws), so that C C^H estimates O_(n) O_(n)^H without bias
     (Drineas, Kannan and Mahoney, 2006). Only the sampled columns of O are ever formed, never the full Gram matrix:
     s columns cost O(d_n s r_n). Each refresh draws other ones: the seed and a count of the refreshes, which is in the
-    state, determine which. As many samples as there are columns are all of them, and exact.
+    state, determine which. As many samples as there are columns are all of them, and exact. The factors are made as in
+    :func:`comoving.decompositions.nystroem_tucker`, which draws by given weights, with replacement, from a tensor in
+    hand; here the columns are drawn by what was seen so far, and the operand may be a sum that is never formed.
 
     Args:
         momentum: rho, the first moment's share of the operand O, in [0, 1).

@@ -57,7 +57,8 @@ class TrainRandomized(Memoryless):
 
     With two reads the first interface comes from a sketch of r + oversampling columns and the second one exactly from
     what it leaves. With one read each comes from a sketch of its own, so that the data can stream past: the captured
-    energy is lower where the spectrum decays slowly.
+    energy is lower where the spectrum decays slowly. Unlike :func:`comoving.decompositions.tt_randomized`, which keeps
+    all bonds and sketches each of them, it needs the two interfaces of one bond, and a single sketch for each.
 
     Args:
         momentum: rho, the first moment's share of the operand O, in [0, 1).
