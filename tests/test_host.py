@@ -28,9 +28,9 @@ NANS = (0, 3)
 """Skipped: the first step, and one that refreshes some parameters and not others."""
 
 CONVERGED = "torch asks whether it converged"
-EIGH = {"refresh: linalg/decompositions.py:_eigh": CONVERGED}
-SVD = {"refresh: linalg/decompositions.py:_svd": CONVERGED}
-EIGH_OUTSIDE = {"step: linalg/decompositions.py:_eigh": CONVERGED}
+EIGH = {"refresh: linalg/lapack.py:_eigh": CONVERGED}
+SVD = {"refresh: linalg/lapack.py:_svd": CONVERGED}
+EIGH_OUTSIDE = {"step: linalg/lapack.py:_eigh": CONVERGED}
 LAZY = {"refresh: cadence/lazy.py:_compared": "the host decides when the next refresh is"}
 RAISING = {"step: drivers/guard.py:inspect": "one flag, so that nothing changes before it is raised"}
 PUT_BACK = {"step: drivers/gradients.py:__exit__": "the seed that the frame is drawn from is on the host"}
@@ -80,7 +80,7 @@ OF_PARTS = {
     "incremental": EIGH, "randomized": EIGH, "nystroem": EIGH, "slices": EIGH, "sequential": EIGH,
     "randomized train": EIGH,
     "lazy": LAZY,
-    "polar": {"step: linalg/decompositions.py:_svd": CONVERGED},
+    "polar": {"step: linalg/lapack.py:_svd": CONVERGED},
     "adaptive ranks": EIGH | {"refresh: ranks/reading.py:read": "ranks are the host's to choose"},
     "blocks": {"step: engine.py:_blocks_of": "which blocks have a gradient"},
 }  # fmt: skip

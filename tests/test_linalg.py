@@ -11,7 +11,6 @@ from comoving.linalg import (
     add_multilinear,
     correlate,
     gram,
-    leading_eigenvectors,
     multilinear,
     orthogonality_defect,
     orthonormalize,
@@ -112,21 +111,6 @@ def test_orthogonality_defect_is_per_batch_entry(dtype):
     assert found.shape == (3,)
     close(found[1].double(), torch.tensor(1.1**2 - 1, dtype=REAL), 1e-5)
     assert max(found[0], found[2]) < 1e-5
-
-
-@DTYPES
-@pytest.mark.parametrize("batch", [(), (3,)])
-def test_leading_eigenvectors(batch, dtype):
-    half = randn((*batch, 8, 8), dtype)
-    hermitian = half @ half.mH
-    vectors = leading_eigenvectors(hermitian, 3)
-    assert vectors.untyped_storage().nbytes() == vectors.numel() * vectors.element_size()  # a copy, not a slice
-    assert vectors.is_contiguous()
-    values = torch.linalg.eigvalsh(hermitian).flip(-1)[..., :3]
-    assert (hermitian @ vectors - vectors * values.unsqueeze(-2)).abs().max() <= 1e3 * torch.finfo(
-        dtype
-    ).eps * values.max()
-    assert explicit_defect(vectors) <= 100 * torch.finfo(dtype).eps
 
 
 # ------------------------------------------------------------------------------------------- products along modes

@@ -218,7 +218,7 @@ def laboratory() -> Any:
         jobs: Annotated[int | None, typer.Option(help="Runs at once. [default: cores, 1 on a GPU]")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
         steps: Annotated[int | None, typer.Option(help="Updates of each run. [default: the configuration's]")] = None,
-        rate: Annotated[float | None, typer.Option(help="AdamW's rate, the middle of every arm's grid.")] = None,
+        rate: Annotated[float | None, typer.Option(help="AdamW's rate, the middle of every arm's sweep.")] = None,
         spec_monitor: Annotated[
             bool, typer.Option("--spec-monitor", help="Write all spectra as JSON lines too, under OUT/spectra.")
         ] = False,

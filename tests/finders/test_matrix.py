@@ -11,6 +11,7 @@ import torch
 
 import comoving
 from comoving import LowRankOptimizer, state_bytes
+from comoving.decompositions import turning
 from comoving.draws import gaussian, scramble
 from comoving.finders import (
     CosineSelection,
@@ -25,7 +26,7 @@ from comoving.finders import (
     RandomProjection,
 )
 from comoving.frames import CosineFrame, Cosines, ModeFrame, Modes, Seeded
-from comoving.linalg import cosine_columns, cosine_transform, leading_singular, unfold
+from comoving.linalg import cosine_columns, cosine_transform, unfold
 from comoving.parts import part
 from comoving.residual import Feedback
 from comoving.transport import Carry, Keep, Rotate
@@ -389,7 +390,7 @@ def test_small_problems_are_solved_in_double_precision():
     """Singular values of 1e-5 of the largest, whose squares float32 would lose."""
     u, v = torch.linalg.qr(randn((6, 6))).Q, torch.linalg.qr(randn((9, 6), seed=1)).Q
     a = (u * torch.tensor([1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5], dtype=REAL) @ v.T).float()
-    vectors, values = leading_singular(a, 5)
+    vectors, values = turning(a, 5)
     close(values.double(), torch.tensor([1, 1e-1, 1e-2, 1e-3, 1e-4], dtype=REAL), 1e-6)
     assert (vectors.double().T @ u[:, :5]).abs().diagonal().min() > 1 - 1e-4
     assert vectors.dtype is values.dtype is torch.float32

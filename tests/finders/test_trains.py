@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from bonded import SHAPES, SPECS, energy, known_ranks, matrix, random_frame, stream
+from comoving.decompositions import tt_svd
 from comoving.finders import Operand
 from comoving.finders.bonds import energy_of, extend, prune
 from comoving.finders.train import TrainIncrement, TrainRandomized, TrainSVD
@@ -146,23 +147,19 @@ def test_a_matrix_has_its_singular_vectors(method, dtype):
             close(side.basis @ side.basis.mH, vectors[:, :3] @ vectors[:, :3].mH)
 
 
+@pytest.mark.parametrize("method", ["gram", "svd"])
 @pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=str)
-def test_a_train_holds_the_leading_vectors_of_each_projected_unfolding(dtype):
-    """TT-SVD in its textbook form on the first side, here the left."""
-    x = randn((4, 3, 2, 5), dtype)
-    start = random_frame(Trains(bond=3), x.shape, (3, 4, 4), dtype)
-    frame = TrainSVD().find(Operand(x), start, False, {})
-    y, rows = x, 1
-    cores = []
-    for d, r in zip((4, 3, 2), (3, 4, 4), strict=True):
-        y = y.reshape(rows * d, -1)
-        u = torch.linalg.svd(y, full_matrices=False).U[:, :r]
-        cores.append(u)
-        y, rows = u.mH @ y, r
-    for edge, u in zip(frame.left.edges(), cores, strict=True):
-        assert edge.matrix.shape == u.shape
-    b = torch.einsum("ia,ajb,bkc->ijkc", cores[0], cores[1].reshape(3, 3, 4), cores[2].reshape(4, 2, 4)).reshape(24, 4)
-    close(matrix(frame.left) @ matrix(frame.left).mH, (b @ b.mH).to(COMPLEX), 1e-9)
+def test_the_first_interface_of_a_train_is_that_of_tt_svd(method, dtype):
+    """Of the tensor where the left is the first side, and of the one with its modes reversed where the right is."""
+    for shape, bond in (((4, 3, 2, 5), 3), ((5, 2, 3, 4), 1)):
+        x = randn(shape, dtype)
+        start = random_frame(Trains(bond=bond), shape, (3, 4, 4) if bond == 3 else (4, 4, 3), dtype)
+        frame = TrainSVD(method=method).find(Operand(x), start, False, {})
+        assert start.left_first == (bond == 3)
+        first = frame.left if bond == 3 else frame.right
+        cores = tt_svd(x if bond == 3 else x.permute(3, 2, 1, 0), (3, 4, 4))[:3]
+        b = torch.einsum("zia,ajb,bkc->ijkc" if bond == 3 else "zia,ajb,bkc->kjic", *cores).reshape(24, 4)
+        close(matrix(first) @ matrix(first).mH, (b @ b.mH).to(COMPLEX), 1e-9)
 
 
 def test_the_svd_sees_small_singular_values():

@@ -50,11 +50,11 @@ def columns_of(frame, shape, dtype):
     if frame.kept is None:
         return every
     core, lengths = frame.kept.shape, frame.kept.lengths
-    grid = list(product(*(range(r // b) for r, b in zip(core, lengths, strict=True))))
+    places = list(product(*(range(r // b) for r, b in zip(core, lengths, strict=True))))
     numbers = []
     for block in frame.kept.blocks.tolist():
         for entry in product(*map(range, lengths)):
-            index = [k * b + i for k, b, i in zip(grid[block], lengths, entry, strict=True)]
+            index = [k * b + i for k, b, i in zip(places[block], lengths, entry, strict=True)]
             number = 0
             for r, i in zip(core, index, strict=True):
                 number = number * r + i

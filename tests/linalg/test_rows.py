@@ -10,8 +10,6 @@ from comoving.linalg import (
     cosine_columns,
     inner,
     largest,
-    leading_directions,
-    leading_singular,
     norm,
     orthogonal,
     orthogonality_defect,
@@ -139,37 +137,6 @@ def test_a_mended_basis_leaves_its_mates_alone(dtype):
     mended = reorthonormalize(bent)
     assert torch.equal(mended[[0, 1, 3, 4, 5, 6]], u[[0, 1, 3, 4, 5, 6]])
     torch.testing.assert_close(mended[2], u[2], **close_to(dtype))
-
-
-@FIELDS
-@pytest.mark.parametrize("own", [False, True])
-def test_leading_singular_vectors_of_a_batch(dtype, own):
-    a = mixed(dtype).mT[:, :, :9]
-    a[4] /= 1e6
-    extra = torch.rand(7, 3, dtype=a.dtype.to_real()) if own else None
-    vectors, values = leading_singular(a, 2, extra)
-    for b, x in enumerate(a):
-        u, s = leading_singular(x, 2, None if extra is None else extra[b])
-        torch.testing.assert_close(values[b].square(), s.square(), **close_to(dtype))
-        assert orthogonality_defect(vectors[b]) < 100 * torch.finfo(dtype).eps
-        if b in (0, 6):
-            torch.testing.assert_close(vectors[b] @ vectors[b].mH, u @ u.mH, **close_to(dtype))
-
-
-@FIELDS
-@pytest.mark.parametrize("method", ["gram", "svd"])
-@pytest.mark.parametrize("shape", [(7, 9), (9, 2), (5, 6, 4), (30, 2, 3)], ids=str)
-def test_leading_directions_of_a_batch(dtype, method, shape):
-    x = unit_size(torch.randn(4, *shape, dtype=dtype, generator=torch.Generator().manual_seed(3)), 1)
-    x[1] = 0
-    x[2] = torch.einsum("i,...j->i...j", x[2].flatten(1)[:, 0], torch.ones_like(x[2, 0])) / shape[0]
-    for mode in range(len(shape)):
-        found = leading_directions(x, mode, 2, method, 1)
-        assert found.shape == (4, shape[mode], 2)
-        assert orthogonality_defect(found).max() < 100 * torch.finfo(dtype).eps
-        for b in (0, 3):
-            alone = leading_directions(x[b], mode, 2, method)
-            torch.testing.assert_close(found[b] @ found[b].mH, alone @ alone.mH, **close_to(dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------- products

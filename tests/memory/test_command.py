@@ -9,7 +9,7 @@ from comoving.cli import main
 
 pytest.importorskip("typer")
 
-FNO = "fno:modes=8x8,channels=16,layers=2,grid=16x16"
+FNO = "fno:modes=8x8,channels=16,layers=2,resolution=16x16"
 
 
 def run(*arguments: str) -> int:

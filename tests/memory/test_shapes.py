@@ -114,7 +114,7 @@ def test_a_config_needs_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_fno_from_its_settings() -> None:
-    found = subject("fno:modes=8x6,channels=16,layers=3,inputs=2,grid=32x32", torch.bfloat16)
+    found = subject("fno:modes=8x6,channels=16,layers=3,inputs=2,resolution=32x32", torch.bfloat16)
     shapes = {name: (tuple(p.shape), p.dtype) for name, p in found.module.named_parameters()}
     assert shapes["convs.2.weight"] == ((16, 16, 8, 4), torch.complex64)
     assert shapes["fno_skips.0.weight"] == ((16, 16), torch.bfloat16)
@@ -130,7 +130,7 @@ def test_an_fno_from_its_settings() -> None:
         ("fno:modes=8x8,channels=16,layers=2,depth=3", "'depth=3' .* is no setting"),
         ("fno:modes=8x0,channels=16,layers=2", "integers >= 1"),
         ("fno:modes=8,channels=16x2,layers=2", "single integers"),
-        ("fno:modes=8x8,channels=16,layers=2,grid=64", "as many dimensions"),
+        ("fno:modes=8x8,channels=16,layers=2,resolution=64", "as many dimensions"),
         ("llama-8b", "unknown model"),
         ("torch.nn:Nothing", "has no function 'Nothing'"),
     ],

@@ -239,10 +239,10 @@ def accuracy(found: Found) -> bytes:
         columns = min(2, len(panels))
         lines = -(-len(panels) // columns)
         figure = canvas(4.2 * columns + 2.4, 2.9 * lines)
-        grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-        for axes in grid[len(panels) :]:
+        panes = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for axes in panes[len(panels) :]:
             axes.remove()
-        for axes, (name, rows) in zip(grid, panels.items(), strict=False):
+        for axes, (name, rows) in zip(panes, panels.items(), strict=False):
             for i, row in enumerate(rows):
                 mark = MARKS[i // len(COLORS) % len(MARKS)]
                 place = row["time_of_exact"], missed(row)
@@ -262,7 +262,7 @@ def accuracy(found: Found) -> bytes:
             axes.set_xlabel("time of Exact's")
             axes.set_title(f"{name}: share of energy missed", loc="left", fontsize=8)
         labels: dict[str, Any] = {}
-        for axes in grid[: len(panels)]:
+        for axes in panes[: len(panels)]:
             handles, names = axes.get_legend_handles_labels()
             labels |= dict(zip(names, handles, strict=True))
         figure.legend(labels.values(), labels.keys(), loc="outside right upper", fontsize=7)

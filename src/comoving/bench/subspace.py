@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comoving import linalg
 from comoving.bench.clock import seconds
 from comoving.bench.contenders import EXACT, Contender
 from comoving.bench.gradients import Stream, train_tensor
+from comoving.decompositions import tt_randomized, tt_svd
 from comoving.finders import Exact, Operand, TrainIncrement, TrainSVD, TreeIncrement, TreeSVD
 from comoving.finders.base import Memory
 from comoving.frames import Modes, Trains, Trees
@@ -247,12 +247,12 @@ def _tensorly(x: Tensor, rank: int) -> list[Tensor]:
 
 
 def _randomized(x: Tensor, rank: int, reads: int) -> list[Tensor]:
-    return linalg.tt_randomized(x, rank, reads=reads, generator=torch.Generator().manual_seed(0))
+    return tt_randomized(x, rank, reads=reads, generator=torch.Generator().manual_seed(0))
 
 
 TENSORLY = "tensorly tensor_train"
 TT_METHODS: dict[str, Any] = {
-    "tt_svd": linalg.tt_svd,
+    "tt_svd": tt_svd,
     "tt_randomized, 2 reads": partial(_randomized, reads=2),
     "tt_randomized, 1 read": partial(_randomized, reads=1),
     TENSORLY: _tensorly,
@@ -333,7 +333,7 @@ def increments(gradients: Iterable[Tensor], rank: int, recompute_every: int = 1)
                 frames[name] = result[0]
                 energy = captured(result[0], x) if together else 0.0
             else:
-                time = seconds(partial(_keep, result, partial(linalg.tt_svd, x, rank)))
+                time = seconds(partial(_keep, result, partial(tt_svd, x, rank)))
                 energy = square(result[0][-1]) / square(x)  # all cores before are orthonormal
             if t > 0:
                 times[name].append(time)

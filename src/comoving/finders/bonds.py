@@ -6,17 +6,16 @@ sought in the span of the p c fibres along it.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..decompositions import Method, completed, leading_directions, leading_eigenvectors, spanning
 from ..draws import sent
 from ..frames.bond import BondFrame
 from ..frames.interface import Interface, change, identity, product
-from ..linalg import leading_eigenvectors, orthonormalize, qr, qr_triangle, svd
+from ..linalg import qr
 
-Method = Literal["gram", "svd"]
 Step = Callable[[Interface, Tensor], tuple[Interface, Tensor]]
 
 
@@ -24,14 +23,16 @@ def decompose(start: Interface, x: Tensor, method: Method = "gram") -> tuple[Int
     """The interface of start's ranks whose every basis holds leading left singular vectors, and B^H x.
 
     From the leaves to the root, each edge on data that the ones before have projected already: for a train TT-SVD
-    (Oseledets, 2011), for a tree the truncation from leaves to root of Grasedyck (2010).
+    (Oseledets, 2011), for a tree the truncation from leaves to root of Grasedyck (2010). Of a train it is what
+    :func:`comoving.decompositions.tt_svd` makes, bond by bond with the same :func:`leading_directions`; but it walks
+    trees too, ends at the bond, leaves whole edges alone, and keeps data whose modes come from the right as they lie.
     """
     if start.basis is None:
         return start, x
     children = start.children
     if children:
         children, x = _through(start, x, partial(decompose, method=method))
-    basis = _leading(_unfold(x), start.rank, method)
+    basis = leading_directions(_unfold(x), 0, start.rank, method)
     return Interface(start.sizes, basis.reshape(start.basis.shape), children), product(basis.mH, x)
 
 
@@ -55,8 +56,7 @@ def extend(interface: Interface, x: Tensor, add: int | None = None) -> tuple[Int
     room = min(interface.rank if add is None else add, basis.shape[0] - interface.rank, rows.shape[1])
     if room > 0:
         residual = rows - basis @ (basis.mH @ rows)
-        q, _ = qr(torch.cat([basis, _directions(residual, room)], dim=-1))
-        basis = torch.cat([basis, q[:, interface.rank :]], dim=-1)
+        basis = torch.cat([basis, completed(basis, spanning(residual, room))[0]], dim=-1)
     return Interface(interface.sizes, basis.unflatten(0, shape), children), product(basis.mH, x)
 
 
@@ -148,27 +148,6 @@ def _unfold(x: Tensor) -> Tensor:
     if x.shape[0] == 1:
         return x[0]
     return x[..., 0].mT if x.shape[2] == 1 else x.transpose(0, 1).flatten(1)
-
-
-def _leading(rows: Tensor, rank: int, method: Method) -> Tensor:
-    """An orthonormal basis (n, rank) of the leading left singular vectors; completed where there are fewer."""
-    n, columns = rows.shape
-    if method == "svd" and rank <= columns:
-        if n < columns:
-            return svd(qr_triangle(rows.mH).mH)[0][:, :rank].contiguous()
-        q, r = qr(rows)
-        return (q @ svd(r)[0][:, :rank]).contiguous()
-    if rank <= columns < n:
-        return orthonormalize(_directions(rows, rank))
-    return leading_eigenvectors(rows @ rows.mH, rank)
-
-
-def _directions(rows: Tensor, count: int) -> Tensor:
-    """The ``count`` leading left singular vectors, neither normalized nor complete; count <= both sides."""
-    n, columns = rows.shape
-    if columns < n:
-        return rows @ leading_eigenvectors(rows.mH @ rows, count)
-    return leading_eigenvectors(rows @ rows.mH, count)
 
 
 def _preferring_earlier(energy: Tensor) -> Tensor:

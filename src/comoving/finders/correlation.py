@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..decompositions import leading_directions
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import abs_squared, leading_directions, multilinear, norm, orthonormalize, over, unfold, unit_size
+from ..linalg import abs_squared, multilinear, norm, orthonormalize, over, unfold, unit_size
 from ..validate import check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing, peak, unless_zero
 from .operand import Operand

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..decompositions import Method, by_shrinkage, leading_directions, sweep
 from ..frames import ModeFrame
-from ..linalg import Method, leading_directions, multilinear, norm, over, unit_size
+from ..linalg import norm, over, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import Memory, Memoryless, check_start, unless_zero
 from .operand import Operand
@@ -25,7 +26,8 @@ class Exact(Memoryless):
     For a tensor that is the truncated higher-order SVD, HOSVD (De Lathauwer, De Moor and Vandewalle, 2000). Its error
     is at most sqrt(N) times that of the best factors, and ``sweeps`` of higher-order orthogonal iteration, HOOI (the
     same authors, 2000), lower it: U_n anew from O x_m U_m^H over all m != n, for one mode n after the other. A frame
-    with a single compressed mode cannot be improved, and no sweep is made.
+    with a single compressed mode cannot be improved, and no sweep is made. :func:`comoving.decompositions.hosvd` does
+    the same to a tensor alone.
 
     Args:
         momentum: rho, the first moment's share of the operand O, in [0, 1); with 0, O is the gradient alone, as in
@@ -65,7 +67,8 @@ class Exact(Memoryless):
         check_start(self, start)
         factors, rows = start.factors, operand.rows
         x = unit_size(operand.full(), rows)
-        order = by_shrinkage(factors) if self.sequential else [n for n, u in enumerate(factors) if u is not None]
+        order = by_shrinkage(operand.shape, start.ranks)
+        order = order if self.sequential else sorted(order)
         good = None
         if self.warm and warm and len(order) > 1:
             good = norm(start.project(x), rows) >= _SEEN * norm(x, rows)
@@ -75,44 +78,21 @@ class Exact(Memoryless):
                 pairs = zip(start.factors, factors, strict=True)
                 factors = tuple(None if u is None or v is None else torch.where(over(good, u), u, v) for u, v in pairs)
         for _ in range(self.sweeps if len(order) > 1 else 0):
-            factors = _sweep(x, factors, factors, order, self.method, rows)
+            factors = self._swept(x, factors, factors, order, rows)
         return ModeFrame(factors)
 
     def _anew(self, x: Tensor, start: Factors, order: list[int], rows: int) -> Factors:
         if self.sequential:
-            return _sweep(x, (None,) * len(start), start, order, self.method, rows)
-        leading = partial(_leading, method=self.method, rows=rows)
-        return tuple(None if u is None else leading(x, n, u) for n, u in enumerate(start))
+            return self._swept(x, (None,) * len(start), start, order, rows)
+        return tuple(None if u is None else _leading(x, n, start, self.method, rows) for n, u in enumerate(start))
+
+    def _swept(self, x: Tensor, known: Factors, start: Factors, order: list[int], rows: int) -> Factors:
+        found = sweep(x, known, order, partial(_leading, start=start, method=self.method, rows=rows))
+        return tuple(found.get(n) for n in range(len(start)))
 
 
-def by_shrinkage(factors: Factors) -> list[int]:
-    """The compressed modes, that of the smallest r_n/d_n first."""
-    shares = {n: u.shape[-1] / u.shape[-2] for n, u in enumerate(factors) if u is not None}
-    return sorted(shares, key=lambda n: shares[n])
-
-
-def _sweep(x: Tensor, known: Factors, start: Factors, order: list[int], method: Method, rows: int) -> Factors:
-    """One factor after the other, from x projected on the new factors so far and on the known ones of modes to come.
-
-    Args:
-        x: the tensor, (*rows, d_1, ..., d_N), with entries of about 1.
-        known: U_n to project on until a new one is there, or None: all None for the ST-HOSVD, the last factors for a
-            sweep of HOOI.
-        start: orthonormal, of the wanted ranks: kept where nothing is to be seen; None where the mode is whole.
-        order: of the compressed modes.
-        method: of :func:`comoving.linalg.leading_directions`.
-        rows: leading dimensions of x that count rows.
-    """
-    factors, waiting = list(start), list(order)
-    while waiting:
-        n = waiting.pop(0)
-        seen = multilinear(x, [k.mH if m in waiting and k is not None else None for m, k in enumerate(known)])
-        factors[n] = found = _leading(seen, n, start[n], method, rows)
-        if waiting:
-            x = multilinear(x, [found.mH if m == n else None for m in range(len(start))])
-    return tuple(factors)
-
-
-def _leading(x: Tensor, mode: int, start: Tensor | None, method: Method, rows: int) -> Tensor:
-    assert start is not None
-    return unless_zero(x, leading_directions(x, mode, start.shape[-1], method, rows), start, rows)
+def _leading(x: Tensor, mode: int, start: Factors, method: Method, rows: int) -> Tensor:
+    """The factor of a mode, from x with entries of about 1; that of ``start``, orthonormal, where nothing is seen."""
+    u = start[mode]
+    assert u is not None
+    return unless_zero(x, leading_directions(x, mode, u.shape[-1], method, rows), u, rows)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..decompositions import turning
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_singular, orthonormalize, over, reorthonormalize, to_unit, unfold
+from ..linalg import orthonormalize, over, reorthonormalize, to_unit, unfold
 from ..validate import check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing, peak
 from .operand import Operand
@@ -27,10 +28,11 @@ class IncrementalSVD:
     [        0             Q^H O ]
 
     of which the left singular vectors W turn the basis: U <- [U Q] W, cut to r_n columns. So all of O is seen inside U
-    and along Q; only what lies outside both is dropped. O is compressed by contraction with the basis that there is and
-    not to a few columns, because these would weaken, at every refresh, all but a few of U's own directions. The cost is
-    that of one product with r_n + 2 add directions and the eigenvectors of an (r_n + add)-square matrix. The defect of
-    the basis is measured at every refresh, and mended where it passes the tolerance.
+    and along Q; only what lies outside both is dropped, where :func:`comoving.decompositions.incremental_svd`, of which
+    this is the small problem, has its new columns in hand and drops nothing. O is compressed by contraction with the
+    basis that there is and not to a few columns, because these would weaken, at every refresh, all but a few of U's own
+    directions. The cost is that of one product with r_n + 2 add directions and the eigenvectors of an (r_n +
+    add)-square matrix. The defect of the basis is measured at every refresh, and mended where it passes the tolerance.
 
     The first frame looks for r_n more directions. s_n is in the state; a checkpoint of another rank starts it anew.
 
@@ -92,6 +94,6 @@ class IncrementalSVD:
         tiny = torch.finfo(seen.dtype).tiny
         size = peak(seen, lead)
         unit = torch.maximum(size, faded.amax(-1)).clamp_min(tiny)
-        vectors, found = leading_singular(seen / over(unit, seen), rank, faded / over(unit, faded))
+        vectors, found = turning(seen / over(unit, seen), rank, faded / over(unit, faded))
         turned = torch.where(over(size > 0, u), reorthonormalize(basis @ vectors), u)
         return turned, torch.where(over(size > 0, faded), found * over(unit, found), faded)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..decompositions import sampled_factor
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_directions, unit_size
+from ..linalg import unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
 from .columns import by_energy, by_slices, column_energies, joined, slice_energies
@@ -28,7 +29,9 @@ class Nystroem:
     Each column has the weight 1/(its expected number of draws), so that C C^H estimates O_(n) O_(n)^H without bias
     (Drineas, Kannan and Mahoney, 2006). Only the sampled columns of O are ever formed, never the full Gram matrix:
     s columns cost O(d_n s r_n). Each refresh draws other ones: the seed and a count of the refreshes, which is in the
-    state, determine which. As many samples as there are columns are all of them, and exact.
+    state, determine which. As many samples as there are columns are all of them, and exact. The factors are made as in
+    :func:`comoving.decompositions.nystroem_tucker`, which draws by given weights, with replacement, from a tensor in
+    hand; here the columns are drawn by what was seen so far, and the operand may be a sum that is never formed.
 
     Args:
         momentum: rho, the first moment's share of the operand O, in [0, 1).
@@ -104,8 +107,7 @@ class Nystroem:
             u = factors[n]
             assert u is not None
             x = unit_size(operand.sample(n, columns.to(u.device, non_blocking=True)), rows)
-            x = x if weights is None else x * weights.sqrt().to(u).unsqueeze(-2)
-            factors[n] = unless_zero(x, leading_directions(x, 0, u.shape[-1], rows=rows), u, rows)
+            factors[n] = unless_zero(x, sampled_factor(x, u.shape[-1], weights), u, rows)
         return ModeFrame(tuple(factors))
 
     def count(self, columns: int, rank: int) -> int:

@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..decompositions import fibres
 from ..draws import gaussian
 from ..frames import Frame, ModeFrame, Overlap
 from ..linalg import all_but_one, correlate, gram, inner, multilinear, norm, over
@@ -170,17 +171,6 @@ class Operand:
         """The frame of the second term, if it compresses a single mode, so that products with F w are cheap."""
         frame = self.frame
         return frame if isinstance(frame, ModeFrame) and sum(u is not None for u in frame.factors) == 1 else None
-
-
-def fibres(x: Tensor, mode: int, columns: Tensor, rows: int = 0) -> Tensor:
-    """Columns, (s,) or (*rows, s), of the unfolding X_(n), (*rows, d_n, s): fibres of the tensor along mode n."""
-    after = prod(x.shape[rows + mode + 1 :])
-    if rows:
-        blocks = x.reshape(x.shape[0], -1, x.shape[rows + mode], after)
-        which = torch.arange(len(x), device=columns.device).unsqueeze(-1)
-        return blocks[which, columns // after, :, columns % after].mT
-    blocks = x.reshape(-1, x.shape[mode], after)
-    return blocks[columns // after, :, columns % after].mT
 
 
 def _lifted_fibres(

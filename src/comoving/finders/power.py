@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..decompositions import leading_directions
 from ..frames import ModeFrame
-from ..linalg import leading_directions, orthonormalize, to_unit, unit_size
+from ..linalg import orthonormalize, to_unit, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import Memory, Memoryless, check_start, unless_zero
 from .exact import Exact

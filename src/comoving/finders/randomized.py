@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..decompositions import by_shrinkage, leading_directions
 from ..draws import generator
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import leading_directions, orthonormalize, unfold, unit_size
+from ..linalg import orthonormalize, unfold, unit_size
 from ..validate import check_choice, check_float, check_int
 from .base import DRAWS, Memory, check_start, counted, drawing, unless_zero
-from .exact import by_shrinkage
 from .kronecker import gaussians, widths
 from .operand import Operand
 
@@ -68,7 +68,7 @@ class Randomized:
     def find(self, operand: Operand, start: ModeFrame, warm: bool, memory: Memory) -> ModeFrame:
         """Draw and decompose anew; ``start`` only serves where the operand is zero."""
         check_start(self, start)
-        count, factors, waiting = counted(memory), list(start.factors), by_shrinkage(start.factors)
+        count, factors, waiting = counted(memory), list(start.factors), by_shrinkage(operand.shape, start.ranks)
         while waiting:
             n = waiting.pop(0)
             u = factors[n]

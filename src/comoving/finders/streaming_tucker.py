@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..codecs import Part
+from ..decompositions import leading_directions
 from ..frames import ModeFrame
 from ..frames.base import Ranks
-from ..linalg import all_but_one, leading_directions, unit_size
+from ..linalg import all_but_one, unit_size
 from ..validate import check_float, check_int
 from .base import Memory, check_start, unless_zero
 from .kronecker import fixed_gaussians, widths

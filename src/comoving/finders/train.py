@@ -6,11 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..decompositions import Method
 from ..frames.bond import BondFrame
 from ..frames.interface import Interface, identity
 from ..validate import check_choice, check_float, check_int
 from .base import Memory, Memoryless
-from .bonds import Method, decompose, energy_of, extend, found, prune, scaled, sketch
+from .bonds import decompose, energy_of, extend, found, prune, scaled, sketch
 from .operand import Operand
 
 
@@ -56,7 +57,8 @@ class TrainRandomized(Memoryless):
 
     With two reads the first interface comes from a sketch of r + oversampling columns and the second one exactly from
     what it leaves. With one read each comes from a sketch of its own, so that the data can stream past: the captured
-    energy is lower where the spectrum decays slowly.
+    energy is lower where the spectrum decays slowly. Unlike :func:`comoving.decompositions.tt_randomized`, which keeps
+    all bonds and sketches each of them, it needs the two interfaces of one bond, and a single sketch for each.
 
     Args:
         momentum: rho, the first moment's share of the operand O, in [0, 1).

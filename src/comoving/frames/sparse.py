@@ -235,7 +235,7 @@ class SparseModes:
     def start(self, like: Tensor, ranks: Ranks, older: SparseFrame | None, seed: int) -> SparseFrame:
         """The older frame where its ranks are these; else factors as :meth:`Modes.start` makes them, and first blocks.
 
-        Blocks of other ranks lie on another grid, so that none of the older ones is kept.
+        Cores of other ranks are cut into other blocks, so that none of the older ones is kept.
         """
         if older is not None and older.kept is not None and older.ranks == ranks:
             return older

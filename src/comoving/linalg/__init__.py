@@ -1,10 +1,22 @@
-"""Dense linear algebra: products along tensor modes, orthonormal bases, QR, sampled Tucker factors and trains."""
+"""What steps and decompositions are made of: entries, norms, products along modes, orthonormal bases, LAPACK."""
 
 from .checks import trouble
 from .cosine import cosine_columns, cosine_transform
-from .decompositions import WIDE, asks_host, eigh, pinv, qr, qr_triangle, svd
-from .entries import abs_squared, each_row, inner, largest, lerp, lerp_, norm, over, pairs, quotient, sgn_
-from .incremental import incremental_qr
+from .entries import (
+    abs_squared,
+    each_row,
+    inner,
+    largest,
+    lerp,
+    lerp_,
+    norm,
+    over,
+    pairs,
+    quotient,
+    sgn_,
+    to_unit,
+    unit_size,
+)
 from .kronecker import (
     InverseRoot,
     add_gram,
@@ -16,25 +28,13 @@ from .kronecker import (
     standing_root,
     turned_basis,
 )
-from .leading import Method, leading_directions, unit_size
+from .lapack import WIDE, asks_host, eigh, pinv, qr, qr_triangle, svd
 from .multilinear import add_multilinear, all_but_one, correlate, gram, multilinear, unfold
-from .nystrom import nystrom_tucker
-from .orthogonal import (
-    leading_eigenvectors,
-    leading_singular,
-    orthogonality_defect,
-    orthonormalize,
-    reorthonormalize,
-    to_unit,
-)
-from .singular import leading_left_vectors
-from .trains import tt_randomized, tt_svd
-from .tsqr import tsqr, tsqr_r
+from .orthogonal import orthogonality_defect, orthonormalize, reorthonormalize
 
 __all__ = [
     "WIDE",
     "InverseRoot",
-    "Method",
     "abs_squared",
     "add_gram",
     "add_multilinear",
@@ -50,19 +50,13 @@ __all__ = [
     "in_order",
     "inner",
     "largest",
-    "incremental_qr",
     "inverse_root",
     "leading_basis",
-    "leading_directions",
-    "leading_eigenvectors",
-    "leading_left_vectors",
-    "leading_singular",
     "lerp",
     "lerp_",
     "multilinear",
     "multiply_factors",
     "norm",
-    "nystrom_tucker",
     "orthogonality_defect",
     "orthonormalize",
     "over",
@@ -75,10 +69,6 @@ __all__ = [
     "sgn_",
     "standing_root",
     "svd",
-    "tsqr",
-    "tsqr_r",
-    "tt_randomized",
-    "tt_svd",
     "turned_basis",
     "to_unit",
     "trouble",

@@ -37,6 +37,22 @@ def largest(x: Tensor, rows: int = 0) -> Tensor:
     return each_row(sizes, rows).amax(-1) if rows else sizes.amax()
 
 
+def to_unit(x: Tensor, rows: int = 0) -> Tensor:
+    """x, in place, each row with a largest entry of 1, or part of a complex one.
+
+    Products of gradients would leave the range.
+    """
+    return x.div_(over(largest(x, rows).clamp_min(torch.finfo(x.dtype).tiny), x))
+
+
+def unit_size(x: Tensor, rows: int = 0) -> Tensor:
+    """x, each row with a largest real or imaginary part of 1, or zero: its squares stay in the range of float32."""
+    if rows:
+        return x / over(largest(x, rows).clamp_min(torch.finfo(x.dtype).tiny), x)
+    low, high = torch.aminmax(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
+    return x / torch.maximum(-low, high).clamp_min(torch.finfo(x.dtype).tiny)
+
+
 def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """a + weight (b - a), a new tensor."""
     mixed = pairs(a).lerp(pairs(b), weight)

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .decompositions import WIDE, asks_host, eigh, qr
 from .entries import abs_squared, largest, over
+from .lapack import WIDE, asks_host, eigh, qr
 from .multilinear import gram, multilinear
 
 InverseRoot = Literal["eigh", "newton"]

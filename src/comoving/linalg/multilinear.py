@@ -12,6 +12,8 @@ from torch import Tensor
 
 def unfold(x: Tensor, mode: int, order: int) -> Tensor:
     """The unfolding X_(n): (*batch, d_n, product of the other modes, in their order)."""
+    if order == 2:
+        return x.mT if mode else x
     batch = x.shape[: x.ndim - order]
     return x.movedim(x.ndim - order + mode, len(batch)).reshape(*batch, x.shape[x.ndim - order + mode], -1)
 

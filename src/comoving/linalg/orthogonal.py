@@ -5,8 +5,7 @@ from torch import Tensor
 
 from .checks import trouble
 from .cosine import cosine_columns
-from .decompositions import WIDE, asks_host, eigh, qr
-from .entries import largest, over
+from .lapack import WIDE, asks_host, qr
 
 _INDEPENDENT, _JITTER = 1e-5, 1e-5
 """Of columns of unit length: what must be left of each beyond those before it, and what is added where that is not."""
@@ -127,39 +126,3 @@ def reorthonormalize(u: Tensor, tolerance: float | None = None) -> Tensor:
         mended = orthonormalize(u, limit)
         return mended if u.ndim == 2 else torch.where(good[..., None, None], u, mended)
     return torch.where(good[..., None, None], u, orthonormalize(u, limit))
-
-
-def leading_eigenvectors(hermitian: Tensor, count: int) -> Tensor:
-    """Eigenvectors of the ``count`` largest eigenvalues, largest first: (*batch, d, count), contiguous.
-
-    The result is a copy: a slice would keep all d eigenvectors alive for as long as the frame lives.
-    """
-    vectors = eigh(hermitian)[1]
-    return vectors[..., -count:].flip(-1).contiguous()
-
-
-def leading_singular(a: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The ``count`` leading left singular vectors, in a's dtype, and singular values of [diag(own), A], largest first.
-
-    From the eigenvectors of A A^H in double the precision: for few rows. Entries of A must have squares that fit.
-
-    Args:
-        a: (*batch, r, n).
-        own: (*batch, k) with k <= r, real: a diagonal block that stands before the first k rows of A; none by default.
-        count: <= r.
-    """
-    wide = a.to(WIDE.get(a.dtype, a.dtype))
-    product = wide @ wide.mH
-    if own is not None:
-        product.diagonal(dim1=-2, dim2=-1)[..., : own.shape[-1]].add_(own.to(product.dtype).square())
-    values, vectors = eigh(product)
-    leading = vectors[..., -count:].flip(-1).to(a.dtype).contiguous()
-    return leading, values[..., -count:].flip(-1).clamp_min(0).sqrt().to(a.dtype.to_real())
-
-
-def to_unit(x: Tensor, rows: int = 0) -> Tensor:
-    """x, in place, each row with a largest entry of 1, or part of a complex one.
-
-    Products of gradients would leave the range.
-    """
-    return x.div_(over(largest(x, rows).clamp_min(torch.finfo(x.dtype).tiny), x))

@@ -60,7 +60,7 @@ class Transformer:
 class Operator:
     """A Fourier neural operator.
 
-    Each point of the grid keeps in each layer 3 c numbers (the layer's input, and the sums before and after the
+    Each point of space keeps in each layer 3 c numbers (the layer's input, and the sums before and after the
     nonlinearity); each layer keeps c complex64 spectra of as many frequencies as its weight has; lifting and projection
     keep 2 c numbers each.
 
@@ -68,7 +68,7 @@ class Operator:
         channels: c.
         layers: Fourier layers.
         frequencies: of one weight.
-        points: of the grid, 0 where unknown.
+        points: of space, 0 where unknown.
     """
 
     channels: int
@@ -79,9 +79,9 @@ class Operator:
     formula = "batch x (points x channels x (3 layers + 4) + layers x channels x frequencies complex)"
 
     def estimate(self, batch: int, sequence: int | None, itemsize: int, checkpointing: bool) -> int:
-        """Bytes for a batch of functions on the grid."""
+        """Bytes for a batch of functions at these points."""
         if not self.points:
-            raise ValueError("activations of an FNO need its grid, such as grid=64x64 in its settings, beside batch")
+            raise ValueError("activations of an FNO need resolution=64x64, say, in its settings, beside batch")
         layers = 1 if checkpointing else self.layers
         kept = self.layers if checkpointing else 0
         per_point = self.channels * (3 * layers + kept + 4)

@@ -23,11 +23,11 @@ class FNO:
     """The sizes of a Fourier neural operator (arXiv 2010.08895) with real input.
 
     Args:
-        modes: kept frequencies of each dimension of the grid; of the last one half are stored, modes // 2 + 1.
+        modes: kept frequencies of each dimension of space; of the last one half are stored, modes // 2 + 1.
         channels: width.
         layers: Fourier layers, each with a linear skip connection.
         inputs, outputs: channels of the data.
-        grid: points of the grid in each dimension, for activations; () where unknown.
+        resolution: points in each dimension of space, for activations; () where unknown.
     """
 
     modes: tuple[int, ...]
@@ -35,12 +35,12 @@ class FNO:
     layers: int
     inputs: int = 1
     outputs: int = 1
-    grid: tuple[int, ...] = ()
+    resolution: tuple[int, ...] = ()
 
     @property
     def points(self) -> int:
-        """Points of the grid, 0 where unknown."""
-        return prod(self.grid) if self.grid else 0
+        """Points of space, 0 where unknown."""
+        return prod(self.resolution) if self.resolution else 0
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """A module tree on the meta device; spectral weights are complex64 whatever the dtype of the rest."""
@@ -61,16 +61,16 @@ class FNO:
         return nn.ModuleDict(parts)
 
 
-_SYNTAX = "fno:modes=16x16,channels=64,layers=4[,inputs=1][,outputs=1][,grid=64x64]"
+_SYNTAX = "fno:modes=16x16,channels=64,layers=4[,inputs=1][,outputs=1][,resolution=64x64]"
 
 
 def parse_fno(text: str) -> FNO:
-    """Settings from text: ``fno:modes=16x16,channels=64,layers=4,grid=64x64``.
+    """Settings from text: ``fno:modes=16x16,channels=64,layers=4,resolution=64x64``.
 
     Raises:
         ValueError: an unknown, missing or doubled setting, or a number that is not an integer >= 1.
     """
-    known = {"modes", "channels", "layers", "inputs", "outputs", "grid"}
+    known = {"modes", "channels", "layers", "inputs", "outputs", "resolution"}
     given: dict[str, tuple[int, ...]] = {}
     for entry in text.removeprefix("fno:").split(","):
         name, _, value = entry.strip().partition("=")
@@ -83,11 +83,11 @@ def parse_fno(text: str) -> FNO:
     missing = [name for name in ("modes", "channels", "layers") if name not in given]
     if missing:
         raise ValueError(f"{text!r} lacks {', '.join(missing)}: {_SYNTAX}")
-    single = {name: value for name, value in given.items() if name not in {"modes", "grid"}}
+    single = {name: value for name, value in given.items() if name not in {"modes", "resolution"}}
     if any(len(value) != 1 for value in single.values()):
         raise ValueError(f"channels, layers, inputs and outputs in {text!r} are single integers")
-    grid = given.get("grid", ())
-    if grid and len(grid) != len(given["modes"]):
-        counts = f"{len(grid)} and {len(given['modes'])}"
-        raise ValueError(f"grid and modes in {text!r} must have as many dimensions, got {counts}")
-    return FNO(given["modes"], grid=grid, **{name: value[0] for name, value in single.items()})
+    resolution = given.get("resolution", ())
+    if resolution and len(resolution) != len(given["modes"]):
+        counts = f"{len(resolution)} and {len(given['modes'])}"
+        raise ValueError(f"resolution and modes in {text!r} must have as many dimensions, got {counts}")
+    return FNO(given["modes"], resolution=resolution, **{name: value[0] for name, value in single.items()})

@@ -114,7 +114,7 @@ def solve(u: Array, eps: float, final: float, frames: int, steps: int) -> Array:
     """Solve from time 0 to ``final``.
 
     Args:
-        u: initial values on an even grid of the unit cube, (samples, m1, m2, m3); modes not kept are dropped first.
+        u: initial values, evenly spaced in the unit cube, (samples, m1, m2, m3); modes not kept are dropped first.
         eps: thickness of an interface.
         final: the last time.
         frames: how many times are returned, equally spaced and ending with ``final``.

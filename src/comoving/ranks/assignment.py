@@ -44,7 +44,7 @@ from ..frames.base import Ranks
 from ..refusals import check_composition
 from ..sites import Site
 from ..slots import Kind
-from .base import Grid
+from .base import Notches
 from .budget import Claim
 
 AUTO = "auto"
@@ -232,7 +232,7 @@ def _path(claim: Claim, free: bool) -> list[Ranks]:
     site, group = claim.site, claim.group
     policy = group["ranks"]
     if not policy.adaptive and free and (site.codec or site.moments) and type(group["frame"]) is Modes:
-        policy = Grid()  # fixed from the first step on, which has not been made
+        policy = Notches()  # fixed from the first step on, which has not been made
     path = [site.ranks]
     while policy.adaptive:
         ranks, now = path[-1], claim.bytes_at(path[-1])

@@ -1,4 +1,4 @@
-"""What the engine asks of a rank policy, and the grid of ranks that the adaptive ones move on."""
+"""What the engine asks of a rank policy, and the notches by which the adaptive ones move."""
 
 from dataclasses import dataclass
 from math import ceil, floor
@@ -81,8 +81,8 @@ def heard(record: Record, loss: float) -> Record:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """Ranks move in multiples of ``step``, between two limits; modes no longer than ``step`` take every rank.
+class Notches:
+    """Ranks move by notches: multiples of ``step`` between two limits; modes no longer than ``step`` take every rank.
 
     The limits themselves are ranks too, so that a mode can be all open or, with ``minimum=1``, nearly closed. A mode
     at rank d_n still stores its square factor, so that it can shrink again.

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from ..frames.base import Ranks
 from ..validate import check_float
-from .base import Grid, Reading
+from .base import Notches, Reading
 
 
 @dataclass(frozen=True)
-class Energy(Grid):
+class Energy(Notches):
     """Each mode captures between ``low`` and ``high`` of the gradient's energy; nothing changes in between.
 
     The share is |U_n^H g|^2 / |g|^2 of the newest gradient at a refresh, in the frame that was in use. Below ``low`` a
@@ -18,7 +18,7 @@ class Energy(Grid):
     Args:
         low: in [0, 1).
         high: in (low, 1].
-        minimum, maximum, step: see :class:`comoving.ranks.base.Grid`.
+        minimum, maximum, step: see :class:`comoving.ranks.base.Notches`.
     """
 
     low: float = 0.5

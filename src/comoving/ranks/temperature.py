@@ -6,11 +6,11 @@ from typing import Literal
 
 from ..frames.base import Ranks
 from ..validate import check_choice, check_float, check_int
-from .base import Grid, Reading, Record, heard
+from .base import Notches, Reading, Record, heard
 
 
 @dataclass(frozen=True)
-class Temperature(Grid):
+class Temperature(Notches):
     """Ranks open early and close late: the factor of the layout's ranks goes from ``start`` to ``end``.
 
     cosine       end + (start - end) (1 + cos(pi t / steps)) / 2
@@ -26,7 +26,7 @@ class Temperature(Grid):
         steps: >= 1.
         curve: "cosine" or "exponential".
         patience: reports, >= 1.
-        minimum, maximum, step: see :class:`comoving.ranks.base.Grid`.
+        minimum, maximum, step: see :class:`comoving.ranks.base.Notches`.
     """
 
     start: float = 2.0

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from ..frames.base import Ranks
 from ..validate import check_float
-from .base import Grid, Reading
+from .base import Notches, Reading
 
 
 @dataclass(frozen=True)
-class Tolerance(Grid):
+class Tolerance(Notches):
     """The smallest ranks whose relative error |g - F F^H g| / |g| = sqrt(1 - captured) stays at or below ``error``.
 
     Each of N compressed modes may leave error^2 / N of the energy outside, which bounds the error of the whole frame. A
@@ -18,7 +18,7 @@ class Tolerance(Grid):
     Args:
         error: in (0, 1); shares are measured in the gradient's precision, so that below 1e-3 float32 says little.
         margin: hysteresis, in (0, 1): the share of ``error`` that a shrunk frame may make.
-        minimum, maximum, step: see :class:`comoving.ranks.base.Grid`.
+        minimum, maximum, step: see :class:`comoving.ranks.base.Notches`.
     """
 
     error: float = 0.3

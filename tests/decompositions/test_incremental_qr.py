@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from comoving.linalg import incremental_qr, orthogonality_defect, tsqr
+from comoving.decompositions import incremental_qr, tsqr
+from comoving.linalg import orthogonality_defect
 from contract.support import COMPLEX, REAL, randn
 
 ALL = pytest.mark.parametrize("dtype", [torch.float32, REAL, torch.complex64, COMPLEX], ids=str)

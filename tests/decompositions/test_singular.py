@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from comoving.linalg import leading_left_vectors, orthogonality_defect
+from comoving.decompositions import leading_left_vectors
+from comoving.linalg import orthogonality_defect
 from contract.support import COMPLEX, REAL, randn
 
 WIDE = {torch.float32: REAL, torch.complex64: COMPLEX, REAL: REAL, COMPLEX: COMPLEX}

@@ -5,8 +5,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checks import require_dtype, trouble
-from .decompositions import qr
+from ..linalg import qr, trouble
+from ..linalg.checks import require_dtype
 from .tsqr import dependent_columns, phase_of, qr_backward, tsqr
 
 
@@ -50,6 +50,23 @@ def incremental_qr(q: Tensor, r: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
     return torch.cat([q, added], -1), torch.cat([torch.cat([r, s], -1), torch.cat([below, r2], -1)], -2)
 
 
+def completed(q: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns that stand orthonormal beside Q and span with it what [Q, C] does, whatever the rank of that.
+
+    Householder's QR of [Q, C]: what C leaves open is completed to an orthonormal basis. Gradient as torch's own, where
+    C has full rank beside Q.
+
+    Args:
+        q: (*batch, m, k) with orthonormal columns.
+        columns: C, (*batch, m, n) with k + n <= m.
+
+    Returns:
+        (*batch, m, n), and the triangle R of the QR, with LAPACK's signs.
+    """
+    whole, triangle = qr(torch.cat([q, columns], -1))
+    return whole[..., q.shape[-1] :], triangle
+
+
 class _Increment(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,11 +101,9 @@ def _dead(columns: Tensor, r2: Tensor, before: int) -> Tensor:
 
 
 def _complete(q: Tensor, rest: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
-    """Householder's QR of [Q, W] with W's dependent columns as zeros: it completes the basis to orthonormal columns."""
-    k = q.shape[-1]
-    whole, triangle = qr(torch.cat([q, rest], -1))
-    phase = phase_of(triangle.diagonal(dim1=-2, dim2=-1)[..., k:])
-    added = whole[..., k:] * phase.unsqueeze(-2)
+    """What :func:`completed` makes of [Q, W] with W's dependent columns, with exact zeros for them on R's diagonal."""
+    added, triangle = completed(q, rest)
+    added = added * phase_of(triangle.diagonal(dim1=-2, dim2=-1)[..., q.shape[-1] :]).unsqueeze(-2)
     r2 = (added.mH @ rest).triu()
     exact = torch.where(dead, 0, r2.diagonal(dim1=-2, dim2=-1))
     return added, r2.triu(1) + torch.diag_embed(exact)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from comoving.linalg import orthogonality_defect, tt_randomized, tt_svd
+from comoving.decompositions import tt_randomized, tt_svd
+from comoving.linalg import orthogonality_defect
 from contract.support import COMPLEX, REAL, randn
 
 WIDE = {torch.float32: REAL, torch.complex64: COMPLEX, REAL: REAL, COMPLEX: COMPLEX}
@@ -135,6 +136,14 @@ def test_batches_are_done_one_by_one(dtype):
         for j in range(3):
             for core, single in zip(cores, tt_svd(x[i, j], (3, 2)), strict=True):
                 torch.testing.assert_close(core[i, j], single, atol=1e-10, rtol=0)
+    for reads in (1, 2):
+        cores = tt_randomized(x, (3, 2), 2, reads=reads, generator=seeded(), order=3)
+        assert [core.shape for core in cores] == [(2, 3, 1, 4, 3), (2, 3, 3, 5, 2), (2, 3, 2, 3, 1)]
+        for i in range(2):
+            for j in range(3):
+                alone = tt_randomized(x[i, j], (3, 2), 2, reads=reads, generator=seeded())
+                for core, single in zip(cores, alone, strict=True):
+                    torch.testing.assert_close(core[i, j], single, atol=1e-10, rtol=0)
     x[0, 0] = known_train((4, 5, 3), (1, 1), dtype)
     assert [core.shape[-1] for core in tt_svd(x, tolerance=1e-9, order=3)] == [4, 3, 1]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import per_mode, require_dtype, require_order, require_within, train_rank_limits
-from .decompositions import pinv
+from ..linalg import pinv
+from ..linalg.checks import per_mode, require_dtype, require_order, require_within, train_rank_limits
 from .singular import fix_gauge, leading_left_vectors, left_vectors
 from .tsqr import tsqr
 
@@ -23,7 +23,7 @@ def tt_svd(
     Bond by bond, the unfolding (r_{k-1} d_k) x (d_{k+1} ... d_N) of what is left keeps its r_k leading left singular
     vectors U_k; the next thing left is U_k^H times it. The error is at most sqrt(sum over bonds of what each cut off).
     Vectors, gauge, gradient and the rule for degenerate spectra are those of :func:`leading_left_vectors`: only a
-    small factor of each unfolding is decomposed. Differentiable twice where kept and dropped singular values are
+    small factor of each large unfolding is decomposed. Differentiable twice where kept and dropped singular values are
     distinct; the ranks that a tolerance picks are constants.
 
     Args:
@@ -64,6 +64,7 @@ def tt_randomized(
     *,
     reads: int = 2,
     generator: torch.Generator,
+    order: int | None = None,
 ) -> list[Tensor]:
     r"""Tensor-train cores of x from random sketches, left-orthogonal but the last, with two reads of x or one.
 
@@ -80,33 +81,37 @@ def tt_randomized(
     where the sketches are rank-deficient (a tensor of lower rank) it is finite but omits directions outside the span.
 
     Args:
-        x: (d_1, ..., d_N), N >= 2, float32, float64, complex64 or complex128, finite (not checked).
+        x: (*batch, d_1, ..., d_N), N >= 2, float32, float64, complex64 or complex128, finite (not checked). A batch
+            shares its sketches.
         ranks: as in :func:`tt_svd`.
         oversampling: columns of the sketches beyond the ranks, at least 0.
         reads: 1 or 2.
         generator: on x's device; the only source of randomness.
+        order: N, where x has batch dimensions; default all of x's.
 
     Returns:
-        N cores (r_{k-1}, d_k, r_k), r_0 = r_N = 1.
+        N cores (*batch, r_{k-1}, d_k, r_k), r_0 = r_N = 1.
 
     Raises:
         TypeError: for half precision and integers.
         ValueError: for values outside their intervals or N < 2.
     """
     require_dtype("tt_randomized", x)
-    order = require_order("tt_randomized", x, None, 2)
+    order = require_order("tt_randomized", x, order, 2)
+    batch, sizes = x.shape[: x.ndim - order], x.shape[x.ndim - order :]
     require_within("tt_randomized: reads", reads, 1, 2)
     if oversampling < 0:
         raise ValueError(f"tt_randomized: oversampling = {oversampling} is outside [0, inf)")
-    kept = _train_ranks("tt_randomized", ranks, x.shape)
-    limits = train_rank_limits(x.shape)
+    kept = _train_ranks("tt_randomized", ranks, sizes)
+    limits = train_rank_limits(sizes)
     right = [min(r + oversampling, limit) for r, limit in zip(kept, limits, strict=True)]
-    sketches = _sketch_from_the_right(x, right, generator)
+    rows = x.reshape(*batch, 1, -1)
+    sketches = _sketch_from_the_right(rows, sizes, right, generator)
     if reads == 2:
-        cores = _project(x, sketches)
+        cores = _project(rows, sizes, sketches)
     else:
         left = [min(r + 2 * oversampling, limit) for r, limit in zip(kept, limits, strict=True)]
-        cores = _reconstruct(_sketch_both_sides(x, sketches, left, generator), order)
+        cores = _reconstruct(*_sketch_both_sides(rows, sizes, sketches, left, generator))
     return _round(cores, kept)
 
 
@@ -145,22 +150,26 @@ def _round(cores: list[Tensor], kept: list[int]) -> list[Tensor]:
     """TT rounding: QR from right to left, then truncated left vectors from left to right."""
     cores = list(cores)
     for k in range(len(cores) - 1, 0, -1):
-        a = cores[k].flatten(1)
-        q, r = _thin(a.mH)
-        cores[k] = q.mH.reshape(-1, *cores[k].shape[1:])
-        cores[k - 1] = cores[k - 1] @ r.mH
+        q, r = _thin(cores[k].flatten(-2).mH)
+        cores[k] = q.mH.unflatten(-1, cores[k].shape[-2:])
+        cores[k - 1] = cores[k - 1] @ r.mH.unsqueeze(-3)
     for k, limit in enumerate(kept):
-        a = cores[k].flatten(0, 1)
-        u, _ = leading_left_vectors(a, min(limit, *a.shape))
-        cores[k], carry = u.reshape(*cores[k].shape[:2], -1), u.mH @ a
-        cores[k + 1] = torch.tensordot(carry, cores[k + 1], 1)
+        a = cores[k].flatten(-3, -2)
+        u, _ = leading_left_vectors(a, min(limit, *a.shape[-2:]))
+        cores[k] = u.unflatten(-2, cores[k].shape[-3:-1])
+        cores[k + 1] = _through(u.mH @ a, cores[k + 1])
     return cores
+
+
+def _through(a: Tensor, core: Tensor) -> Tensor:
+    """A times a core (*batch, r_{k-1}, d_k, r_k) along its first bond."""
+    return (a @ core.flatten(-2)).unflatten(-1, core.shape[-2:])
 
 
 def _thin(a: Tensor) -> tuple[Tensor, Tensor]:
     """A = Q R where A may be wide: then Q is the identity."""
     if a.shape[-2] < a.shape[-1]:
-        return torch.eye(a.shape[-2], dtype=a.dtype, device=a.device), a
+        return torch.eye(a.shape[-2], dtype=a.dtype, device=a.device).expand(*a.shape[:-1], -1), a
     return tsqr(a)
 
 
@@ -169,52 +178,52 @@ def _random(x: Tensor, rows: int, columns: int, generator: torch.Generator) -> T
     return drawn / rows**0.5
 
 
-def _sketch_from_the_right(x: Tensor, widths: list[int], generator: torch.Generator) -> list[Tensor]:
-    """For k = 1 ... N-1, the unfolding (d_1 ... d_k) x (rest) times a Gaussian train: (d_1 ... d_k, l_k)."""
-    sketches, state = list[Tensor](), x.reshape(-1, x.shape[-1])
-    for k in range(x.ndim - 1, 0, -1):
+def _sketch_from_the_right(x: Tensor, sizes: torch.Size, widths: list[int], generator: torch.Generator) -> list[Tensor]:
+    """For k = 1 ... N-1, the unfolding (d_1 ... d_k) x (rest) times a Gaussian train: (*batch, d_1 ... d_k, l_k)."""
+    batch, sketches = x.shape[:-2], list[Tensor]()
+    state = x.reshape(*batch, -1, sizes[-1])
+    for k in range(len(sizes) - 1, 0, -1):
         state = state @ _random(x, state.shape[-1], widths[k - 1], generator)
         sketches.insert(0, state)
-        state = state.reshape(-1, x.shape[k - 1] * widths[k - 1])
+        state = state.reshape(*batch, -1, sizes[k - 1] * widths[k - 1])
     return sketches
 
 
-def _project(x: Tensor, sketches: list[Tensor]) -> list[Tensor]:
+def _project(rest: Tensor, sizes: torch.Size, sketches: list[Tensor]) -> list[Tensor]:
     """Left-orthogonal cores: each sketch, projected on the bases before it, gives the next basis."""
-    cores, rest = list[Tensor](), x.reshape(1, -1)
-    for k, d in enumerate(x.shape[:-1]):
-        before = rest.shape[0]
-        sketch = sketches[k]
+    batch, cores = rest.shape[:-2], list[Tensor]()
+    for d, sketch in zip(sizes, sketches, strict=False):
+        before = rest.shape[-2]
         for core in cores:  # bring (d_1 ... d_{k+1}, l) to (r_k d_{k+1}, l)
-            sketch = core.flatten(0, 1).mH @ sketch.reshape(core.shape[0] * core.shape[1], -1)
-        q, _ = _thin(sketch.reshape(before * d, -1))
-        cores.append(q.reshape(before, d, -1))
-        rest = q.mH @ rest.reshape(before * d, -1)
-    return [*cores, rest.reshape(-1, x.shape[-1], 1)]
+            basis = core.flatten(-3, -2)
+            sketch = basis.mH @ sketch.reshape(*batch, basis.shape[-2], -1)  # noqa: PLW2901
+        q, _ = _thin(sketch.reshape(*batch, before * d, -1))
+        cores.append(q.unflatten(-2, (before, d)))
+        rest = q.mH @ rest.reshape(*batch, before * d, -1)
+    return [*cores, rest.reshape(*batch, -1, sizes[-1], 1)]
 
 
 def _sketch_both_sides(
-    x: Tensor, sketches: list[Tensor], widths: list[int], generator: torch.Generator
+    x: Tensor, sizes: torch.Size, sketches: list[Tensor], widths: list[int], generator: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Psi_k (l'_{k-1}, d_k, l_k) for each mode and Omega_k (l'_k, l_k) for each bond; x itself enters the last Psi."""
-    psi, omega = list[Tensor](), list[Tensor]()
-    rests = [*sketches, x.reshape(-1, x.shape[-1])]
-    for k, d in enumerate(x.shape):
+    batch, psi, omega = x.shape[:-2], list[Tensor](), list[Tensor]()
+    rests = [*sketches, x.reshape(*batch, -1, sizes[-1])]
+    for k, d in enumerate(sizes):
         before = 1 if k == 0 else widths[k - 1]
-        psi.append(rests[k].reshape(before, d, -1))
-        if k == x.ndim - 1:
+        psi.append(rests[k].reshape(*batch, before, d, -1))
+        if k == len(sizes) - 1:
             break
         left = _random(x, before * d, widths[k], generator).mT
-        omega.append(left @ rests[k].reshape(before * d, -1))
-        for later in range(k + 1, x.ndim):
-            rests[later] = left @ rests[later].reshape(before * d, -1)
+        omega.append(left @ rests[k].reshape(*batch, before * d, -1))
+        for later in range(k + 1, len(sizes)):
+            rests[later] = left @ rests[later].reshape(*batch, before * d, -1)
     return psi, omega
 
 
-def _reconstruct(sides: tuple[list[Tensor], list[Tensor]], order: int) -> list[Tensor]:
-    psi, omega = sides
+def _reconstruct(psi: list[Tensor], omega: list[Tensor]) -> list[Tensor]:
     eps = torch.finfo(psi[0].dtype).eps
-    for k in range(order - 1):
-        inverse = pinv(omega[k], 8 * eps * max(omega[k].shape))
-        psi[k + 1] = torch.tensordot(inverse, psi[k + 1], 1)
-    return psi
+    cores = list(psi)
+    for k, both in enumerate(omega):
+        cores[k + 1] = _through(pinv(both, 8 * eps * max(both.shape[-2:])), psi[k + 1])
+    return cores

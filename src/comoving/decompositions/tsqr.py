@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checks import require_dtype, require_within
-from .decompositions import WIDE, qr, qr_triangle
+from ..linalg import WIDE, qr, qr_triangle
+from ..linalg.checks import require_dtype, require_within
 
 _TALL, _NARROW = 64, 512  # rows per column from which, and columns up to which, the Gram matrix is the faster way
 _LEAF = 4096  # rows of a leaf, at least; one QR of many more rows is slower and less orthogonal

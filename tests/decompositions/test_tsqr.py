@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from comoving.linalg import tsqr, tsqr_r
+from comoving.decompositions import tsqr, tsqr_r
 from contract.support import COMPLEX, REAL, randn
 
 WIDE = {torch.float32: REAL, torch.complex64: COMPLEX, REAL: REAL, COMPLEX: COMPLEX}

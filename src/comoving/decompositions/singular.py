@@ -5,9 +5,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .checks import require_dtype, require_within
-from .decompositions import WIDE, eigh, svd
+from ..linalg import WIDE, asks_host, eigh, qr, qr_triangle, svd
+from ..linalg.checks import require_dtype, require_within
 from .tsqr import tsqr, tsqr_r, wide_gram
+
+_SMALL = 4096  # entries up to which LAPACK's own SVD takes least time
+_TALL = 64  # rows per column from which a QR before the SVD does not repeat what LAPACK does: :func:`tsqr` is faster
 
 
 def leading_left_vectors(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -15,10 +18,10 @@ def leading_left_vectors(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Gauge: the entry of largest modulus of each vector is real and positive (the first of them at a tie).
 
-    Only a small factor is decomposed: the triangle R of A or A^H, whichever is tall, or in single precision and wide A
-    the Gram matrix A A^H accumulated in double precision. Where ``count`` is much below min(d, m), A's range is first
-    sought with a fixed random sketch; if A lies in it up to roundoff (16 machine epsilons of its Frobenius norm, one
-    number read on the host), the decomposition is that of the sketched A.
+    Only a small factor of a large A is decomposed, where that takes less time: the triangle R of A or A^H, whichever is
+    tall, or in single precision and wide A the Gram matrix A A^H accumulated in double precision. Where ``count`` is
+    much below min(d, m), A's range is first sought with a fixed random sketch; if A lies in it up to roundoff (16
+    machine epsilons of its Frobenius norm, one number read on the host), the decomposition is that of the sketched A.
 
     Gradient, with P = U^H Ū and F_ij = 1 / (s_j^2 - s_i^2) over all pairs, and zero outside U's span for s = 0:
 
@@ -46,8 +49,12 @@ def leading_left_vectors(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return fix_gauge(u[..., :count]), s[..., :count]
 
 
-def left_vectors(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """All left vectors and singular values that A has up to roundoff, at least ``count`` of them, in any gauge."""
+def left_vectors(a: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """All left vectors and singular values of A, in any gauge; with a count those that A has up to roundoff suffice.
+
+    There are at least ``count`` of them. Without one, the range is not sketched, and nothing is read on the host of
+    what lies elsewhere.
+    """
     return cast("tuple[Tensor, Tensor]", _LeftVectors.apply(a, count))
 
 
@@ -61,14 +68,13 @@ class _LeftVectors(torch.autograd.Function):
     """All left vectors that A has up to roundoff, which is what the gradient of the leading ones takes."""
 
     @staticmethod
-    def forward(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        d, m = a.shape[-2:]
-        width = 2 * count + 8
-        found = _by_range(a, width) if 4 * width <= min(d, m) else None
+    def forward(a: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+        width = 0 if count is None else 2 * count + 8
+        found = _by_range(a, width) if 0 < 4 * width <= min(a.shape[-2:]) else None
         return _decompose(a) if found is None else found
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int | None], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(inputs[0], *output)
 
     @staticmethod
@@ -98,20 +104,21 @@ def _inverse_where(x: Tensor, where: Tensor) -> Tensor:
 
 def _decompose(a: Tensor) -> tuple[Tensor, Tensor]:
     d, m = a.shape[-2:]
+    if d * m <= _SMALL:
+        return svd(a)[:2]
     if m >= 2 * d and a.dtype in WIDE:
         # wide_gram takes tall matrices and sums conjugates on the left: A A^H = conj(gram of A^T).
         values, vectors = eigh(wide_gram(a.mT).conj())
         real = torch.empty((), dtype=a.dtype).real.dtype
         return vectors.flip(-1).to(a.dtype), values.flip(-1).clamp(min=0).sqrt().to(real)
     if m >= 2 * d:
-        u, s, _ = svd(tsqr_r(a.mH).mH)
-        return u, s
-    if d >= 2 * m:
-        q, r = tsqr(a)
+        return svd((tsqr_r(a.mH) if asks_host(a) else qr_triangle(a.mH)).mH)[:2]
+    host = asks_host(a)
+    if d >= (_TALL if host else 2) * m and (a.dtype in WIDE or not host):
+        q, r = tsqr(a) if host else qr(a)
         u, s, _ = svd(r)
         return q @ u, s
-    u, s, _ = svd(a)
-    return u, s
+    return svd(a)[:2]
 
 
 def _by_range(a: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
