@@ -24,7 +24,7 @@ class SignMomentum:
     """m <- b1 m + (1 - b1) z,  d = sign(m)."""
 
     momentum = "moment.first"
-    batched = linear = definite = elementwise = timeless = replaces = True
+    batched = linear = definite = elementwise = timeless = replays = replaces = True
     corrected = total = False
 
     def slots(self, shape):
@@ -134,7 +134,7 @@ class Tenth(Inside):
 class Clipped:
     """Entries at most 1."""
 
-    batched = True
+    batched = replays = True
 
     def parts(self, shape, dtype):
         return {}

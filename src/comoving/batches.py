@@ -76,6 +76,10 @@ class Together(Protocol):
         """Bring their states up to date with a cell, all at once."""
         ...
 
+    def count(self) -> None:
+        """Note on the host that they have been stepped once more, by other means than :meth:`commit`."""
+        ...
+
     def states(self) -> list[State]:
         """Where their tensors are, to be put back."""
         ...
@@ -99,6 +103,10 @@ class Alone:
         if self._shown:
             new = {name: _into(state.get(name), x) for name, x in new.items()}
         slots.commit(state, new)
+
+    def count(self) -> None:
+        """One more tick."""
+        self.rows[0].state["tick"] += 1
 
     def states(self) -> list[State]:
         """The row's."""
@@ -142,6 +150,11 @@ class Gathered:
         if targets:
             copy_into(targets, values)
 
+    def count(self) -> None:
+        """One more tick of each."""
+        for row in self.rows:
+            row.state["tick"] += 1
+
     def states(self) -> list[State]:
         """Each row's."""
         return [row.state for row in self.rows]
@@ -183,9 +196,7 @@ class Batch:
     def commit(self, cell: Cell) -> None:
         """Write the cell into what is stacked; slots that are new, or of another shape, are shown anew."""
         new, alike, count = cell.flat(), self._alike(), len(self.rows)
-        for row in self.rows:
-            row.state["tick"] = cell.tick
-        self._tensors["tick"] = new.pop("tick")
+        self._tick(new.pop("tick"))
         fresh, targets, values = State(), list[Tensor](), list[Tensor]()
         for name, own in new.items():
             old, x = self._tensors.get(name), own.expand(count, *own.shape) if name in alike else own
@@ -205,6 +216,10 @@ class Batch:
         if fresh or gone:
             self._show(fresh)
 
+    def count(self) -> None:
+        """One more tick of all."""
+        self._tick(self._tensors["tick"] + 1)
+
     def states(self) -> list[State]:
         """What is stacked."""
         return [self._tensors]
@@ -215,6 +230,11 @@ class Batch:
             for name, view in zip(self._names, views, strict=True):
                 if row.state.get(name) is view:
                     row.state[name] = view.clone()
+
+    def _tick(self, tick: int) -> None:
+        self._tensors["tick"] = tick
+        for row in self.rows:
+            row.state["tick"] = tick
 
     def _alike(self) -> set[str]:
         return {name for name in self._tensors if name in self.kind.shared or name == "step"}
@@ -252,7 +272,8 @@ def _into(old: Any, x: Any) -> Any:
     """The old tensor with the numbers of the new one where it has room for them, else the new one."""
     if not _fits(old, x) or old is x:
         return x
-    return old.copy_(x)
+    old.copy_(x)
+    return old
 
 
 def copy_into(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -58,6 +58,7 @@ class Cell:
         figures: of :mod:`comoving.diagnostics`, (*rows, 6); None where they are off.
         host: what no part sees: ranks that are asked for, seeds of rounding.
         open: None before the first gradient.
+        recorded: whether the step is recorded, to be replayed at other counts and rates.
     """
 
     kind: Kind
@@ -73,6 +74,7 @@ class Cell:
     figures: Tensor | None = None
     host: dict[str, Any] = field(default_factory=dict[str, Any])
     open: Open | None = None
+    recorded: bool = False
     _frame: Frame | None = None
     _stored: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
@@ -150,7 +152,7 @@ class Cell:
 
     def clock(self, betas: tuple[float, float]) -> Clock:
         """Where its averages stand."""
-        return Clock(self.t, *betas, self.tick, self.rows)
+        return Clock(self.t, *betas, self.tick, self.rows, self.recorded)
 
     def standing(self, betas: tuple[float, float]) -> Passage:
         """The passage of a momentum whose frame stays as it is; its slot is decoded."""

@@ -17,7 +17,8 @@ class Clock:
 
     A reading, not a running clock: make a new one when t has moved. ``tick`` is the number of finished steps too, but
     known to the host, and no change of frame sets it back. ``rows`` is the number of leading dimensions, 0 or 1, that
-    count the rows of a batch in z and in every slot; all rows share the clock.
+    count the rows of a batch in z and in every slot; all rows share the clock. Where a step is ``recorded``, to be
+    replayed at other counts, the host does not read t, even if it could.
     """
 
     t: Tensor
@@ -25,6 +26,7 @@ class Clock:
     beta2: float
     tick: int = 0
     rows: int = 0
+    recorded: bool = False
 
     @property
     def weight1(self) -> float | Tensor:
@@ -49,7 +51,7 @@ class Clock:
 
     @property
     def _on_host(self) -> bool:
-        return self.t.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.t.device.type == "cpu" and not self.recorded and not torch.compiler.is_compiling()
 
     @property
     def ratio(self) -> Tensor:

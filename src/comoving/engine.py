@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,18 @@ from .stores import store_of
 from .weights import DeferringLinear, codes_of
 
 
+class Replays(Protocol):
+    """What replays steps; see :class:`comoving.drivers.graphs.Graphs`."""
+
+    def step(self, which: Together, gradient: Callable[[Tensor], Tensor]) -> bool:
+        """Step these rows by a recording; False where they have to be stepped as ever."""
+        ...
+
+    def forget(self) -> None:
+        """Whatever was recorded may lie elsewhere now."""
+        ...
+
+
 class Engine:
     """Steps parameters that torch's AdamW does not serve.
 
@@ -43,6 +56,10 @@ class Engine:
     """Step 5; it may be compiled."""
     clips: bool = False
     """Whether a driver wants to know what gradients have outside their frames."""
+    replays: "Replays | None" = None
+    """What replays steps that were recorded, where a driver does; states are written to in place then."""
+    counts_on_device: bool = False
+    """Whether step counts lie beside the parameters, so that no host has to know them."""
     stacked_entries: int = SMALL
     """Up to how many entries a row is stepped together with those like it; 0 for none."""
 
@@ -57,6 +74,8 @@ class Engine:
         self._alike: dict[Any, Kind] = {}
         self._rows: dict[tuple[Tensor, str | None], Row] = {}
         self._batch_of: dict[Row, Batch] = {}
+        if self.replays is not None:
+            self.replays.forget()
 
     @property
     def batches(self) -> list[Batch]:
@@ -110,7 +129,8 @@ class Engine:
     def scalar_device(self, p: Tensor, site: Site) -> torch.device:
         """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""
         fused = site.plain and self.roster.group_of(p)["fused"]
-        return torch.device("cpu") if self.owner.on_nonfinite == "raise" and not fused else p.device
+        on_host = self.owner.on_nonfinite == "raise" and not fused
+        return p.device if not on_host or (self.counts_on_device and not site.plain) else torch.device("cpu")
 
     def now(self, row: Row) -> Now:
         """What the host decides for a step of this row, or of a batch that begins with it."""
@@ -155,7 +175,7 @@ class Engine:
             stands = batch is not None and batch.stands()
             if batch is not None and not stands:
                 self._end(batch)
-            found.append(Alone(row, shown=stands))
+            found.append(Alone(row, shown=stands or self.replays is not None))
         return found
 
     def _of_a_kind(self, kind: Kind, mates: Sequence[Row], found: list[Together]) -> list[Row]:
@@ -214,29 +234,45 @@ class Engine:
             gradient: of a parameter.
             norms: of the gradients.
         """
+        if self.replays is None or not self.replays.step(which, gradient):
+            self.advance(which, [gradient(row.p) for row in which.rows], [norms[row.p] for row in which.rows])
+
+    def advance(
+        self, which: Together, given: Sequence[Tensor], sizes: Sequence[Tensor] | None, rate: Tensor | None = None
+    ) -> None:
+        """:meth:`step` with gradients.
+
+        Args:
+            which: the parameters.
+            given: their gradients.
+            sizes: the norms of these, where they are known.
+            rate: the learning rate on the device, for a step that is recorded.
+        """
         first, rows = which.rows[0], which.rows
         cell, now = which.cell(), self.now(first)
+        if rate is not None:
+            cell.recorded, now = True, replace(now, lr=rate)
         sign = self.owner.param_groups[first.kind.number]["maximize"]
         if not which.stacked:
             with self._closed_if_failing(first.p):
-                given = gradient(first.p)
-                absorb(cell, first.site.view.see(-given if sign else given), norms.get(first.p), now)
+                seen = first.site.view.see(-given[0] if sign else given[0])
+                absorb(cell, seen, None if sizes is None else sizes[0], now)
                 self._write(first, cell, now)
             which.commit(cell)
             self.settle()
             return
         params, straight = [row.p for row in rows], first.kind.straight
-        given = [gradient(p) for p in params]
-        seen = torch.stack(given if straight else [row.site.view.see(g) for row, g in zip(rows, given, strict=True)])
-        absorb(cell, seen.neg_() if sign else seen, torch.stack([norms[p] for p in params]), now)
+        own = given if straight else [row.site.view.see(g) for row, g in zip(rows, given, strict=True)]
+        seen = torch.stack(list(own))
+        absorb(cell, seen.neg_() if sign else seen, None if sizes is None else torch.stack(list(sizes)), now)
         stores = [] if straight else [store_of(row.p, row.site) for row in rows]
         weights = torch.stack(params if straight else [store.weights for store in stores])
         apply(cell, weights, now)
-        seeds, own = rounding.advance(cell.host), weights.unbind()
+        seeds, new = rounding.advance(cell.host), weights.unbind()
         if straight or all(store.shares for store in stores):
-            copy_into(params if straight else [store.weights for store in stores], own)
+            copy_into(params if straight else [store.weights for store in stores], new)
         else:
-            for i, (store, w) in enumerate(zip(stores, own, strict=True)):
+            for i, (store, w) in enumerate(zip(stores, new, strict=True)):
                 if store.shares:
                     store.weights.copy_(w)
                 else:

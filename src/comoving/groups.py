@@ -44,10 +44,10 @@ _AUTO_MATRIX, _AUTO_TENSOR = 0.3, 1.0
 _FOREIGN = {"params", "param_names", "name", "initial_lr", "gradient_norm", "validation"}
 """Keys of parameter groups that are not hyper-parameters."""
 _TRAITS = {
-    "rule": ("definite", "corrected", "linear", "elementwise", "timeless", "replaces", "total", "batched"),
-    "transport": ("resizes", "projects", "batched"), "precondition": ("batched",), "frame": ("batched",),
+    "rule": ("definite", "corrected", "linear", "elementwise", "timeless", "replays", "replaces", "total", "batched"),
+    "transport": ("resizes", "projects", "batched"), "precondition": ("batched", "replays"), "frame": ("batched",),
     "finder": ("batched",), "cadence": ("batched", "alone", "compares"),
-    "residual": ("holds", "feeds", "rescales", "bounded", "batched"), "codec": ("batched",),
+    "residual": ("holds", "feeds", "rescales", "replays", "bounded", "batched"), "codec": ("batched",),
     "moments": ("batched",), "bases": ("batched",),
 }  # fmt: skip
 """What the engine reads of a part beside its methods, by roles; see their protocols."""

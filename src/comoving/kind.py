@@ -104,6 +104,28 @@ class Kind:
         return self.site.projected and one_by_one(self.group)
 
     @cached_property
+    def replays(self) -> bool:
+        """Whether a step between refreshes is the same operations with the same numbers each time.
+
+        Not where seeds are drawn from on the host, where a finder takes note of every gradient, where the host chooses
+        ranks, and where weights are in codes or rounded stochastically.
+        """
+        site, parts = self.site, self.parts
+        if (
+            site.plain
+            or site.blocks
+            or site.coded
+            or site.rounded
+            or not (parts.rule.replays and parts.precondition.replays)
+        ):
+            return False
+        specs = slots.layout(site, self.group)
+        if any(spec.seed for spec in specs.values()):
+            return False
+        notes = any(name.startswith(slots.MEMORY) for name in specs)
+        return not site.projected or (parts.residual.replays and not notes and not parts.ranks.adaptive)
+
+    @cached_property
     def entries(self) -> int:
         """How many entries a row has."""
         return prod(self.site.view.shape)

@@ -16,6 +16,7 @@ from .cadence import Cadence, Every
 from .codecs import Codec, Full
 from .drivers import Backward, Guard, Whole
 from .drivers.backward import Window, check_clip, check_hooks
+from .drivers.graphs import Graphs, cuda_recorder
 from .engine import Engine
 from .finders import Finder, Power
 from .frames import Layout, Modes
@@ -214,6 +215,24 @@ class LowRankOptimizer(Optimizer):
             **options: for :func:`torch.compile`.
         """
         self.engine.turn = compiled(**options)
+
+    def capture(self) -> None:
+        """From now on replay steps between refreshes as CUDA graphs, one launch for a batch or a large parameter.
+
+        The training loop stays as it is. A step with a refresh is made as ever, and so is every step of what draws
+        random numbers, decomposes at every step, or keeps weights in codes (:attr:`comoving.kind.Kind.replays`), of the
+        blocks of experts and heads, and with ``on_nonfinite="skip"`` of large parameters. Dense parameters are stepped
+        by torch's AdamW, as before; give it ``fused=True``. What a graph reads must stay where it is: call
+        ``zero_grad(set_to_none=False)``, so that gradients of large parameters do (those of stacked ones are copied);
+        where one has moved, its graph is recorded anew. Learning rates may change at every step; other rates make a new
+        recording.
+
+        Raises:
+            RuntimeError: no parameter is on a CUDA device.
+        """
+        if not any(p.is_cuda for p in self.sites):
+            raise RuntimeError("capture() records CUDA graphs: move the model to a CUDA device first")
+        self.engine.replays = Graphs(self.engine, cuda_recorder())
 
     @overload
     def step(self, closure: None = None) -> None: ...

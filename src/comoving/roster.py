@@ -20,6 +20,8 @@ from .weights import codes_of
 
 _EDITABLE = ("lr", "betas", "eps", "weight_decay", "scale", "refresh_every", "maximize", "foreach", "fused")
 """What may be edited in a group, and is checked when it was."""
+_PERIOD = "refresh_every"
+"""What of it decides who is stepped together; rates are read anew at every step."""
 
 
 class Owner(Protocol):
@@ -44,7 +46,7 @@ class Roster:
         self.sites: dict[Tensor, Site] = {}
         self.index: dict[Tensor, int] = {}
         self.fixed: list[dict[str, Any]] = []
-        self._edited: dict[int, list[Any]] = {}
+        self._edited: dict[int, dict[str, Any]] = {}
         self._limit: int | None = None
         self._held: dict[Tensor, int] = {}
 
@@ -139,11 +141,12 @@ class Roster:
                 f"that held the codes: call comoving.weights.quantize(model) first, then build the optimizer"
             )
         for index, (group, fixed) in enumerate(zip(self.owner.param_groups, self.fixed, strict=True)):
-            editable = [group[key] for key in _EDITABLE]
-            if self._edited.get(index) != editable:
+            editable, before = {key: group[key] for key in _EDITABLE}, self._edited.get(index)
+            if before != editable:
                 check_options(group)
                 self._edited[index] = editable
-                self._changed()
+                if before is not None and before[_PERIOD] != editable[_PERIOD]:
+                    self._changed()
             edited = [key for key, value in fixed.items() if group[key] != value]
             if edited:
                 raise ValueError(

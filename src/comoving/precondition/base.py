@@ -17,6 +17,9 @@ class Precondition(Protocol):
     batched: ClassVar[bool]
     """Whether it serves the rows of a batch, every one as if it were alone."""
 
+    replays: ClassVar[bool]
+    """Whether it calls the same operations with the same numbers at every step; see :class:`comoving.rules.Rule`."""
+
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """Its slots for a tensor of this shape, by names that begin with "precondition."; all start at zero.
 

@@ -32,6 +32,7 @@ class Factored:
     """
 
     batched: ClassVar[bool] = True
+    replays: ClassVar[bool] = False
 
     decay: float = 0.8
     floor: float = 1e-30

@@ -50,6 +50,7 @@ class Kronecker:
     """
 
     batched: ClassVar[bool] = True
+    replays: ClassVar[bool] = False
 
     decay: float = 0.99
     exponent: float | None = None

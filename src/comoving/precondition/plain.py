@@ -14,6 +14,7 @@ class Plain:
     """The gradient as it is. No state."""
 
     batched: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
         """None."""

@@ -71,8 +71,8 @@ class Update:
         compressed: the modes along which F is compressed, None where it is not mode-wise.
         core: z, the coordinates of all gradients of this step.
         direction: d.
-        factor: -lr scale.
-        shrink: 1 - lr weight_decay.
+        factor: -lr scale; of a step that is recorded a tensor without dimensions, as are the next two.
+        shrink: 1 - lr weight_decay; 1.0 without decay.
         rate: -lr.
         clock: that of the rule.
         eps: likewise.
@@ -83,9 +83,9 @@ class Update:
     compressed: tuple[int, ...] | None
     core: Tensor
     direction: Tensor
-    factor: float
-    shrink: float
-    rate: float
+    factor: float | Tensor
+    shrink: float | Tensor
+    rate: float | Tensor
     clock: Clock
     eps: float
     size: Tensor | None = None
@@ -102,12 +102,23 @@ class Update:
 
     def decay(self, weights: Tensor) -> None:
         """w <- shrink w, in place; nothing where there is no decay, which saves a pass over the weights."""
-        if self.shrink != 1.0:
+        if isinstance(self.shrink, Tensor) or self.shrink != 1.0:
             pairs(weights).mul_(self.shrink)
 
     def write(self, weights: Tensor) -> None:
         """w <- shrink w + factor F d, in place."""
-        self.frame.add_lift(weights, self.direction, self.factor, beta=self.shrink)
+        if isinstance(self.factor, Tensor) or isinstance(self.shrink, Tensor):
+            self.decay(weights)
+            self.frame.add_lift(weights, self.direction * self.factor, 1.0)
+        else:
+            self.frame.add_lift(weights, self.direction, self.factor, beta=self.shrink)
+
+    def add(self, weights: Tensor, x: Tensor, share: float = 1.0) -> None:
+        """w <- w + rate share x, in place."""
+        if isinstance(self.rate, Tensor):
+            weights.add_(x * (self.rate * share))
+        else:
+            weights.add_(x, alpha=self.rate * share)
 
 
 HELD, HELD_NORM = "held", "held.norm"
@@ -133,6 +144,14 @@ class Residual(Protocol):
     bounded: ClassVar[bool]
     """Whether what is kept, or lost, is g~ outside the frame and what the momentum loses, or less: then
     :mod:`comoving.diagnostics` bound it."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether it calls the same operations with the same numbers at every step between two refreshes.
+
+        See :class:`comoving.rules.Rule`.
+        """
+        ...
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """A refresh comes: choose anew what lies outside the frame by choice. Before :meth:`split`."""
@@ -225,6 +244,11 @@ class Inside:
     rescales: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     batched: ClassVar[bool] = True
+
+    @property
+    def replays(self) -> bool:
+        """Always."""
+        return True
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """Nothing is chosen."""

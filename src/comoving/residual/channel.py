@@ -53,7 +53,10 @@ class Channel(Scaled):
         phi = over(phi, gradient) if update.rows else phi
         if gradient.is_complex():
             weights, gradient, phi = pairs(weights), pairs(gradient), phi.unsqueeze(-1)
-        weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
+        if isinstance(update.factor, Tensor):
+            weights.addcmul_(gradient, (phi * update.factor).to(gradient.dtype))
+        else:
+            weights.addcmul_(gradient, phi.to(gradient.dtype), value=update.factor)
 
 
 def _scaled_norm(gradient: Tensor, phi: Tensor, size: Tensor, rows: int) -> Tensor:

@@ -59,6 +59,11 @@ class Feedback(Inside):
     window: int | None = None
     momentum: bool = True
 
+    @property
+    def replays(self) -> bool:
+        """Unless what is kept is dropped now and then."""
+        return self.window is None
+
     def __post_init__(self) -> None:
         check_choice("lazy", self.lazy, (True, False))
         check_choice("momentum", self.momentum, (True, False))

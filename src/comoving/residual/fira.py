@@ -47,4 +47,4 @@ class Fira(Scaled):
             factor, state[LAST] = brake(norm(rest, update.rows), state[LAST], self.growth, first)
             rest.mul_(over(factor, rest))
         update.write(weights)
-        weights.add_(rest, alpha=update.rate)
+        update.add(weights, rest)

@@ -51,4 +51,4 @@ class Sign(Holding):
         rest = update.frame.add_lift(gradient.clone(memory_format=torch.contiguous_format), update.core, -1.0)
         rest = torch.where(rest.abs() > least, rest.sgn(), 0)
         update.write(weights)
-        weights.add_(rest, alpha=update.rate * self.rate)
+        update.add(weights, rest, self.rate)

@@ -66,6 +66,11 @@ class Sparse:
     rule: Rule = Adam()  # noqa: RUF009  (frozen)
     seed: int = 0
 
+    @property
+    def replays(self) -> bool:
+        """Where the rule does."""
+        return self.rule.replays
+
     def __post_init__(self) -> None:
         check_float("fraction", self.fraction, 0.0, 1.0, open_low=True, open_high=True)
         check_choice("choose", self.choose, ("top", "random", "probabilistic"))

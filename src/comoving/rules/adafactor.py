@@ -53,6 +53,7 @@ class Adafactor:
     corrected = True
     elementwise: ClassVar[bool] = False
     timeless: ClassVar[bool] = False
+    replays = False
     replaces: ClassVar[bool] = False
     total: ClassVar[bool] = True
     batched: ClassVar[bool] = True

@@ -30,6 +30,7 @@ class Adam:
     linear = True
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
+    replays = True
     replaces: ClassVar[bool] = True
     total: ClassVar[bool] = False
     batched: ClassVar[bool] = True

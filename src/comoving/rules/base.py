@@ -24,6 +24,15 @@ class Rule(Protocol):
     """Whether it serves the rows of a batch (``Clock.rows``), every one as if it were alone."""
 
     @property
+    def replays(self) -> bool:
+        """Whether it calls the same operations with the same numbers at every step, and never waits for the device.
+
+        The clock's weights are no such numbers: where a step is recorded they are tensors. Only then can a CUDA graph
+        of one step be replayed for others; see :meth:`comoving.LowRankOptimizer.capture`.
+        """
+        ...
+
+    @property
     def definite(self) -> bool:
         """Whether its covariances must stay positive semi-definite, as they do not where a codec rounds them."""
         ...

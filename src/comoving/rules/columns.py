@@ -40,6 +40,7 @@ class Columns:
     linear = True
     elementwise: ClassVar[bool] = False
     timeless: ClassVar[bool] = False
+    replays = False
     replaces: ClassVar[bool] = True
     total: ClassVar[bool] = False
     batched: ClassVar[bool] = True

@@ -34,6 +34,7 @@ class Lion:
     linear = True
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
+    replays = True
     replaces: ClassVar[bool] = False
     total: ClassVar[bool] = True
     batched: ClassVar[bool] = True

@@ -28,6 +28,7 @@ class Momentum:
     linear = True
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = True
+    replays = True
     replaces: ClassVar[bool] = True
     total: ClassVar[bool] = False
     batched: ClassVar[bool] = True

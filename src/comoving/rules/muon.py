@@ -84,6 +84,11 @@ class Muon:
             check_float("scale", self.scale, 0.0, open_low=True)
         check_choice("over", self.over, ("auto", "flat", "each"))
 
+    @property
+    def replays(self) -> bool:
+        """Unless it decomposes, which waits for the device."""
+        return self.method == "newton-schulz"
+
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m."""
         return (Slot(FIRST, Kind.LINEAR),)

@@ -38,6 +38,7 @@ class Scheduled:
     linear = True
     elementwise: ClassVar[bool] = True
     timeless: ClassVar[bool] = False
+    replays = False
     replaces: ClassVar[bool] = True
     total: ClassVar[bool] = False
     batched: ClassVar[bool] = True

@@ -61,6 +61,7 @@ class Shampoo:
     linear = True
     elementwise: ClassVar[bool] = False
     timeless: ClassVar[bool] = False
+    replays = False
     replaces: ClassVar[bool] = True
     total: ClassVar[bool] = False
     batched: ClassVar[bool] = True

@@ -74,6 +74,7 @@ class SOAP:
     linear = True
     elementwise: ClassVar[bool] = False
     timeless: ClassVar[bool] = False
+    replays = False
     replaces: ClassVar[bool] = True
     total: ClassVar[bool] = False
     batched: ClassVar[bool] = True

@@ -66,7 +66,7 @@ class DeferringLinear(QuantizedLinear):
             x.copy_(value)
         self.factor, self.change = factor, best[2]
 
-    def take(self, weights: Tensor, shrink: float) -> None:
+    def take(self, weights: Tensor, shrink: float | Tensor) -> None:
         """B from a weight that was updated within the frame: the codes' share has shrunk, by their steps."""
         assert self.factor is not None and self.change is not None
         rest = weights - self.codes_alone().mul_(shrink)
