@@ -193,12 +193,12 @@ def test_skipped_steps_leave_weights_alone_and_untouched_experts_keep_their_seed
     model = experts(None)
     optimizer = MAKERS["blocks"](model)
     stepped(model, optimizer, range(2))
-    seeds = [int(optimizer.state[model.experts][str(b)][SEED]) for b in range(3)]
+    seeds = [int(optimizer.state[model.experts][f"{b}.{SEED}"]) for b in range(3)]
     kept = model.experts[1].clone()
     noise(model, 2)
     model.experts.grad[1] = 0
     optimizer.step()
-    moved = [int(optimizer.state[model.experts][str(b)][SEED]) != seed for b, seed in enumerate(seeds)]
+    moved = [int(optimizer.state[model.experts][f"{b}.{SEED}"]) != seed for b, seed in enumerate(seeds)]
     assert moved == [True, False, True] and torch.equal(model.experts[1], kept)
 
 

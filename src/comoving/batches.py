@@ -11,10 +11,10 @@ into what is stacked, so that the views stay what they are; while nobody else re
 Where some rows of a batch have no gradient, or are stepped alone, the others are gathered, and written back.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import is_, itemgetter
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from torch import Tensor
 from . import state as slots
 from .cell import Cell
 from .kind import Kind
+from .section import Section
 from .sites import Site
 
-State = dict[str, Any]
+State = MutableMapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -36,19 +37,30 @@ class Row:
         block: the number of the block, as a string; None for a whole parameter.
         site: what was decided about it.
         kind: what it shares with others.
-        states: of all parameters, by parameter.
+        states: of all parameters, by parameter; that of one with blocks holds the slots of all of them.
     """
 
     p: Tensor
     block: str | None
     site: Site
     kind: Kind
-    states: Mapping[Tensor, State]
+    states: Mapping[Tensor, dict[str, Any]]
+    _section: Section | None = None
 
     @property
     def state(self) -> State:
-        """Its tensors, by flat names."""
-        return self.states[self.p] if self.block is None else self.states[self.p][self.block]
+        """Its tensors, by name."""
+        whole = self.states[self.p]
+        if self.block is None:
+            return whole
+        if self._section is None or self._section.whole is not whole:
+            self._section = Section(whole, self.block)
+        return self._section
+
+    @property
+    def prefix(self) -> str:
+        """How its slots' names begin in the state of the parameter."""
+        return "" if self.block is None else f"{self.block}."
 
     def cell(self) -> Cell:
         """Its state, with the ranks that it asks for."""
@@ -123,7 +135,7 @@ class Gathered:
 
     def cell(self) -> Cell:
         """Their states stacked, but for what is the same for all."""
-        states, own = [row.state for row in self.rows], State()
+        states, own = [row.state for row in self.rows], dict[str, Any]()
         for name, x in states[0].items():
             alone = not isinstance(x, Tensor) or name in self.kind.shared or name == "step"
             own[name] = x if alone else torch.stack([state[name] for state in states])
@@ -136,7 +148,7 @@ class Gathered:
             name: _rows_of(x, len(self.rows), name in self.kind.shared or name == "step") for name, x in new.items()
         }
         for i, row in enumerate(self.rows):
-            fresh = State()
+            fresh = dict[str, Any]()
             for name, listed in parts.items():
                 old, x = row.state.get(name), listed[i]
                 if _fits(old, x):
@@ -172,18 +184,21 @@ class Batch:
 
     def __init__(self, kind: Kind, rows: Sequence[Row]) -> None:
         self.kind, self.rows = kind, tuple(rows)
-        self._tensors = State()
+        self._tensors = dict[str, Any]()
         for name, x in self.rows[0].state.items():
             self._tensors[name] = torch.stack([row.state[name] for row in self.rows]) if isinstance(x, Tensor) else x
         self._show(self._tensors)
 
     def stands(self) -> bool:
         """Whether the states of all rows still are views of what is stacked."""
-        count, shown, tick = len(self._tensors), self._shown, self._tensors["tick"]
-        for row, views in zip(self.rows, self._views, strict=True):
-            state = row.state
-            if len(state) != count or state["tick"] != tick or not all(map(is_, shown(state), views)):
-                return False
+        tick = self._tensors["tick"]
+        try:
+            for row, (shown, views, ticks, core) in zip(self.rows, self._shown, strict=True):
+                whole = row.states[row.p]
+                if whole[ticks] != tick or core in whole or not all(map(is_, shown(whole), views)):
+                    return False
+        except KeyError:
+            return False
         return True
 
     def cell(self) -> Cell:
@@ -197,7 +212,7 @@ class Batch:
         """Write the cell into what is stacked; slots that are new, or of another shape, are shown anew."""
         new, alike, count = cell.flat(), self._alike(), len(self.rows)
         self._tick(new.pop("tick"))
-        fresh, targets, values = State(), list[Tensor](), list[Tensor]()
+        fresh, targets, values = dict[str, Any](), list[Tensor](), list[Tensor]()
         for name, own in new.items():
             old, x = self._tensors.get(name), own.expand(count, *own.shape) if name in alike else own
             if not _fits(old, x):
@@ -226,15 +241,17 @@ class Batch:
 
     def dissolve(self) -> None:
         """Give each row that still shows its part of a tensor one of its own, so that none keeps the others' alive."""
-        for row, views in zip(self.rows, self._views, strict=True):
-            for name, view in zip(self._names, views, strict=True):
-                if row.state.get(name) is view:
-                    row.state[name] = view.clone()
+        names = [name for name, x in self._tensors.items() if isinstance(x, Tensor)]
+        for row, (_, views, _, _) in zip(self.rows, self._shown, strict=True):
+            state = row.state
+            for name, view in zip(names, views[1:], strict=True):
+                if state.get(name) is view:
+                    state[name] = view.clone()
 
     def _tick(self, tick: int) -> None:
         self._tensors["tick"] = tick
-        for row in self.rows:
-            row.state["tick"] = tick
+        for row, (_, _, ticks, _) in zip(self.rows, self._shown, strict=True):
+            row.states[row.p][ticks] = tick
 
     def _alike(self) -> set[str]:
         return {name for name in self._tensors if name in self.kind.shared or name == "step"}
@@ -245,9 +262,13 @@ class Batch:
         if listed:
             for row, own in zip(self.rows, zip(*listed.values(), strict=True), strict=True):
                 row.state.update(zip(listed, own, strict=True))
-        self._names = tuple(name for name, x in self._tensors.items() if isinstance(x, Tensor))
-        self._shown = itemgetter(*self._names)
-        self._views = [self._shown(row.state) for row in self.rows]
+        names = [name for name, x in self._tensors.items() if isinstance(x, Tensor)]
+        self._shown: list[tuple[itemgetter[Any], tuple[Any, ...], str, str]] = []
+        for row in self.rows:
+            shown = cast(
+                "itemgetter[Any]", itemgetter(*(row.prefix + name for name in ("step", *names)))
+            )  # two at least
+            self._shown.append((shown, shown(row.states[row.p]), f"{row.prefix}tick", row.prefix + slots.CORE))
 
 
 def _rows_of(x: Any, count: int, shared: bool) -> Sequence[Any]:

@@ -109,7 +109,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
     """
     if site.blocks:
         inner = group_of_block(group)
-        return {str(b): admit(own, site.block(b), inner, seed) for b, own in _blocks_of(saved, site).items()}
+        admitted = {b: admit(own, site.block(b), inner, seed) for b, own in _blocks_of(saved, site).items()}
+        return {f"{b}.{name}": x for b, own in admitted.items() for name, x in own.items()}
     state = _renamed(saved, site)
     state, site = _with_ranks(state, site, group)
     expected, group = layout(site, group), parts_of(site, group)
@@ -171,7 +172,7 @@ def _packed(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict
 
 
 def _blocks_of(saved: Mapping[str, Any], site: Site) -> dict[int, dict[str, Any]]:
-    """The inverse of :func:`flat`; dense state, such as AdamW's, is cut into blocks.
+    """The states of the blocks; dense state, such as AdamW's, is cut into blocks.
 
     Raises:
         ValueError: state of one frame, or of a block that the parameter does not have.
@@ -316,7 +317,7 @@ def owned(
     """An admitted state in copies of the parameter's own, on the right devices, in the dtypes that it was saved in.
 
     Args:
-        state: of the parameter; of one with blocks a state for each.
+        state: of the parameter.
         p: the parameter.
         site: what was decided about it.
         group: its hyper-parameters.
@@ -332,8 +333,6 @@ def owned(
         part = parts.get(name, Part(tuple(value.shape), value.dtype))
         return value.detach().clone().to(place(part, p.device, scalars))
 
-    if site.blocks:
-        return {b: {n: own(f"{b}.{n}", x) for n, x in block.items()} for b, block in state.items()}
     return {name: own(name, value) for name, value in state.items()}
 
 

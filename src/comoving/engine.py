@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import rounding
 from . import state as slots
-from .batches import Alone, Batch, Gathered, Row, State, Together, copy_into
+from .batches import Alone, Batch, Gathered, Row, Together, copy_into
 from .cadence import When
 from .cell import Cell
 from .kind import Kind
@@ -22,6 +22,7 @@ from .ranks.adapting import Adapting
 from .roster import Owner, Roster
 from .rules.turn import Turn, turned
 from .schedule import SMALL
+from .section import blocks_in
 from .sites import Site
 from .state import CORE
 from .steps import Now, absorb, apply
@@ -99,13 +100,12 @@ class Engine:
 
     def row(self, p: Tensor, block: str | None = None) -> Row:
         """A parameter, or one of its blocks, with the slots that exist before the first frame."""
-        site, state = self.roster.sites[p], self.owner.state[p]
-        if block is not None:
-            state = state.setdefault(block, {})
         row = self._rows.get((p, block))
         if row is None:
-            kind, site = self.kind(p, block), site if block is None else site.block(int(block))
+            site, kind = self.roster.sites[p], self.kind(p, block)
+            site = site if block is None else site.block(int(block))
             row = self._rows[p, block] = Row(p, block, site, kind, self.owner.state)
+        state = row.state
         if "step" not in state:
             scalars = self.scalar_device(p, row.site)
             state.update(slots.opened(row.site, row.kind.group, p, scalars, self.seed))
@@ -115,7 +115,7 @@ class Engine:
         """The parameter, or those of its blocks that have a state."""
         state = self.owner.state.get(p, {})
         if self.roster.sites[p].blocks:
-            return [self.row(p, block) for block in state]
+            return [self.row(p, block) for block in blocks_in(state)]
         return [self.row(p)] if "step" in state else []
 
     def open(self, p: Tensor) -> list[Row]:
@@ -390,9 +390,11 @@ class Engine:
         except BaseException:
             self.adapting.forget(p)
             if blocks:
-                state: State = self.owner.state.get(p, {})
-                for block in [b for b in state if b not in written and b not in (before or ())]:
-                    del state[block]
+                state: dict[str, Any] = self.owner.state.get(p, {})
+                for name in [name for name in state if name not in (before or ())]:
+                    if name.partition(".")[0] not in written:
+                        del state[name]
+                self._rows = {key: row for key, row in self._rows.items() if row.p is not p}
             if before is None and not (blocks and self.owner.state.get(p)):
                 self.owner.state.pop(p, None)
             raise

@@ -478,7 +478,7 @@ class LowRankOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``."""
         packed = super().state_dict()
-        packed["state"] = {key: slots.flat(state) for key, state in packed["state"].items()}
+        packed["state"] = {key: dict(state) for key, state in packed["state"].items()}
         packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
         return packed
 

@@ -1,6 +1,6 @@
 """A parameter's state as flat tensors: what slots it has, where they are, and what they weigh."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from math import prod
 from typing import Any, TypeVar
@@ -245,7 +245,7 @@ def packed(site: Site, group: Mapping[str, Any], working: Mapping[str, Any]) -> 
     return encoded(site, group, working, None)
 
 
-def commit(state: dict[str, Any], new: Mapping[str, Any]) -> None:
+def commit(state: MutableMapping[str, Any], new: Mapping[str, Any]) -> None:
     """Bring a state up to date, all at once."""
     if state.keys() != new.keys():
         for name in [name for name in state if name not in new]:
@@ -283,7 +283,7 @@ def first_seeds(site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Te
 def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device, seed: int) -> dict[str, Any]:
     """The state of a parameter before its first step; frame and moments of a projected one follow later.
 
-    That of a parameter with blocks is a state for each, by the block's number, and empty before its first gradient.
+    That of a parameter with blocks is empty before its first gradient.
     """
     if site.blocks:
         return {}
@@ -343,14 +343,6 @@ def group_of_block(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**group, "frame": group["frame"].inner}
 
 
-def flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as a checkpoint holds it: the states of blocks as slots "<number>.<slot>"."""
-    packed: dict[str, Any] = {}
-    for name, value in state.items():
-        packed |= {f"{name}.{n}": x for n, x in value.items()} if isinstance(value, dict) else {name: value}
-    return packed
-
-
 def prefixed(named: Mapping[str, _T], prefix: str) -> dict[str, _T]:
     """A part's slots, or what they are to be, under the names that they have in the state."""
     return {prefix + name: x for name, x in named.items()}
@@ -374,7 +366,7 @@ def state_bytes(optimizer: Optimizer, projected: bool = False) -> int:
     for p, slots in optimizer.state.items():
         if projected and not (p in sites and sites[p].projected):
             continue
-        for value in flat(slots).values():
+        for value in slots.values():
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
                 storages[id(storage) if storage.data_ptr() == 0 else storage.data_ptr()] = storage.nbytes()

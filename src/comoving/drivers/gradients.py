@@ -1,6 +1,6 @@
 """Bad gradients: refused before anything changes, or undone on the device."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -77,7 +77,7 @@ class Undo(AbstractContextManager[None]):
     """
 
     def __init__(
-        self, flag: Tensor, params: list[Tensor], states: list[tuple[dict[str, Any], dict[str, Tensor]]]
+        self, flag: Tensor, params: list[Tensor], states: list[tuple[MutableMapping[str, Any], dict[str, Tensor]]]
     ) -> None:
         self._flag, self._params, self._states = flag, params, states
 

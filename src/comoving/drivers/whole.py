@@ -98,7 +98,7 @@ class Whole:
         open_ = [
             site.name
             for p, site in sites.items()
-            if p in state and any(WINDOW in own for own in ([*state[p].values()] if site.blocks else [state[p]]))
+            if p in state and any(name.rpartition(".")[2] == WINDOW for name in state[p])
         ]
         if open_:
             raise RuntimeError(

@@ -231,15 +231,13 @@ def _take(params: Mapping[str, nn.Parameter], optimizer: LowRankOptimizer, given
     optimizer.step()
 
 
-def _tensors(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a state, those of blocks behind their numbers; counts as tensors."""
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a state; counts as tensors."""
     for name, value in state.items():
-        if isinstance(value, dict):
-            yield from _tensors(value, f"{prefix}{name}.")
-        elif isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
+        if isinstance(value, Tensor):
+            yield name, value
         elif isinstance(value, int | float):
-            yield f"{prefix}{name}", torch.tensor(value)
+            yield name, torch.tensor(value)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
