@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import comoving
+from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import Exact, Power
+from comoving.frames import Blocks
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
-from contract.support import COMPLEX, REAL, close, frame_of, known_rank, lone, numel, randn, step
+from contract.support import COMPLEX, REAL, RULES, close, frame_of, known_rank, lone, numel, randn, step
 
 HALF = {torch.bfloat16: 0.02, torch.float16: 0.01}
 
@@ -221,3 +223,16 @@ def test_a_batch_of_experts_of_rank_one_blocks_stays_finite(shape):
         step(optimizer, p, g)
     close(p.detach()[1], torch.full(shape, 0.95**5), 1e-6)
     assert (p.detach()[0] - 0.95**5).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("shape", [(0,), (4, 0), (4, 0, 5), (0, 4, 5)], ids=str)
+@pytest.mark.parametrize("options", [{"rank": 1.0}, {"rank": 2}, {"rank": 2, "frame": Blocks()}], ids=str)
+def test_what_has_no_entries_is_left_to_torch(rule, shape, options):
+    p = nn.Parameter(torch.zeros(shape))
+    transport = Rotate() if rule.corrected else Reset()
+    optimizer = LowRankOptimizer([p], 1e-2, rule=rule, transport=transport, **options)
+    for _ in range(2):
+        p.grad = torch.zeros(shape)
+        optimizer.step()
+    assert optimizer.sites[p].plain

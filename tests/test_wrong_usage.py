@@ -270,13 +270,16 @@ def test_the_coupled_decay_of_torchs_adam_is_not_taken_for_ours():
 
 def test_what_may_be_edited_is_saved_and_loaded():
     model, optimizer = trained(refresh_every=4)
-    optimizer.param_groups[0] |= {"refresh_every": 2, "scale": 0.7}
+    edited = {"lr": 3e-3, "betas": (0.8, 0.97), "eps": 1e-5, "weight_decay": 0.3, "refresh_every": 2, "scale": 0.7}
+    before = {key: optimizer.param_groups[0][key] for key in edited}
+    assert all(before[key] != value for key, value in edited.items())
+    optimizer.param_groups[0] |= edited
     stepped(optimizer, model)
     twin = net()
     twin.load_state_dict(model.state_dict())
     resumed = build("tucker-adam", twin, 1e-2, 4, refresh_every=4)
     resumed.load_state_dict(optimizer.state_dict())
-    assert resumed.param_groups[0]["refresh_every"] == 2 and resumed.param_groups[0]["scale"] == 0.7
+    assert {key: resumed.param_groups[0][key] for key in edited} == edited
     for _ in range(4):
         assert all(torch.equal(x, y) for x, y in zip(stepped(optimizer, model), stepped(resumed, twin), strict=True))
 

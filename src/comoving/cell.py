@@ -12,13 +12,11 @@ from .clock import Clock
 from .diagnostics import SLOT
 from .frames import Frame, ModeFrame
 from .kind import Kind
-from .residual.base import HELD_NORM, Passage
-from .rounding import SEED
+from .residual.base import HELD, HELD_NORM, Passage
 from .sites import Site
 from .state import CADENCE, CORE, MEMORY, REFRESHED, REST, WINDOW
 
 _PRECONDITION = "precondition."
-_OURS = {slots.RANKS, slots.VALUE, slots.SIZE, SEED}
 
 
 @dataclass
@@ -44,8 +42,10 @@ class Open:
 class Cell:
     """The state of a batch, or of one row by itself, while it is stepped.
 
-    Compartments are dicts of this cell's own: a part puts new tensors into its own, and sees no other. The tensors are
-    those of the state, and are not written to: a cell that is dropped has changed nothing.
+    Compartments are dicts of this cell's own: a part puts new tensors into its own, and sees no other. It finds the
+    slots there that it declares, and a residual, within a step, what it holds (:data:`comoving.residual.base.HELD`);
+    whatever else it leaves is refused. The tensors are those of the state, and are not written to: a cell that is
+    dropped has changed nothing.
 
     Args:
         kind: of its rows.
@@ -56,7 +56,7 @@ class Cell:
         moments: of the rule and the transport; as they are stored until :meth:`decode`.
         precondition, finder, cadence, residual: of these parts.
         figures: of :mod:`comoving.diagnostics`, (*rows, 6); None where they are off.
-        host: what no part sees: ranks that are asked for, seeds of rounding.
+        host: what no part sees: ranks that are asked for, seeds of rounding, and what somebody else put into the state.
         open: None before the first gradient.
         recorded: whether the step is recorded, to be replayed at other counts and rates.
     """
@@ -82,7 +82,7 @@ class Cell:
     def of(cls, kind: Kind, state: Mapping[str, Any], rows: int = 0) -> "Cell":
         """The cell of a state with flat names."""
         cell = cls(kind, rows, state["tick"], state["step"], figures=state.get(SLOT))
-        known = kind.moments
+        known, kept = kind.moments, kind.declared["residual"]
         for name, x in state.items():
             if name in known:
                 cell.moments[name] = x
@@ -94,10 +94,12 @@ class Cell:
                 cell.cadence[name.removeprefix(CADENCE)] = x
             elif name.startswith(_PRECONDITION):
                 cell.precondition[name] = x
-            elif name in _OURS:
-                cell.host[name] = x
-            elif name not in _SINGLE:
+            elif name in _SINGLE:
+                continue
+            elif name in kept or name.startswith(HELD):
                 cell.residual[name] = x
+            else:
+                cell.host[name] = x
         if CORE in state:
             own = (state.get(name) for name in (HELD_NORM, REST, WINDOW))
             cell.open = Open(state[CORE], *own, refreshed=REFRESHED in state)
@@ -116,6 +118,30 @@ class Cell:
             found |= {name: x for name, x in own.items() if x is not None}
             found |= {REFRESHED: True} if self.open.refreshed else {}
         return found
+
+    def check(self) -> None:
+        """Raise where a part has put something beside the slots that it declares; moments are as they are stored.
+
+        Raises:
+            RuntimeError: naming the part and what it has put there.
+        """
+        declared, parts = self.kind.declared, self.kind.parts
+        for role, own, names in (
+            ("rule", self.moments, declared["moments"]),
+            ("precondition", self.precondition, declared["precondition"]),
+            ("finder", self.finder, declared["finder"]),
+            ("cadence", self.cadence, declared["cadence"]),
+            ("residual", self.residual, declared["residual"]),
+        ):
+            if own.keys() <= names:
+                continue
+            more = [name for name in own if name not in names and not (role == "residual" and name.startswith(HELD))]
+            if more:
+                part = f"{parts.rule} or transport {parts.transport}" if role == "rule" else getattr(parts, role)
+                raise RuntimeError(
+                    f"{self.kind.site.name}: {role} {part} keeps {', '.join(map(repr, more))}, which it does not "
+                    f"declare as slots; nothing was changed"
+                )
 
     def decode(self, only: str | None = None) -> None:
         """Decode the moments, or ``only`` one of them; those that are decoded already stay."""

@@ -1,6 +1,6 @@
 """Kinds: what was decided, once, about a parameter and those that are like it, but for their names and places."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
@@ -75,6 +75,19 @@ class Kind:
         """The names of all slots of the rule and the transport, decoded and as they are stored."""
         own = {slot.name for slot in slots.rule_slots(self.site, self.group)}
         return frozenset(own | slots.moments(self.site, self.group).keys())
+
+    @cached_property
+    def declared(self) -> dict[str, frozenset[str]]:
+        """The names of the slots that each part declares, by compartment; of ``moments`` as above."""
+        site, parts = self.site, self.parts
+        shape, dtype = site.view.shape, site.view.dtype
+        found: dict[str, Iterable[str]] = dict.fromkeys(("finder", "cadence", "residual"), ())
+        if site.projected:
+            found["finder"] = parts.finder.parts(shape, site.ranks, dtype)
+            found["cadence"] = parts.cadence.parts()
+            found["residual"] = parts.residual.parts(parts.codec, shape, site.core_shape, dtype)
+        found |= {"moments": self.moments, "precondition": parts.precondition.parts(shape, dtype)}
+        return {name: frozenset(names) for name, names in found.items()}
 
     @cached_property
     def shared(self) -> frozenset[str]:

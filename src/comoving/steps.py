@@ -89,6 +89,7 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
     seen = parts.precondition.apply(given, cell.precondition, cell.tick + 1, cell.rows)  # 1
     if not kind.site.projected:
         cell.open = Open(seen) if cell.open is None else replace(cell.open, core=cell.open.core + seen)
+        cell.check()
         return
     cell.decode(only=parts.rule.momentum)
     passage = cell.standing(now.betas)
@@ -121,6 +122,7 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
     else:
         cell.open = replace(cell.open, core=z, size=held, rest=rest)
     cell.encode(moved=due)
+    cell.check()
 
 
 def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
@@ -198,6 +200,7 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
     by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
     compressed = by_modes if isinstance(parts.frame, Modes) else None
     cell.encode(moved=True)
+    cell.check()
     update = Update(lambda: cell.frame, compressed, opened.core, d, factor, shrink, rate, clock, now.eps, opened.size)
     parts.residual.write(weights, update, cell.residual, parts.codec)  # 6, 7
 

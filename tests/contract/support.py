@@ -7,6 +7,7 @@ from torch import nn
 
 from comoving import LowRankOptimizer
 from comoving.cadence import Every, Growing, Lazy
+from comoving.clock import Clock
 from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root
 from comoving.finders import (
     Amortized,
@@ -32,7 +33,8 @@ from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trai
 from comoving.precondition import Factored, Kronecker, Plain
 from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
 from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
-from comoving.transport import Carry, Keep, Reset, Rotate
+from comoving.slots import Kind
+from comoving.transport import Carry, Keep, Reset, Rotate, initial
 from references.algebra import basis
 
 REAL, COMPLEX = torch.float64, torch.complex128
@@ -299,3 +301,33 @@ def cells(optimizer, p):
     for cell in found:
         cell.decode()
     return found
+
+
+def shape_of(slot, core):
+    """The shape that a kind stands for."""
+    if slot.kind in (Kind.LINEAR, Kind.VARIANCE):
+        return core
+    if slot.kind is Kind.SCALAR:
+        return ()
+    return (core[slot.mode],) * (1 if slot.kind is Kind.FACTORED else 2)
+
+
+def is_real(slot):
+    return slot.kind in (Kind.VARIANCE, Kind.FACTORED, Kind.SCALAR)
+
+
+class Bare:
+    """A rule without an engine, in a core that stands still."""
+
+    def __init__(self, rule, shape, dtype, betas=(0.9, 0.99)):
+        self.rule, self.betas, self.t, self.tick = rule, betas, torch.zeros(()), 0
+        self.state = {}
+        for slot in rule.slots(shape):
+            kind = dtype.to_real() if dtype.is_complex and is_real(slot) else dtype
+            self.state[slot.name] = initial(slot, torch.empty(shape_of(slot, shape), dtype=kind))
+
+    def take(self, z, eps=1e-8):
+        self.t, self.tick = self.t + 1, self.tick + 1
+        clock = Clock(self.t, *self.betas, self.tick)
+        self.rule.absorb(z, self.state, clock)
+        return self.rule.direction(self.state, clock, eps)

@@ -12,8 +12,8 @@ from comoving.frames import Modes
 from comoving.residual import Discard, Feedback
 from comoving.rules import Momentum, Shampoo
 from comoving.slots import Kind
-from comoving.transport import Carry, Keep, Reset, Rotate, initial
-from contract.support import COMPLEX, REAL, RULES, close, lone, randn, step
+from comoving.transport import Carry, Keep, Reset, Rotate
+from contract.support import COMPLEX, REAL, RULES, Bare, close, is_real, lone, randn, shape_of, step
 
 EVERY = pytest.mark.parametrize("rule", RULES, ids=str)
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=["real", "complex"])
@@ -25,36 +25,6 @@ LEVELS = {
     Momentum(corrected=True): None,
 }
 """Rules whose directions have no unit size, as they are published."""
-
-
-def shape_of(slot, core):
-    """The shape that a kind stands for."""
-    if slot.kind in (Kind.LINEAR, Kind.VARIANCE):
-        return core
-    if slot.kind is Kind.SCALAR:
-        return ()
-    return (core[slot.mode],) * (1 if slot.kind is Kind.FACTORED else 2)
-
-
-def is_real(slot):
-    return slot.kind in (Kind.VARIANCE, Kind.FACTORED, Kind.SCALAR)
-
-
-class Bare:
-    """A rule without an engine, in a core that stands still."""
-
-    def __init__(self, rule, shape, dtype, betas=(0.9, 0.99)):
-        self.rule, self.betas, self.t, self.tick = rule, betas, torch.zeros(()), 0
-        self.state = {}
-        for slot in rule.slots(shape):
-            kind = dtype.to_real() if dtype.is_complex and is_real(slot) else dtype
-            self.state[slot.name] = initial(slot, torch.empty(shape_of(slot, shape), dtype=kind))
-
-    def take(self, z, eps=1e-8):
-        self.t, self.tick = self.t + 1, self.tick + 1
-        clock = Clock(self.t, *self.betas, self.tick)
-        self.rule.absorb(z, self.state, clock)
-        return self.rule.direction(self.state, clock, eps)
 
 
 @pytest.fixture(autouse=True)

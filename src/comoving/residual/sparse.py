@@ -153,10 +153,9 @@ class Sparse:
         x, indices = state.pop(HELD), state[_INDICES].long()
         if not self.first:
             x = x - _entries(update.frame.lift(update.core), indices)
-        own: dict[str, Tensor] = {}
-        for name, value in state.items():
-            if name.startswith(_PREFIX):
-                own[name.removeprefix(_PREFIX)] = value if self.rule.replaces else value.clone()
+        own = {slot.name: state[_PREFIX + slot.name] for slot in self._slots(indices.shape[-1])}
+        if not self.rule.replaces:
+            own = {name: value.clone() for name, value in own.items()}
         self.rule.absorb(x, own, update.clock)
         d = self.rule.direction(own, update.clock, update.eps).mul_(update.rate * self.scale)
         state.update({_PREFIX + slot.name: own[slot.name] for slot in self._slots(indices.shape[-1])})

@@ -50,7 +50,6 @@ class Adafactor:
 
     momentum = FIRST
     definite = False
-    corrected = True
     elementwise: ClassVar[bool] = False
     timeless: ClassVar[bool] = False
     replays = False
@@ -69,6 +68,11 @@ class Adafactor:
     @property
     def linear(self) -> bool:
         """Whether m is an average of gradients."""
+        return self.average == "gradient"
+
+    @property
+    def corrected(self) -> bool:
+        """Whether m is divided by 1 - b1^t, as the average of gradients is."""
         return self.average == "gradient"
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
