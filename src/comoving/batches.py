@@ -265,9 +265,8 @@ class Batch:
         names = [name for name, x in self._tensors.items() if isinstance(x, Tensor)]
         self._shown: list[tuple[itemgetter[Any], tuple[Any, ...], str, str]] = []
         for row in self.rows:
-            shown = cast(
-                "itemgetter[Any]", itemgetter(*(row.prefix + name for name in ("step", *names)))
-            )  # two at least
+            known = (row.prefix + name for name in ("step", *names))  # two at least: of one no tuple would be shown
+            shown = cast("itemgetter[Any]", itemgetter(*known))
             self._shown.append((shown, shown(row.states[row.p]), f"{row.prefix}tick", row.prefix + slots.CORE))
 
 

@@ -191,7 +191,7 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
             at_full_rank = replace(dense, reason=reason or "rank 1.0")
             return at_full_rank if reason is not None or modes < 2 else _whole(dense, "rank 1.0", group)
-        if modes < 2:
+        if modes < 2 and (prod(view.shape) or not isinstance(group["frame"], Blocks)):  # which has more to say
             return replace(dense, reason="fewer than two modes" if prod(view.shape) else "no entries")
         ranks = group["frame"].ranks(view.shape, group["rank"], group["side"])
     except ValueError as error:
