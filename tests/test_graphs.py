@@ -17,8 +17,9 @@ from comoving import LowRankOptimizer
 from comoving.codecs import Int4, Int8
 from comoving.drivers.graphs import Graphs
 from comoving.finders import IncrementalSVD
+from comoving.parts import PARTS
 from comoving.precondition import Factored
-from comoving.residual import Channel, Feedback, Fira, Sign, Sparse
+from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
 from comoving.rules import Lion, Momentum, Muon
 from comoving.transport import Carry
 from pretend import OnDevice, Pretend, install
@@ -34,6 +35,7 @@ OPTIONS = {
     "lion": {"rule": Lion()},
     "momentum": {"rule": Momentum(), "weight_decay": 0.0},
     "muon": {"rule": Muon(), "rank": 1.0},
+    "buffer": {"residual": MomentumBuffer(), "rule": Momentum()},
 }
 AS_EVER = {
     "noise": {"residual": Feedback(), "codec": Int8(rounding="stochastic")},
@@ -150,6 +152,14 @@ def test_what_does_not_replay_is_stepped_as_ever(name):
     recorder = Recorder()
     same(train(AS_EVER[name], recorder), train(AS_EVER[name], None))
     assert recorder.made == 0
+
+
+def test_every_part_that_replays_is_replayed_here():
+    for role in ("rule", "precondition", "residual"):
+        kinds = {type(options[role]) for options in OPTIONS.values() if role in options}
+        kinds |= {type(LowRankOptimizer([nn.Parameter(torch.zeros(9, 9))]).defaults[role])}
+        for name, kind in PARTS[role].items():
+            assert (kind in kinds) is bool(kind().replays), f"{role} {name}"
 
 
 def test_a_gradient_that_has_moved_is_recorded_anew():

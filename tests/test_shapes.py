@@ -10,7 +10,6 @@ import comoving
 from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int8
 from comoving.finders import Exact, Power
-from comoving.frames import Blocks
 from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
 from contract.support import COMPLEX, REAL, RULES, close, frame_of, known_rank, lone, numel, randn, step
@@ -227,7 +226,7 @@ def test_a_batch_of_experts_of_rank_one_blocks_stays_finite(shape):
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("shape", [(0,), (4, 0), (4, 0, 5), (0, 4, 5)], ids=str)
-@pytest.mark.parametrize("options", [{"rank": 1.0}, {"rank": 2}, {"rank": 2, "frame": Blocks()}], ids=str)
+@pytest.mark.parametrize("options", [{"rank": 1.0}, {"rank": 2}], ids=str)
 def test_what_has_no_entries_is_left_to_torch(rule, shape, options):
     p = nn.Parameter(torch.zeros(shape))
     transport = Rotate() if rule.corrected else Reset()

@@ -185,14 +185,15 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         rounded = group["rounding"] == "stochastic" and p.dtype == torch.bfloat16 and not coded
         dense = Site(label, view, (None,) * len(view.shape), view.shape, "", index=index)
         dense = replace(dense, rounded=rounded, coded=coded, deferred=deferred)
-        modes = sum(d > 1 for d in view.shape) if prod(view.shape) else 0
+        modes, empty = sum(d > 1 for d in view.shape), 0 in view.shape
+        modes = 0 if empty and not (modes > 1 and isinstance(group["frame"], Blocks)) else modes  # blocks refuse it
         given = (group["reasons"] or {}).get(name)
         reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)
         if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
             at_full_rank = replace(dense, reason=reason or "rank 1.0")
             return at_full_rank if reason is not None or modes < 2 else _whole(dense, "rank 1.0", group)
-        if modes < 2 and (prod(view.shape) or not isinstance(group["frame"], Blocks)):  # which has more to say
-            return replace(dense, reason="fewer than two modes" if prod(view.shape) else "no entries")
+        if modes < 2:
+            return replace(dense, reason="no entries" if empty else "fewer than two modes")
         ranks = group["frame"].ranks(view.shape, group["rank"], group["side"])
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
