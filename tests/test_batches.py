@@ -98,6 +98,31 @@ def test_a_slot_that_was_replaced_or_written_to_counts():
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
+def test_another_dict_of_states_counts():
+    """As tools make one that move or restore what an optimizer holds."""
+    models, optimizers = pair("tucker-adam")
+    for step in range(6):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step)
+            o.step()
+            if step == 3:
+                o.state = type(o.state)(dict, {p: {n: copy.copy(x) for n, x in s.items()} for p, s in o.state.items()})
+                o.state[m[0]]["moment.first"] = o.state[m[0]]["moment.first"] * 2
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_rates_that_change_at_every_step_leave_batches_as_they_are():
+    models, (optimizer, _) = pair("comoving")
+    for step in range(4):
+        give(models[0], step)
+        optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+        optimizer.step()
+        if step == 1:
+            before = formed(optimizer)
+    assert before and formed(optimizer) == before
+
+
 @pytest.mark.parametrize("recipe", ["comoving", "galore", "muon"])
 def test_checkpoints_do_not_know_of_batches(recipe):
     models, optimizers = pair(recipe)

@@ -11,7 +11,7 @@ into what is stacked, so that the views stay what they are; while nobody else re
 Where some rows of a batch have no gradient, or are stepped alone, the others are gathered, and written back.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import is_, itemgetter
 from typing import Any, Protocol, TypeGuard, cast
@@ -28,6 +28,14 @@ from .sites import Site
 State = MutableMapping[str, Any]
 
 
+class Owner(Protocol):
+    """What rows need of the optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    on_nonfinite: str
+
+
 @dataclass(eq=False)
 class Row:
     """What has a frame of its own: a parameter, or a block of one.
@@ -37,20 +45,20 @@ class Row:
         block: the number of the block, as a string; None for a whole parameter.
         site: what was decided about it.
         kind: what it shares with others.
-        states: of all parameters, by parameter; that of one with blocks holds the slots of all of them.
+        owner: the optimizer, whose state of a parameter with blocks holds the slots of all of them.
     """
 
     p: Tensor
     block: str | None
     site: Site
     kind: Kind
-    states: Mapping[Tensor, dict[str, Any]]
+    owner: Owner
     _section: Section | None = None
 
     @property
     def state(self) -> State:
         """Its tensors, by name."""
-        whole = self.states[self.p]
+        whole: dict[str, Any] = self.owner.state[self.p]
         if self.block is None:
             return whole
         if self._section is None or self._section.whole is not whole:
@@ -193,8 +201,9 @@ class Batch:
         """Whether the states of all rows still are views of what is stacked."""
         tick = self._tensors["tick"]
         try:
+            states = self.rows[0].owner.state
             for row, (shown, views, ticks, core) in zip(self.rows, self._shown, strict=True):
-                whole = row.states[row.p]
+                whole = states[row.p]
                 if whole[ticks] != tick or core in whole or not all(map(is_, shown(whole), views)):
                     return False
         except KeyError:
@@ -249,9 +258,9 @@ class Batch:
                     state[name] = view.clone()
 
     def _tick(self, tick: int) -> None:
-        self._tensors["tick"] = tick
+        self._tensors["tick"], states = tick, self.rows[0].owner.state
         for row, (_, _, ticks, _) in zip(self.rows, self._shown, strict=True):
-            row.states[row.p][ticks] = tick
+            states[row.p][ticks] = tick
 
     def _alike(self) -> set[str]:
         return {name for name in self._tensors if name in self.kind.shared or name == "step"}
@@ -267,7 +276,7 @@ class Batch:
         for row in self.rows:
             known = (row.prefix + name for name in ("step", *names))  # two at least: of one no tuple would be shown
             shown = cast("itemgetter[Any]", itemgetter(*known))
-            self._shown.append((shown, shown(row.states[row.p]), f"{row.prefix}tick", row.prefix + slots.CORE))
+            self._shown.append((shown, shown(row.owner.state[row.p]), f"{row.prefix}tick", row.prefix + slots.CORE))
 
 
 def _rows_of(x: Any, count: int, shared: bool) -> Sequence[Any]:

@@ -19,7 +19,7 @@ from .cell import Cell
 from .kind import Kind
 from .likeness import likeness
 from .ranks.adapting import Adapting
-from .roster import Owner, Roster
+from .roster import Roster
 from .rules.turn import Turn, turned
 from .schedule import SMALL
 from .section import blocks_in
@@ -104,7 +104,7 @@ class Engine:
         if row is None:
             site, kind = self.roster.sites[p], self.kind(p, block)
             site = site if block is None else site.block(int(block))
-            row = self._rows[p, block] = Row(p, block, site, kind, self.owner.state)
+            row = self._rows[p, block] = Row(p, block, site, kind, self.owner)
         state = row.state
         if "step" not in state:
             scalars = self.scalar_device(p, row.site)

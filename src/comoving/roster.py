@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from . import checkpoint
 from . import state as slots
+from .batches import Owner
 from .groups import check_options, decide
 from .likeness import pieces
 from .ranks import Record
@@ -22,14 +23,6 @@ _EDITABLE = ("lr", "betas", "eps", "weight_decay", "scale", "refresh_every", "ma
 """What may be edited in a group, and is checked when it was."""
 _PERIOD = "refresh_every"
 """What of it decides who is stepped together; rates are read anew at every step."""
-
-
-class Owner(Protocol):
-    """What a roster needs of the optimizer that has it."""
-
-    param_groups: list[dict[str, Any]]
-    state: Any
-    on_nonfinite: str
 
 
 class Roster:

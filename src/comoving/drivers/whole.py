@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..batches import Owner
 from ..engine import Engine
-from ..roster import Owner
 from ..state import WINDOW
 from .dense import step_dense
 from .guard import Guard
