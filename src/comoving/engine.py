@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import rounding
 from . import state as slots
-from .batches import Alone, Batch, Gathered, Row, Together, copy_into
+from .batches import Alone, Batch, Gathered, Owner, Row, Together, copy_into
 from .cadence import When
 from .cell import Cell
 from .kind import Kind
