@@ -12,6 +12,8 @@ from .dense import step_dense
 from .guard import Guard
 from .resume import WHOLE, Resume
 
+_OF_BLOCK = f".{WINDOW}"
+
 
 class Whole:
     """Steps every parameter that has a gradient, or has absorbed some.
@@ -94,11 +96,11 @@ class Whole:
 
     def _check_closed(self) -> None:
         """Raise for gradients that a window has taken up and only stepping in the backward pass would finish."""
-        state, sites = self._owner.state, self.engine.roster.sites
+        state: dict[Tensor, dict[str, Any]] = self._owner.state
         open_ = [
             site.name
-            for p, site in sites.items()
-            if p in state and any(name.rpartition(".")[2] == WINDOW for name in state[p])
+            for p, site in self.engine.roster.sites.items()
+            if p in state and (WINDOW in state[p] or site.blocks and any(name.endswith(_OF_BLOCK) for name in state[p]))
         ]
         if open_:
             raise RuntimeError(
