@@ -136,8 +136,8 @@ class InPlace(Exact):
 
     batched = False
 
-    def parts(self, shape, ranks, dtype):
-        return {"seen": comoving.codecs.Part(shape, dtype)}
+    def schema(self, shape, ranks, dtype):
+        return {"seen": comoving.codecs.Spec(shape, dtype)}
 
     def observe(self, gradient, memory, rows=0):
         memory["seen"].add_(gradient)

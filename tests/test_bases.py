@@ -49,7 +49,7 @@ def test_a_decoded_basis_is_orthonormal_and_near(codec, shape, ranks, dtype):
     group, state, used = stored(codec, frame, shape)
     assert used.ranks == ranks == bases.ranks(state, shape)
     assert used.defect() <= 16 * torch.finfo(dtype).eps
-    expected = bases.parts(group, shape, ranks, dtype)
+    expected = bases.schema(group, shape, ranks, dtype)
     assert {n: (tuple(x.shape), x.dtype) for n, x in state.items()} == {
         n: (p.shape, p.dtype) for n, p in expected.items()
     }

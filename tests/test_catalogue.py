@@ -9,7 +9,7 @@ import torch
 
 import comoving
 from comoving import catalogue, cli
-from comoving.codecs import Int8, Part
+from comoving.codecs import Int8, Spec
 from comoving.finders import Power
 from comoving.formula import StateFormula, fit
 from comoving.frames import Modes
@@ -76,10 +76,10 @@ def test_anybody_s_recipe_has_a_formula():
 
 
 def test_what_is_no_polynomial_has_none():
-    assert fit(lambda m, n, r: {"x": Part((m * n * r,), torch.float32)}) is None
-    assert fit(lambda m, n, r: {"x": Part((min(m, 1400),), torch.int8)}) is None
+    assert fit(lambda m, n, r: {"x": Spec((m * n * r,), torch.float32)}) is None
+    assert fit(lambda m, n, r: {"x": Spec((min(m, 1400),), torch.int8)}) is None
     assert (
-        str(fit(lambda m, n, r: {"x": Part((2 * n - m,), torch.float32), "y": Part((), torch.int64)})) == "-1 m + 2 n"
+        str(fit(lambda m, n, r: {"x": Spec((2 * n - m,), torch.float32), "y": Spec((), torch.int64)})) == "-1 m + 2 n"
     )
     assert str(fit(lambda m, n, r: {})) == "0"
     only_tensors = {"frame": Modes(), "side": "left", "view": "pairs"}

@@ -72,8 +72,8 @@ class Stay(Power):
 class Counting(Power):
     """Remembers one number for each direction of the first mode, and how many gradients it has seen."""
 
-    def parts(self, shape, ranks, dtype):
-        return {"each": slots.Part((ranks[0],), dtype)}
+    def schema(self, shape, ranks, dtype):
+        return {"each": slots.Spec((ranks[0],), dtype)}
 
     def observe(self, gradient, memory, rows=0):
         memory["each"] += 1
@@ -279,7 +279,7 @@ def test_shapes_change_at_refreshes_only_and_are_those_of_the_layout():
         shapes = {n: (tuple(x.shape), x.dtype) for n, x in state.items() if isinstance(x, torch.Tensor)}
         site = slots.current(optimizer.sites[p], group, state)
         expected = slots.layout(site, group)
-        assert shapes == {n: (part.shape, part.dtype) for n, part in expected.items()}
+        assert shapes == {n: (spec.shape, spec.dtype) for n, spec in expected.items()}
         (row,) = explain(optimizer).rows
         assert row.ranks == ranks_of(optimizer, p) and row.bytes == state_bytes(optimizer, projected=True)
         if before is not None and shapes != before:

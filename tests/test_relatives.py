@@ -142,7 +142,7 @@ def test_factored_preconditioner_with_momentum_is_adafactor(clip, shape, dtype):
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 1, 4), (2, 3, 2, 2)])
 @pytest.mark.parametrize("part", [Factored(), Factored(decay=0.5, floor=1e-6, clip=None)], ids=str)
 def test_factored_is_finite_real_and_leaves_the_gradient(part, shape, dtype, size):
-    state = {n: torch.zeros(x.shape, dtype=x.dtype) for n, x in part.parts(shape, dtype).items()}
+    state = {n: torch.zeros(x.shape, dtype=x.dtype) for n, x in part.schema(shape, dtype).items()}
     for t in range(1, 5):
         g = randn(shape, dtype, t) * size if t % 2 else torch.zeros(shape, dtype=dtype)
         before = g.clone()

@@ -1,7 +1,7 @@
 """How a frame lies in the state: as the layout's own tensors, or with its factors in a codec's few bits.
 
 A coded factor U_n (d_n, r_n) is stored as the rows of U_n^T, so that every direction has steps of its own, in slots
-"frame.n.<part>", with its rank in "frame.n.rank": padded codes do not show it. What is used is never U_n itself but the
+"frame.n.<name>", with its rank in "frame.n.rank": padded codes do not show it. What is used is never U_n itself but the
 orthonormal basis of what is decoded, from the refresh on at which it is stored; until the next one the codes stay as
 they are, and every use of the frame has the same bits.
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Codec, Full, Part
+from .codecs import Codec, Full, Spec
 from .draws import scramble
 from .frames import Frame
 from .frames.base import Ranks
@@ -27,17 +27,17 @@ _FACTOR = PREFIX + "{}"
 _TRIES = 4
 
 
-def parts(group: Mapping[str, Any], shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+def schema(group: Mapping[str, Any], shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
     """What the state holds of a frame of these ranks."""
-    found: dict[str, Part] = group["frame"].parts(shape, ranks, dtype)
+    found: dict[str, Spec] = group["frame"].schema(shape, ranks, dtype)
     codec: Codec = group["bases"]
     if isinstance(codec, Full):
         return found
     for n in range(len(shape)):
         if (name := _FACTOR.format(n)) in found:
             size, rank = found.pop(name).shape
-            found |= {f"{name}.{own}": part for own, part in codec.parts((rank, size), dtype).items()}
-            found[RANK.format(n)] = Part((), torch.int64, scalar=True)
+            found |= {f"{name}.{own}": spec for own, spec in codec.schema((rank, size), dtype).items()}
+            found[RANK.format(n)] = Spec((), torch.int64, scalar=True)
     return found
 
 
@@ -132,7 +132,7 @@ def put(
                 if before is not None and held and before.shape == x.shape:
                     used[name] = _mixed(_unchanged(before, x), held, before, own, used[name])
             own["rank"] = torch.tensor(x.shape[-1], device="cpu")
-        stored |= {f"{name}.{part}": value for part, value in own.items()}
+        stored |= {f"{name}.{each}": value for each, value in own.items()}
     _replace(state, stored)
     return group["frame"].load({**stored, **used}, shape)
 
@@ -169,13 +169,13 @@ def _replace(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
 def _fresh(codec: Codec, held: Mapping[str, Tensor], u: Tensor, keys: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors to encode U into, and a seed that goes on, of each member."""
     own, lead = dict[str, Tensor](), tuple(u.shape[:-2])
-    for name, part in codec.parts((u.shape[-1], u.shape[-2]), u.dtype).items():
-        if part.seed and name in held:
+    for name, spec in codec.schema((u.shape[-1], u.shape[-2]), u.dtype).items():
+        if spec.seed and name in held:
             own[name] = held[name].clone()
-        elif part.seed:
+        elif spec.seed:
             own[name] = torch.tensor([scramble(*key) for key in keys], device="cpu").view(lead)
         else:
-            own[name] = u.new_zeros(lead + part.shape, dtype=part.dtype)
+            own[name] = u.new_zeros(lead + spec.shape, dtype=spec.dtype)
     return own
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import bases
 from .clock import Clock
-from .codecs import Full, Part
+from .codecs import Full, Spec
 from .frames.base import Ranks
 from .groups import check_options
 from .linalg import reorthonormalize
@@ -37,7 +37,7 @@ from .state import (
     place,
     resized,
     rule_slots,
-    slot_part,
+    slot_spec,
     unpacked,
     zeros,
 )
@@ -114,7 +114,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
     state, site = _with_ranks(state, site, group)
     expected, group = layout(site, group), parts_of(site, group)
     caches = {slot.name for slot in rule_slots(site, group) if slot.kind is Kind.CACHE}
-    expected = {name: part for name, part in expected.items() if name in state or name not in caches}
+    expected = {name: spec for name, spec in expected.items() if name in state or name not in caches}
     if site.plain:
         state = _checked(state, expected, site, ignore=("tick", *UNFINISHED))
         return {name: value for name, value in state.items() if name in expected or name in UNFINISHED}
@@ -137,17 +137,17 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
         if any(slot.name not in state for slot in group["transport"].slots(rule.slots(shape))):
             group["transport"].adopt(state, rule.slots(shape), Clock(state["step"], *group["betas"]))
         # What a finder remembers may depend on the ranks, and then starts anew.
-        remembered = {name: part for name, part in expected.items() if name.startswith(MEMORY)}
-        stale = {name for name, part in remembered.items() if name in state and tuple(state[name].shape) != part.shape}
+        remembered = {name: spec for name, spec in expected.items() if name.startswith(MEMORY)}
+        stale = {name for name, spec in remembered.items() if name in state and tuple(state[name].shape) != spec.shape}
         stale |= {name for name in state if name.startswith(MEMORY) and name not in remembered}
         state = {name: value for name, value in state.items() if name not in stale}
-        anew = {name: part for name, part in remembered.items() if name not in state}
+        anew = {name: spec for name, spec in remembered.items() if name not in state}
         state |= zeros(anew, device, state["step"].device)
-        residual = group["residual"].parts(group["codec"], site.view.shape, shape, site.view.dtype)
-        expected = {name: part for name, part in (expected | residual).items() if name not in moved}
+        residual = group["residual"].schema(group["codec"], site.view.shape, shape, site.view.dtype)
+        expected = {name: spec for name, spec in (expected | residual).items() if name not in moved}
         # Dense state has no feedback and no record of its error: both start at zero.
         if not any(name.startswith("frame.") for name in state):
-            missing = {name: part for name, part in expected.items() if name not in state}
+            missing = {name: spec for name, spec in expected.items() if name not in state}
             state |= zeros(missing, device, state["step"].device)
         state = _packed(state, site, group)
     state = _checked(state, expected, site, ignore=("tick", *UNFINISHED, *moved))
@@ -243,14 +243,14 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     core = layout.core_shape(shape, frame.ranks)
     framed = resized(site, group, frame.ranks)
     lasting = [slot for slot in group["rule"].slots(core) if slot.kind is not Kind.CACHE]
-    needed = {slot.name: slot_part(slot, framed, group) for slot in lasting}
+    needed = {slot.name: slot_spec(slot, framed, group) for slot in lasting}
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
-    frame_parts = bases.parts(group, shape, frame.ranks, site.view.dtype)
-    frame_shapes = {name: part.shape for name, part in frame_parts.items()}
+    frame_schema = bases.schema(group, shape, frame.ranks, site.view.dtype)
+    frame_shapes = {name: spec.shape for name, spec in frame_schema.items()}
     found = {name: tuple(x.shape) for name, x in state.items() if name.startswith("frame.")}
-    if found != frame_shapes or any(tuple(state[name].shape) != part.shape for name, part in needed.items()):
+    if found != frame_shapes or any(tuple(state[name].shape) != spec.shape for name, spec in needed.items()):
         raise ValueError(
             f"{site.name}: the checkpoint's moments have shape {tuple(state[momentum].shape)}, which belongs to no "
             f"frame of a parameter of shape {shape} laid out as {layout} (dense moments go into mode-wise frames only)"
@@ -269,7 +269,7 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
 
 
 def _checked(
-    state: Mapping[str, Any], expected: Mapping[str, Part], site: Site, ignore: tuple[str, ...]
+    state: Mapping[str, Any], expected: Mapping[str, Spec], site: Site, ignore: tuple[str, ...]
 ) -> dict[str, Any]:
     """The state with floating-point tensors in the dtype that they are worked on in; raises for what does not fit."""
     missing = sorted(set(expected) - set(state))
@@ -277,15 +277,15 @@ def _checked(
     if missing or surplus:
         raise ValueError(f"{site.name}: the checkpoint's state does not fit: missing {missing}, unexpected {surplus}")
     fitting = dict(state)
-    for name, part in expected.items():
+    for name, spec in expected.items():
         value = state[name]
-        if tuple(value.shape) != part.shape:
-            raise ValueError(f"{site.name}: {name} has shape {tuple(value.shape)} in the checkpoint, {part.shape} here")
-        if value.dtype != part.dtype:
-            alike = value.dtype.is_complex == part.dtype.is_complex
-            if not (alike and value.dtype.is_floating_point == part.dtype.is_floating_point):
-                raise ValueError(f"{site.name}: {name} is {value.dtype} in the checkpoint, {part.dtype} here")
-            fitting[name] = value.to(part.dtype)
+        if tuple(value.shape) != spec.shape:
+            raise ValueError(f"{site.name}: {name} has shape {tuple(value.shape)} in the checkpoint, {spec.shape} here")
+        if value.dtype != spec.dtype:
+            alike = value.dtype.is_complex == spec.dtype.is_complex
+            if not (alike and value.dtype.is_floating_point == spec.dtype.is_floating_point):
+                raise ValueError(f"{site.name}: {name} is {value.dtype} in the checkpoint, {spec.dtype} here")
+            fitting[name] = value.to(spec.dtype)
     return fitting
 
 
@@ -322,15 +322,15 @@ def owned(
         group: its hyper-parameters.
         scalars: where single numbers are.
     """
-    parts = layout(site, group)
+    schema = layout(site, group)
 
     def own(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return deepcopy(value)
         if name in (RANKS, VALUE):
             return value.detach().clone().cpu()
-        part = parts.get(name, Part(tuple(value.shape), value.dtype))
-        return value.detach().clone().to(place(part, p.device, scalars))
+        spec = schema.get(name, Spec(tuple(value.shape), value.dtype))
+        return value.detach().clone().to(place(spec, p.device, scalars))
 
     if site.blocks:
         return {b: {n: own(f"{b}.{n}", x) for n, x in block.items()} for b, block in state.items()}

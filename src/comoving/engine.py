@@ -365,7 +365,7 @@ class Engine:
 def _scheduled(row: Row, every: int) -> bool:
     """Whether a refresh is scheduled for the next step of a row."""
     state, cadence = row.state, row.kind.parts.cadence
-    own = {name: state[slots.CADENCE + name] for name in cadence.parts()}  # faster than a search for them
+    own = {name: state[slots.CADENCE + name] for name in cadence.schema()}  # faster than a search for them
     return state["tick"] <= 0 or cadence.due(own, When(state["tick"], every, row.site.phase))
 
 

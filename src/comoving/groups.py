@@ -80,8 +80,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_choice("select", group["select"], ("auto", "shape"))
     check_choice("rounding", group["rounding"], ROUNDINGS)
     roles = {
-        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
-        "cadence": ("parts", "due", "refreshed"), "precondition": ("parts", "apply"), "transport": ("move", "age"),
+        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("schema", "observe", "find", "momentum"),
+        "cadence": ("schema", "due", "refreshed"), "precondition": ("schema", "apply"), "transport": ("move", "age"),
         "rule": ("absorb", "direction"), "residual": ("restore", "keep", "write"), "codec": ("encode", "decode"),
         "moments": ("encode", "decode", "positive"), "bases": ("encode", "decode"),
         "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
@@ -154,8 +154,8 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
         if site.projected:
             try:
                 one = site.block(0) if site.blocks else site
-                group["finder"].parts(one.view.shape, one.ranks, one.view.dtype)
-                group["residual"].parts(group["codec"], one.view.shape, one.core_shape, one.view.dtype)
+                group["finder"].schema(one.view.shape, one.ranks, one.view.dtype)
+                group["residual"].schema(group["codec"], one.view.shape, one.core_shape, one.view.dtype)
             except ValueError as error:
                 raise ValueError(f"{site.name}: {error}") from None
         check_site(site, group)
@@ -247,8 +247,8 @@ def _reals(site: Site, group: Mapping[str, Any]) -> int:
     field = 2 if site.view.dtype.is_complex else 1
     slots = group["rule"].slots(site.core_shape)
     moments = sum(field if slot.kind is Kind.LINEAR else 1 for slot in slots if slot.mode < 0)
-    frame = group["frame"].parts(site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
-    return moments * prod(site.core_shape) + field * sum(prod(part.shape) for part in frame.values())
+    frame = group["frame"].schema(site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
+    return moments * prod(site.core_shape) + field * sum(prod(spec.shape) for spec in frame.values())
 
 
 def dense_by_name(name: str) -> str | None:

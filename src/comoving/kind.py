@@ -81,16 +81,16 @@ class Kind:
         """The slots on the host that are the same for all rows of a batch, but for the ranks that frames store."""
         return frozenset(
             name
-            for name, part in slots.layout(self.site, self.group).items()
-            if not part.shape and part.dtype == torch.int64 and not (part.seed or part.own)
+            for name, spec in slots.layout(self.site, self.group).items()
+            if not spec.shape and spec.dtype == torch.int64 and not (spec.seed or spec.own)
         )
 
     @cached_property
     def basis(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor of a frame of these ranks."""
         site = self.site
-        found = bases.parts(self.group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
-        return {name: part.shape for name, part in found.items()}
+        found = bases.schema(self.group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
+        return {name: spec.shape for name, spec in found.items()}
 
     @cached_property
     def said(self) -> dict[str, int]:

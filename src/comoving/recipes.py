@@ -12,7 +12,7 @@ from torch import nn
 from . import state as slots
 from .adamw import AdamW
 from .cadence import Growing, Lazy
-from .codecs import Full, Int4, Int8, Part, RankOne
+from .codecs import Full, Int4, Int8, RankOne, Spec
 from .finders import (
     Amortized,
     Correlation,
@@ -80,7 +80,7 @@ class Recipe:
     def state_formula(self) -> StateFormula | None:
         """The state of an m x n matrix, m <= n, at rank r; None where it is no polynomial, or no matrix is taken."""
 
-        def layout(m: int, n: int, r: int) -> Mapping[str, Part]:
+        def layout(m: int, n: int, r: int) -> Mapping[str, Spec]:
             p = nn.Parameter(torch.empty(m, n, dtype=torch.float32, device="meta"))
             optimizer = LowRankOptimizer([p], rank=1.0 if self.full_rank else r, **self.options)
             return slots.layout(optimizer.sites[p], optimizer.param_groups[0])

@@ -202,8 +202,8 @@ def known_rank(shape, ranks, dtype=REAL, seed=0):
 
 def memory_of(finder, x, ranks):
     """What a finder remembers of a tensor with a frame of these ranks, before its first search."""
-    parts = finder.parts(tuple(x.shape), ranks, x.dtype)
-    memory = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
+    schema = finder.schema(tuple(x.shape), ranks, x.dtype)
+    memory = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
     finder.observe(x, memory)
     return memory
 
@@ -256,7 +256,7 @@ def stored(state, prefix):
 def look(finder, operand, start, warm):
     """A search with fresh memory, which has observed the operand."""
     x = operand.full()
-    memory = {n: x.new_zeros(p.shape, dtype=p.dtype) for n, p in finder.parts(x.shape, start.ranks, x.dtype).items()}
+    memory = {n: x.new_zeros(p.shape, dtype=p.dtype) for n, p in finder.schema(x.shape, start.ranks, x.dtype).items()}
     finder.observe(x, memory)
     return finder.find(operand, start, warm, memory)
 

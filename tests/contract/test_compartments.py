@@ -24,8 +24,8 @@ def declared(optimizer, p):
     site, group = optimizer.sites[p], slots.parts_of(optimizer.sites[p], optimizer.param_groups[0])
     moments = {slot.name for slot in slots.rule_slots(site, group)}
     shape, dtype = site.view.shape, site.view.dtype
-    residual = group["residual"].parts(group["codec"], shape, site.core_shape, dtype) if site.projected else {}
-    precondition = group["precondition"].parts(shape, dtype)
+    residual = group["residual"].schema(group["codec"], shape, site.core_shape, dtype) if site.projected else {}
+    precondition = group["precondition"].schema(shape, dtype)
     return {"rule": moments, "transport": moments, "residual": {*residual}, "precondition": {*precondition}}
 
 

@@ -13,7 +13,7 @@ SHAPES = pytest.mark.parametrize("shape", [(6, 8), (8, 3), (3, 4, 5), (1, 6), (6
 
 
 def opened(part, shape, dtype):
-    return {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in part.parts(shape, dtype).items()}
+    return {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in part.schema(shape, dtype).items()}
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_in_the_engine(part, way, dtype):
     for t in range(5):
         step(optimizer, p, (randn((6, 8), wide, t) * (t not in (0, 3))).to(dtype))
     state = optimizer.state[p]
-    for name, declared in part.parts((6, 8), wide).items():
+    for name, declared in part.schema((6, 8), wide).items():
         assert (state[name].shape, state[name].dtype) == (torch.Size(declared.shape), declared.dtype)
     optimizer.absorb(p, randn((6, 8), wide, 7).to(dtype))
     q, other = lone(p.detach(), **options)

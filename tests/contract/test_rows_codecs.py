@@ -33,17 +33,17 @@ def batch(shape, dtype, positive, seed=0):
 def empty(codec, shape, dtype, members=None):
     """Parts of one tensor, or of so many; seeds of their own."""
     lead = () if members is None else (members,)
-    parts = {n: torch.zeros((*lead, *p.shape), dtype=p.dtype) for n, p in codec.parts(shape, dtype).items()}
-    if "seed" in parts:
-        parts["seed"] += 17 if members is None else torch.arange(17, 17 + members)
-    return parts
+    stored = {n: torch.zeros((*lead, *p.shape), dtype=p.dtype) for n, p in codec.schema(shape, dtype).items()}
+    if "seed" in stored:
+        stored["seed"] += 17 if members is None else torch.arange(17, 17 + members)
+    return stored
 
 
 def alone(codec, shape, dtype, i):
-    parts = empty(codec, shape, dtype)
-    if "seed" in parts:
-        parts["seed"] += i
-    return parts
+    stored = empty(codec, shape, dtype)
+    if "seed" in stored:
+        stored["seed"] += i
+    return stored
 
 
 def near(a, b, dtype):

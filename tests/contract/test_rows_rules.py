@@ -216,7 +216,7 @@ def test_a_row_whose_squares_overflow_is_bounded_alone(rule, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 def test_a_row_whose_squares_overflow_is_preconditioned_alone(part, dtype):
     shape = (4, 3)
-    slots = part.parts(shape, dtype)
+    slots = part.schema(shape, dtype)
     batch = {name: torch.zeros((ROWS, *x.shape), dtype=x.dtype) for name, x in slots.items()}
     alone = [{name: torch.zeros(x.shape, dtype=x.dtype) for name, x in slots.items()} for _ in range(ROWS)]
     for t in range(1, 4):
@@ -281,7 +281,7 @@ def test_a_batch_is_compiled_to_the_same(rule, transport):
 @pytest.mark.parametrize("shape", [(3, 6), (7, 4), (3, 4, 5)], ids=str)
 def test_a_batch_is_preconditioned_as_its_members(part, dtype, shape):
     assert part.batched
-    slots = part.parts(shape, dtype)
+    slots = part.schema(shape, dtype)
     batch = {name: torch.zeros((ROWS, *x.shape), dtype=x.dtype) for name, x in slots.items()}
     alone = [{name: torch.zeros(x.shape, dtype=x.dtype) for name, x in slots.items()} for _ in range(ROWS)]
     tolerance = TOLERANCE[dtype.to_real()]

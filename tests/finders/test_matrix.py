@@ -564,14 +564,14 @@ def test_only_indices_and_seeds_are_stored():
 
 def test_a_state_on_another_device_leaves_seeds_and_counts_on_the_host():
     """On the meta device, where nothing could be read back."""
-    from comoving.codecs import Part  # noqa: PLC0415
+    from comoving.codecs import Spec  # noqa: PLC0415
     from comoving.state import zeros  # noqa: PLC0415
 
     meta = torch.device("meta")
     parts = {
-        "seed": Part((), torch.int64, scalar=True),
-        "step": Part((), torch.float32, scalar=True),
-        "indices": Part((3,), torch.int64),
+        "seed": Spec((), torch.int64, scalar=True),
+        "step": Spec((), torch.float32, scalar=True),
+        "indices": Spec((3,), torch.int64),
     }
     made = zeros(parts, meta, meta)
     assert {name: x.device.type for name, x in made.items()} == {"seed": "cpu", "step": "meta", "indices": "meta"}

@@ -191,11 +191,11 @@ def test_a_step_is_that_of_the_decoded_weights_rounded_to_codes(recipe, dtype):
         optimizer.step()
         reference.step()
         for k in (0, 2):
-            parts = codec.parts((1, 1), dtype) and {n: torch.zeros_like(x) for n, x in model[k].parts().items()}
-            codec.encode(twin[k].weight.detach().clone(), parts)
+            own = codec.schema((1, 1), dtype) and {n: torch.zeros_like(x) for n, x in model[k].stored().items()}
+            codec.encode(twin[k].weight.detach().clone(), own)
             # torch's AdamW of the twin rounds otherwise than ours: a number in the middle may fall to either side
-            assert int((parts["codes"].int() - model[k].codes.int()).abs().max()) <= (recipe == "adamw")
-            torch.testing.assert_close(parts["step"], model[k].step, rtol=1e-5, atol=0)
+            assert int((own["codes"].int() - model[k].codes.int()).abs().max()) <= (recipe == "adamw")
+            torch.testing.assert_close(own["step"], model[k].step, rtol=1e-5, atol=0)
 
 
 def test_small_updates_survive_in_the_mean_and_rounding_to_nearest_loses_them():

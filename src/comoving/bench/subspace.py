@@ -52,11 +52,11 @@ class Follower:
         like = stream.gradients[0]
         self.contender, self.like = contender, like
         self.ranks = contender.layout.ranks(stream.shape, stream.rank)
-        parts = contender.finder.parts(stream.shape, self.ranks, like.dtype)
-        self.memory: Memory = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
-        self.remembered = sum(prod(part.shape) for part in parts.values())
-        stored = contender.layout.parts(stream.shape, self.ranks, like.dtype)
-        self.frame_numbers = sum(prod(part.shape) for part in stored.values())
+        schema = contender.finder.schema(stream.shape, self.ranks, like.dtype)
+        self.memory: Memory = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
+        self.remembered = sum(prod(spec.shape) for spec in schema.values())
+        stored = contender.layout.schema(stream.shape, self.ranks, like.dtype)
+        self.frame_numbers = sum(prod(spec.shape) for spec in stored.values())
         self.core_numbers = prod(contender.layout.core_shape(stream.shape, self.ranks))
         self.frame: Any = None
         self.observing: list[float] = []
@@ -164,7 +164,7 @@ def state_numbers(kind: str, shape: tuple[int, ...], rank: int) -> int:
     """Numbers in the frame and two moments of its core."""
     layout = ORDER_LAYOUTS[kind]
     ranks = layout.ranks(shape, rank)
-    frame = sum(prod(part.shape) for part in layout.parts(shape, ranks, torch.float32).values())
+    frame = sum(prod(spec.shape) for spec in layout.schema(shape, ranks, torch.float32).values())
     return frame + 2 * prod(layout.core_shape(shape, ranks))
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..validate import check_float
 from .base import LONGEST, NEXT, Slots, When, held, number, reached
 
@@ -38,7 +38,7 @@ class Growing:
     def __post_init__(self) -> None:
         check_float("base", self.base, 1.0)
 
-    def parts(self) -> dict[str, Part]:
+    def schema(self) -> dict[str, Spec]:
         """The refreshes so far, and when the next one is."""
         return {_REFRESHES: number, NEXT: number}
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..frames import ModeFrame, SparseFrame
 from ..validate import check_float, check_int
 from .base import NEXT, Slots, When, held, own_number, reached
@@ -57,9 +57,9 @@ class Lazy:
         check_int("patience", self.patience, 1)
         check_int("growth", self.growth, 2)
 
-    def parts(self) -> dict[str, Part]:
+    def schema(self) -> dict[str, Spec]:
         """The last cosines, and on the host their number, j, and when the next refresh is."""
-        cosines = Part((self.patience,), torch.float32)
+        cosines = Spec((self.patience,), torch.float32)
         return {_COSINES: cosines, _COUNT: own_number, _LENGTHENED: own_number, NEXT: own_number}
 
     def due(self, slots: Slots, when: When) -> bool:

@@ -5,14 +5,14 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..frames import ModeFrame
 from ..frames.base import Ranks
 from ..linalg import each_row, over
 from .operand import Operand
 
 Memory = dict[str, Tensor]
-"""A finder's own tensors of one parameter, by the names of its ``parts``; updated in place or replaced.
+"""A finder's own tensors of one parameter, by the names of its ``schema``; updated in place or replaced.
 
 They are copies, which count once the step has not failed; but single numbers, which ``observe`` has to replace."""
 
@@ -36,7 +36,7 @@ class Finder(Protocol):
         """rho, in [0, 1)."""
         ...
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What it remembers of a tensor with a frame of these ranks; all of it starts at zero."""
         ...
 
@@ -73,7 +73,7 @@ class Finder(Protocol):
 class Memoryless:
     """What finders share that remember nothing but the last frame."""
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """None."""
         return {}
 
@@ -114,14 +114,14 @@ def check_inner(inner: object) -> None:
     Raises:
         ValueError: no finder, or one of other frames.
     """
-    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("parts", "observe", "find"))
+    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("schema", "observe", "find"))
     if not finds or ModeFrame not in getattr(inner, "fills", (ModeFrame,)):
         raise ValueError(f"inner must be a finder that fills a ModeFrame, got {inner!r}")
 
 
 DRAWS = "draws"
 """The memory's slot for the number of draws so far."""
-drawing = Part((), torch.int64, scalar=True)
+drawing = Spec((), torch.int64, scalar=True)
 """That slot: one integer, on the host."""
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..frames import ModeFrame, SparseFrame
 from ..frames.base import Ranks
 from .base import Finder, Memory, check_inner, check_start
@@ -38,9 +38,9 @@ class BlockSelection:
         """The inner finder's."""
         return self.inner.momentum
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What the inner finder remembers."""
-        return self.inner.parts(shape, ranks, dtype)
+        return self.inner.schema(shape, ranks, dtype)
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """The inner finder takes note of it."""

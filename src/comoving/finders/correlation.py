@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import leading_directions
 from ..frames import ModeFrame
 from ..frames.base import Ranks
@@ -55,7 +55,7 @@ class Correlation:
         """0: the momentum enters by its directions alone."""
         return 0.0
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """How often it was asked."""
         return {DRAWS: drawing}
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import turning
 from ..frames import ModeFrame
 from ..frames.base import Ranks
@@ -57,9 +57,9 @@ class IncrementalSVD:
         check_int("add", self.add, 1)
         check_int("seed", self.seed, 0)
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """The singular values of each compressed mode, and how often a sketch was drawn."""
-        values = {f"{n}{_SINGULAR}": Part((r,), dtype.to_real()) for n, r in enumerate(ranks) if r is not None}
+        values = {f"{n}{_SINGULAR}": Spec((r,), dtype.to_real()) for n, r in enumerate(ranks) if r is not None}
         return {DRAWS: drawing} | values
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:

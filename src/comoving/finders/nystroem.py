@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import sampled_factor
 from ..draws import generator
 from ..frames import ModeFrame
@@ -67,7 +67,7 @@ class Nystroem:
         check_float("decay", self.decay, 0.0, 1.0, open_high=True)
         check_int("seed", self.seed, 0)
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """How often columns were drawn, "draws", and decayed sums of energies.
 
         For "energy" these are "columns.n", a number per column of the unfolding of each compressed mode n; for "slices"
@@ -76,16 +76,16 @@ class Nystroem:
         Raises:
             ValueError: more samples than there are columns.
         """
-        parts, real = {DRAWS: drawing}, dtype.to_real()
+        schema, real = {DRAWS: drawing}, dtype.to_real()
         columns = {n: prod(shape) // shape[n] for n, r in enumerate(ranks) if r is not None}
         for n, most in columns.items():
             if isinstance(self.samples, int) and self.samples > most:
                 raise ValueError(f"samples must lie in [1, {most}], the columns of mode {n}, got {self.samples}")
         if self.columns == "energy":
-            parts |= {f"{_COLUMNS}{n}": Part((count,), real) for n, count in columns.items()}
+            schema |= {f"{_COLUMNS}{n}": Spec((count,), real) for n, count in columns.items()}
         elif self.columns == "slices":
-            parts |= {f"{_ENERGY}{m}": Part((d,), real) for m, d in enumerate(shape)}
-        return parts
+            schema |= {f"{_ENERGY}{m}": Spec((d,), real) for m, d in enumerate(shape)}
+        return schema
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Bring the energies up to date: for "energy" a pass over the gradient for each compressed mode."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import by_shrinkage, leading_directions
 from ..draws import generator
 from ..frames import ModeFrame
@@ -58,7 +58,7 @@ class Randomized:
         check_choice("sequential", self.sequential, (True, False))
         check_int("seed", self.seed, 0)
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """The number of refreshes so far, "draws"."""
         return {DRAWS: drawing}
 

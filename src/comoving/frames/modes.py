@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..draws import sent
 from ..linalg import add_multilinear, multilinear, orthogonality_defect, orthonormalize
 from ..validate import check_choice, check_int
@@ -133,10 +133,10 @@ class Modes:
             wanted = _spread(rank, {n: shape[n] for n in modes})
         return tuple(wanted[n] if n in wanted and wanted[n] < d else None for n, d in enumerate(shape))
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What a frame of these ranks stores."""
         return {
-            f"frame.{n}": Part((d, r), dtype)
+            f"frame.{n}": Spec((d, r), dtype)
             for n, (d, r) in enumerate(zip(shape, ranks, strict=True))
             if r is not None
         }

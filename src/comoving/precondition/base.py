@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 
 
 class Precondition(Protocol):
@@ -17,7 +17,7 @@ class Precondition(Protocol):
     batched: ClassVar[bool]
     """Whether it serves the rows of a batch, every one as if it were alone."""
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """Its slots for a tensor of this shape, by names that begin with "precondition."; all start at zero.
 
         Raises:

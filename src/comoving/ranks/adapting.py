@@ -71,8 +71,8 @@ class Adapting:
         self._roll.forget_bytes(p)
         if old.ranks == site.ranks:
             return None
-        parts = kind.parts.finder.parts(site.view.shape, site.ranks, site.view.dtype)
-        stale = {name: part for name, part in parts.items() if cell.finder[name].shape != part.shape}
+        schema = kind.parts.finder.schema(site.view.shape, site.ranks, site.view.dtype)
+        stale = {name: spec for name, spec in schema.items() if cell.finder[name].shape != spec.shape}
         cell.finder |= slots.zeros(stale, seen.device, cell.t.device)
         return leading(old, directions, site.ranks)
 

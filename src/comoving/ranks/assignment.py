@@ -293,12 +293,12 @@ def _moment_noise(site: Site, claim: Claim, codecs: Sequence[Codec | None]) -> l
         for slot in slots.rule_slots(one, group):
             if codec is None or slot.name in stored:  # stored as it is
                 continue
-            part = slots.slot_part(slot, one, group)
+            spec = slots.slot_spec(slot, one, group)
             if slot.kind is Kind.VARIANCE:
                 # bfloat16 stores v itself, whose root has half the relative error.
                 share = 0.25 if isinstance(codec, BFloat16) else 1.0
-                total += share * noise(codec.positive, part.shape, part.dtype)
+                total += share * noise(codec.positive, spec.shape, spec.dtype)
             else:
-                total += noise(codec, part.shape, part.dtype) * (felt if slot.kind is Kind.LINEAR else 1.0)
+                total += noise(codec, spec.shape, spec.dtype) * (felt if slot.kind is Kind.LINEAR else 1.0)
         result.append(total)
     return result

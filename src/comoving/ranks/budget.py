@@ -31,7 +31,7 @@ class Claim(NamedTuple):
     def bytes_at(self, ranks: Ranks) -> int:
         """Bytes of its state at these ranks."""
         site = slots.resized(self.site, self.group, ranks)
-        return sum(map(slots.part_bytes, slots.layout(site, self.group).values()))
+        return sum(map(slots.spec_bytes, slots.layout(site, self.group).values()))
 
     def held(self) -> int:
         """The bytes that its state has, or will have once it is at its ranks, whichever is more."""

@@ -72,7 +72,7 @@ class DeferringLinear(QuantizedLinear):
         rest = weights - self.codes_alone().mul_(shrink)
         left = tuple(self.change.shape) == (self.factor.shape[1], self.in_features)
         self.change = self.factor.mT @ rest if left else rest @ self.factor
-        self.parts()["step"].mul_(shrink)  # last, since the product may fail
+        self.stored()["step"].mul_(shrink)  # last, since the product may fail
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in (FACTOR, CHANGE):
