@@ -192,8 +192,8 @@ def test_adaptive_ranks(moments):
     train(params, optimizer, 0, 12)
     projected = [p for p in params if optimizer.sites[p].projected]
     ranks = [optimizer.state[p]["ranks"].tolist() for p in projected]
-    opened = [[-1 if r is None else r for r in optimizer.sites[p].ranks] for p in projected]
-    assert ranks != opened
+    initial = [[-1 if r is None else r for r in optimizer.sites[p].ranks] for p in projected]
+    assert ranks != initial
     q, resumed = build(moments=moments, ranks=policy, transport=Carry(), residual=Feedback())
     with torch.no_grad():
         for a, b in zip(params, q, strict=True):

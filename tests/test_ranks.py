@@ -367,7 +367,7 @@ def test_the_schedule_is_followed_exactly(curve, every):
 
 
 @pytest.mark.parametrize("size", [64, 6])
-def test_validation_without_improvement_opens_ranks(size):
+def test_validation_without_improvement_raises_ranks(size):
     notch = 8 if size == 64 else 1
     base = 2 * notch
     policy = Temperature(start=2.0, end=0.5, steps=1, patience=2)

@@ -89,19 +89,19 @@ class Engine:
             row = self._rows[p, block] = Row(p, block, site, kind, self.owner.state)
         if "step" not in state:
             scalars = self.scalar_device(p, row.site)
-            state.update(slots.opened(row.site, row.kind.group, p, scalars, self.seed))
+            state.update(slots.initial_state(row.site, row.kind.group, p, scalars, self.seed))
         return row
 
-    def opened(self, p: Tensor) -> list[Row]:
+    def rows_of(self, p: Tensor) -> list[Row]:
         """The parameter, or those of its blocks that have a state."""
         state = self.owner.state.get(p, {})
         if self.roster.sites[p].blocks:
             return [self.row(p, block) for block in state]
         return [self.row(p)] if "step" in state else []
 
-    def open(self, p: Tensor) -> list[Row]:
-        """What has absorbed a gradient."""
-        return [row for row in self.opened(p) if CORE in row.state]
+    def waiting(self, p: Tensor) -> list[Row]:
+        """The rows that have absorbed a gradient, and wait for the step."""
+        return [row for row in self.rows_of(p) if CORE in row.state]
 
     def due(self, row: Row) -> bool:
         """Whether the next gradient brings this row a new frame."""
@@ -281,7 +281,7 @@ class Engine:
             written: takes the numbers of blocks whose weights and states are as they shall be, should others fail.
         """
         if self.roster.sites[p].blocks:
-            self._write_blocks(p, self.open(p), None, set() if written is None else written)
+            self._write_blocks(p, self.waiting(p), None, set() if written is None else written)
             return
         (which,) = self.sorted_out([self.row(p)])
         cell = which.cell()
@@ -347,7 +347,7 @@ class Engine:
 
     @contextmanager
     def _closed_if_failing(self, p: Tensor, written: Collection[str] = ()) -> Generator[None]:
-        """Take away the state that a step which failed has opened, but that of blocks that have been written."""
+        """Take away the state that a step which failed has made, but that of blocks that have been written."""
         before, blocks = {*self.owner.state[p]} if p in self.owner.state else None, self.roster.sites[p].blocks
         try:
             yield

@@ -84,7 +84,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         "cadence": ("schema", "due", "refreshed"), "precondition": ("schema", "apply"), "transport": ("move", "age"),
         "rule": ("absorb", "direction"), "residual": ("restore", "keep", "write"), "codec": ("encode", "decode"),
         "moments": ("encode", "decode", "positive"), "bases": ("encode", "decode"),
-        "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
+        "ranks": ("adaptive", "initial", "wanted", "below", "heard"),
     }  # fmt: skip
     for role, methods in roles.items():
         part = group[role]
@@ -159,13 +159,13 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
             except ValueError as error:
                 raise ValueError(f"{site.name}: {error}") from None
         check_site(site, group)
-    return [_opening(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
+    return [_at_first_ranks(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
 
 
-def _opening(site: Site, group: Mapping[str, Any]) -> Site:
+def _at_first_ranks(site: Site, group: Mapping[str, Any]) -> Site:
     """The site with the ranks that an adaptive policy starts from."""
     shape = site.view.shape
-    ranks = group["ranks"].opening(site.ranks, shape)
+    ranks = group["ranks"].initial(site.ranks, shape)
     return replace(site, ranks=ranks, core_shape=group["frame"].core_shape(shape, ranks), base=site.ranks)
 
 

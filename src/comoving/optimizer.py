@@ -285,7 +285,7 @@ class LowRankOptimizer(Optimizer):
             RuntimeError: nothing was absorbed; experts that saw no token are no reason.
         """
         site = self._served(p)
-        if not site.blocks and not self.engine.open(p):
+        if not site.blocks and not self.engine.waiting(p):
             raise RuntimeError(f"{site.name} has no gradient to apply: call absorb() first")
         with full_precision():
             self.engine.write(p)
@@ -450,7 +450,7 @@ class LowRankOptimizer(Optimizer):
         return {
             row.site.name: error_control.reading(row.state[error_control.SLOT], row.kind.parts.residual)
             for p in self.state
-            for row in self.engine.opened(p)
+            for row in self.engine.rows_of(p)
             if error_control.SLOT in row.state
         }
 

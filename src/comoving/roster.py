@@ -67,7 +67,7 @@ class Roster:
         Raises:
             ValueError: what does not fit a parameter, or cannot be served.
         """
-        sites = [assignments.opening(s, given, self.budget is not None) for s in decide(pairs, group, len(self.sites))]
+        sites = [assignments.fill_in(s, given, self.budget is not None) for s in decide(pairs, group, len(self.sites))]
         deferred = [site.name for site in sites if site.deferred]
         if deferred and self.owner.on_nonfinite == "skip":
             raise ValueError(

@@ -280,7 +280,7 @@ def first_seeds(site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Te
     }
 
 
-def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device, seed: int) -> dict[str, Any]:
+def initial_state(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device, seed: int) -> dict[str, Any]:
     """The state of a parameter before its first step; frame and moments of a projected one follow later.
 
     That of a parameter with blocks is a state for each, by the block's number, and empty before its first gradient.

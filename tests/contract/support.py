@@ -295,7 +295,7 @@ def numel(shape):
 
 def cells(optimizer, p):
     """The state of a parameter, or of each of its blocks, with moments decoded."""
-    found = [row.cell() for row in optimizer.engine.opened(p)]
+    found = [row.cell() for row in optimizer.engine.rows_of(p)]
     for cell in found:
         cell.decode()
     return found

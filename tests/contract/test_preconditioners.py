@@ -12,7 +12,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL,
 SHAPES = pytest.mark.parametrize("shape", [(6, 8), (8, 3), (3, 4, 5), (1, 6), (6, 1, 2), (7,)], ids=str)
 
 
-def opened(part, shape, dtype):
+def initial(part, shape, dtype):
     return {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in part.schema(shape, dtype).items()}
 
 
@@ -28,7 +28,7 @@ def no_global_randomness():
 @SHAPES
 @pytest.mark.parametrize("size", [0.0, 1e-15, 1.0, 1e15])
 def test_shape_dtype_slots_and_the_given_gradient(part, shape, dtype, size):
-    state, twin = opened(part, shape, dtype), opened(part, shape, dtype)
+    state, twin = initial(part, shape, dtype), initial(part, shape, dtype)
     assert all(name.startswith("precondition.") for name in state)
     declared = {name: (x.shape, x.dtype) for name, x in state.items()}
     for t in range(1, 6):
@@ -50,7 +50,7 @@ def test_shape_dtype_slots_and_the_given_gradient(part, shape, dtype, size):
 @EVERY
 @DTYPES
 def test_gradients_of_rank_one(part, dtype):
-    state = opened(part, (6, 8), dtype)
+    state = initial(part, (6, 8), dtype)
     for t in range(1, 6):
         assert part.apply(randn((6, 1), dtype, 1) * randn((1, 8), dtype, 2), state, t).isfinite().all()
 

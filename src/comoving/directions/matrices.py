@@ -89,7 +89,7 @@ def _lifted(optimizer: LowRankOptimizer, p: Tensor) -> Tensor | None:
         return None
     if site.plain:
         return state[FIRST]
-    rows = optimizer.engine.opened(p)
+    rows = optimizer.engine.rows_of(p)
     if not site.blocks:
         return site.view.restore(_core_lifted(rows[0].cell()))
     layout = optimizer.roster.group_of(p)["frame"]

@@ -54,8 +54,8 @@ class Adapting:
         old: Any = cell.frame
         reading, directions = read(old, seen, cell.moments[rule.momentum])
         if reading is not None and old.ranks == site.ranks and cell.tick > 0:
-            opened = self._roll.record(self._roll.group_of(p)).opened
-            ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, cell.tick, opened)
+            notches = self._roll.record(self._roll.group_of(p)).notches
+            ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, cell.tick, notches)
             claim = budgets.Claim(site, kind.group, {})
             limit = self._roll.limit()
             if limit is not None:

@@ -71,8 +71,8 @@ def settled(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**group, **{role: Full() for role in _automatic(group)}}
 
 
-def opening(site: Site, given: Mapping[str, Any], budgeted: bool) -> Site:
-    """A projected site with codecs in the roles that its group, as it was given, leaves open.
+def fill_in(site: Site, given: Mapping[str, Any], budgeted: bool) -> Site:
+    """A projected site with codecs in the roles that its group, as it was given, leaves to this library.
 
     The finest where a budget will choose, else :data:`USUAL`, unless the rule cannot take it.
     """
@@ -151,11 +151,11 @@ def _slope(hull: Sequence[Option], k: int) -> float:
 
 
 def _asked(claim: Claim) -> Site:
-    """The site as it was asked for: its first ranks, and full precision where codecs are open."""
+    """The site as it was asked for: its first ranks, and full precision where codecs are to be chosen."""
     site, group = claim.site, claim.group
     base = site.base or site.ranks
     site = replace(site, base=base, **{role: Full() for role in ROLES if getattr(site, role) is not None})
-    return slots.resized(site, group, group["ranks"].opening(base, site.view.shape))
+    return slots.resized(site, group, group["ranks"].initial(base, site.view.shape))
 
 
 def _frontier_of(claim: Claim, anew: bool, known: dict[tuple[Any, ...], list[Option]]) -> list[Option]:
