@@ -36,15 +36,15 @@ def test_a_formula_counts_the_bytes_that_are_held(name):
     optimizer = comoving.build(name, model, rank=r, **({"refresh_every": 1} if not known(name).full_rank else {}))
     for seed in (1, 2):
         step(optimizer, p, randn((m, n), torch.float32, seed))
-    held, formula = comoving.state_bytes(optimizer), known(name).state_formula()
+    counted, formula = comoving.state_bytes(optimizer), known(name).state_formula()
     if name in IN_WORDS:
         says, count = IN_WORDS[name]
         assert formula is None
         assert known(name).state == says
-        assert held == pytest.approx(count(m, n, r), rel=0.02)
+        assert counted == pytest.approx(count(m, n, r), rel=0.02)
         return
     assert formula is not None
-    assert held == formula.total(m, n, r)
+    assert counted == formula.total(m, n, r)
 
 
 def known(name):

@@ -202,7 +202,7 @@ def test_adaptive_ranks(moments):
     train(params, optimizer, 12, 16)
     train(q, resumed, 12, 16)
     assert all(torch.equal(a, b) for a, b in zip(params, q, strict=True))
-    assert state_bytes(optimizer) == sum(optimizer.roster.claim(p).held() for p in projected) + sum(
+    assert state_bytes(optimizer) == sum(optimizer.roster.claim(p).bytes_now() for p in projected) + sum(
         row.bytes for row in explain(optimizer).rows if not row.projected
     )
 

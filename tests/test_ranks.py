@@ -473,7 +473,7 @@ def test_the_budget_holds_whatever_happens(seed):
         optimizer.step()
         assert state_bytes(optimizer, projected=True) <= budget
         roster = optimizer.roster
-        assert all(size == roster.claim(p).held() for p, size in roster._held.items())  # what is remembered
+        assert all(size == roster.claim(p).bytes_now() for p, size in roster._bytes.items())  # what is remembered
         grown |= any(
             (now or 0) > (first or 0)
             for p, site in optimizer.sites.items()
@@ -550,7 +550,8 @@ def test_the_least_energy_per_byte_is_released_for_twice_as_much():
     assert released(2.0) == [16, 16, 16]
     assert released(2.1) == [16, 8, 16]
     assert states[model.w1]["ranks.value"].tolist() == [torch.inf] * 2  # not again before its next reading
-    assert optimizer.roster.claim(model.w1).held() == optimizer.roster.claim(model.w0).held()  # nothing is freed yet
+    sizes = [optimizer.roster.claim(w).bytes_now() for w in (model.w0, model.w1)]
+    assert sizes[0] == sizes[1]  # nothing is freed yet
     assert released(4.1) == [16, 8, 8]
     states[model.w2]["ranks.value"][0] = 0.5  # still at rank 16: asked already
     assert released(4.1) == [16, 8, 8]

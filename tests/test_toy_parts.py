@@ -10,7 +10,7 @@ from torch import nn
 
 import comoving
 from comoving import LowRankOptimizer
-from comoving.cadence.base import held
+from comoving.cadence.base import on_host
 from comoving.codecs import Spec
 from comoving.finders import Operand
 from comoving.frames import ModeFrame, Modes
@@ -73,7 +73,7 @@ class Seldom:
         return when.tick - int(slots["last"]) >= 2 * when.every
 
     def refreshed(self, slots, last, new, when):
-        return {"last": held(when.tick)}
+        return {"last": on_host(when.tick)}
 
 
 @dataclass(frozen=True)

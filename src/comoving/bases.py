@@ -120,17 +120,17 @@ def put(
         if name not in factors:
             stored[name] = x
             continue
-        held, before, ask = _of(state, name), known.get(name), asks_host(x)
-        if before is not None and held and (before is x or (ask and _same(before, x))):
-            own, used[name] = held, before
+        codes, before, ask = _of(state, name), known.get(name), asks_host(x)
+        if before is not None and codes and (before is x or (ask and _same(before, x))):
+            own, used[name] = codes, before
         else:
-            own = _fresh(codec, held, x, [(*one, *name.encode()) for one in mates or (key,)])
+            own = _fresh(codec, codes, x, [(*one, *name.encode()) for one in mates or (key,)])
             if ask and x.ndim == 2:
                 used[name] = _encoded(codec, x, own)
             else:
                 used[name] = (_all_encoded if ask else _encoded_unseen)(codec, x, own)
-                if before is not None and held and before.shape == x.shape:
-                    used[name] = _mixed(_unchanged(before, x), held, before, own, used[name])
+                if before is not None and codes and before.shape == x.shape:
+                    used[name] = _mixed(_unchanged(before, x), codes, before, own, used[name])
             own["rank"] = torch.tensor(x.shape[-1], device="cpu")
         stored |= {f"{name}.{each}": value for each, value in own.items()}
     _replace(state, stored)
@@ -148,11 +148,11 @@ def _unchanged(a: Tensor, b: Tensor) -> Tensor:
     return torch.zeros(lead, dtype=torch.bool, device=a.device) if a.is_meta else (a == b).flatten(-2).all(-1)
 
 
-def _mixed(stays: Tensor, held: Mapping[str, Tensor], before: Tensor, own: dict[str, Tensor], after: Tensor) -> Tensor:
-    """Put what is held of members that stay back into ``own``; the basis before of these, and after of the others."""
+def _mixed(stays: Tensor, codes: Mapping[str, Tensor], before: Tensor, own: dict[str, Tensor], after: Tensor) -> Tensor:
+    """Put the codes of members that stay back into ``own``; the basis before of these, and after of the others."""
     for name, x in own.items():
         if x.device == stays.device:  # a seed that is on the host alone goes on
-            own[name] = torch.where(over(stays, x), held[name], x)
+            own[name] = torch.where(over(stays, x), codes[name], x)
     return torch.where(over(stays, after), before, after)
 
 
@@ -166,12 +166,12 @@ def _replace(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     state.update(tensors)
 
 
-def _fresh(codec: Codec, held: Mapping[str, Tensor], u: Tensor, keys: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+def _fresh(codec: Codec, codes: Mapping[str, Tensor], u: Tensor, keys: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors to encode U into, and a seed that goes on, of each member."""
     own, lead = dict[str, Tensor](), tuple(u.shape[:-2])
     for name, spec in codec.schema((u.shape[-1], u.shape[-2]), u.dtype).items():
-        if spec.seed and name in held:
-            own[name] = held[name].clone()
+        if spec.seed and name in codes:
+            own[name] = codes[name].clone()
         elif spec.seed:
             own[name] = torch.tensor([scramble(*key) for key in keys], device="cpu").view(lead)
         else:

@@ -353,10 +353,10 @@ def _chosen(model: nn.Module, places: Places, selectors: tuple[Selector, ...]) -
     Raises:
         ValueError: a selector that matches none.
     """
-    unused = [s for s in selectors if not any(_matches(s, place) for held in places.values() for place in held)]
+    unused = [s for s in selectors if not any(_matches(s, place) for own in places.values() for place in own)]
     if unused:
         raise ValueError(f"no parameter of {type(model).__name__} matches {', '.join(map(repr, unused))}")
-    return [name for name, held in places.items() if any(_matches(s, place) for s in selectors for place in held)]
+    return [name for name, own in places.items() if any(_matches(s, place) for s in selectors for place in own)]
 
 
 def _split(

@@ -270,9 +270,9 @@ class LowRankOptimizer(Optimizer):
                 f"{gradient.layout}, {gradient.dtype} and {tuple(gradient.shape)}"
             )
         # The caller may clear its gradient before apply().
-        held = not site.projected or self.roster.group_of(p)["residual"].holds
+        copied = not site.projected or self.roster.group_of(p)["residual"].holds
         with full_precision():
-            self.engine.take(p, gradient.clone() if held else gradient)
+            self.engine.take(p, gradient.clone() if copied else gradient)
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
@@ -304,7 +304,7 @@ class LowRankOptimizer(Optimizer):
 
         The training loop stays as it is: ``accumulate`` times ``loss.backward()``, then ``step()``, then the
         scheduler's. Gradients are accumulated **in the subspace**: of a projected parameter only the core and what the
-        residual keeps are held (a frame stays as it is during the window), so at no time is there more than one
+        residual keeps are stored (a frame stays as it is during the window), so at no time is there more than one
         parameter's full gradient; of a dense one, and where the residual needs the whole gradient (Fira, Channel,
         Sign), the sum itself. Divide the loss by ``accumulate`` where the mean is meant, as ever.
         Until ``step()`` ``p.grad`` holds a :class:`comoving.drivers.taken.TakenUp`, a tensor without numbers: what

@@ -46,7 +46,7 @@ class Roster:
         self.fixed: list[dict[str, Any]] = []
         self._edited: dict[int, list[Any]] = {}
         self._limit: int | None = None
-        self._held: dict[Tensor, int] = {}
+        self._bytes: dict[Tensor, int] = {}
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter group of a parameter that is here."""
@@ -225,18 +225,18 @@ class Roster:
         group, state = self.group_of(p), self.owner.state.get(p, {})
         return budgets.Claim(slots.current(self.sites[p], group, state), group, state)
 
-    def held_by(self, params: Sequence[Tensor]) -> int:
+    def bytes_of(self, params: Sequence[Tensor]) -> int:
         """The bytes of projected parameters; remembered, since each of them refreshes."""
-        self._held |= {q: self.claim(q).held() for q in params if q not in self._held}
-        return sum(self._held[q] for q in params)
+        self._bytes |= {q: self.claim(q).bytes_now() for q in params if q not in self._bytes}
+        return sum(self._bytes[q] for q in params)
 
     def forget_bytes(self, p: Tensor | None = None) -> None:
         """What one parameter, or all, has of the budget has changed."""
         if p is None:
-            self._held.clear()
+            self._bytes.clear()
             self._limit = None
         else:
-            self._held.pop(p, None)
+            self._bytes.pop(p, None)
 
     @staticmethod
     def record(group: Mapping[str, Any]) -> Record:

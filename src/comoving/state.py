@@ -205,7 +205,7 @@ def decoded(
 
 
 def encoded(
-    site: Site, group: Mapping[str, Any], moments: Mapping[str, Any], held: Mapping[str, Any] | None, rows: int = 0
+    site: Site, group: Mapping[str, Any], moments: Mapping[str, Any], before: Mapping[str, Any] | None, rows: int = 0
 ) -> dict[str, Any]:
     """Decoded moments as they are stored, in a dict and with coded tensors of its own.
 
@@ -213,7 +213,7 @@ def encoded(
         site: of the parameter.
         group: its hyper-parameters.
         moments: decoded; what is stored already stays.
-        held: as they were stored, where they have not moved and keep their codes; else None.
+        before: as they were stored, where they have not moved and keep their codes; else None.
         rows: how many leading dimensions count rows.
     """
     result = dict(moments)
@@ -224,11 +224,11 @@ def encoded(
         if codec is None or slot.name not in result:
             continue
         value, prefix = result.pop(slot.name), f"{slot.name}."
-        if held is None:
+        if before is None:
             own = {n.removeprefix(prefix): x for n, x in result.items() if n.startswith(prefix)}  # seeds
             _, own = store(codec, value, own, rows)
         else:
-            own = {name: held[prefix + name] for name in codec.schema(tuple(value.shape[rows:]), value.dtype)}
+            own = {name: before[prefix + name] for name in codec.schema(tuple(value.shape[rows:]), value.dtype)}
         result |= {prefix + name: x for name, x in own.items()}
     return result
 

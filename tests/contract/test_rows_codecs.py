@@ -96,13 +96,13 @@ def test_a_batch_is_stored_as_its_members(codec, shape, dtype):
 
 
 @pytest.mark.parametrize("codec", ALL, ids=str)
-def test_a_batch_is_stored_beside_what_is_held(codec):
+def test_a_batch_is_stored_beside_what_is_there(codec):
     shape, dtype = (5, 37), F32
     x = batch(shape, dtype, positive=True)
-    held = empty(codec, shape, dtype, len(KINDS))
-    before = {name: part.clone() for name, part in held.items()}
-    sizes, many = store(codec, x.clone(), held, 1)
-    assert all(torch.equal(held[name], part) for name, part in before.items())
+    there = empty(codec, shape, dtype, len(KINDS))
+    before = {name: part.clone() for name, part in there.items()}
+    sizes, many = store(codec, x.clone(), there, 1)
+    assert all(torch.equal(there[name], part) for name, part in before.items())
     for i in range(len(KINDS)):
         size, own = store(codec, x[i].clone(), alone(codec, shape, dtype, i))
         near(sizes[i], size, dtype)

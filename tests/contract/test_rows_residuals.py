@@ -208,7 +208,7 @@ def test_a_batch_fares_as_its_members_between_refreshes(residual, case, dtype):
         ]
         renewing = t in {0, TURN}
         together = {name: torch.stack([state[name] for state in states]) for name in schema}
-        held = {name: x.clone() for name, x in together.items()}
+        originals = {name: x.clone() for name, x in together.items()}
         before = dict(together)
         for opening, g in zip((True, False), gradients, strict=False):
             sizes = []
@@ -236,6 +236,6 @@ def test_a_batch_fares_as_its_members_between_refreshes(residual, case, dtype):
         near(batch, alone, dtype)
         assert together.keys() == schema.keys()
         for name, spec in schema.items():
-            assert torch.equal(before[name], held[name])  # replaced, never written to
+            assert torch.equal(before[name], originals[name])  # replaced, never written to
             assert together[name].shape == (len(SIZES), *spec.shape)
             near(together[name], torch.stack([state[name] for state in states]), dtype)

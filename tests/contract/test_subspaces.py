@@ -604,9 +604,9 @@ def test_an_operand_in_two_terms_is_the_sum(finder, layout, case):
         memory = blank(finder, shape, ranks, dtype)
         finder.observe(x, memory)
         found.append(finder.find(operand, frame, True, memory))
-    held = [f.lift(f.project(probe)) for f in found]
-    close(held[1], held[0], 1e-7)
-    close(held[2], held[0], 1e-7)
+    seen = [f.lift(f.project(probe)) for f in found]
+    close(seen[1], seen[0], 1e-7)
+    close(seen[2], seen[0], 1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -91,13 +91,13 @@ def test_increments_follow_a_stream_that_turns():
     spec, shape = Trees(), (6, 5, 5, 6)
     source = random_frame(spec, shape, 3, torch.float32, 1)
     frame = random_frame(spec, shape, 3, torch.float32)
-    held, best = 0.0, 0.0
+    own, best = 0.0, 0.0
     for t, x in enumerate(stream(source, 40, 0.1, 0.5, seed=4)):
         frame = TreeIncrement().find(Operand(x), frame, t > 0, {})
         if t >= 5:
-            held += energy(frame, x)
+            own += energy(frame, x)
             best += energy(TreeSVD().find(Operand(x), frame, True, {}), x)
-    assert held >= 0.95 * best
+    assert own >= 0.95 * best
     assert best < 35 * 0.95  # the noise is there
 
 

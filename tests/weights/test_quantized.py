@@ -65,11 +65,12 @@ def test_what_is_stored_is_within_half_a_step_and_the_carrier_is_one_number():
         assert bool(((layer.decode() - plain[k].weight).abs() <= layer.step.max() * 0.5001).all())
         assert layer.weight.shape == plain[k].weight.shape and layer.weight.untyped_storage().nbytes() == 4
         assert bool(layer.weight.isnan().all())  # who reads it instead of the codes shall notice
-    held = {
+    bytes_ = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())
     }
     rest = sum(p.numel() * 4 for p in (plain[0].bias, *plain[3].parameters()))
-    assert sum(held.values()) == (24 * 40 + 40 * 30) + 4 * (40 + 30) + 4 * 2 + rest  # codes, a step a row, two carriers
+    # codes, a step a row, two carriers
+    assert sum(bytes_.values()) == (24 * 40 + 40 * 30) + 4 * (40 + 30) + 4 * 2 + rest
 
 
 def test_the_backward_pass_keeps_codes_and_no_weight():
@@ -330,11 +331,11 @@ def test_an_optimizer_goes_with_the_weights_that_it_was_built_on():
     model = quantize(network())
     optimizer = comoving.AdamW(model.named_parameters())
     backward(model)
-    held = list(model.parameters())
+    params = list(model.parameters())
     del model
     with pytest.raises(ValueError, match="without the model"):
         optimizer.step()
-    assert held
+    assert params
 
 
 def test_a_weight_put_in_the_carriers_place_is_refused():

@@ -83,7 +83,7 @@ own_number = number._replace(own=True)
 """Likewise, with one for each row."""
 
 
-def held(value: int) -> Tensor:
+def on_host(value: int) -> Tensor:
     """An integer as it is kept in a slot: () int64, on the host."""
     return torch.tensor(value, dtype=torch.int64, device="cpu")
 

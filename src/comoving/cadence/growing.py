@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..codecs import Spec
 from ..validate import check_float
-from .base import LONGEST, NEXT, Slots, When, held, number, reached
+from .base import LONGEST, NEXT, Slots, When, number, on_host, reached
 
 _REFRESHES = "refreshes"
 
@@ -50,4 +50,4 @@ class Growing:
         """One refresh more, and the next one tau + floor(psi^k) steps later."""
         k = int(slots[_REFRESHES])
         grown = int(self.base**k) if k * log2(self.base) < log2(LONGEST) else LONGEST
-        return {_REFRESHES: held(k + 1), NEXT: held(when.following(when.every + grown))}
+        return {_REFRESHES: on_host(k + 1), NEXT: on_host(when.following(when.every + grown))}

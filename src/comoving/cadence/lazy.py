@@ -9,7 +9,7 @@ from torch import Tensor
 from ..codecs import Spec
 from ..frames import ModeFrame, SparseFrame
 from ..validate import check_float, check_int
-from .base import NEXT, Slots, When, held, own_number, reached
+from .base import NEXT, Slots, When, on_host, own_number, reached
 
 _COSINES, _COUNT, _LENGTHENED = "cosines", "count", "lengthened"
 
@@ -71,7 +71,7 @@ class Lazy:
         after = dict(slots)
         if last is not None:
             after |= self._compared(slots, last, new)
-        return after | {NEXT: held(when.following(when.every * self.growth ** int(after[_LENGTHENED])))}
+        return after | {NEXT: on_host(when.following(when.every * self.growth ** int(after[_LENGTHENED])))}
 
     def _compared(self, slots: Slots, last: Compared, new: Compared) -> dict[str, Tensor]:
         pairs = zip(_leading(last), _leading(new), strict=True)
@@ -79,8 +79,8 @@ class Lazy:
         cosines = torch.cat([slots[_COSINES][1:], least.to(torch.float32)])
         count = min(int(slots[_COUNT]) + 1, self.patience)
         settled = count == self.patience and bool(cosines.mean() >= self.threshold)
-        lengthened = held(int(slots[_LENGTHENED]) + settled)
-        return {_COSINES: cosines, _COUNT: held(count), _LENGTHENED: lengthened}
+        lengthened = on_host(int(slots[_LENGTHENED]) + settled)
+        return {_COSINES: cosines, _COUNT: on_host(count), _LENGTHENED: lengthened}
 
 
 def _leading(frame: Compared) -> list[Tensor]:

@@ -9,13 +9,13 @@ from .base import Codec
 from .full import Full
 
 
-def store(codec: Codec, x: Tensor, held: Mapping[str, Tensor], rows: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+def store(codec: Codec, x: Tensor, before: Mapping[str, Tensor], rows: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """|x|, (*rows), and x as the codec stores it, in tensors of its own; x, which may be one of them, is given up.
 
     Args:
         codec: that stores it.
         x: any tensor, with the members of a batch in front.
-        held: what is stored so far, which stays as it is: seeds go on from theirs.
+        before: what is stored so far, which stays as it is: seeds go on from theirs.
         rows: how many dimensions count members, 0 or 1.
     """
     if isinstance(codec, Full):
@@ -23,7 +23,7 @@ def store(codec: Codec, x: Tensor, held: Mapping[str, Tensor], rows: int = 0) ->
     shape = tuple(x.shape)
     lead, schema = shape[:rows], codec.schema(shape[rows:], x.dtype)
     own = {
-        name: held[name].clone() if spec.seed else x.new_empty(lead + spec.shape, dtype=spec.dtype)
+        name: before[name].clone() if spec.seed else x.new_empty(lead + spec.shape, dtype=spec.dtype)
         for name, spec in schema.items()
     }
     return codec.encode(x, own, rows), own

@@ -21,7 +21,7 @@ class Roll(Protocol):
     @property
     def sites(self) -> Mapping[Tensor, Site]: ...  # noqa: D102
     def limit(self) -> int | None: ...  # noqa: D102
-    def held_by(self, params: list[Tensor]) -> int: ...  # noqa: D102
+    def bytes_of(self, params: list[Tensor]) -> int: ...  # noqa: D102
     def forget_bytes(self, p: Tensor | None = None) -> None: ...  # noqa: D102
     def claim(self, p: Tensor) -> budgets.Claim: ...  # noqa: D102
     def group_of(self, p: Tensor) -> Mapping[str, Any]: ...  # noqa: D102
@@ -60,7 +60,7 @@ class Adapting:
             limit = self._roll.limit()
             if limit is not None:
                 others = [q for q, other in self._roll.sites.items() if other.projected and q is not p]
-                ranks, gain = budgets.grant(claim, ranks, reading, limit - self._roll.held_by(others))
+                ranks, gain = budgets.grant(claim, ranks, reading, limit - self._roll.bytes_of(others))
                 if gain > 0:
                     self._asked.append((gain, others))
             prices = budgets.prices(claim, reading, ranks)

@@ -33,7 +33,7 @@ class Claim(NamedTuple):
         site = slots.resized(self.site, self.group, ranks)
         return sum(map(slots.spec_bytes, slots.layout(site, self.group).values()))
 
-    def held(self) -> int:
+    def bytes_now(self) -> int:
         """The bytes that its state has, or will have once it is at its ranks, whichever is more."""
         tensors = [x for name, x in self.state.items() if isinstance(x, Tensor) and name not in slots.UNFINISHED]
         return max(sum(x.nbytes for x in tensors), self.bytes_at(self.site.ranks))

@@ -84,7 +84,7 @@ class DeferringLinear(QuantizedLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeferringLinear":
         super()._apply(fn, recurse)
         for name in (FACTOR, CHANGE):
-            held: Tensor | None = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held.to(self.numbers()[0].device))
+            own: Tensor | None = getattr(self, name)
+            if own is not None:
+                setattr(self, name, own.to(self.numbers()[0].device))
         return self
