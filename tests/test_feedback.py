@@ -58,7 +58,7 @@ class Sums:
 @SHAPES
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("period", [1, 3])
-@pytest.mark.parametrize("finder", [Power(momentum=0.5), Exact()], ids=["power", "exact"])
+@pytest.mark.parametrize("finder", [Power(inertia=0.5), Exact()], ids=["power", "exact"])
 @pytest.mark.parametrize("lazy", [True, False])
 def test_telescopes(shape, ranks, transport, period, finder, lazy, dtype):
     sums = Sums(

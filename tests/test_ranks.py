@@ -117,7 +117,7 @@ def test_a_mode_no_longer_than_a_step_finds_its_rank_exactly(start):
 def test_between_the_thresholds_nothing_flaps(low, high, calm):
     """A signal whose strength against the noise wavers: 24 directions hold 0.65 to 0.84 of the energy."""
     signal, p = unit(known_rank((48, 60), (24, None))), nn.Parameter(torch.zeros(48, 60, dtype=REAL))
-    optimizer = LowRankOptimizer([p], 1e-3, (24, None), ranks=Energy(low=low, high=high), finder=Exact(momentum=0.9))
+    optimizer = LowRankOptimizer([p], 1e-3, (24, None), ranks=Energy(low=low, high=high), finder=Exact(inertia=0.9))
     ranks, captured = [], []
     for t in range(40):
         step(optimizer, p, signal + (0.7 + 0.25 * (-1) ** (t // 2)) * randn((48, 60), REAL, 50 + t))

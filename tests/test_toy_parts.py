@@ -45,7 +45,7 @@ class Coordinates:
     """The first coordinates of each mode, for ever."""
 
     batched = True
-    momentum = 0.0
+    inertia = 0.0
 
     def schema(self, shape, ranks, dtype):
         return {}

@@ -322,7 +322,7 @@ def test_in_the_engine(shape, ranks, residual, transport, dtype):
         start,
         rank=ranks,
         transport=transport,
-        finder=Power(momentum=0.5),
+        finder=Power(inertia=0.5),
         refresh_every=3,
         scale=0.7,
         **options,

@@ -80,7 +80,7 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_choice("select", group["select"], ("auto", "shape"))
     check_choice("rounding", group["rounding"], ROUNDINGS)
     roles = {
-        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("schema", "observe", "find", "momentum"),
+        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("schema", "observe", "find", "inertia"),
         "cadence": ("schema", "due", "refreshed"), "precondition": ("schema", "apply"), "transport": ("move", "age"),
         "rule": ("absorb", "direction"), "residual": ("restore", "keep", "write"), "codec": ("encode", "decode"),
         "moments": ("encode", "decode", "positive"), "bases": ("encode", "decode"),

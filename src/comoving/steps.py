@@ -141,9 +141,9 @@ def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
     stacked = cell.rows and old is not None
     start = old if stacked else parts.frame.start(seen.dense, site.ranks, kept or old, now.seed)
     looked_at = seen if old is None else replace(seen, past=(old, cell.moments[rule.momentum]))
-    if old is not None and parts.finder.momentum > 0:
-        core = (averaged(rule, cell.moments[rule.momentum], clock) * parts.finder.momentum).to(seen.dense.dtype)
-        looked_at = looked_at.mix(1 - parts.finder.momentum, old, core)
+    if old is not None and parts.finder.inertia > 0:
+        core = (averaged(rule, cell.moments[rule.momentum], clock) * parts.finder.inertia).to(seen.dense.dtype)
+        looked_at = looked_at.mix(1 - parts.finder.inertia, old, core)
     warm = cell.tick > 0 and old is not None and any(r is not None for r in old.ranks)
     new: Frame = parts.finder.find(looked_at, start, warm, cell.finder)
     cell.cadence |= parts.cadence.refreshed(cell.cadence, start if warm else None, new, now.when(cell))

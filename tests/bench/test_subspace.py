@@ -29,7 +29,7 @@ def test_every_finder_takes_part_under_a_name_of_its_own():
     assert {type(c.finder).__name__ for c in everyone} == PARTS
     assert len({c.name for c in everyone}) == len(everyone)
     assert everyone[0].name == contenders.EXACT
-    assert all(c.finder.momentum == 0.9 for c in everyone if c.name in {contenders.EXACT, "Power", "TrainSVD"})
+    assert all(c.finder.inertia == 0.9 for c in everyone if c.name in {contenders.EXACT, "Power", "TrainSVD"})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -70,7 +70,7 @@ def test_finding_twice_goes_on_from_one_memory():
 
     counter = Spec((), torch.int64, scalar=True)
     own = stream((12, 10), 3)
-    follower = subspace.Follower(contenders.Contender("x", Counting(momentum=0.9), Modes()), own)
+    follower = subspace.Follower(contenders.Contender("x", Counting(inertia=0.9), Modes()), own)
     for t, g in enumerate(own.gradients):
         follower.observe(g)
         follower.refresh(g, g, repeats=3)

@@ -40,7 +40,7 @@ class Axes:
     """The coordinate axes of most energy, averaged over the gradients: a finder with a memory."""
 
     batched: ClassVar[bool] = False
-    momentum: float = 0.5
+    inertia: float = 0.5
     decay: float = 0.9
 
     def schema(self, shape, ranks, dtype):
@@ -130,7 +130,7 @@ class Newest(Memoryless):
     """The operand itself, and before it what the frame held last: a finder for such frames."""
 
     batched: ClassVar[bool] = False
-    momentum: float = 0.0
+    inertia: float = 0.0
 
     def find(self, operand, start, warm, memory):
         x = operand.full().reshape(-1, 1)

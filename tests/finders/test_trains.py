@@ -376,13 +376,13 @@ def test_where_the_operand_reaches_nothing_the_old_directions_stay():
 @pytest.mark.parametrize(
     ("kind", "field", "value", "interval"),
     [
-        (TrainSVD, "momentum", 1.0, r"\[0, 1\)"),
+        (TrainSVD, "inertia", 1.0, r"\[0, 1\)"),
         (TrainSVD, "method", "qr", "'gram', 'svd'"),
-        (TrainRandomized, "momentum", -0.1, r"\[0, 1\)"),
+        (TrainRandomized, "inertia", -0.1, r"\[0, 1\)"),
         (TrainRandomized, "oversampling", -1, ">= 0"),
         (TrainRandomized, "reads", 3, "1, 2"),
         (TrainRandomized, "seed", -1, ">= 0"),
-        (TrainIncrement, "momentum", 2.0, r"\[0, 1\)"),
+        (TrainIncrement, "inertia", 2.0, r"\[0, 1\)"),
         (TrainIncrement, "columns", 0, ">= 1"),
         (TrainIncrement, "add", 0, ">= 1"),
         (TrainIncrement, "seed", -2, ">= 0"),

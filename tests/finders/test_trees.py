@@ -111,6 +111,6 @@ def test_on_a_caterpillar_it_is_the_train_of_its_leaves():
 
 @pytest.mark.parametrize("kind", [TreeSVD, TreeIncrement])
 def test_momentum_is_validated(kind):
-    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1.0"):
-        kind(momentum=1.0)
-    assert kind(momentum=0.5).momentum == 0.5
+    with pytest.raises(ValueError, match=r"inertia must lie in \[0, 1\), got 1.0"):
+        kind(inertia=1.0)
+    assert kind(inertia=0.5).inertia == 0.5

@@ -421,5 +421,5 @@ def test_starts_are_drawn_and_take_the_first_blocks():
 
 def test_the_memory_is_the_inner_finders():
     finder, shape, ranks = BlockSelection(StreamingTucker()), (8, 9, 10), (4, 4, 4)
-    assert finder.momentum == StreamingTucker().momentum
+    assert finder.inertia == StreamingTucker().inertia
     assert finder.schema(shape, ranks, REAL) == StreamingTucker().schema(shape, ranks, REAL) != {}

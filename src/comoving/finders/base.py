@@ -20,7 +20,7 @@ They are copies, which count once the step has not failed; but single numbers, w
 class Finder(Protocol):
     """Finds a frame for an operand; a frozen dataclass of hyper-parameters, without tensors.
 
-    ``momentum`` is rho in the operand rho F m/c1 + (1 - rho) g~ that the engine builds: the share of what is looked at
+    ``inertia`` is rho in the operand rho F m/c1 + (1 - rho) g~ that the engine builds: the share of what is looked at
     that comes from the first moment instead of the newest gradient.
 
     A class attribute ``fills``, the types of frames that it can find, lets other layouts be refused at construction.
@@ -32,7 +32,7 @@ class Finder(Protocol):
     """Whether it serves operands with rows: each row's frame is the one that is found for it alone."""
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """rho, in [0, 1)."""
         ...
 

@@ -22,7 +22,7 @@ class BlockSelection:
     to the blocks that are kept already, then to the first ones, so that nothing changes where nothing is seen.
 
     Args:
-        inner: a finder of mode-wise frames; its momentum is that of the operand.
+        inner: a finder of mode-wise frames; its inertia is that of this one.
     """
 
     fills: ClassVar[tuple[type, ...]] = (SparseFrame,)
@@ -34,9 +34,9 @@ class BlockSelection:
         check_inner(self.inner)
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """The inner finder's."""
-        return self.inner.momentum
+        return self.inner.inertia
 
     def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What the inner finder remembers."""

@@ -51,7 +51,7 @@ class Correlation:
         check_int("recalibrate", self.recalibrate, 1)
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """0: the momentum enters by its directions alone."""
         return 0.0
 

@@ -34,7 +34,7 @@ class Nystroem:
     hand; here the columns are drawn by what was seen so far, and the operand may be a sum that is never formed.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         samples: the number s of columns of each unfolding. A float >= 1 is a multiple of r_n, cut to the columns there
             are; a float below 1 a share of the columns, but never fewer than 2 r_n or r_n + 8; an int >= 1 the number
             itself, at most that of the columns of every unfolding. Where r_n is higher than an int, as it may become
@@ -51,14 +51,14 @@ class Nystroem:
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
     batched: ClassVar[bool] = True
 
-    momentum: float = 0.9
+    inertia: float = 0.9
     samples: int | float = 2.0
     columns: Literal["uniform", "energy", "slices"] = "uniform"
     decay: float = 0.9
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         if isinstance(self.samples, int):
             check_int("samples", self.samples, 1)
         else:

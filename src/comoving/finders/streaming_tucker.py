@@ -59,7 +59,7 @@ class StreamingTucker:
         check_int("seed", self.seed, 0)
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """0: the stream is the mean that the first moment would stand for."""
         return 0.0
 

@@ -166,7 +166,7 @@ def composition(r: Random) -> dict[str, Any]:
         isinstance(residual, Sparse) and isinstance(transport, Reset) and residual.statistics != "reset"
     ):
         residual = r.choice(RESIDUALS)(r)
-    while finder.momentum > 0 and not rule.linear:
+    while finder.inertia > 0 and not rule.linear:
         frame, finder = _subspace(r, modal)
     parts = {"frame": frame, "finder": finder, "transport": transport, "rule": rule, "residual": residual}
     if r.random() < 0.25:
