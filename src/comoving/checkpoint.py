@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import bases
 from .clock import Clock
 from .codecs import Full, Spec
+from .frames import stored as stored_frame
 from .frames.base import Ranks
 from .groups import check_options
 from .linalg import reorthonormalize
@@ -119,14 +119,16 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
         state = _checked(state, expected, site, ignore=("tick", *UNFINISHED))
         return {name: value for name, value in state.items() if name in expected or name in UNFINISHED}
     state.setdefault("tick", 0)
-    if FIRST in state and not any(name.startswith(bases.PREFIX) for name in state):
+    if FIRST in state and not any(name.startswith(stored_frame.PREFIX) for name in state):
         state = first_seeds(site, group, seed) | state
     if site.projected:
         state = recoded(state, site, group)
     names = [slot.name for slot in rule_slots(site, group)]
     if any(name in state and name not in expected for name in names):
         state = _packed(state, site, group)
-    moved = {n for n in {*state, *expected} if n.startswith(bases.PREFIX) or any(_is_of(n, name) for name in names)}
+    moved = {
+        n for n in {*state, *expected} if n.startswith(stored_frame.PREFIX) or any(_is_of(n, name) for name in names)
+    }
     fits = all(name in state and tuple(state[name].shape) == expected[name].shape for name in moved if name in expected)
     fits = fits and _said(state, site) in (None, site.ranks)
     if not fits and site.projected:
@@ -156,7 +158,7 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
 
 def _said(state: Mapping[str, Any], site: Site) -> Ranks | None:
     try:
-        return bases.ranks(state, site.view.shape)
+        return stored_frame.ranks(state, site.view.shape)
     except ValueError as error:
         raise ValueError(f"{site.name}: {error}") from None
 
@@ -239,7 +241,7 @@ def _real_second(v: Tensor, view: View) -> Tensor:
 def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> None:
     """Raise unless the state is a consistent frame of other ranks whose moments the transport can move here."""
     layout, shape, momentum = group["frame"], site.view.shape, group["rule"].momentum
-    frame = bases.load(group, state, shape, site.view.dtype, state.get(momentum))
+    frame = stored_frame.load(group, state, shape, site.view.dtype, state.get(momentum))
     core = layout.core_shape(shape, frame.ranks)
     framed = resized(site, group, frame.ranks)
     lasting = [slot for slot in group["rule"].slots(core) if slot.kind is not Kind.CACHE]
@@ -247,7 +249,7 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
-    frame_schema = bases.schema(group, shape, frame.ranks, site.view.dtype)
+    frame_schema = stored_frame.schema(group, shape, frame.ranks, site.view.dtype)
     frame_shapes = {name: spec.shape for name, spec in frame_schema.items()}
     found = {name: tuple(x.shape) for name, x in state.items() if name.startswith("frame.")}
     if found != frame_shapes or any(tuple(state[name].shape) != spec.shape for name, spec in needed.items()):
@@ -292,7 +294,7 @@ def _checked(
 def _mended(state: dict[str, Any], site: Site) -> dict[str, Any]:
     """The state with a frame as orthonormal as it was, or made so; coded ones are, whenever they are decoded."""
     for name, value in state.items():
-        if name.startswith(bases.PREFIX) and (value.is_floating_point() or value.is_complex()):
+        if name.startswith(stored_frame.PREFIX) and (value.is_floating_point() or value.is_complex()):
             basis = value.to(site.view.dtype)  # transfer tensors are matrices by their last index
             state[name] = reorthonormalize(basis.flatten(0, -2)).view(basis.shape)
     return state

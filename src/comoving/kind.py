@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from . import bases
 from . import state as slots
 from .cadence import Cadence
 from .codecs import Codec
 from .finders import Finder
 from .frames import Layout
+from .frames import stored as stored_frame
 from .likeness import one_by_one
 from .precondition import Precondition
 from .ranks import Policy
@@ -89,13 +89,13 @@ class Kind:
     def basis(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor of a frame of these ranks."""
         site = self.site
-        found = bases.schema(self.group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
+        found = stored_frame.schema(self.group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
         return {name: spec.shape for name, spec in found.items()}
 
     @cached_property
     def said(self) -> dict[str, int]:
         """Name and value of each rank that a frame stores."""
-        said = {bases.RANK.format(n): r for n, r in enumerate(self.site.ranks) if r is not None}
+        said = {stored_frame.RANK.format(n): r for n, r in enumerate(self.site.ranks) if r is not None}
         return {name: rank for name, rank in said.items() if name in self.shared}
 
     @cached_property

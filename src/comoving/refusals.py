@@ -121,7 +121,7 @@ def _one_side_of_a_matrix(site: Site) -> bool:
 
 
 def _by_modes(site: Site, group: Group) -> bool:
-    return any(slot.mode >= 0 or slot.bases for slot in group["rule"].slots(site.core_shape))
+    return any(slot.mode >= 0 or slot.turned_by for slot in group["rule"].slots(site.core_shape))
 
 
 def _slots_change_with_rank(site: Site, group: Group) -> bool:

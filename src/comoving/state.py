@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import bases
 from .codecs import Codec, Full, Spec, store
 from .diagnostics import SLOT, STORED
 from .draws import scramble
+from .frames import stored as stored_frame
 from .frames.base import Ranks
 from .precondition import Plain
 from .residual import Discard
@@ -85,7 +85,7 @@ def set_ranks(state: dict[str, Any], ranks: Ranks) -> None:
 
 def ranks_in(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> Ranks:
     """The ranks of the frame in the state; the site's own where neither frame nor moments, being coded, show them."""
-    said = bases.ranks(state, site.view.shape)
+    said = stored_frame.ranks(state, site.view.shape)
     if said is not None:
         return said
     momentum = state.get(group["rule"].momentum)
@@ -117,7 +117,7 @@ def slot_spec(slot: Slot, site: Site, group: Mapping[str, Any]) -> Spec:
     if slot.kind is Kind.VARIANCE:
         return Spec(core, real)
     if slot.kind is Kind.MASS:
-        mass, turned = group["frame"].mass_shape(site.view.shape, site.ranks), dict(slot.bases)
+        mass, turned = group["frame"].mass_shape(site.view.shape, site.ranks), dict(slot.turned_by)
         return Spec(tuple(d if n in turned else k for n, (d, k) in enumerate(zip(core, mass, strict=True))), real)
     if slot.kind is Kind.FACTORED:
         return Spec((core[slot.mode],), real)
@@ -276,7 +276,7 @@ def first_seeds(site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Te
     return {
         name: torch.tensor(scramble(seed, site.index, *name.encode()), device="cpu")
         for name, spec in layout(site, group).items()
-        if spec.seed and not name.startswith(bases.PREFIX)
+        if spec.seed and not name.startswith(stored_frame.PREFIX)
     }
 
 
@@ -293,7 +293,7 @@ def initial_state(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torc
         return step | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in schema}
     later = set(moments(site, group))
     if site.projected:
-        later |= {*bases.schema(group, site.view.shape, site.ranks, site.view.dtype), RANKS, VALUE}
+        later |= {*stored_frame.schema(group, site.view.shape, site.ranks, site.view.dtype), RANKS, VALUE}
     state = {"tick": 0, **zeros({n: x for n, x in schema.items() if n not in later}, p.device, scalars)}
     state |= first_seeds(site, group, seed)
     if not site.projected:
@@ -327,7 +327,7 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Spec]:
     schema |= moments(site, group)
     schema |= group["precondition"].schema(shape, dtype)
     if site.projected:
-        schema |= bases.schema(group, shape, site.ranks, dtype)
+        schema |= stored_frame.schema(group, shape, site.ranks, dtype)
         remembered = group["finder"].schema(shape, site.ranks, dtype)
         schema |= prefixed(remembered, MEMORY) | prefixed(group["cadence"].schema(), CADENCE)
         schema |= group["residual"].schema(group["codec"], shape, site.core_shape, dtype)

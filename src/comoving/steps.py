@@ -18,12 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from . import bases, diagnostics
+from . import diagnostics
 from . import state as slots
 from .cadence import When
 from .cell import Cell, Open
 from .finders import Operand
 from .frames import Frame, Modes
+from .frames import stored as stored_frame
 from .groups import update_scale
 from .linalg import asks_host, norm
 from .residual import Passage, Update
@@ -150,7 +151,7 @@ def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
     if cell.tick <= 0 and asks_host(seen.dense) and not bool(seen.dense.any()):
         cell.tick = -1  # nothing was to be seen so far: look again at the next step
     basis = dict(cell.basis)
-    new = bases.put(kind.group, basis, new, old, site.view.shape, now.key)
+    new = stored_frame.put(kind.group, basis, new, old, site.view.shape, now.key)
     cell.turn(basis, new)
     if old is None:
         cell.moments |= slots.first_moments(site, kind.group, seen.dense, cell.t.device)

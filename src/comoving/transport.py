@@ -186,7 +186,7 @@ class Carry(_Following):
         own: list[Slot] = []
         for slot in rule:
             if slot.kind is Kind.VARIANCE:
-                mass = Slot(mass_of(slot.name), Kind.MASS, bases=slot.bases)
+                mass = Slot(mass_of(slot.name), Kind.MASS, turned_by=slot.turned_by)
                 own += [mass, Slot(_bound_of(slot.name), Kind.SCALAR)]
         return tuple(own)
 
@@ -297,12 +297,12 @@ def _known(variance: Tensor) -> Tensor:
 def _in_bases(slot: Slot, state: State, moved: State, overlap: Overlap, rows: int) -> tuple[Overlap, Tensor, Tensor]:
     """The overlap that a variance moves by, and |m|^2 and |m'|^2 in its coordinates."""
     mean, mean_moved = state[slot.mean], moved[slot.mean]
-    if not slot.bases:
+    if not slot.turned_by:
         return overlap, abs_squared(mean), abs_squared(mean_moved)
     order = mean.ndim - rows
     old, new = list[Tensor | None]([None] * order), list[Tensor | None]([None] * order)
     turns = list(overlap.matrices)
-    for mode, name in slot.bases:
+    for mode, name in slot.turned_by:
         q, q_moved, r = state[name], moved[name], turns[mode]
         old[mode], new[mode] = q.mH, q_moved.mH
         turns[mode] = None if q is q_moved and r is None else q_moved.mH @ (q if r is None else r @ q)

@@ -156,7 +156,7 @@ POLICIES: tuple[Draw, ...] = (
 def composition(r: Random) -> dict[str, Any]:
     """Parts for :class:`comoving.LowRankOptimizer`, most of them by chance; few of the results are refused."""
     rule = r.choice(RULES)(r)
-    modal = any(slot.mode >= 0 or slot.bases for slot in rule.slots((8, 8)))
+    modal = any(slot.mode >= 0 or slot.turned_by for slot in rule.slots((8, 8)))
     frame, finder = _subspace(r, modal)
     transport = r.choice(TRANSPORTS)(r)
     if isinstance(rule, Scheduled):

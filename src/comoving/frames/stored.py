@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Codec, Full, Spec
-from .draws import scramble
-from .frames import Frame
-from .frames.base import Ranks
-from .linalg import asks_host, orthogonality_defect, orthonormalize, over, trouble
+from ..codecs import Codec, Full, Spec
+from ..draws import scramble
+from ..linalg import asks_host, orthogonality_defect, orthonormalize, over, trouble
+from .base import Frame, Ranks
 
 PREFIX = "frame."
 RANK = PREFIX + "{}.rank"
