@@ -11,7 +11,7 @@ import comoving
 from comoving import catalogue, cli
 from comoving.codecs import Int8, Spec
 from comoving.finders import Power
-from comoving.formula import StateFormula, fit
+from comoving.formula import StateFormula, formula_of
 from comoving.frames import Modes
 from comoving.recipes import Recipe
 from comoving.residual import Feedback
@@ -76,12 +76,11 @@ def test_anybody_s_recipe_has_a_formula():
 
 
 def test_what_is_no_polynomial_has_none():
-    assert fit(lambda m, n, r: {"x": Spec((m * n * r,), torch.float32)}) is None
-    assert fit(lambda m, n, r: {"x": Spec((min(m, 1400),), torch.int8)}) is None
-    assert (
-        str(fit(lambda m, n, r: {"x": Spec((2 * n - m,), torch.float32), "y": Spec((), torch.int64)})) == "-1 m + 2 n"
-    )
-    assert str(fit(lambda m, n, r: {})) == "0"
+    assert formula_of(lambda m, n, r: {"x": Spec((m * n * r,), torch.float32)}) is None
+    assert formula_of(lambda m, n, r: {"x": Spec((min(m, 1400),), torch.int8)}) is None
+    found = formula_of(lambda m, n, r: {"x": Spec((2 * n - m,), torch.float32), "y": Spec((), torch.int64)})
+    assert str(found) == "-1 m + 2 n"
+    assert str(formula_of(lambda m, n, r: {})) == "0"
     only_tensors = {"frame": Modes(), "side": "left", "view": "pairs"}
     assert Recipe("none", "", "", only_tensors).state_formula() is None
 

@@ -53,7 +53,7 @@ class StateFormula:
         return " + ".join(terms).replace("+ -", "- ") or "0"
 
 
-def fit(layout: Callable[[int, int, int], Mapping[str, Spec]]) -> StateFormula | None:
+def formula_of(layout: Callable[[int, int, int], Mapping[str, Spec]]) -> StateFormula | None:
     """The formula of a layout, a function of (m, n, r); None where no polynomial of degree two is exactly it."""
     points = [(m * _UNIT, n * _UNIT, r * _UNIT) for m, n, r in _POINTS]
     laid = [layout(*point).values() for point in points]

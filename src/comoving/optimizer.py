@@ -161,7 +161,7 @@ class LowRankOptimizer(Optimizer):
         self._complete = False  # the budget is shared out once, over all groups
         super().__init__(params_of(params), defaults)
         self._complete = True
-        self.roster.sites |= self.roster.within_budget(self.sites, self.roster.group_of)
+        self.roster.sites |= self.roster.assigned(self.sites, self.roster.group_of)
         self.engine.forget()
 
     def _begin(self) -> None:
@@ -483,7 +483,7 @@ class LowRankOptimizer(Optimizer):
             for p, key in keys.items()
             if key in state_dict["state"]
         }
-        self.roster.fit_loaded(admitted, groups)
+        self.roster.assign_loaded(admitted, groups)
         packed = super().state_dict()["param_groups"]
         packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.

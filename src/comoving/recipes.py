@@ -28,7 +28,7 @@ from .finders import (
     TreeIncrement,
     TreeSVD,
 )
-from .formula import StateFormula, fit
+from .formula import StateFormula, formula_of
 from .frames import Cosines, Seeded, Trains, Trees
 from .frames.base import Rank
 from .groups import param_groups, params_of
@@ -86,7 +86,7 @@ class Recipe:
             return slots.layout(optimizer.sites[p], optimizer.param_groups[0])
 
         try:
-            return fit(layout)
+            return formula_of(layout)
         except ValueError:
             return None
 

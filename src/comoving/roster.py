@@ -89,9 +89,9 @@ class Roster:
             ValueError: nothing fits; nothing has changed then.
         """
         joined = self.sites | dict(zip(params, sites, strict=True))
-        fitted = self.within_budget(joined, lambda p: self.group_of(p) if p in self.sites else group)
-        self.sites |= {p: fitted[p] for p in self.sites}
-        return [fitted[p] for p in params]
+        assigned = self.assigned(joined, lambda p: self.group_of(p) if p in self.sites else group)
+        self.sites |= {p: assigned[p] for p in self.sites}
+        return [assigned[p] for p in params]
 
     def place(self, params: Sequence[Tensor], sites: Sequence[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
@@ -173,7 +173,7 @@ class Roster:
             self._limit = limit_bytes(self.budget, [p for p, site in self.sites.items() if site.projected])
         return self._limit
 
-    def within_budget(
+    def assigned(
         self, sites: Mapping[Tensor, Site], group_of: Callable[[Tensor], Mapping[str, Any]]
     ) -> dict[Tensor, Site]:
         """The sites, with ranks and codecs that fit the budget; those that have a state are asked for lower ranks.
@@ -188,21 +188,21 @@ class Roster:
             group, state = group_of(p), self.owner.state.get(p, {})
             if site.projected:
                 claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
-        return dict(sites) | self._fitted(claims, anew=True)
+        return dict(sites) | self._assign(claims, anew=True)
 
-    def _fitted(self, claims: Mapping[Tensor, budgets.Claim], anew: bool) -> dict[Tensor, Site]:
-        """What fits the budget of those that have no state; of the others the ranks in their state are lowered."""
+    def _assign(self, claims: Mapping[Tensor, budgets.Claim], anew: bool) -> dict[Tensor, Site]:
+        """Sites within the budget of those that have no state; of the others the ranks in their state are lowered."""
         assert self.budget is not None
         limit = limit_bytes(self.budget, claims)
         share = f"{limit}, {self.budget:.4g} of AdamW's state" if isinstance(self.budget, float) else str(limit)
-        fitted = assignments.fit([*claims.values()], limit, anew, share)
+        assigned = assignments.assign([*claims.values()], limit, anew, share)
         self.forget_bytes()
-        for site, claim in zip(fitted, claims.values(), strict=True):
+        for site, claim in zip(assigned, claims.values(), strict=True):
             if slots.RANKS in claim.state:
                 slots.set_ranks(claim.state, site.ranks)
-        return {p: site for (p, claim), site in zip(claims.items(), fitted, strict=True) if not claim.state}
+        return {p: site for (p, claim), site in zip(claims.items(), assigned, strict=True) if not claim.state}
 
-    def fit_loaded(self, admitted: Mapping[Tensor, dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    def assign_loaded(self, admitted: Mapping[Tensor, dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
         """Lower the ranks that loaded parameters ask for where they exceed the budget; frames follow at the next step.
 
         Raises:
@@ -217,7 +217,7 @@ class Roster:
                 if slots.RANKS in state:
                     state[slots.RANKS] = state[slots.RANKS].clone()
                 claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
-        self.sites |= self._fitted(claims, anew=False)
+        self.sites |= self._assign(claims, anew=False)
         self._changed()
 
     def claim(self, p: Tensor) -> budgets.Claim:

@@ -137,7 +137,7 @@ class Bonded(ABC):
         frame = self.template(shape)
         limits = [min(edge.size, prod(shape) // edge.size) for edge in _edges(frame)]
         if isinstance(rank, tuple):
-            return _fit_tuple(frame, rank, limits)
+            return _checked_tuple(frame, rank, limits)
         if isinstance(rank, float):
             root = sqrt(rank * prod(shape))
             rank = max(1, min((int(root), int(root) + 1), key=lambda r: abs(r * r - root * root)))
@@ -223,7 +223,7 @@ def _schema(
     }
 
 
-def _fit_tuple(frame: BondFrame, rank: tuple[int | None, ...], limits: list[int]) -> tuple[int, ...]:
+def _checked_tuple(frame: BondFrame, rank: tuple[int | None, ...], limits: list[int]) -> tuple[int, ...]:
     if len(rank) != len(limits):
         raise ValueError(f"rank {rank} has {len(rank)} entries, shape {frame.shape} needs {len(limits)}, one per edge")
     position = {id(edge): i for i, edge in enumerate(_edges(frame))}

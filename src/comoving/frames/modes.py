@@ -123,7 +123,7 @@ class Modes:
         check_rank(rank)
         check_choice("side", side, SIDES)
         if isinstance(rank, tuple):
-            return _fit_tuple(shape, rank)
+            return _checked_tuple(shape, rank)
         modes = self._compressed(shape, side)
         if isinstance(rank, int):
             wanted = {n: rank for n in modes}
@@ -209,7 +209,7 @@ def check_rank(rank: object) -> None:
                 raise ValueError(f"every entry of a tuple rank must be >= 1 or None, got {entry} in {rank}")
 
 
-def _fit_tuple(shape: tuple[int, ...], rank: Ranks) -> Ranks:
+def _checked_tuple(shape: tuple[int, ...], rank: Ranks) -> Ranks:
     if len(rank) != len(shape):
         raise ValueError(f"rank {rank} has {len(rank)} entries, a tensor of shape {shape} needs {len(shape)}")
     for n, (r, d) in enumerate(zip(rank, shape, strict=True)):

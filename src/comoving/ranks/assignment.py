@@ -86,7 +86,7 @@ def _automatic(group: Mapping[str, Any]) -> list[str]:
     return [role for role in ROLES if isinstance(group[role], str) and group[role] == AUTO]
 
 
-def fit(claims: Sequence[Claim], limit: int, anew: bool = True, whole: str = "") -> list[Site]:
+def assign(claims: Sequence[Claim], limit: int, anew: bool = True, whole: str = "") -> list[Site]:
     """Sites that fit the budget together.
 
     A parameter with state keeps its codecs, and where ranks are fixed its rank; where they adapt it may lose rank.
