@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .codecs import Codec, Full, Spec
-from .ranks.assignment import LADDER
-from .sites import Site
-from .state import moments, packed, ranks_in, resized, unpacked, zeros
+from ..codecs import Codec, Full, Spec
+from ..ranks.assignment import LADDER
+from ..sites import Site
+from ..state import moments, packed, ranks_in, resized, unpacked, zeros
 
 
 def recoded(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:

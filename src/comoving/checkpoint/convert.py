@@ -1,31 +1,26 @@
-"""What a checkpoint holds beside tensors, and what it becomes in an optimizer of other ranks, groups or blocks."""
+"""What a saved state becomes in an optimizer of other ranks, codecs or blocks."""
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .clock import Clock
-from .codecs import Full, Spec
-from .frames import stored as stored_frame
-from .frames.base import Ranks
-from .groups import check_options
-from .linalg import reorthonormalize
-from .ranks.base import Record
-from .recode import recoded
-from .refusals import kinds
-from .rules.adam import FIRST, SECOND
-from .sites import Site
-from .slots import Kind
-from .state import (
+from ..clock import Clock
+from ..codecs import Full, Spec
+from ..frames import stored as stored_frame
+from ..frames.base import Ranks
+from ..linalg import reorthonormalize
+from ..refusals import kinds
+from ..rules.adam import FIRST, SECOND
+from ..sites import Site
+from ..slots import Kind
+from ..state import (
     MEMORY,
     RANKS,
     SECOND_MAX,
     UNFINISHED,
-    VALIDATION,
     VALUE,
     asked,
     current,
@@ -41,60 +36,10 @@ from .state import (
     unpacked,
     zeros,
 )
-from .validate import plain
-from .views import View
+from ..views import View
+from .recode import recoded
 
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
-# What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
-_STRUCTURE = (
-    "view", "side", "frame", "finder", "cadence", "precondition", "transport", "rule", "residual", "codec", "moments",
-    "bases", "amsgrad", "rounding",
-)  # fmt: skip
-# Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
-_FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
-_OURS = {*_STRUCTURE, "rank", "ranks", "select", "reasons", "diagnostics", "param_names", "params"}
-
-
-def describe(value: Any) -> Any:
-    """A hyper-parameter as plain data, which loads with ``weights_only=True``: a part as its name and fields."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"part": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-    return plain(value)
-
-
-def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group with every part described."""
-    return {key: describe(value) for key, value in group.items()}
-
-
-def schedule_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a loaded group takes over: the rate, decay rates and schedulers' marks, not what makes the recipe."""
-    return {key: value for key, value in saved.items() if key not in _OURS | _FOREIGN}
-
-
-def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> None:
-    """Raise unless a saved group was made by the same recipe; a group of torch's AdamW has none of the keys and passes.
-
-    Raises:
-        ValueError: naming each hyper-parameter that differs, with both values.
-    """
-    if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) > 0:
-        raise ValueError(
-            f"the checkpoint's group {index} comes from torch.optim.Adam with weight_decay={saved['weight_decay']}, "
-            f"which it adds to the gradient, so that the saved moments hold it; here weights decay by themselves. In "
-            f"its param_groups set weight_decay to 0 to load it without decay, or decoupled_weight_decay to True to go "
-            f"on with AdamW's"
-        )
-    differing = [
-        f"{key}: saved {saved[key]!r}, here {describe(group[key])!r}"
-        for key in _STRUCTURE
-        if key in saved and saved[key] != describe(group[key])
-    ]
-    if differing:
-        raise ValueError(
-            f"the checkpoint's group {index} comes from another recipe; build the optimizer with the recipe it was "
-            f"saved from, or start with fresh state. " + "; ".join(differing)
-        )
 
 
 def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -154,6 +99,33 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
         state = _packed(state, site, group)
     state = _checked(state, expected, site, ignore=("tick", *UNFINISHED, *moved))
     return _mended(state, site) if isinstance(group["bases"], Full) else state
+
+
+def owned(
+    state: Mapping[str, Any], p: Tensor, site: Site, group: Mapping[str, Any], scalars: torch.device
+) -> dict[str, Any]:
+    """An admitted state in copies of the parameter's own, on the right devices, in the dtypes that it was saved in.
+
+    Args:
+        state: of the parameter; of one with blocks a state for each.
+        p: the parameter.
+        site: what was decided about it.
+        group: its hyper-parameters.
+        scalars: where single numbers are.
+    """
+    schema = layout(site, group)
+
+    def own(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return deepcopy(value)
+        if name in (RANKS, VALUE):
+            return value.detach().clone().cpu()
+        spec = schema.get(name, Spec(tuple(value.shape), value.dtype))
+        return value.detach().clone().to(place(spec, p.device, scalars))
+
+    if site.blocks:
+        return {b: {n: own(f"{b}.{n}", x) for n, x in block.items()} for b, block in state.items()}
+    return {name: own(name, value) for name, value in state.items()}
 
 
 def _said(state: Mapping[str, Any], site: Site) -> Ranks | None:
@@ -298,104 +270,3 @@ def _mended(state: dict[str, Any], site: Site) -> dict[str, Any]:
             basis = value.to(site.view.dtype)  # transfer tensors are matrices by their last index
             state[name] = reorthonormalize(basis.flatten(0, -2)).view(basis.shape)
     return state
-
-
-def check_form(state_dict: object) -> None:
-    """Raise unless something has the form of an optimizer's ``state_dict()``.
-
-    Raises:
-        ValueError: saying what it has instead.
-    """
-    given: Any = state_dict
-    if not isinstance(given, Mapping) or not {"state", "param_groups"} <= given.keys():
-        found = ", ".join(map(str, [*given][:5])) if isinstance(given, Mapping) else type(given).__name__
-        raise ValueError(f"an optimizer's state_dict() has 'state' and 'param_groups', got {found or 'nothing'}")
-
-
-def owned(
-    state: Mapping[str, Any], p: Tensor, site: Site, group: Mapping[str, Any], scalars: torch.device
-) -> dict[str, Any]:
-    """An admitted state in copies of the parameter's own, on the right devices, in the dtypes that it was saved in.
-
-    Args:
-        state: of the parameter; of one with blocks a state for each.
-        p: the parameter.
-        site: what was decided about it.
-        group: its hyper-parameters.
-        scalars: where single numbers are.
-    """
-    schema = layout(site, group)
-
-    def own(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return deepcopy(value)
-        if name in (RANKS, VALUE):
-            return value.detach().clone().cpu()
-        spec = schema.get(name, Spec(tuple(value.shape), value.dtype))
-        return value.detach().clone().to(place(spec, p.device, scalars))
-
-    if site.blocks:
-        return {b: {n: own(f"{b}.{n}", x) for n, x in block.items()} for b, block in state.items()}
-    return {name: own(name, value) for name, value in state.items()}
-
-
-def unheard(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of a group whose ranks adapt, before any validation loss.
-
-    It is always there, since torch's flattened checkpoints restore keys that exist already, and no others.
-    """
-    return {VALIDATION: tuple(Record())} if group["ranks"].adaptive else {}
-
-
-def match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
-    """Parameter -> key of its saved state: by name where both sides have names, by place otherwise.
-
-    Raises:
-        ValueError: other names, or other group sizes.
-    """
-    keys = [key for group in saved for key in group["params"]]
-    params = [p for group in groups for p in group["params"]]
-    if all("param_names" in group for group in (*saved, *groups)):
-        by_name = dict(zip((n for g in saved for n in g["param_names"]), keys, strict=True))
-        names = [n for g in groups for n in g["param_names"]]
-        if set(names) != set(by_name):
-            raise ValueError(
-                f"the checkpoint holds other parameters: missing {sorted(set(names) - set(by_name))}, unexpected "
-                f"{sorted(set(by_name) - set(names))}"
-            )
-        return {p: by_name[name] for name, p in zip(names, params, strict=True)}
-    sizes, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes != here:
-        raise ValueError(
-            f"the checkpoint has groups of {sizes} parameters, this optimizer {here}: without names they can only be "
-            f"matched by place. Save from, and load into, optimizers that were given named_parameters()"
-        )
-    return dict(zip(params, keys, strict=True))
-
-
-def load_groups(
-    saved: list[dict[str, Any]], groups: list[dict[str, Any]], keys: Mapping[Tensor, Any]
-) -> list[dict[str, Any]]:
-    """The groups with what they take over from the saved groups that hold their parameters.
-
-    Where these disagree on a value (weight decay, say, if parameters were grouped otherwise), a group keeps its own.
-
-    Args:
-        saved: groups of the checkpoint.
-        groups: groups of this optimizer.
-        keys: parameter -> key of its saved state.
-
-    Raises:
-        ValueError: another recipe, or a saved value outside its interval.
-    """
-    holder = {key: group for group in saved for key in group["params"]}
-    loaded: list[dict[str, Any]] = []
-    for index, group in enumerate(groups):
-        sources = list({id(g): g for g in (holder[keys[p]] for p in group["params"])}.values())
-        for source in sources:
-            check_recipe(source, group, index)
-        schedules = [schedule_of(source) for source in sources]
-        agreed = {k: v for k, v in schedules[0].items() if all(k in s and s[k] == v for s in schedules)}
-        loaded.append({k: v for k, v in group.items() if k != VALIDATION} | unheard(group) | agreed)
-        check_options(loaded[-1])
-    return loaded
