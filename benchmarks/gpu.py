@@ -535,7 +535,7 @@ def _remembered(run: Run, recipe: str, model: Matrices) -> Figures:
     optimizer.refresh_scope = refresh
     used: dict[str, int] = {}
     usages: list[Usage] = []
-    held = comoving.state_bytes(optimizer)
+    stored = comoving.state_bytes(optimizer)
     for t in range(2 * OFTEN + 1):
         run.check()
         model.new_gradients()
@@ -555,9 +555,9 @@ def _remembered(run: Run, recipe: str, model: Matrices) -> Figures:
         planned["refresh"] = planned["first"]
         figures["temporaries"] = {kind: {"measured": size, "planned": planned[kind]} for kind, size in used.items()}
         # What is there besides, such as what gradients are made of, and libraries' workspaces, cancels.
-        besides = usages[0].before - held - plan.weights - plan.gradients
+        besides = usages[0].before - stored - plan.weights - plan.gradients
         peak = max(usage.peak for usage in usages) - besides
-        figures["state"]["allocated"] = usages[0].after - usages[0].before + held
+        figures["state"]["allocated"] = usages[0].after - usages[0].before + stored
         figures["peak"] = {"measured": peak, "planned": plan.peak_bytes, "measured / planned": peak / plan.peak_bytes}
     return figures
 

@@ -225,7 +225,7 @@ def cpu_encodings(steps: int) -> dict[str, object]:
 
 def _encoding(codec: Codec, model: Weights) -> Stepper:
     p = model.weights[0]
-    stored = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in codec.parts(tuple(p.shape), p.dtype).items()}
+    stored = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in codec.schema(tuple(p.shape), p.dtype).items()}
 
     def step(index: int) -> None:
         codec.encode(p.grad, stored)

@@ -34,10 +34,10 @@ FACTOR = 2.0
 ABLATION = [
     "adamw",
     "comoving",
-    "comoving:finder=power(momentum=0.9)",
-    "comoving:finder=exact(momentum=0.9)",
-    "comoving:finder=randomized(momentum=0.9)",
-    "comoving:finder=power(momentum=0.5, exact_up_to=32)",
+    "comoving:finder=power(inertia=0.9)",
+    "comoving:finder=exact(inertia=0.9)",
+    "comoving:finder=randomized(inertia=0.9)",
+    "comoving:finder=power(inertia=0.5, exact_up_to=32)",
     "comoving:refresh_every=1",
     "comoving:refresh_every=8",
     "comoving:refresh_every=50",
@@ -54,7 +54,7 @@ ABLATION = [
     "comoving:rule=muon",
     "comoving:rule=lion",
 ]
-"""Finder, momentum it looks at, refresh period, transport, residual, codecs, scale, rule; one at a time."""
+"""Finder, its inertia, refresh period, transport, residual, codecs, scale, rule; one at a time."""
 RULES = [
     "comoving:rule=soap",
     "comoving:rule=soap;transport=rotate(statistics='keep')",

@@ -136,8 +136,8 @@ class InPlace(Exact):
 
     batched = False
 
-    def parts(self, shape, ranks, dtype):
-        return {"seen": comoving.codecs.Part(shape, dtype)}
+    def schema(self, shape, ranks, dtype):
+        return {"seen": comoving.codecs.Spec(shape, dtype)}
 
     def observe(self, gradient, memory, rows=0):
         memory["seen"].add_(gradient)
@@ -158,7 +158,7 @@ class Own(Adam):
 
 
 COMPOSED = {
-    "full feedback": {"finder": Power(momentum=0.9), "residual": Feedback(), "codec": Full()},
+    "full feedback": {"finder": Power(inertia=0.9), "residual": Feedback(), "codec": Full()},
     "eager feedback": {"residual": Feedback(lazy=False, decay=0.9, window=3, momentum=False), "codec": Int8()},
     "dion's buffer": {"residual": MomentumBuffer(), "codec": Full()},
     "sparse": {"residual": Sparse(first=False, choose="random", statistics="reset", rule=Own())},
@@ -213,7 +213,7 @@ def test_experts_that_were_stepped_are_not_stepped_again(monkeypatch, together, 
 
     def build():
         model = Experts(transposed).to(dtype)
-        options = {"residual": Feedback(), "codec": Full(), "finder": Power(momentum=0.9), "refresh_every": 2}
+        options = {"residual": Feedback(), "codec": Full(), "finder": Power(inertia=0.9), "refresh_every": 2}
         optimizer = LowRankOptimizer(model.named_parameters(), 1e-2, 3, frame=Blocks(1), select="shape", **options)
         optimizer.stacked_entries *= together
         return model, optimizer
@@ -308,7 +308,7 @@ def test_absorbing_that_raises_takes_nothing_in(monkeypatch, place, codec):
 
     def build():
         p, parts = nn.Parameter(randn((10, 14), 0)), {"precondition": Factored(), "residual": Feedback()}
-        return p, LowRankOptimizer([("p", p)], 1e-2, 3, codec=codec, finder=Power(momentum=0.9), **parts)
+        return p, LowRankOptimizer([("p", p)], 1e-2, 3, codec=codec, finder=Power(inertia=0.9), **parts)
 
     (p, optimizer), (q, whole) = build(), build()
     for t in range(6):

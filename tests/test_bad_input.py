@@ -259,7 +259,7 @@ def test_sparse_gradients_are_refused_by_name(rank, policy):
     assert not optimizer.state.get(other)
 
 
-@pytest.mark.parametrize("finder", [Exact(), Exact(method="svd"), Power(), Power(momentum=0.0), Power(start="exact")])
+@pytest.mark.parametrize("finder", [Exact(), Exact(method="svd"), Power(), Power(inertia=0.0), Power(start="exact")])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("zero", [{0}, {1}, {0, 1, 2}, {2, 3}])
 def test_zero_gradient_at_a_refresh(finder, transport, zero):
@@ -403,11 +403,11 @@ def test_options_of_the_whole_optimizer(kind, options, error, message):
 @pytest.mark.parametrize(
     ("part", "fields", "error"),
     [
-        (Power, {"momentum": 1.0}, ValueError),
+        (Power, {"inertia": 1.0}, ValueError),
         (Power, {"iterations": 0}, ValueError),
         (Power, {"start": "warm"}, ValueError),
         (Power, {"cold": True}, TypeError),
-        (Exact, {"momentum": -0.1}, ValueError),
+        (Exact, {"inertia": -0.1}, ValueError),
         (Exact, {"sweeps": -1}, ValueError),
         (Exact, {"method": "qr"}, ValueError),
         (Modes, {"min_size": 1}, ValueError),

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import comoving
-from comoving import bases, explain, state_bytes
+from comoving import explain, state_bytes
 from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root
 from comoving.draws import scramble
 from comoving.finders import BlockSelection, CosineSelection, Power, RandomProjection, TrainSVD, TreeSVD
 from comoving.frames import Blocks, Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
+from comoving.frames import stored as stored_frame
 from comoving.parts import part
 from comoving.ranks import Energy
 from comoving.residual import Feedback, MomentumBuffer
@@ -30,7 +31,7 @@ SHAPES = [((24, 40), F32), ((12, 10, 9), C64), ((7,), F32)]
 def stored(codec, frame, shape, layout=Modes(), seed=3):  # noqa: B008  (frozen)
     """A state with this frame alone, and the frame that it has become."""
     group, state = {"frame": layout, "bases": codec}, {}
-    return group, state, bases.put(group, state, frame, None, shape, (seed,))
+    return group, state, stored_frame.put(group, state, frame, None, shape, (seed,))
 
 
 def factors_equal(a, b):
@@ -47,9 +48,9 @@ def test_a_decoded_basis_is_orthonormal_and_near(codec, shape, ranks, dtype):
     """Its defect is a few roundings; no direction leaves the stored span by more than the codec's bound."""
     frame = random_frame(shape, ranks, dtype, 1)
     group, state, used = stored(codec, frame, shape)
-    assert used.ranks == ranks == bases.ranks(state, shape)
+    assert used.ranks == ranks == stored_frame.ranks(state, shape)
     assert used.defect() <= 16 * torch.finfo(dtype).eps
-    expected = bases.parts(group, shape, ranks, dtype)
+    expected = stored_frame.schema(group, shape, ranks, dtype)
     assert {n: (tuple(x.shape), x.dtype) for n, x in state.items()} == {
         n: (p.shape, p.dtype) for n, p in expected.items()
     }
@@ -62,7 +63,7 @@ def test_a_decoded_basis_is_orthonormal_and_near(codec, shape, ranks, dtype):
         assert torch.linalg.matrix_norm(outside, 2) <= bound  # the sine of the largest angle
         assert (u - v).norm() <= 3 * bound
         assert codec == Full() or u.shape[1] == u.shape[0] or (u - v).norm() > 1e-4
-    assert factors_equal(bases.load(group, state, shape, dtype), used)
+    assert factors_equal(stored_frame.load(group, state, shape, dtype), used)
 
 
 @CODED
@@ -70,15 +71,15 @@ def test_a_factor_that_stays_keeps_its_codes(codec):
     shape, frame = (40, 30), random_frame((40, 30), (4, 3), F32, 1)
     group, state, used = stored(codec, frame, shape)
     before = copy.deepcopy(state)
-    again = bases.put(group, state, used, used, shape, (3,))
+    again = stored_frame.put(group, state, used, used, shape, (3,))
     states_equal([before], [state])
     assert factors_equal(again, used)
     other = ModeFrame((used.factors[0], random_frame(shape, (None, 5), F32, 9).factors[1]))
-    mixed = bases.put(group, state, other, used, shape, (3,))
-    assert torch.equal(mixed.factors[0], used.factors[0]) and mixed.ranks == bases.ranks(state, shape) == (4, 5)
+    mixed = stored_frame.put(group, state, other, used, shape, (3,))
+    assert torch.equal(mixed.factors[0], used.factors[0]) and mixed.ranks == stored_frame.ranks(state, shape) == (4, 5)
     states_equal(*([{n: x for n, x in s.items() if n.startswith("frame.0")}] for s in (before, state)))
-    assert factors_equal(bases.load(group, state, shape, F32), mixed)
-    whole = bases.put(group, state, ModeFrame((None, mixed.factors[1])), mixed, shape, (3,))
+    assert factors_equal(stored_frame.load(group, state, shape, F32), mixed)
+    whole = stored_frame.put(group, state, ModeFrame((None, mixed.factors[1])), mixed, shape, (3,))
     assert whole.ranks == (None, 5) and not any(name.startswith("frame.0") for name in state)
 
 
@@ -225,8 +226,8 @@ def test_ranks_that_adapt(codec):
     train(p, optimizer, 9, 12)
     train(q, resumed, 9, 12)
     assert all(torch.equal(a, b) for a, b in zip(p, q, strict=True))
-    held = sum(optimizer.roster.claim(x).held() for x in p[:2])
-    assert state_bytes(optimizer, projected=True) == held
+    expected = sum(optimizer.roster.claim(x).bytes_now() for x in p[:2])
+    assert state_bytes(optimizer, projected=True) == expected
 
 
 @pytest.mark.parametrize("codec", [Int4(), DRAWN], ids=str)

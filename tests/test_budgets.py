@@ -162,9 +162,9 @@ def test_a_share_of_what_adamw_keeps_is_never_exceeded(share, policy):
 def test_the_noise_of_a_rounding_is_what_is_measured(codec, width):
     x = randn((2000, width), 1, torch.float64)
     given = x.square() if isinstance(codec, Root) else x
-    parts = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.parts(x.shape, x.dtype).items()}
-    codec.encode(given.clone(), parts)
-    back = codec.decode(parts, tuple(x.shape), x.dtype)
+    stored = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.schema(x.shape, x.dtype).items()}
+    codec.encode(given.clone(), stored)
+    back = codec.decode(stored, tuple(x.shape), x.dtype)
     lost = (back.sqrt() - x.abs() if isinstance(codec, Root) else back - x).square().sum() / x.square().sum()
     assert noise(codec, (2000, width), x.dtype) == pytest.approx(float(lost), rel=0.03)
 
@@ -176,9 +176,9 @@ def test_noise_in_an_average_adds_up_as_stated():
     for t in range(120):
         z = randn(exact.shape, t, torch.float64)
         exact, kept = 0.9 * exact + 0.1 * z, 0.9 * kept + 0.1 * z
-        parts = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.parts(kept.shape, kept.dtype).items()}
-        codec.encode(kept.clone(), parts)
-        kept = codec.decode(parts, tuple(kept.shape), kept.dtype)
+        stored = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.schema(kept.shape, kept.dtype).items()}
+        codec.encode(kept.clone(), stored)
+        kept = codec.decode(stored, tuple(kept.shape), kept.dtype)
         ratios.append(float((kept - exact).square().sum() / exact.square().sum()))
     expected = noise(codec, (64, 256), torch.float64) / (1 - 0.81)
     assert sum(ratios[60:]) / 60 == pytest.approx(expected, rel=0.05)

@@ -9,9 +9,9 @@ import torch
 
 import comoving
 from comoving import catalogue, cli
-from comoving.codecs import Int8, Part
+from comoving.codecs import Int8, Spec
 from comoving.finders import Power
-from comoving.formula import StateFormula, fit
+from comoving.formula import StateFormula, formula_of
 from comoving.frames import Modes
 from comoving.recipes import Recipe
 from comoving.residual import Feedback
@@ -36,15 +36,15 @@ def test_a_formula_counts_the_bytes_that_are_held(name):
     optimizer = comoving.build(name, model, rank=r, **({"refresh_every": 1} if not known(name).full_rank else {}))
     for seed in (1, 2):
         step(optimizer, p, randn((m, n), torch.float32, seed))
-    held, formula = comoving.state_bytes(optimizer), known(name).state_formula()
+    counted, formula = comoving.state_bytes(optimizer), known(name).state_formula()
     if name in IN_WORDS:
         says, count = IN_WORDS[name]
         assert formula is None
         assert known(name).state == says
-        assert held == pytest.approx(count(m, n, r), rel=0.02)
+        assert counted == pytest.approx(count(m, n, r), rel=0.02)
         return
     assert formula is not None
-    assert held == formula.total(m, n, r)
+    assert counted == formula.total(m, n, r)
 
 
 def known(name):
@@ -76,12 +76,11 @@ def test_anybody_s_recipe_has_a_formula():
 
 
 def test_what_is_no_polynomial_has_none():
-    assert fit(lambda m, n, r: {"x": Part((m * n * r,), torch.float32)}) is None
-    assert fit(lambda m, n, r: {"x": Part((min(m, 1400),), torch.int8)}) is None
-    assert (
-        str(fit(lambda m, n, r: {"x": Part((2 * n - m,), torch.float32), "y": Part((), torch.int64)})) == "-1 m + 2 n"
-    )
-    assert str(fit(lambda m, n, r: {})) == "0"
+    assert formula_of(lambda m, n, r: {"x": Spec((m * n * r,), torch.float32)}) is None
+    assert formula_of(lambda m, n, r: {"x": Spec((min(m, 1400),), torch.int8)}) is None
+    found = formula_of(lambda m, n, r: {"x": Spec((2 * n - m,), torch.float32), "y": Spec((), torch.int64)})
+    assert str(found) == "-1 m + 2 n"
+    assert str(formula_of(lambda m, n, r: {})) == "0"
     only_tensors = {"frame": Modes(), "side": "left", "view": "pairs"}
     assert Recipe("none", "", "", only_tensors).state_formula() is None
 

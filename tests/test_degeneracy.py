@@ -189,7 +189,7 @@ def test_the_matrix_is_lost_where_the_conjugation_is_forgotten():
 def test_the_frame_follows_the_gradient():
     """TensorGRaD's fault: the subspace of the first gradient is kept for ever."""
     shape, ranks = (6, 5, 7), (2, None, 3)
-    for finder in (Exact(), Exact(sweeps=1), Power(momentum=0.0)):
+    for finder in (Exact(), Exact(sweeps=1), Power(inertia=0.0)):
         p, optimizer = lone(torch.zeros(shape, dtype=REAL), rank=ranks, finder=finder, refresh_every=2)
         for t in range(6):
             g = known_rank(shape, ranks, seed=t // 2)

@@ -95,7 +95,7 @@ def test_figures_are_the_explicit_ones_and_the_bound_holds(shape, ranks, transpo
         residual,
         codec or Full(),
         transport=transport,
-        finder=Power(momentum=0.5),
+        finder=Power(inertia=0.5),
         refresh_every=period,
     )
     for t in range(8):

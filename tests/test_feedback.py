@@ -58,7 +58,7 @@ class Sums:
 @SHAPES
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("period", [1, 3])
-@pytest.mark.parametrize("finder", [Power(momentum=0.5), Exact()], ids=["power", "exact"])
+@pytest.mark.parametrize("finder", [Power(inertia=0.5), Exact()], ids=["power", "exact"])
 @pytest.mark.parametrize("lazy", [True, False])
 def test_telescopes(shape, ranks, transport, period, finder, lazy, dtype):
     sums = Sums(
@@ -121,8 +121,8 @@ def test_the_lost_momentum_enters_raw(codec, lazy, dtype):
     shape, residual = (6, 9), Feedback(lazy)
     old, new = random_frame(shape, (2, None), dtype, 1), random_frame(shape, (3, None), dtype, 2)
     g, m, m_new = randn(shape, dtype, 3), randn((2, 9), dtype, 4), randn((3, 9), dtype, 5)
-    parts = residual.parts(codec, shape, (2, 9), dtype)
-    state = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
+    schema = residual.schema(codec, shape, (2, 9), dtype)
+    state = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
     seen = residual.restore(g, Passage(old, m, 0.8, 0.2, old, m), True, state, codec)
     close(seen.full(), g)
     z, overlap = new.project(g), new.overlap(old)
@@ -140,9 +140,9 @@ def test_the_lost_momentum_enters_raw(codec, lazy, dtype):
 
 
 def encoded(codec, x):
-    parts = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.parts(tuple(x.shape), x.dtype).items()}
-    codec.encode(x.clone(), parts)
-    return parts
+    stored = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.schema(tuple(x.shape), x.dtype).items()}
+    codec.encode(x.clone(), stored)
+    return stored
 
 
 def roundtrip(codec, x):
@@ -211,7 +211,7 @@ def test_no_block_crosses_rows_of_mode_0(codec, shape, dtype):
     others = [i for i in range(shape[0]) if i != 1]
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before[1], after[1])
-    assert all(part.shape[0] == shape[0] for part in encoded(codec, x).values())
+    assert all(x.shape[0] == shape[0] for x in encoded(codec, x).values())
 
 
 @pytest.mark.parametrize("codec", [*CODECS, *DRAWN], ids=str)
@@ -238,13 +238,13 @@ def test_the_reported_error_is_not_far_above_the_true_one(codec):
 
 def test_full_is_the_storage_itself():
     x = randn((4, 5))
-    parts = encoded(Full(), x)
-    assert Full().decode(parts, (4, 5), REAL) is parts["value"]
-    assert torch.equal(parts["value"], x)
-    assert Full().error(parts) == 0
+    stored = encoded(Full(), x)
+    assert Full().decode(stored, (4, 5), REAL) is stored["value"]
+    assert torch.equal(stored["value"], x)
+    assert Full().error(stored) == 0
 
 
 @pytest.mark.parametrize(("codec", "limit"), [(Full(), 4.0), (BFloat16(), 2.0), (Int8(), 1.02), (Int8(block=8), 1.5)])
 def test_bytes_a_number(codec, limit):
-    parts = codec.parts((64, 512), torch.float32)
-    assert sum(prod(p.shape) * p.dtype.itemsize for p in parts.values()) / (64 * 512) <= limit
+    schema = codec.schema((64, 512), torch.float32)
+    assert sum(prod(p.shape) * p.dtype.itemsize for p in schema.values()) / (64 * 512) <= limit

@@ -193,8 +193,8 @@ def test_adaptive_ranks(moments):
     train(params, optimizer, 0, 12)
     projected = [p for p in params if optimizer.sites[p].projected]
     ranks = [optimizer.state[p]["ranks"].tolist() for p in projected]
-    opened = [[-1 if r is None else r for r in optimizer.sites[p].ranks] for p in projected]
-    assert ranks != opened
+    initial = [[-1 if r is None else r for r in optimizer.sites[p].ranks] for p in projected]
+    assert ranks != initial
     q, resumed = build(moments=moments, ranks=policy, transport=Carry(), residual=Feedback())
     with torch.no_grad():
         for a, b in zip(params, q, strict=True):
@@ -203,7 +203,7 @@ def test_adaptive_ranks(moments):
     train(params, optimizer, 12, 16)
     train(q, resumed, 12, 16)
     assert all(torch.equal(a, b) for a, b in zip(params, q, strict=True))
-    assert state_bytes(optimizer) == sum(optimizer.roster.claim(p).held() for p in projected) + sum(
+    assert state_bytes(optimizer) == sum(optimizer.roster.claim(p).bytes_now() for p in projected) + sum(
         row.bytes for row in explain(optimizer).rows if not row.projected
     )
 

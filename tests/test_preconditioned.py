@@ -180,11 +180,11 @@ class InTheCore:
             self.m, self.v = torch.zeros(shape, dtype=g.dtype), torch.zeros(shape, dtype=REAL)
             self.stats = [torch.zeros(d, d, dtype=g.dtype) for d in shape]
             self.q = [torch.eye(d, dtype=g.dtype) for d in shape]
-        held = torch.zeros_like(self.e) if first else (self.b @ self.m.flatten()).reshape(g.shape)
+        lifted = torch.zeros_like(self.e) if first else (self.b @ self.m.flatten()).reshape(g.shape)
         if not first and any(x is not None and not torch.equal(x, y) for x, y in zip(u, self.u, strict=True)):
             self.carry(u)
         z = (b.mH @ g.flatten()).reshape(shape)
-        lost = held - (b @ self.m.flatten()).reshape(g.shape)
+        lost = lifted - (b @ self.m.flatten()).reshape(g.shape)
         if self.feedback:
             self.e = g - (b @ z.flatten()).reshape(g.shape) + 4 * lost
         self.u, self.b = u, b

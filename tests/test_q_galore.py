@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import comoving
-from comoving import bases
 from comoving.cadence import Lazy
 from comoving.codecs import Full, Int4, Int8
 from comoving.draws import scramble
 from comoving.finders import Exact, Power
 from comoving.frames import Blocks
+from comoving.frames import stored as stored_frame
 from comoving.transport import Rotate
 from comoving.weights import quantize
 from contract.support import randn
@@ -45,7 +45,7 @@ class Layers(nn.Module):
 
 def ours(optimizer, p, left):
     """The factor as it is read of its codes."""
-    frame = bases.load(optimizer.param_groups[0], optimizer.state[p], tuple(p.shape), p.dtype)
+    frame = stored_frame.load(optimizer.param_groups[0], optimizer.state[p], tuple(p.shape), p.dtype)
     return frame.factors[0 if left else 1]
 
 

@@ -72,8 +72,8 @@ class Stay(Power):
 class Counting(Power):
     """Remembers one number for each direction of the first mode, and how many gradients it has seen."""
 
-    def parts(self, shape, ranks, dtype):
-        return {"each": slots.Part((ranks[0],), dtype)}
+    def schema(self, shape, ranks, dtype):
+        return {"each": slots.Spec((ranks[0],), dtype)}
 
     def observe(self, gradient, memory, rows=0):
         memory["each"] += 1
@@ -117,7 +117,7 @@ def test_a_mode_no_longer_than_a_step_finds_its_rank_exactly(start):
 def test_between_the_thresholds_nothing_flaps(low, high, calm):
     """A signal whose strength against the noise wavers: 24 directions hold 0.65 to 0.84 of the energy."""
     signal, p = unit(known_rank((48, 60), (24, None))), nn.Parameter(torch.zeros(48, 60, dtype=REAL))
-    optimizer = LowRankOptimizer([p], 1e-3, (24, None), ranks=Energy(low=low, high=high), finder=Exact(momentum=0.9))
+    optimizer = LowRankOptimizer([p], 1e-3, (24, None), ranks=Energy(low=low, high=high), finder=Exact(inertia=0.9))
     ranks, captured = [], []
     for t in range(40):
         step(optimizer, p, signal + (0.7 + 0.25 * (-1) ** (t // 2)) * randn((48, 60), REAL, 50 + t))
@@ -279,7 +279,7 @@ def test_shapes_change_at_refreshes_only_and_are_those_of_the_layout():
         shapes = {n: (tuple(x.shape), x.dtype) for n, x in state.items() if isinstance(x, torch.Tensor)}
         site = slots.current(optimizer.sites[p], group, state)
         expected = slots.layout(site, group)
-        assert shapes == {n: (part.shape, part.dtype) for n, part in expected.items()}
+        assert shapes == {n: (spec.shape, spec.dtype) for n, spec in expected.items()}
         (row,) = explain(optimizer).rows
         assert row.ranks == ranks_of(optimizer, p) and row.bytes == state_bytes(optimizer, projected=True)
         if before is not None and shapes != before:
@@ -367,7 +367,7 @@ def test_the_schedule_is_followed_exactly(curve, every):
 
 
 @pytest.mark.parametrize("size", [64, 6])
-def test_validation_without_improvement_opens_ranks(size):
+def test_validation_without_improvement_raises_ranks(size):
     notch = 8 if size == 64 else 1
     base = 2 * notch
     policy = Temperature(start=2.0, end=0.5, steps=1, patience=2)
@@ -473,7 +473,7 @@ def test_the_budget_holds_whatever_happens(seed):
         optimizer.step()
         assert state_bytes(optimizer, projected=True) <= budget
         roster = optimizer.roster
-        assert all(size == roster.claim(p).held() for p, size in roster._held.items())  # what is remembered
+        assert all(size == roster.claim(p).bytes_now() for p, size in roster._bytes.items())  # what is remembered
         grown |= any(
             (now or 0) > (first or 0)
             for p, site in optimizer.sites.items()
@@ -550,7 +550,8 @@ def test_the_least_energy_per_byte_is_released_for_twice_as_much():
     assert released(2.0) == [16, 16, 16]
     assert released(2.1) == [16, 8, 16]
     assert states[model.w1]["ranks.value"].tolist() == [torch.inf] * 2  # not again before its next reading
-    assert optimizer.roster.claim(model.w1).held() == optimizer.roster.claim(model.w0).held()  # nothing is freed yet
+    sizes = [optimizer.roster.claim(w).bytes_now() for w in (model.w0, model.w1)]
+    assert sizes[0] == sizes[1]  # nothing is freed yet
     assert released(4.1) == [16, 8, 8]
     states[model.w2]["ranks.value"][0] = 0.5  # still at rank 16: asked already
     assert released(4.1) == [16, 8, 8]

@@ -157,7 +157,7 @@ def tucker_references(params, optimizer, ranks, **options):
 )
 @pytest.mark.parametrize("scale", ["match", "0.2-match", 0.4])
 def test_update_aware(recipe, transport, shape, ranks, dtype, scale):
-    given = {"transport": transport, "finder": Power(momentum=0.9)}  # the references iterate in short modes too
+    given = {"transport": transport, "finder": Power(inertia=0.9)}  # the references iterate in short modes too
     given |= {"codec": Full(), "moments": Full()}
     params, optimizer = build(recipe, shape, dtype, rank=ranks, scale=scale, refresh_every=4, **given)
     references = tucker_references(params, optimizer, ranks, transport=transport, scale=scale)
@@ -191,7 +191,7 @@ def test_first_frame_is_three_power_iterations_from_a_seeded_start(shape, ranks,
 @TENSORS
 def test_comoving_in_eight_bits_stays_close(shape, ranks, dtype):
     """Eight bits round each entry of the feedback by 0.4% of the largest at most; the way differs by under 5%."""
-    finder = Power(momentum=0.9)  # the references iterate in short modes too
+    finder = Power(inertia=0.9)  # the references iterate in short modes too
     params, optimizer = build("comoving", shape, dtype, rank=ranks, refresh_every=4, scale="match", finder=finder)
     starts = [p.detach().clone() for p in params]
     references = tucker_references(params, optimizer, ranks, transport="rotate", scale="match")
@@ -236,9 +236,9 @@ def test_defaults_are_the_papers():
     assert (group["galore"]["refresh_every"], group["galore"]["scale"]) == (200, 0.25)
     assert (group["ldadam"]["refresh_every"], group["ldadam"]["scale"]) == (1, 1.0)
     assert group["ldadam"]["betas"] == (0.908, 0.99)
-    assert group["ldadam"]["finder"].momentum == 0.908
+    assert group["ldadam"]["finder"].inertia == 0.908
     assert group["tensor-galore"]["finder"].sweeps > 0
-    assert group["galore"]["finder"].momentum == group["tensor-galore"]["finder"].momentum == 0.0
+    assert group["galore"]["finder"].inertia == group["tensor-galore"]["finder"].inertia == 0.0
     assert group["adamw"]["rank"] == 1.0
     default = comoving.AdamW(model.parameters(), rank=2).param_groups[0]
     assert {k: v for k, v in group["comoving"].items() if k in comoving.recipes()["comoving"].options} == {

@@ -142,7 +142,7 @@ def test_factored_preconditioner_with_momentum_is_adafactor(clip, shape, dtype):
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 1, 4), (2, 3, 2, 2)])
 @pytest.mark.parametrize("part", [Factored(), Factored(decay=0.5, floor=1e-6, clip=None)], ids=str)
 def test_factored_is_finite_real_and_leaves_the_gradient(part, shape, dtype, size):
-    state = {n: torch.zeros(x.shape, dtype=x.dtype) for n, x in part.parts(shape, dtype).items()}
+    state = {n: torch.zeros(x.shape, dtype=x.dtype) for n, x in part.schema(shape, dtype).items()}
     for t in range(1, 5):
         g = randn(shape, dtype, t) * size if t % 2 else torch.zeros(shape, dtype=dtype)
         before = g.clone()
@@ -318,7 +318,7 @@ def test_correlation_takes_up_a_momentum_of_other_ranks():
 @pytest.mark.parametrize("period", [1, 3])
 def test_dct_adamw(period, norm, shape, dtype):
     """The reference selects for itself: the order of columns makes no difference to what is lifted."""
-    options = {"finder": CosineSelection(momentum=0.0, norm=norm), "codec": Full(), "refresh_every": period}
+    options = {"finder": CosineSelection(inertia=0.0, norm=norm), "codec": Full(), "refresh_every": period}
     p, optimizer = build("dct-adamw", shape, dtype, scale=1.0, **options)
     given = {"refresh_at": every(period), "basis": "dct2", "norm": norm, "error_feedback": True}
     reference = DctAdamW(p.detach(), rank=3, **given, **HYPER)
@@ -425,4 +425,4 @@ def test_defaults_are_the_papers():
     assert group["flora"]["precondition"] == Factored(decay=0.8, floor=1e-30, clip=1.0)
     assert (group["coap"]["refresh_every"], group["coap"]["finder"]) == (32, Correlation(rate=0.1, recalibrate=5))
     assert group["online-subspace-descent"]["refresh_every"] == group["dct-adamw"]["refresh_every"] == 1
-    assert all(group[name]["finder"].momentum == 0 for name in RELATIVES)
+    assert all(group[name]["finder"].inertia == 0 for name in RELATIVES)

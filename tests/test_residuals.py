@@ -270,8 +270,8 @@ def test_a_first_gradient_of_zero_is_no_limit(residual):
 
 def chosen(residual, g, times=1, seed_state=None):
     """The indices after so many refreshes with one gradient."""
-    parts = residual.parts(Full(), tuple(g.shape), (2,), g.dtype)
-    state = {n: torch.zeros(part.shape, dtype=part.dtype) for n, part in parts.items()}
+    schema = residual.schema(Full(), tuple(g.shape), (2,), g.dtype)
+    state = {n: torch.zeros(spec.shape, dtype=spec.dtype) for n, spec in schema.items()}
     for _ in range(times):
         residual.renew(g, state, Full())
     return state["sparse.indices"], state

@@ -103,9 +103,7 @@ def test_every_kind_of_parameter(case):
 
 PARTS = {
     "transport": st.sampled_from([Keep(), Reset(), Rotate(), Carry()]),
-    "finder": st.sampled_from(
-        [Exact(), Exact(method="svd", momentum=0.5), Power(), Power(start="exact", momentum=0.0)]
-    ),
+    "finder": st.sampled_from([Exact(), Exact(method="svd", inertia=0.5), Power(), Power(start="exact", inertia=0.0)]),
     "residual": st.sampled_from([Discard(), Feedback()]),
     "codec": st.sampled_from([Full(), BFloat16(), Int8(block=16)]),
     "refresh_every": st.integers(1, 5),

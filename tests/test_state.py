@@ -106,10 +106,10 @@ def test_no_tensor_of_the_state_keeps_a_larger_storage_alive(recipe):
     model = mixed()
     optimizer = build(recipe, model, 1e-3)
     step(model, optimizer, 9)
-    held = tensors(optimizer)
-    for _, name, x in held:
+    every = tensors(optimizer)
+    for _, name, x in every:
         assert x.untyped_storage().nbytes() == x.numel() * x.element_size(), name
-    assert len({x.untyped_storage().data_ptr() for _, _, x in held}) == len(held)
+    assert len({x.untyped_storage().data_ptr() for _, _, x in every}) == len(every)
 
 
 def test_shared_storages_count_once():

@@ -114,8 +114,8 @@ def test_gradients_are_never_changed(recipe, on_nonfinite):
         optimizer.step()
         for p, (same, value, version) in zip(model.parameters(), before, strict=True):
             assert p.grad is same and torch.equal(same, value) and same._version == version
-        held = {x.data_ptr() for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)}
-        assert not held & {p.grad.data_ptr() for p in model.parameters()}
+        stored = {x.data_ptr() for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)}
+        assert not stored & {p.grad.data_ptr() for p in model.parameters()}
 
 
 @pytest.mark.parametrize("transport", [Keep(), Reset(), Rotate(), Carry()])

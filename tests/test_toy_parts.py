@@ -10,8 +10,8 @@ from torch import nn
 
 import comoving
 from comoving import LowRankOptimizer
-from comoving.cadence.base import held
-from comoving.codecs import Part
+from comoving.cadence.base import on_host
+from comoving.codecs import Spec
 from comoving.finders import Operand
 from comoving.frames import ModeFrame, Modes
 from comoving.linalg import norm
@@ -45,9 +45,9 @@ class Coordinates:
     """The first coordinates of each mode, for ever."""
 
     batched = True
-    momentum = 0.0
+    inertia = 0.0
 
-    def parts(self, shape, ranks, dtype):
+    def schema(self, shape, ranks, dtype):
         return {}
 
     def observe(self, gradient, memory, rows=0):
@@ -66,14 +66,14 @@ class Seldom:
     alone = False
     compares = ()
 
-    def parts(self):
-        return {"last": Part((), torch.int64, scalar=True)}
+    def schema(self):
+        return {"last": Spec((), torch.int64, scalar=True)}
 
     def due(self, slots, when):
         return when.tick - int(slots["last"]) >= 2 * when.every
 
     def refreshed(self, slots, last, new, when):
-        return {"last": held(when.tick)}
+        return {"last": on_host(when.tick)}
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Tenth(Inside):
 
     batched = bounded = feeds = True
 
-    def parts(self, codec, shape, core_shape, dtype):
-        return {"tenth": Part(shape, dtype)}
+    def schema(self, codec, shape, core_shape, dtype):
+        return {"tenth": Spec(shape, dtype)}
 
     def restore(self, gradient, passage, opening, state, codec):
         return Operand(gradient + state["tenth"] if opening else gradient, rows=passage.rows)
@@ -136,7 +136,7 @@ class Clipped:
 
     batched = replays = True
 
-    def parts(self, shape, dtype):
+    def schema(self, shape, dtype):
         return {}
 
     def apply(self, gradient, state, step, rows=0):
@@ -153,24 +153,24 @@ class Half:
     def positive(self):
         return self
 
-    def parts(self, shape, dtype):
-        return {"half": Part(shape, torch.bfloat16)}
+    def schema(self, shape, dtype):
+        return {"half": Spec(shape, torch.bfloat16)}
 
-    def decode(self, parts, shape, dtype):
-        return parts["half"].to(dtype)
+    def decode(self, stored, shape, dtype):
+        return stored["half"].to(dtype)
 
-    def decode_onto(self, x, parts):
-        return x + parts["half"].to(x.dtype)
+    def decode_onto(self, x, stored):
+        return x + stored["half"].to(x.dtype)
 
-    def encode(self, x, parts, rows=0):
-        parts["half"].copy_(x)
+    def encode(self, x, stored, rows=0):
+        stored["half"].copy_(x)
         return norm(x, rows)
 
-    def scaled(self, parts, factor):
-        return {"half": parts["half"] * factor}
+    def scaled(self, stored, factor):
+        return {"half": stored["half"] * factor}
 
-    def error(self, parts, rows=0):
-        return norm(parts["half"], rows) * 2**-8
+    def error(self, stored, rows=0):
+        return norm(stored["half"], rows) * 2**-8
 
 
 PARTS = {

@@ -322,7 +322,7 @@ def test_in_the_engine(shape, ranks, residual, transport, dtype):
         start,
         rank=ranks,
         transport=transport,
-        finder=Power(momentum=0.5),
+        finder=Power(inertia=0.5),
         refresh_every=3,
         scale=0.7,
         **options,
@@ -377,7 +377,7 @@ class Ruled:
         if slot.kind in (Kind.LINEAR, Kind.VARIANCE):
             return self.core
         if slot.kind is Kind.MASS:
-            turned = dict(slot.bases)
+            turned = dict(slot.turned_by)
             pairs = zip(self.core, self.frame.ranks, strict=True)
             return tuple(1 if r is None and n not in turned else d for n, (d, r) in enumerate(pairs))
         if slot.kind is Kind.SCALAR:
@@ -491,7 +491,7 @@ def test_signed_permutations_permute_statistics(rule, kind, shape, ranks, dtype)
     for slot in core.of(Kind.VARIANCE, Kind.MASS):
         x = before[slot.name]
         for n, (order, _) in orders.items():
-            if n not in dict(slot.bases) and x.shape[n] > 1:
+            if n not in dict(slot.turned_by) and x.shape[n] > 1:
                 x = x.index_select(n, order)
         if slot.name == V and bounded_by_carry(core):
             x = torch.maximum(x, squares_in_bases(core) / core.state[K])
@@ -564,7 +564,7 @@ def test_statistics_by_their_formulas(statistics, rule, kind, shape, ranks, new_
 
 def check_variance(core, slot, before, overlaps, c1, c2, dtype):
     """Rotate's or carry's formula on flat vectors, all of it in the bases."""
-    bases = dict(slot.bases)
+    bases = dict(slot.turned_by)
 
     def basis_of(state, n, size):
         return state[bases[n]] if n in bases else torch.eye(size, dtype=dtype)

@@ -174,8 +174,8 @@ def test_numbers_of_numpy_mean_the_same():
 
 
 def test_parts_may_be_plain_data():
-    finder = part("finder", {"part": "BlockSelection", "inner": {"part": "power", "momentum": 0.5}})
-    assert finder == BlockSelection(Power(momentum=0.5))
+    finder = part("finder", {"part": "BlockSelection", "inner": {"part": "power", "inertia": 0.5}})
+    assert finder == BlockSelection(Power(inertia=0.5))
     assert part("transport", comoving.checkpoint.describe(Rotate(statistics="keep"))) == Rotate(statistics="keep")
 
 

@@ -1,12 +1,12 @@
 """Low-rank and tensor-structured optimizers whose state moves with the gradient's subspace."""
 
 from .adamw import AdamW
+from .checkpoint import save
 from .explain import explain
 from .groups import param_groups
 from .memory import Plan, plan
 from .optimizer import LowRankOptimizer
 from .recipes import Recipe, build, recipes
-from .saving import save
 from .state import state_bytes
 
 __version__ = "0.1.0"

@@ -36,7 +36,7 @@ class AdamW(LowRankOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        finder: Finder = Power(momentum=0.9, exact_up_to=32),  # noqa: B008  (frozen)
+        finder: Finder = Power(inertia=0.9, exact_up_to=32),  # noqa: B008  (frozen)
         transport: Transport = Rotate(),  # noqa: B008
         residual: Residual = Feedback(),  # noqa: B008
         codec: Codec | Literal["auto"] = Int8(),  # noqa: B008

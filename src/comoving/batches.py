@@ -159,7 +159,7 @@ class Gathered:
             fresh = dict[str, Any]()
             for name, listed in parts.items():
                 old, x = row.state.get(name), listed[i]
-                if _fits(old, x):
+                if _has_room(old, x):
                     targets.append(old)
                     values.append(x)
                 else:
@@ -224,7 +224,7 @@ class Batch:
         fresh, targets, values = dict[str, Any](), list[Tensor](), list[Tensor]()
         for name, own in new.items():
             old, x = self._tensors.get(name), own.expand(count, *own.shape) if name in alike else own
-            if not _fits(old, x):
+            if not _has_room(old, x):
                 fresh[name] = x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
             elif old is not x:
                 targets.append(old)
@@ -286,7 +286,7 @@ def _rows_of(x: Any, count: int, shared: bool) -> Sequence[Any]:
     return (x.expand(count, *x.shape) if shared else x).unbind()
 
 
-def _fits(old: Any, x: Any) -> TypeGuard[Tensor]:
+def _has_room(old: Any, x: Any) -> TypeGuard[Tensor]:
     """Whether one tensor can be written into another."""
     return (
         isinstance(old, Tensor)
@@ -299,7 +299,7 @@ def _fits(old: Any, x: Any) -> TypeGuard[Tensor]:
 
 def _into(old: Any, x: Any) -> Any:
     """The old tensor with the numbers of the new one where it has room for them, else the new one."""
-    if not _fits(old, x) or old is x:
+    if not _has_room(old, x) or old is x:
         return x
     old.copy_(x)
     return old

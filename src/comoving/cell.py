@@ -6,11 +6,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from . import bases
 from . import state as slots
 from .clock import Clock
 from .diagnostics import SLOT
 from .frames import Frame, ModeFrame
+from .frames import stored as stored_frame
 from .kind import Kind
 from .residual.base import HELD, HELD_NORM, Passage
 from .sites import Site
@@ -86,7 +86,7 @@ class Cell:
         for name, x in state.items():
             if name in known:
                 cell.moments[name] = x
-            elif name.startswith(bases.PREFIX):
+            elif name.startswith(stored_frame.PREFIX):
                 cell.basis[name] = x
             elif name.startswith(MEMORY):
                 cell.finder[name.removeprefix(MEMORY)] = x
@@ -167,7 +167,7 @@ class Cell:
         if self._frame is None:
             view, momentum = self.kind.site.view, self.moments.get(self.kind.parts.rule.momentum)
             if self.kind.site.projected:
-                self._frame = bases.load(self.kind.group, self.basis, view.shape, view.dtype, momentum)
+                self._frame = stored_frame.load(self.kind.group, self.basis, view.shape, view.dtype, momentum)
             else:
                 self._frame = ModeFrame((None,) * len(view.shape))
         return self._frame

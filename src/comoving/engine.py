@@ -108,19 +108,19 @@ class Engine:
         state = row.state
         if "step" not in state:
             scalars = self.scalar_device(p, row.site)
-            state.update(slots.opened(row.site, row.kind.group, p, scalars, self.seed))
+            state.update(slots.initial_state(row.site, row.kind.group, p, scalars, self.seed))
         return row
 
-    def opened(self, p: Tensor) -> list[Row]:
+    def rows_of(self, p: Tensor) -> list[Row]:
         """The parameter, or those of its blocks that have a state."""
         state = self.owner.state.get(p, {})
         if self.roster.sites[p].blocks:
             return [self.row(p, block) for block in blocks_in(state)]
         return [self.row(p)] if "step" in state else []
 
-    def open(self, p: Tensor) -> list[Row]:
-        """What has absorbed a gradient."""
-        return [row for row in self.opened(p) if CORE in row.state]
+    def waiting(self, p: Tensor) -> list[Row]:
+        """The rows that have absorbed a gradient, and wait for the step."""
+        return [row for row in self.rows_of(p) if CORE in row.state]
 
     def due(self, row: Row) -> bool:
         """Whether the next gradient brings this row a new frame."""
@@ -317,7 +317,7 @@ class Engine:
             written: takes the numbers of blocks whose weights and states are as they shall be, should others fail.
         """
         if self.roster.sites[p].blocks:
-            self._write_blocks(p, self.open(p), None, set() if written is None else written)
+            self._write_blocks(p, self.waiting(p), None, set() if written is None else written)
             return
         (which,) = self.sorted_out([self.row(p)])
         cell = which.cell()
@@ -383,7 +383,7 @@ class Engine:
 
     @contextmanager
     def _closed_if_failing(self, p: Tensor, written: Collection[str] = ()) -> Generator[None]:
-        """Take away the state that a step which failed has opened, but that of blocks that have been written."""
+        """Take away the state that a step which failed has made, but that of blocks that have been written."""
         before, blocks = {*self.owner.state[p]} if p in self.owner.state else None, self.roster.sites[p].blocks
         try:
             yield
@@ -403,7 +403,7 @@ class Engine:
 def _scheduled(row: Row, every: int) -> bool:
     """Whether a refresh is scheduled for the next step of a row."""
     state, cadence = row.state, row.kind.parts.cadence
-    own = {name: state[slots.CADENCE + name] for name in cadence.parts()}  # faster than a search for them
+    own = {name: state[slots.CADENCE + name] for name in cadence.schema()}  # faster than a search for them
     return state["tick"] <= 0 or cadence.due(own, When(state["tick"], every, row.site.phase))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from .codecs import Codec
 from .frames.base import Rank
 from .groups import param_groups
-from .state import current, layout, part_bytes, parts_of
+from .state import current, layout, parts_of, spec_bytes
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
     for group in optimizer.param_groups:
         for p in group["params"]:
             site = current(optimizer.sites[p], group, optimizer.state.get(p, {}))
-            size = sum(map(part_bytes, layout(site, group).values())) if p.requires_grad else 0
+            size = sum(map(spec_bytes, layout(site, group).values())) if p.requires_grad else 0
             own = parts_of(site, group)
             view = "torch" if site.plain else str(site.view.name if isinstance(site.view.name, str) else "heads")
             view += f", {site.blocks} blocks" if site.blocks else ""

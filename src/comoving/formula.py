@@ -8,7 +8,7 @@ from math import floor, prod
 
 import torch
 
-from .codecs import Part
+from .codecs import Spec
 
 MONOMIALS = {
     "mn": (1, 1, 0), "mr": (1, 0, 1), "nr": (0, 1, 1), "r²": (0, 0, 2), "m²": (2, 0, 0), "n²": (0, 2, 0),
@@ -53,13 +53,13 @@ class StateFormula:
         return " + ".join(terms).replace("+ -", "- ") or "0"
 
 
-def fit(layout: Callable[[int, int, int], Mapping[str, Part]]) -> StateFormula | None:
+def formula_of(layout: Callable[[int, int, int], Mapping[str, Spec]]) -> StateFormula | None:
     """The formula of a layout, a function of (m, n, r); None where no polynomial of degree two is exactly it."""
     points = [(m * _UNIT, n * _UNIT, r * _UNIT) for m, n, r in _POINTS]
     laid = [layout(*point).values() for point in points]
-    numbers = _solve(points, [sum(prod(x.shape) for x in parts if x.dtype == torch.float32) for parts in laid])
+    numbers = _solve(points, [sum(prod(x.shape) for x in specs if x.dtype == torch.float32) for specs in laid])
     coded = _solve(
-        points, [sum(prod(x.shape) * x.dtype.itemsize for x in parts if x.dtype != torch.float32) for parts in laid]
+        points, [sum(prod(x.shape) * x.dtype.itemsize for x in specs if x.dtype != torch.float32) for specs in laid]
     )
     return None if numbers is None or coded is None else StateFormula(numbers, coded)
 

@@ -80,11 +80,11 @@ def check_options(group: Mapping[str, Any]) -> None:
     check_choice("select", group["select"], ("auto", "shape"))
     check_choice("rounding", group["rounding"], ROUNDINGS)
     roles = {
-        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("parts", "observe", "find", "momentum"),
-        "cadence": ("parts", "due", "refreshed"), "precondition": ("parts", "apply"), "transport": ("move", "age"),
+        "frame": ("ranks", "core_shape", "load", "start"), "finder": ("schema", "observe", "find", "inertia"),
+        "cadence": ("schema", "due", "refreshed"), "precondition": ("schema", "apply"), "transport": ("move", "age"),
         "rule": ("absorb", "direction"), "residual": ("restore", "keep", "write"), "codec": ("encode", "decode"),
         "moments": ("encode", "decode", "positive"), "bases": ("encode", "decode"),
-        "ranks": ("adaptive", "opening", "wanted", "below", "heard"),
+        "ranks": ("adaptive", "initial", "wanted", "below", "heard"),
     }  # fmt: skip
     for role, methods in roles.items():
         part = group[role]
@@ -154,18 +154,18 @@ def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any],
         if site.projected:
             try:
                 one = site.block(0) if site.blocks else site
-                group["finder"].parts(one.view.shape, one.ranks, one.view.dtype)
-                group["residual"].parts(group["codec"], one.view.shape, one.core_shape, one.view.dtype)
+                group["finder"].schema(one.view.shape, one.ranks, one.view.dtype)
+                group["residual"].schema(group["codec"], one.view.shape, one.core_shape, one.view.dtype)
             except ValueError as error:
                 raise ValueError(f"{site.name}: {error}") from None
         check_site(site, group)
-    return [_opening(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
+    return [_at_first_ranks(site, group) if site.projected and group["ranks"].adaptive else site for site in sites]
 
 
-def _opening(site: Site, group: Mapping[str, Any]) -> Site:
+def _at_first_ranks(site: Site, group: Mapping[str, Any]) -> Site:
     """The site with the ranks that an adaptive policy starts from."""
     shape = site.view.shape
-    ranks = group["ranks"].opening(site.ranks, shape)
+    ranks = group["ranks"].initial(site.ranks, shape)
     return replace(site, ranks=ranks, core_shape=group["frame"].core_shape(shape, ranks), base=site.ranks)
 
 
@@ -248,8 +248,8 @@ def _reals(site: Site, group: Mapping[str, Any]) -> int:
     field = 2 if site.view.dtype.is_complex else 1
     slots = group["rule"].slots(site.core_shape)
     moments = sum(field if slot.kind is Kind.LINEAR else 1 for slot in slots if slot.mode < 0)
-    frame = group["frame"].parts(site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
-    return moments * prod(site.core_shape) + field * sum(prod(part.shape) for part in frame.values())
+    frame = group["frame"].schema(site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
+    return moments * prod(site.core_shape) + field * sum(prod(spec.shape) for spec in frame.values())
 
 
 def dense_by_name(name: str) -> str | None:
@@ -354,10 +354,10 @@ def _chosen(model: nn.Module, places: Places, selectors: tuple[Selector, ...]) -
     Raises:
         ValueError: a selector that matches none.
     """
-    unused = [s for s in selectors if not any(_matches(s, place) for held in places.values() for place in held)]
+    unused = [s for s in selectors if not any(_matches(s, place) for own in places.values() for place in own)]
     if unused:
         raise ValueError(f"no parameter of {type(model).__name__} matches {', '.join(map(repr, unused))}")
-    return [name for name, held in places.items() if any(_matches(s, place) for s in selectors for place in held)]
+    return [name for name, own in places.items() if any(_matches(s, place) for s in selectors for place in own)]
 
 
 def _split(

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from . import bases
 from . import state as slots
 from .cadence import Cadence
 from .codecs import Codec
 from .finders import Finder
 from .frames import Layout
+from .frames import stored as stored_frame
 from .likeness import one_by_one
 from .precondition import Precondition
 from .ranks import Policy
@@ -83,10 +83,10 @@ class Kind:
         shape, dtype = site.view.shape, site.view.dtype
         found: dict[str, Iterable[str]] = dict.fromkeys(("finder", "cadence", "residual"), ())
         if site.projected:
-            found["finder"] = parts.finder.parts(shape, site.ranks, dtype)
-            found["cadence"] = parts.cadence.parts()
-            found["residual"] = parts.residual.parts(parts.codec, shape, site.core_shape, dtype)
-        found |= {"moments": self.moments, "precondition": parts.precondition.parts(shape, dtype)}
+            found["finder"] = parts.finder.schema(shape, site.ranks, dtype)
+            found["cadence"] = parts.cadence.schema()
+            found["residual"] = parts.residual.schema(parts.codec, shape, site.core_shape, dtype)
+        found |= {"moments": self.moments, "precondition": parts.precondition.schema(shape, dtype)}
         return {name: frozenset(names) for name, names in found.items()}
 
     @cached_property
@@ -94,21 +94,21 @@ class Kind:
         """The slots on the host that are the same for all rows of a batch, but for the ranks that frames store."""
         return frozenset(
             name
-            for name, part in slots.layout(self.site, self.group).items()
-            if not part.shape and part.dtype == torch.int64 and not (part.seed or part.own)
+            for name, spec in slots.layout(self.site, self.group).items()
+            if not spec.shape and spec.dtype == torch.int64 and not (spec.seed or spec.own)
         )
 
     @cached_property
     def basis(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor of a frame of these ranks."""
         site = self.site
-        found = bases.parts(self.group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
-        return {name: part.shape for name, part in found.items()}
+        found = stored_frame.schema(self.group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
+        return {name: spec.shape for name, spec in found.items()}
 
     @cached_property
     def said(self) -> dict[str, int]:
         """Name and value of each rank that a frame stores."""
-        said = {bases.RANK.format(n): r for n, r in enumerate(self.site.ranks) if r is not None}
+        said = {stored_frame.RANK.format(n): r for n, r in enumerate(self.site.ranks) if r is not None}
         return {name: rank for name, rank in said.items() if name in self.shared}
 
     @cached_property

@@ -162,7 +162,7 @@ class LowRankOptimizer(Optimizer):
         self._complete = False  # the budget is shared out once, over all groups
         super().__init__(params_of(params), defaults)
         self._complete = True
-        self.roster.sites |= self.roster.within_budget(self.sites, self.roster.group_of)
+        self.roster.sites |= self.roster.assigned(self.sites, self.roster.group_of)
         self.engine.forget()
 
     def _begin(self) -> None:
@@ -289,9 +289,9 @@ class LowRankOptimizer(Optimizer):
                 f"{gradient.layout}, {gradient.dtype} and {tuple(gradient.shape)}"
             )
         # The caller may clear its gradient before apply().
-        held = not site.projected or self.roster.group_of(p)["residual"].holds
+        copied = not site.projected or self.roster.group_of(p)["residual"].holds
         with full_precision():
-            self.engine.take(p, gradient.clone() if held else gradient)
+            self.engine.take(p, gradient.clone() if copied else gradient)
 
     @torch.no_grad()
     def apply(self, p: Tensor) -> None:
@@ -304,7 +304,7 @@ class LowRankOptimizer(Optimizer):
             RuntimeError: nothing was absorbed; experts that saw no token are no reason.
         """
         site = self._served(p)
-        if not site.blocks and not self.engine.open(p):
+        if not site.blocks and not self.engine.waiting(p):
             raise RuntimeError(f"{site.name} has no gradient to apply: call absorb() first")
         with full_precision():
             self.engine.write(p)
@@ -323,7 +323,7 @@ class LowRankOptimizer(Optimizer):
 
         The training loop stays as it is: ``accumulate`` times ``loss.backward()``, then ``step()``, then the
         scheduler's. Gradients are accumulated **in the subspace**: of a projected parameter only the core and what the
-        residual keeps are held (a frame stays as it is during the window), so at no time is there more than one
+        residual keeps are stored (a frame stays as it is during the window), so at no time is there more than one
         parameter's full gradient; of a dense one, and where the residual needs the whole gradient (Fira, Channel,
         Sign), the sum itself. Divide the loss by ``accumulate`` where the mean is meant, as ever.
         Until ``step()`` ``p.grad`` holds a :class:`comoving.drivers.taken.TakenUp`, a tensor without numbers: what
@@ -469,7 +469,7 @@ class LowRankOptimizer(Optimizer):
         return {
             row.site.name: error_control.reading(row.state[error_control.SLOT], row.kind.parts.residual)
             for p in self.state
-            for row in self.engine.opened(p)
+            for row in self.engine.rows_of(p)
             if error_control.SLOT in row.state
         }
 
@@ -502,7 +502,7 @@ class LowRankOptimizer(Optimizer):
             for p, key in keys.items()
             if key in state_dict["state"]
         }
-        self.roster.fit_loaded(admitted, groups)
+        self.roster.assign_loaded(admitted, groups)
         packed = super().state_dict()["param_groups"]
         packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.

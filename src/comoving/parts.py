@@ -1,4 +1,4 @@
-"""Parts by name, for command lines and configuration files: ``"rotate"``, ``"power(momentum=0.5)"``."""
+"""Parts by name, for command lines and configuration files: ``"rotate"``, ``"power(inertia=0.5)"``."""
 
 import ast
 from dataclasses import fields

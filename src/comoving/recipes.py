@@ -12,7 +12,7 @@ from torch import nn
 from . import state as slots
 from .adamw import AdamW
 from .cadence import Growing, Lazy
-from .codecs import Full, Int4, Int8, Part, RankOne
+from .codecs import Full, Int4, Int8, RankOne, Spec
 from .finders import (
     Amortized,
     Correlation,
@@ -28,7 +28,7 @@ from .finders import (
     TreeIncrement,
     TreeSVD,
 )
-from .formula import StateFormula, fit
+from .formula import StateFormula, formula_of
 from .frames import Cosines, Seeded, Trains, Trees
 from .frames.base import Rank
 from .groups import param_groups, params_of
@@ -80,13 +80,13 @@ class Recipe:
     def state_formula(self) -> StateFormula | None:
         """The state of an m x n matrix, m <= n, at rank r; None where it is no polynomial, or no matrix is taken."""
 
-        def layout(m: int, n: int, r: int) -> Mapping[str, Part]:
+        def layout(m: int, n: int, r: int) -> Mapping[str, Spec]:
             p = nn.Parameter(torch.empty(m, n, dtype=torch.float32, device="meta"))
             optimizer = LowRankOptimizer([p], rank=1.0 if self.full_rank else r, **self.options)
             return slots.layout(optimizer.sites[p], optimizer.param_groups[0])
 
         try:
-            return fit(layout)
+            return formula_of(layout)
         except ValueError:
             return None
 
@@ -163,7 +163,7 @@ _RECIPES = (
         "power iteration at every step, moments rotated along, generalized error feedback",
         "2410.16103",
         dict(
-            finder=Power(momentum=0.908, start="exact"),
+            finder=Power(inertia=0.908, start="exact"),
             transport=Rotate(),
             residual=Feedback(lazy=False),
             codec=Full(),
@@ -242,7 +242,7 @@ _RECIPES = (
         "tucker-adam",
         "update-aware Tensor-GaLore: moments rotated through every change of factors, error feedback",
         "2501.02379 with 2410.16103, mode by mode",
-        _FOLLOWING | {"finder": Power(momentum=0.9)},
+        _FOLLOWING | {"finder": Power(inertia=0.9)},
         relative_rate=2.0,
     ),
     Recipe(
@@ -263,25 +263,25 @@ _RECIPES = (
         "tt-adam",
         "moments rotated between tensor trains, found by TT-SVD",
         "Oseledets 2011",
-        _WITHOUT | {"frame": Trains(), "finder": TrainSVD(momentum=0.9)},
+        _WITHOUT | {"frame": Trains(), "finder": TrainSVD(inertia=0.9)},
     ),
     Recipe(
         "tt-ice-adam",
         "moments rotated between tensor trains, found by increments",
         "2211.12487",
-        _WITHOUT | {"frame": Trains(), "finder": TrainIncrement(momentum=0.9)},
+        _WITHOUT | {"frame": Trains(), "finder": TrainIncrement(inertia=0.9)},
     ),
     Recipe(
         "ht-adam",
         "moments rotated between hierarchical Tucker trees, found by SVD",
         "Grasedyck 2010",
-        _WITHOUT | {"frame": Trees(), "finder": TreeSVD(momentum=0.9)},
+        _WITHOUT | {"frame": Trees(), "finder": TreeSVD(inertia=0.9)},
     ),
     Recipe(
         "ht-rise-adam",
         "moments rotated between hierarchical Tucker trees, found by increments",
         "2412.16544",
-        _WITHOUT | {"frame": Trees(), "finder": TreeIncrement(momentum=0.9)},
+        _WITHOUT | {"frame": Trees(), "finder": TreeIncrement(inertia=0.9)},
     ),
     Recipe(
         "muon",
@@ -328,7 +328,7 @@ _RECIPES = (
         "a step of online PCA at every step, moments left in old coordinates",
         "2408.12857",
         dict(
-            finder=Oja(momentum=0.0, rate=0.1, start="exact"),
+            finder=Oja(inertia=0.0, rate=0.1, start="exact"),
             transport=Keep(),
             residual=Discard(),
             codec=Full(),
@@ -380,7 +380,7 @@ _RECIPES = (
         "2505.17967",
         dict(
             frame=Cosines(),
-            finder=CosineSelection(momentum=0.0, norm=1),
+            finder=CosineSelection(inertia=0.0, norm=1),
             transport=Rotate(),
             residual=Feedback(lazy=False, momentum=False),
             codec=Int8(),
@@ -407,20 +407,20 @@ _RECIPES = (
         "low-rank-soap",
         "tucker-adam with SOAP instead of Adam in the core (one-sided for matrices), bases carried along",
         "2409.11321 in the core of 2501.02379",
-        _FOLLOWING | {"finder": Power(momentum=0.9), "rule": SOAP(one_sided=True)},
+        _FOLLOWING | {"finder": Power(inertia=0.9), "rule": SOAP(one_sided=True)},
     ),
     Recipe(
         "shampoo-tucker",
         "tucker-adam on gradients that Shampoo's factors have preconditioned in the full space",
         "1802.09568 before 2501.02379",
-        _FOLLOWING | {"finder": Power(momentum=0.9), "precondition": Kronecker(every=4)},
+        _FOLLOWING | {"finder": Power(inertia=0.9), "precondition": Kronecker(every=4)},
     ),
     Recipe(
         "comoving",
         "the default: power iteration (short modes: exact) every 4 steps, moments rotated, feedback; both in 8 bits",
         "this package",
         _FOLLOWING
-        | {"finder": Power(momentum=0.9, exact_up_to=32), "codec": Int8(), "moments": "auto", "scale": "auto"},
+        | {"finder": Power(inertia=0.9, exact_up_to=32), "codec": Int8(), "moments": "auto", "scale": "auto"},
         relative_rate=3.0,
     ),
 )

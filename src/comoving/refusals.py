@@ -121,7 +121,7 @@ def _one_side_of_a_matrix(site: Site) -> bool:
 
 
 def _by_modes(site: Site, group: Group) -> bool:
-    return any(slot.mode >= 0 or slot.bases for slot in group["rule"].slots(site.core_shape))
+    return any(slot.mode >= 0 or slot.turned_by for slot in group["rule"].slots(site.core_shape))
 
 
 def _slots_change_with_rank(site: Site, group: Group) -> bool:
@@ -172,6 +172,6 @@ _PROJECTED: tuple[Refusal, ...] = (
      "and it would undo a bias correction that {rule} does not make: use Keep() or Reset()"),
     ("residual", lambda s, g: isinstance(g["residual"], Feedback) and not g["rule"].linear,
      "and the momentum of {rule} is no average of gradients, in which lost momentum could return"),
-    ("finder", lambda s, g: g["finder"].momentum > 0 and not g["rule"].linear,
+    ("finder", lambda s, g: g["finder"].inertia > 0 and not g["rule"].linear,
      "and the momentum of {rule} is no average of gradients that it could look at"),
 )  # fmt: skip

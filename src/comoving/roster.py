@@ -41,7 +41,7 @@ class Roster:
         self.fixed: list[dict[str, Any]] = []
         self._edited: dict[int, dict[str, Any]] = {}
         self._limit: int | None = None
-        self._held: dict[Tensor, int] = {}
+        self._bytes: dict[Tensor, int] = {}
 
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter group of a parameter that is here."""
@@ -62,7 +62,7 @@ class Roster:
         Raises:
             ValueError: what does not fit a parameter, or cannot be served.
         """
-        sites = [assignments.opening(s, given, self.budget is not None) for s in decide(pairs, group, len(self.sites))]
+        sites = [assignments.fill_in(s, given, self.budget is not None) for s in decide(pairs, group, len(self.sites))]
         deferred = [site.name for site in sites if site.deferred]
         if deferred and self.owner.on_nonfinite == "skip":
             raise ValueError(
@@ -84,9 +84,9 @@ class Roster:
             ValueError: nothing fits; nothing has changed then.
         """
         joined = self.sites | dict(zip(params, sites, strict=True))
-        fitted = self.within_budget(joined, lambda p: self.group_of(p) if p in self.sites else group)
-        self.sites |= {p: fitted[p] for p in self.sites}
-        return [fitted[p] for p in params]
+        assigned = self.assigned(joined, lambda p: self.group_of(p) if p in self.sites else group)
+        self.sites |= {p: assigned[p] for p in self.sites}
+        return [assigned[p] for p in params]
 
     def place(self, params: Sequence[Tensor], sites: Sequence[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
@@ -169,7 +169,7 @@ class Roster:
             self._limit = limit_bytes(self.budget, [p for p, site in self.sites.items() if site.projected])
         return self._limit
 
-    def within_budget(
+    def assigned(
         self, sites: Mapping[Tensor, Site], group_of: Callable[[Tensor], Mapping[str, Any]]
     ) -> dict[Tensor, Site]:
         """The sites, with ranks and codecs that fit the budget; those that have a state are asked for lower ranks.
@@ -184,21 +184,21 @@ class Roster:
             group, state = group_of(p), self.owner.state.get(p, {})
             if site.projected:
                 claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
-        return dict(sites) | self._fitted(claims, anew=True)
+        return dict(sites) | self._assign(claims, anew=True)
 
-    def _fitted(self, claims: Mapping[Tensor, budgets.Claim], anew: bool) -> dict[Tensor, Site]:
-        """What fits the budget of those that have no state; of the others the ranks in their state are lowered."""
+    def _assign(self, claims: Mapping[Tensor, budgets.Claim], anew: bool) -> dict[Tensor, Site]:
+        """Sites within the budget of those that have no state; of the others the ranks in their state are lowered."""
         assert self.budget is not None
         limit = limit_bytes(self.budget, claims)
         share = f"{limit}, {self.budget:.4g} of AdamW's state" if isinstance(self.budget, float) else str(limit)
-        fitted = assignments.fit([*claims.values()], limit, anew, share)
+        assigned = assignments.assign([*claims.values()], limit, anew, share)
         self.forget_bytes()
-        for site, claim in zip(fitted, claims.values(), strict=True):
+        for site, claim in zip(assigned, claims.values(), strict=True):
             if slots.RANKS in claim.state:
                 slots.set_ranks(claim.state, site.ranks)
-        return {p: site for (p, claim), site in zip(claims.items(), fitted, strict=True) if not claim.state}
+        return {p: site for (p, claim), site in zip(claims.items(), assigned, strict=True) if not claim.state}
 
-    def fit_loaded(self, admitted: Mapping[Tensor, dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    def assign_loaded(self, admitted: Mapping[Tensor, dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
         """Lower the ranks that loaded parameters ask for where they exceed the budget; frames follow at the next step.
 
         Raises:
@@ -213,7 +213,7 @@ class Roster:
                 if slots.RANKS in state:
                     state[slots.RANKS] = state[slots.RANKS].clone()
                 claims[p] = budgets.Claim(slots.current(site, group, state), group, state)
-        self.sites |= self._fitted(claims, anew=False)
+        self.sites |= self._assign(claims, anew=False)
         self._changed()
 
     def claim(self, p: Tensor) -> budgets.Claim:
@@ -221,18 +221,18 @@ class Roster:
         group, state = self.group_of(p), self.owner.state.get(p, {})
         return budgets.Claim(slots.current(self.sites[p], group, state), group, state)
 
-    def held_by(self, params: Sequence[Tensor]) -> int:
+    def bytes_of(self, params: Sequence[Tensor]) -> int:
         """The bytes of projected parameters; remembered, since each of them refreshes."""
-        self._held |= {q: self.claim(q).held() for q in params if q not in self._held}
-        return sum(self._held[q] for q in params)
+        self._bytes |= {q: self.claim(q).bytes_now() for q in params if q not in self._bytes}
+        return sum(self._bytes[q] for q in params)
 
     def forget_bytes(self, p: Tensor | None = None) -> None:
         """What one parameter, or all, has of the budget has changed."""
         if p is None:
-            self._held.clear()
+            self._bytes.clear()
             self._limit = None
         else:
-            self._held.pop(p, None)
+            self._bytes.pop(p, None)
 
     @staticmethod
     def record(group: Mapping[str, Any]) -> Record:

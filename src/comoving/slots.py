@@ -34,12 +34,12 @@ class Slot:
         kind: how it moves.
         mean: for a VARIANCE, the LINEAR slot of the same entries.
         mode: n, for the kinds that belong to one mode of the core.
-        bases: for a VARIANCE whose entries are those of z x_n Q_n^H: the BASIS slots, by their modes; empty for those
-            of z itself.
+        turned_by: for a VARIANCE whose entries are those of z x_n Q_n^H: the BASIS slots, by their modes; empty for
+            those of z itself.
     """
 
     name: str
     kind: Kind
     mean: str = ""
     mode: int = -1
-    bases: tuple[tuple[int, str], ...] = ()
+    turned_by: tuple[tuple[int, str], ...] = ()

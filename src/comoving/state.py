@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import bases
-from .codecs import Codec, Full, Part, store
+from .codecs import Codec, Full, Spec, store
 from .diagnostics import SLOT, STORED
 from .draws import scramble
+from .frames import stored as stored_frame
 from .frames.base import Ranks
 from .precondition import Plain
 from .residual import Discard
@@ -85,7 +85,7 @@ def set_ranks(state: dict[str, Any], ranks: Ranks) -> None:
 
 def ranks_in(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> Ranks:
     """The ranks of the frame in the state; the site's own where neither frame nor moments, being coded, show them."""
-    said = bases.ranks(state, site.view.shape)
+    said = stored_frame.ranks(state, site.view.shape)
     if said is not None:
         return said
     momentum = state.get(group["rule"].momentum)
@@ -108,22 +108,22 @@ def rule_slots(site: Site, group: Mapping[str, Any]) -> tuple[Slot, ...]:
     return (*rule, *group["transport"].slots(rule)) if site.projected else rule
 
 
-def slot_part(slot: Slot, site: Site, group: Mapping[str, Any]) -> Part:
+def slot_spec(slot: Slot, site: Site, group: Mapping[str, Any]) -> Spec:
     """Shape and dtype of one slot of the rule or the transport."""
     core = site.core_shape
     real = site.view.dtype.to_real() if site.view.dtype.is_complex else site.view.dtype
     if slot.kind is Kind.LINEAR:
-        return Part(core, site.view.dtype)
+        return Spec(core, site.view.dtype)
     if slot.kind is Kind.VARIANCE:
-        return Part(core, real)
+        return Spec(core, real)
     if slot.kind is Kind.MASS:
-        mass, turned = group["frame"].mass_shape(site.view.shape, site.ranks), dict(slot.bases)
-        return Part(tuple(d if n in turned else k for n, (d, k) in enumerate(zip(core, mass, strict=True))), real)
+        mass, turned = group["frame"].mass_shape(site.view.shape, site.ranks), dict(slot.turned_by)
+        return Spec(tuple(d if n in turned else k for n, (d, k) in enumerate(zip(core, mass, strict=True))), real)
     if slot.kind is Kind.FACTORED:
-        return Part((core[slot.mode],), real)
+        return Spec((core[slot.mode],), real)
     if slot.kind in (Kind.COVARIANCE, Kind.BASIS, Kind.CACHE):
-        return Part((core[slot.mode], core[slot.mode]), site.view.dtype)
-    return Part((), torch.float32, scalar=True)
+        return Spec((core[slot.mode], core[slot.mode]), site.view.dtype)
+    return Spec((), torch.float32, scalar=True)
 
 
 def _store(slot: Slot, codec: Codec) -> Codec | None:
@@ -133,16 +133,16 @@ def _store(slot: Slot, codec: Codec) -> Codec | None:
     return codec.positive if slot.kind is Kind.VARIANCE else codec
 
 
-def _stored(slot: Slot, site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
-    part, store = slot_part(slot, site, group), _store(slot, group["moments"])
+def _stored(slot: Slot, site: Site, group: Mapping[str, Any]) -> dict[str, Spec]:
+    spec, store = slot_spec(slot, site, group), _store(slot, group["moments"])
     if store is None:
-        return {slot.name: part}
-    return {f"{slot.name}.{name}": p for name, p in store.parts(part.shape, part.dtype).items()}
+        return {slot.name: spec}
+    return {f"{slot.name}.{name}": p for name, p in store.schema(spec.shape, spec.dtype).items()}
 
 
-def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
+def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Spec]:
     """The slots of rule and transport as stored tensors."""
-    return {name: part for slot in rule_slots(site, group) for name, part in _stored(slot, site, group).items()}
+    return {name: spec for slot in rule_slots(site, group) for name, spec in _stored(slot, site, group).items()}
 
 
 def first_moments(site: Site, group: Mapping[str, Any], like: Tensor, scalars: torch.device) -> dict[str, Tensor]:
@@ -152,8 +152,8 @@ def first_moments(site: Site, group: Mapping[str, Any], like: Tensor, scalars: t
 
 def _first(site: Site, group: Mapping[str, Any], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
     slots = rule_slots(site, group)
-    parts = {slot.name: slot_part(slot, site, group) for slot in slots}
-    fresh = zeros(parts, device, scalars)
+    schema = {slot.name: slot_spec(slot, site, group) for slot in slots}
+    fresh = zeros(schema, device, scalars)
     return {slot.name: initial(slot, fresh[slot.name]) for slot in slots}
 
 
@@ -192,20 +192,20 @@ def decoded(
     for slot in rule_slots(site, group):
         if only not in {None, slot.name}:
             continue
-        part, store, names = slot_part(slot, site, group), _store(slot, group["moments"]), _stored(slot, site, group)
+        spec, store, names = slot_spec(slot, site, group), _store(slot, group["moments"]), _stored(slot, site, group)
         if store is not None and all(name in working for name in names):
             if any(tuple(working[name].shape[rows:]) != p.shape for name, p in names.items()):
-                raise ValueError(f"{site.name}: {slot.name}, as it is stored, belongs to no core of shape {part.shape}")
+                raise ValueError(f"{site.name}: {slot.name}, as it is stored, belongs to no core of shape {spec.shape}")
             codes = {
                 name.removeprefix(f"{slot.name}."): working[name] if p.seed else working.pop(name)
                 for name, p in names.items()
             }
-            working[slot.name] = store.decode(codes, part.shape, part.dtype)
+            working[slot.name] = store.decode(codes, spec.shape, spec.dtype)
     return working
 
 
 def encoded(
-    site: Site, group: Mapping[str, Any], moments: Mapping[str, Any], held: Mapping[str, Any] | None, rows: int = 0
+    site: Site, group: Mapping[str, Any], moments: Mapping[str, Any], before: Mapping[str, Any] | None, rows: int = 0
 ) -> dict[str, Any]:
     """Decoded moments as they are stored, in a dict and with coded tensors of its own.
 
@@ -213,7 +213,7 @@ def encoded(
         site: of the parameter.
         group: its hyper-parameters.
         moments: decoded; what is stored already stays.
-        held: as they were stored, where they have not moved and keep their codes; else None.
+        before: as they were stored, where they have not moved and keep their codes; else None.
         rows: how many leading dimensions count rows.
     """
     result = dict(moments)
@@ -224,11 +224,11 @@ def encoded(
         if codec is None or slot.name not in result:
             continue
         value, prefix = result.pop(slot.name), f"{slot.name}."
-        if held is None:
+        if before is None:
             own = {n.removeprefix(prefix): x for n, x in result.items() if n.startswith(prefix)}  # seeds
             _, own = store(codec, value, own, rows)
         else:
-            own = {name: held[prefix + name] for name in codec.parts(tuple(value.shape[rows:]), value.dtype)}
+            own = {name: before[prefix + name] for name in codec.schema(tuple(value.shape[rows:]), value.dtype)}
         result |= {prefix + name: x for name, x in own.items()}
     return result
 
@@ -253,19 +253,19 @@ def commit(state: MutableMapping[str, Any], new: Mapping[str, Any]) -> None:
     state.update(new)
 
 
-def zeros(parts: Mapping[str, Part], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
-    """Zero tensors for these parts, single numbers on a device of their own."""
+def zeros(schema: Mapping[str, Spec], device: torch.device, scalars: torch.device) -> dict[str, Tensor]:
+    """Zero tensors of these shapes and dtypes, single numbers on a device of their own."""
     return {
-        name: torch.zeros(part.shape, dtype=part.dtype, device=place(part, device, scalars))
-        for name, part in parts.items()
+        name: torch.zeros(spec.shape, dtype=spec.dtype, device=place(spec, device, scalars))
+        for name, spec in schema.items()
     }
 
 
-def place(part: Part, device: torch.device, scalars: torch.device) -> torch.device:
-    """Where a part is stored: seeds and counts of draws, which are read at every refresh, always on the host."""
-    if not part.shape and part.dtype == torch.int64:
+def place(spec: Spec, device: torch.device, scalars: torch.device) -> torch.device:
+    """Where a tensor is stored: seeds and counts of draws, which are read at every refresh, always on the host."""
+    if not spec.shape and spec.dtype == torch.int64:
         return torch.device("cpu")
-    return scalars if part.scalar else device
+    return scalars if spec.scalar else device
 
 
 def first_seeds(site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
@@ -275,26 +275,26 @@ def first_seeds(site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Te
     """
     return {
         name: torch.tensor(scramble(seed, site.index, *name.encode()), device="cpu")
-        for name, part in layout(site, group).items()
-        if part.seed and not name.startswith(bases.PREFIX)
+        for name, spec in layout(site, group).items()
+        if spec.seed and not name.startswith(stored_frame.PREFIX)
     }
 
 
-def opened(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device, seed: int) -> dict[str, Any]:
+def initial_state(site: Site, group: Mapping[str, Any], p: Tensor, scalars: torch.device, seed: int) -> dict[str, Any]:
     """The state of a parameter before its first step; frame and moments of a projected one follow later.
 
     That of a parameter with blocks is empty before its first gradient.
     """
     if site.blocks:
         return {}
-    parts, group = layout(site, group), parts_of(site, group)
+    schema, group = layout(site, group), parts_of(site, group)
     if site.plain:
-        step = zeros({"step": parts.pop("step")}, p.device, scalars)
-        return step | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in parts}
+        step = zeros({"step": schema.pop("step")}, p.device, scalars)
+        return step | {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in schema}
     later = set(moments(site, group))
     if site.projected:
-        later |= {*bases.parts(group, site.view.shape, site.ranks, site.view.dtype), RANKS, VALUE}
-    state = {"tick": 0, **zeros({n: x for n, x in parts.items() if n not in later}, p.device, scalars)}
+        later |= {*stored_frame.schema(group, site.view.shape, site.ranks, site.view.dtype), RANKS, VALUE}
+    state = {"tick": 0, **zeros({n: x for n, x in schema.items() if n not in later}, p.device, scalars)}
     state |= first_seeds(site, group, seed)
     if not site.projected:
         state = packed(site, group, state | first_moments(site, group, p, scalars))
@@ -311,31 +311,31 @@ def asked(site: Site, group: Mapping[str, Any]) -> dict[str, Tensor]:
     return asked
 
 
-def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Part]:
+def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Spec]:
     """Every tensor of a parameter's state between two steps; those of blocks behind the block's number."""
     if site.blocks:
         own = layout(site.block(0), group_of_block(group))
-        return {f"{b}.{name}": part for b in range(site.blocks) for name, part in own.items()}
-    parts = {"step": Part((), torch.float32, scalar=True)}
+        return {f"{b}.{name}": spec for b in range(site.blocks) for name, spec in own.items()}
+    schema = {"step": Spec((), torch.float32, scalar=True)}
     if site.plain:
         names = (FIRST, SECOND, SECOND_MAX) if group["amsgrad"] else (FIRST, SECOND)
-        return parts | {name: Part(site.view.stored_shape, site.view.stored_dtype) for name in names}
+        return schema | {name: Spec(site.view.stored_shape, site.view.stored_dtype) for name in names}
     shape, dtype = site.view.shape, site.view.dtype
     group = parts_of(site, group)
     if site.rounded:
-        parts[SEED] = Part((), torch.int64, scalar=True, seed=True)
-    parts |= moments(site, group)
-    parts |= group["precondition"].parts(shape, dtype)
+        schema[SEED] = Spec((), torch.int64, scalar=True, seed=True)
+    schema |= moments(site, group)
+    schema |= group["precondition"].schema(shape, dtype)
     if site.projected:
-        parts |= bases.parts(group, shape, site.ranks, dtype)
-        remembered = group["finder"].parts(shape, site.ranks, dtype)
-        parts |= prefixed(remembered, MEMORY) | prefixed(group["cadence"].parts(), CADENCE)
-        parts |= group["residual"].parts(group["codec"], shape, site.core_shape, dtype)
+        schema |= stored_frame.schema(group, shape, site.ranks, dtype)
+        remembered = group["finder"].schema(shape, site.ranks, dtype)
+        schema |= prefixed(remembered, MEMORY) | prefixed(group["cadence"].schema(), CADENCE)
+        schema |= group["residual"].schema(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:
-            parts[SLOT] = Part((len(STORED),), site.view.dtype.to_real())
+            schema[SLOT] = Spec((len(STORED),), site.view.dtype.to_real())
         if group["ranks"].adaptive:
-            parts |= {RANKS: Part((len(shape),), torch.int64), VALUE: Part((len(shape),), torch.float64)}
-    return parts
+            schema |= {RANKS: Spec((len(shape),), torch.int64), VALUE: Spec((len(shape),), torch.float64)}
+    return schema
 
 
 def group_of_block(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,13 +344,13 @@ def group_of_block(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prefixed(named: Mapping[str, _T], prefix: str) -> dict[str, _T]:
-    """A part's slots, or what they are to be, under the names that they have in the state."""
+    """The slots of a part, or their specs, under the names that they have in the state."""
     return {prefix + name: x for name, x in named.items()}
 
 
-def part_bytes(part: Part) -> int:
+def spec_bytes(spec: Spec) -> int:
     """Bytes of one stored tensor."""
-    return prod(part.shape) * part.dtype.itemsize
+    return prod(spec.shape) * spec.dtype.itemsize
 
 
 def state_bytes(optimizer: Optimizer, projected: bool = False) -> int:

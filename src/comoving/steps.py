@@ -18,12 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from . import bases, diagnostics
+from . import diagnostics
 from . import state as slots
 from .cadence import When
 from .cell import Cell, Open
 from .finders import Operand
 from .frames import Frame, Modes
+from .frames import stored as stored_frame
 from .groups import update_scale
 from .linalg import asks_host, norm
 from .residual import Passage, Update
@@ -144,16 +145,16 @@ def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
     stacked = cell.rows and old is not None
     start = old if stacked else parts.frame.start(seen.dense, site.ranks, kept or old, now.seed)
     looked_at = seen if old is None else replace(seen, past=(old, cell.moments[rule.momentum]))
-    if old is not None and parts.finder.momentum > 0:
-        core = (averaged(rule, cell.moments[rule.momentum], clock) * parts.finder.momentum).to(seen.dense.dtype)
-        looked_at = looked_at.mix(1 - parts.finder.momentum, old, core)
+    if old is not None and parts.finder.inertia > 0:
+        core = (averaged(rule, cell.moments[rule.momentum], clock) * parts.finder.inertia).to(seen.dense.dtype)
+        looked_at = looked_at.mix(1 - parts.finder.inertia, old, core)
     warm = cell.tick > 0 and old is not None and any(r is not None for r in old.ranks)
     new: Frame = parts.finder.find(looked_at, start, warm, cell.finder)
     cell.cadence |= parts.cadence.refreshed(cell.cadence, start if warm else None, new, now.when(cell))
     if cell.tick <= 0 and asks_host(seen.dense) and not bool(seen.dense.any()):
         cell.tick = -1  # nothing was to be seen so far: look again at the next step
     basis = dict(cell.basis)
-    new = bases.put(kind.group, basis, new, old, site.view.shape, now.key)
+    new = stored_frame.put(kind.group, basis, new, old, site.view.shape, now.key)
     cell.turn(basis, new)
     if old is None:
         cell.moments |= slots.first_moments(site, kind.group, seen.dense, cell.t.device)

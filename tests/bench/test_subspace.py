@@ -11,7 +11,7 @@ from bench_streams import SHAPES, stream
 from comoving import finders
 from comoving.bench import command, contenders, gradients, report, subspace
 from comoving.cli import main
-from comoving.codecs import Part
+from comoving.codecs import Spec
 from comoving.decompositions import tt_svd
 from comoving.frames import Modes
 from race.small import Small
@@ -29,7 +29,7 @@ def test_every_finder_takes_part_under_a_name_of_its_own():
     assert {type(c.finder).__name__ for c in everyone} == PARTS
     assert len({c.name for c in everyone}) == len(everyone)
     assert everyone[0].name == contenders.EXACT
-    assert all(c.finder.momentum == 0.9 for c in everyone if c.name in {contenders.EXACT, "Power", "TrainSVD"})
+    assert all(c.finder.inertia == 0.9 for c in everyone if c.name in {contenders.EXACT, "Power", "TrainSVD"})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -61,16 +61,16 @@ def test_energy_is_that_of_the_mean_and_the_newest_gradient():
 
 def test_finding_twice_goes_on_from_one_memory():
     class Counting(finders.Exact):
-        def parts(self, shape, ranks, dtype):
-            return {"draws": subspace_part}
+        def schema(self, shape, ranks, dtype):
+            return {"draws": counter}
 
         def find(self, operand, start, warm, memory):
             memory["draws"] += 1
             return super().find(operand, start, warm, memory)
 
-    subspace_part = Part((), torch.int64, scalar=True)
+    counter = Spec((), torch.int64, scalar=True)
     own = stream((12, 10), 3)
-    follower = subspace.Follower(contenders.Contender("x", Counting(momentum=0.9), Modes()), own)
+    follower = subspace.Follower(contenders.Contender("x", Counting(inertia=0.9), Modes()), own)
     for t, g in enumerate(own.gradients):
         follower.observe(g)
         follower.refresh(g, g, repeats=3)

@@ -17,11 +17,11 @@ SHAPES = pytest.mark.parametrize("shape", [(1,), (9,), (3, 1), (5, 33), (2, 3, 4
 
 
 def through(codec, x):
-    """What x becomes, and the parts that it is stored in."""
-    parts = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.parts(tuple(x.shape), x.dtype).items()}
-    size = codec.encode(x.clone(), parts)
+    """What x becomes, and what is stored of it."""
+    stored = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.schema(tuple(x.shape), x.dtype).items()}
+    size = codec.encode(x.clone(), stored)
     close(size.double(), x.abs().double().norm(), 1e-5)
-    return codec.decode(parts, tuple(x.shape), x.dtype), parts
+    return codec.decode(stored, tuple(x.shape), x.dtype), stored
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
@@ -47,15 +47,15 @@ def test_the_normal_levels():
 @SHAPES
 def test_every_entry_gets_the_nearest_level(codec, shape, dtype):
     x = randn(shape, dtype, 3)
-    decoded, parts = through(codec, x)
+    decoded, stored = through(codec, x)
     cut = grid(shape, dtype, codec.block)
     levels = range(-7, 8) if codec.table == "linear" else normal()
-    table = parts["step"].double() * torch.tensor(list(levels), dtype=REAL)
+    table = stored["step"].double() * torch.tensor(list(levels), dtype=REAL)
     values, own = cut.cut(x).double(), cut.cut(decoded).double()
     nearest = (values.unsqueeze(-1) - table.unsqueeze(-2)).abs().amin(-1)
     close((values - own).abs(), nearest, 1e-6)
-    close(parts["step"][..., 0].double() * max(levels), values.abs().amax(-1), 1e-6)
-    bytes_ = sum(p.numel() * p.element_size() for p in parts.values())
+    close(stored["step"][..., 0].double() * max(levels), values.abs().amax(-1), 1e-6)
+    bytes_ = sum(p.numel() * p.element_size() for p in stored.values())
     assert bytes_ == cut.rows * cut.blocks * (-(-cut.width // 2) + 4)
 
 
@@ -64,9 +64,9 @@ def test_every_entry_gets_the_nearest_level(codec, shape, dtype):
 @SHAPES
 def test_every_root_gets_the_nearest_code(codec, shape, dtype):
     x = randn(shape, dtype, 3).square()
-    decoded, parts = through(codec, x)
+    decoded, stored = through(codec, x)
     cut, top = grid(shape, dtype, codec.block), 2**codec.bits - 1
-    table = parts["step"].double() * torch.arange(1, top + 1, dtype=REAL)
+    table = stored["step"].double() * torch.arange(1, top + 1, dtype=REAL)
     roots, own = cut.cut(x).double().sqrt(), cut.cut(decoded).double().sqrt()
     nearest = (roots.unsqueeze(-1) - table.unsqueeze(-2)).abs().amin(-1)
     real = torch.arange(cut.blocks * cut.width).view(cut.blocks, cut.width) < cut.length
@@ -82,12 +82,12 @@ def test_second_moments_stay_positive(codec, shape, dtype, size):
     x = randn(shape, dtype, 3).square()
     x = x * torch.logspace(-6, 6, x.numel(), dtype=dtype).view(shape).flip(0) / 1e6  # outliers
     x = (x * size).to(dtype)
-    decoded, parts = through(codec, x)
+    decoded, stored = through(codec, x)
     assert decoded.dtype is dtype and decoded.isfinite().all() and (decoded >= 0).all()
     assert (decoded[x > 0] > 0).all()
     if size >= 1e-12:
         unit = x.norm()
-        assert ((decoded - x) / unit).norm() <= float(codec.error(parts) / unit) * (1 + 1e-4) + 1e-6
+        assert ((decoded - x) / unit).norm() <= float(codec.error(stored) / unit) * (1 + 1e-4) + 1e-6
         again, _ = through(codec, decoded)
         close(again / unit, decoded / unit, 1e-5)
 
@@ -107,8 +107,8 @@ def test_zero_blocks_stay_zero_beside_others(codec, dtype):
     x[1] = 0.0
     decoded, _ = through(codec, x)
     assert not decoded[1].any()
-    zeros, parts = through(codec, torch.zeros(4, 600, dtype=dtype))
-    assert not zeros.any() and not codec.error(parts)
+    zeros, stored = through(codec, torch.zeros(4, 600, dtype=dtype))
+    assert not zeros.any() and not codec.error(stored)
 
 
 @pytest.mark.parametrize("codec", POSITIVE, ids=str)
@@ -139,24 +139,24 @@ def test_directions_are_never_larger_for_the_rounding(codec):
 def test_rank_one_is_the_papers(codec, shape, dtype):
     x = randn(shape, dtype, 3) if codec.signed else randn(shape, dtype, 3).square()
     x.view(-1)[0] = 0.0
-    decoded, parts = through(codec, x)
+    decoded, stored = through(codec, x)
     a, b = square_shape(x.numel())
-    assert parts["rows"].shape == (a,) and parts["columns"].shape == (b,)
+    assert stored["rows"].shape == (a,) and stored["columns"].shape == (b,)
     r, c = nnmf(x.abs().reshape(a, b))
     signs = sign(x.reshape(a, b)) if codec.signed else 1.0
     close(decoded.reshape(a, b), signs * torch.outer(r, c), 1e-5 if dtype is torch.float32 else 1e-12)
     close(decoded.abs().reshape(a, b).sum(0), x.abs().reshape(a, b).sum(0), 1e-5)
-    assert (decoded - x).norm() <= codec.error(parts) * (1 + 1e-6)
+    assert (decoded - x).norm() <= codec.error(stored) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, COMPLEX], ids=str)
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 4)], ids=str)
 def test_rank_one_of_complex_numbers_is_that_of_their_pairs(shape, dtype):
     x = randn(shape, dtype, 3)
-    decoded, parts = through(RankOne(), x)
+    decoded, stored = through(RankOne(), x)
     pairs, own = through(RankOne(), torch.view_as_real(x))
     assert torch.equal(torch.view_as_real(decoded), pairs)
-    assert all(torch.equal(parts[n], own[n]) for n in own)
+    assert all(torch.equal(stored[n], own[n]) for n in own)
 
 
 @pytest.mark.parametrize("codec", COARSE, ids=str)
@@ -166,10 +166,10 @@ def test_rank_one_of_a_rank_one_matrix_is_exact(codec, dtype, size):
     x = torch.outer(randn((6,), dtype, 1).abs(), randn((6,), dtype, 2).abs()) * size
     if codec.signed:
         x = x * randn((6, 6), dtype, 3).sign()
-    decoded, parts = through(codec, x)
+    decoded, stored = through(codec, x)
     close(decoded / (size or 1), x / (size or 1), 1e-5)
     y = randn((6, 6), dtype, 4)
-    close(codec.decode_onto(y, parts), y + decoded)
+    close(codec.decode_onto(y, stored), y + decoded)
 
 
 def test_every_codec_has_one_of_second_moments_in_as_many_bits():
@@ -177,6 +177,6 @@ def test_every_codec_has_one_of_second_moments_in_as_many_bits():
     assert RankOne().positive == RankOne(signed=False)
     assert Full().positive == Full()
     for codec, shape in itertools.product((Int4(), RankOne()), [(8, 64), (5, 33)]):
-        own, positive = (c.parts(shape, torch.float32) for c in (codec, codec.positive))
+        own, positive = (c.schema(shape, torch.float32) for c in (codec, codec.positive))
         assert positive.keys() <= own.keys()
         assert all(own[n].shape == p.shape for n, p in positive.items())

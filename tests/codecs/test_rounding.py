@@ -51,24 +51,24 @@ def levels_of(codec):
 
 
 def empty(codec, x, seed=1):
-    parts = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.parts(tuple(x.shape), x.dtype).items()}
-    if "seed" in parts:
-        parts["seed"].fill_(seed)
-    return parts
+    stored = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.schema(tuple(x.shape), x.dtype).items()}
+    if "seed" in stored:
+        stored["seed"].fill_(seed)
+    return stored
 
 
 def through(codec, x, seed=1):
-    """What x becomes, and the parts that it is stored in."""
-    parts = empty(codec, x, seed)
-    size = codec.encode(x.clone(), parts)
+    """What x becomes, and what is stored of it."""
+    stored = empty(codec, x, seed)
+    size = codec.encode(x.clone(), stored)
     close(size.double(), x.abs().double().norm(), 1e-5)
-    return codec.decode(parts, tuple(x.shape), x.dtype).clone(), parts
+    return codec.decode(stored, tuple(x.shape), x.dtype).clone(), stored
 
 
-def blocks_of(codec, x, decoded, parts):
+def blocks_of(codec, x, decoded, stored):
     """Entries and what they became as (blocks, width), without padding marked, and each block's levels."""
     cut = grid(tuple(x.shape), x.dtype, codec.block)
-    unit = parts["step"].double().square() if isinstance(codec, Root) else parts["step"].double()
+    unit = stored["step"].double().square() if isinstance(codec, Root) else stored["step"].double()
     real = torch.arange(cut.blocks * cut.width).view(cut.blocks, cut.width) < cut.length
     table = (unit * levels_of(codec)).flatten(0, 1)
     values, own = (cut.cut(t).double().flatten(0, 1) for t in (x, decoded))
@@ -116,9 +116,9 @@ def inputs(dtype):
 @pytest.mark.parametrize("name", inputs(REAL))
 def test_every_entry_gets_the_nearest_level_that_spans_its_block(codec, name, dtype):
     x = inputs(dtype)[name]
-    decoded, parts = through(codec, x)
+    decoded, stored = through(codec, x)
     assert decoded.shape == x.shape and decoded.dtype is dtype and decoded.isfinite().all()
-    values, own, table, _ = blocks_of(codec, x, decoded, parts)
+    values, own, table, _ = blocks_of(codec, x, decoded, stored)
     nearest = (values.unsqueeze(-1) - table.unsqueeze(-2)).abs().amin(-1)
     unit = values.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     close((values - own).abs() / unit, nearest / unit, 1e-6)
@@ -128,7 +128,7 @@ def test_every_entry_gets_the_nearest_level_that_spans_its_block(codec, name, dt
         touched = torch.maximum(values.amax(-1) / table[:, -1], values.amin(-1) / table[:, 0])
         close(touched[values.any(-1)], torch.ones_like(touched)[values.any(-1)], 1e-6)
     error = (decoded - x).norm() / unit.max()
-    assert error <= float(codec.error(parts)) / unit.max() * (1 + 1e-5) + 1e-6
+    assert error <= float(codec.error(stored)) / unit.max() * (1 + 1e-5) + 1e-6
 
 
 @pytest.mark.parametrize("codec", POSITIVE, ids=str)
@@ -136,14 +136,14 @@ def test_every_entry_gets_the_nearest_level_that_spans_its_block(codec, name, dt
 @pytest.mark.parametrize("name", inputs(REAL))
 def test_every_second_moment_gets_the_level_with_the_nearest_root(codec, name, dtype):
     x = inputs(dtype)[name].square()
-    decoded, parts = through(codec, x)
-    values, own, table, real = blocks_of(codec, x, decoded, parts)
+    decoded, stored = through(codec, x)
+    values, own, table, real = blocks_of(codec, x, decoded, stored)
     roots, got, table = values.sqrt(), own.sqrt(), table.sqrt()
     nearest = (roots.unsqueeze(-1) - table.unsqueeze(-2)).abs().amin(-1)
     unit = roots.amax(-1, keepdim=True).clamp_min(1e-15)
     close(((roots - got).abs() / unit)[real], (nearest / unit)[real], 2e-6)
     assert (decoded[x > 0] > 0).all()
-    assert ((decoded - x) / unit.max() ** 2).norm() <= float(codec.error(parts)) / unit.max() ** 2 * (1 + 1e-4) + 1e-6
+    assert ((decoded - x) / unit.max() ** 2).norm() <= float(codec.error(stored)) / unit.max() ** 2 * (1 + 1e-4) + 1e-6
 
 
 # ------------------------------------------------------------------------------------------------------- stochastic
@@ -176,8 +176,8 @@ def test_the_mean_of_many_draws_is_the_number(codec, dtype):
     x = suited(codec, randn((1, 24), dtype, 5))
     rows, seeds = 300, 6
     many = x.expand(rows, -1).contiguous()
-    drawn, parts = zip(*(through(codec, many, seed) for seed in range(seeds)), strict=True)
-    values, _, table, real = blocks_of(codec, x, x, {"step": parts[0]["step"][:1]})
+    drawn, stored = zip(*(through(codec, many, seed) for seed in range(seeds)), strict=True)
+    values, _, table, real = blocks_of(codec, x, x, {"step": stored[0]["step"][:1]})
     values, table = values.clamp(table[:, :1], table[:, -1:]), table.unsqueeze(-2)
     index = (values.unsqueeze(-1) >= table).sum(-1).clamp(1, table.shape[-1] - 1)
     below = table.expand(*values.shape, -1).gather(-1, index.unsqueeze(-1) - 1).squeeze(-1)
@@ -199,14 +199,14 @@ def test_the_mean_of_many_draws_is_the_number(codec, dtype):
 def test_draws_follow_from_the_seed_and_advance_it(codec):
     x = suited(codec, randn((6, 40), torch.float32, 5))
     before = torch.random.get_rng_state()
-    first, parts = through(codec, x, 7)
-    assert parts["seed"].item() == scramble(7) and parts["seed"].dtype is torch.int64
+    first, stored = through(codec, x, 7)
+    assert stored["seed"].item() == scramble(7) and stored["seed"].dtype is torch.int64
     again, twin = through(codec, x, 7)
     other, _ = through(codec, x, 8)
     assert torch.equal(first, again) and not torch.equal(first, other)
-    codec.encode(x.clone(), parts)
-    assert parts["seed"].item() == scramble(scramble(7))
-    assert not torch.equal(codec.decode(parts, (6, 40), x.dtype), first)
+    codec.encode(x.clone(), stored)
+    assert stored["seed"].item() == scramble(scramble(7))
+    assert not torch.equal(codec.decode(stored, (6, 40), x.dtype), first)
     codec.decode_onto(x, twin)
     codec.error(twin)
     assert twin["seed"].item() == scramble(7)
@@ -217,10 +217,10 @@ def test_draws_follow_from_the_seed_and_advance_it(codec):
 @pytest.mark.parametrize("name", inputs(REAL))
 def test_a_drawn_entry_is_within_a_gap_and_extremes_are_kept(codec, name):
     x = suited(codec, inputs(torch.float32)[name])
-    decoded, parts = through(codec, x)
+    decoded, stored = through(codec, x)
     unit = x.abs().max().double()
     if name != "denormal":  # whose squares are 0
-        assert (decoded - x).double().norm() / unit <= float(codec.error(parts)) / unit * (1 + 1e-4) + 1e-6
+        assert (decoded - x).double().norm() / unit <= float(codec.error(stored)) / unit * (1 + 1e-4) + 1e-6
     if not isinstance(codec, Root):
         assert not decoded[x == 0].any()
         assert (decoded * x >= 0).all()

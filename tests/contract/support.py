@@ -43,16 +43,16 @@ FINDERS = [
     Exact(),
     Exact(method="svd"),
     Exact(sweeps=2),
-    Exact(momentum=0.5, sweeps=1, method="svd"),
+    Exact(inertia=0.5, sweeps=1, method="svd"),
     Exact(sequential=True),
-    Exact(momentum=0.9, sweeps=1, sequential=True, warm=True),
+    Exact(inertia=0.9, sweeps=1, sequential=True, warm=True),
     Exact(sweeps=2, warm=True),
     Power(),
-    Power(momentum=0.0, iterations=3),
+    Power(inertia=0.0, iterations=3),
     Power(start="exact"),
     Power(exact_up_to=8),
     Randomized(),
-    Randomized(momentum=0.0, oversampling=2, reads=1, seed=3),
+    Randomized(inertia=0.0, oversampling=2, reads=1, seed=3),
     Randomized(reads=2, sequential=True),
     Randomized(oversampling=1, reads=3, sequential=True, seed=1),
     Nystroem(),
@@ -61,7 +61,7 @@ FINDERS = [
     Amortized(),
     Amortized(iterations=2),
     Oja(),
-    Oja(momentum=0.0, rate=0.5, start="exact"),
+    Oja(inertia=0.0, rate=0.5, start="exact"),
     Correlation(),
     Correlation(rate=0.5, recalibrate=2),
     IncrementalSVD(),
@@ -71,11 +71,11 @@ FINDERS = [
 CADENCES = [Every(), Growing(), Growing(base=1.0), Lazy(), Lazy(threshold=0.9, patience=2, growth=3)]
 BOND_FINDERS = [
     TrainSVD(),
-    TrainSVD(momentum=0.5, method="svd"),
+    TrainSVD(inertia=0.5, method="svd"),
     TrainRandomized(),
     TrainRandomized(reads=1, oversampling=12),
     TrainIncrement(),
-    TrainIncrement(momentum=0.5, columns=4, add=2),
+    TrainIncrement(inertia=0.5, columns=4, add=2),
     TreeSVD(),
     TreeIncrement(),
 ]
@@ -204,8 +204,8 @@ def known_rank(shape, ranks, dtype=REAL, seed=0):
 
 def memory_of(finder, x, ranks):
     """What a finder remembers of a tensor with a frame of these ranks, before its first search."""
-    parts = finder.parts(tuple(x.shape), ranks, x.dtype)
-    memory = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
+    schema = finder.schema(tuple(x.shape), ranks, x.dtype)
+    memory = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
     finder.observe(x, memory)
     return memory
 
@@ -258,7 +258,7 @@ def stored(state, prefix):
 def look(finder, operand, start, warm):
     """A search with fresh memory, which has observed the operand."""
     x = operand.full()
-    memory = {n: x.new_zeros(p.shape, dtype=p.dtype) for n, p in finder.parts(x.shape, start.ranks, x.dtype).items()}
+    memory = {n: x.new_zeros(p.shape, dtype=p.dtype) for n, p in finder.schema(x.shape, start.ranks, x.dtype).items()}
     finder.observe(x, memory)
     return finder.find(operand, start, warm, memory)
 
@@ -297,7 +297,7 @@ def numel(shape):
 
 def cells(optimizer, p):
     """The state of a parameter, or of each of its blocks, with moments decoded."""
-    found = [row.cell() for row in optimizer.engine.opened(p)]
+    found = [row.cell() for row in optimizer.engine.rows_of(p)]
     for cell in found:
         cell.decode()
     return found

@@ -20,7 +20,7 @@ CADENCE = pytest.mark.parametrize("cadence", CADENCES, ids=str)
 
 
 def fresh(cadence):
-    return {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in cadence.parts().items()}
+    return {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in cadence.schema().items()}
 
 
 def refreshes(cadence, every, phase, steps, pairs=()):
@@ -62,9 +62,9 @@ def test_slots_are_what_was_declared_and_replaced_instead_of_changed(cadence):
         cadence.due(slots, When(t, 2, 1))
         after = cadence.refreshed(slots, last if t else None, new, When(t, 2, 1))
         assert all(torch.equal(x, before[name]) for name, x in slots.items())
-        parts = cadence.parts()
+        schema = cadence.schema()
         assert {name: (tuple(x.shape), x.dtype) for name, x in after.items()} == {
-            name: (part.shape, part.dtype) for name, part in parts.items()
+            name: (spec.shape, spec.dtype) for name, spec in schema.items()
         }
         slots = after
 
@@ -77,7 +77,7 @@ def test_the_second_refresh_keeps_to_the_phase(cadence, every, phase):
 
 @CADENCE
 def test_rows_are_due_when_any_of_them_is(cadence):
-    own = {name for name, part in cadence.parts().items() if part.own or not part.scalar}
+    own = {name for name, spec in cadence.schema().items() if spec.own or not spec.scalar}
     rows = [cadence.refreshed(fresh(cadence), None, turned(1.0)[1], When(t, 4, 0)) for t in (5, 2, 9)]
     if not cadence.alone:  # then the host steps those of other counts apart
         rows = rows[:1] * 3

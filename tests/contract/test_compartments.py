@@ -38,12 +38,12 @@ def declared(kind):
     site, group = kind.site, kind.group
     shape, dtype = site.view.shape, site.view.dtype
     moments = slots.rule_slots(site, group)
-    found = {"rule": {slot.name for slot in moments}, "precondition": {*group["precondition"].parts(shape, dtype)}}
+    found = {"rule": {slot.name for slot in moments}, "precondition": {*group["precondition"].schema(shape, dtype)}}
     found |= {"transport": found["rule"], "finder": set(), "cadence": set(), "residual": set()}
     if site.projected:
-        found["finder"] = {*group["finder"].parts(shape, site.ranks, dtype)}
-        found["cadence"] = {*group["cadence"].parts()}
-        found["residual"] = {*group["residual"].parts(group["codec"], shape, site.core_shape, dtype)}
+        found["finder"] = {*group["finder"].schema(shape, site.ranks, dtype)}
+        found["cadence"] = {*group["cadence"].schema()}
+        found["residual"] = {*group["residual"].schema(group["codec"], shape, site.core_shape, dtype)}
     return found, {slot.name for slot in moments if slot.kind is slots.Kind.CACHE}
 
 

@@ -114,9 +114,9 @@ def test_a_frame_survives_its_tensors():
     again = Modes().load(frame.tensors(), (6, 4, 5))
     assert set(frame.tensors()) == {"frame.0", "frame.2"}
     assert all(u is v for u, v in zip(frame.factors, again.factors, strict=True))
-    parts = Modes().parts((6, 4, 5), (2, None, 3), REAL)
+    schema = Modes().schema((6, 4, 5), (2, None, 3), REAL)
     assert {n: (tuple(x.shape), x.dtype) for n, x in frame.tensors().items()} == {
-        n: (p.shape, p.dtype) for n, p in parts.items()
+        n: (p.shape, p.dtype) for n, p in schema.items()
     }
 
 
@@ -194,23 +194,23 @@ def test_slots_adopted_from_plain_adam_are_those_of_a_run_with_them(transport, d
 def test_codecs(codec, shape, dtype, size):
     """Zeros decode to zero; encoding is finite, repeatable, stable, and loses at most what it says."""
     x = randn(shape, dtype) * size
-    parts = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.parts(shape, dtype).items()}
-    empty = codec.decode(parts, shape, dtype)
+    stored = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in codec.schema(shape, dtype).items()}
+    empty = codec.decode(stored, shape, dtype)
     assert empty.shape == x.shape
     assert empty.dtype is dtype
     assert not empty.any()
     for _ in range(2):
-        codec.encode(x.clone(), parts)
-        decoded = codec.decode(parts, shape, dtype).clone()
+        codec.encode(x.clone(), stored)
+        decoded = codec.decode(stored, shape, dtype).clone()
         assert decoded.is_contiguous()
         assert decoded.isfinite().all()
-        error = codec.error(parts)
+        error = codec.error(stored)
         assert error.shape == ()
         assert (decoded - x).norm() <= error * (1 + 1e-5) + 1e-6 * x.norm() * (codec != Full())
         assert (decoded - x).norm() <= LOSS.get(type(codec), 0.02) * x.norm()
-    codec.encode(decoded.clone(), parts)
+    codec.encode(decoded.clone(), stored)
     close(
-        codec.decode(parts, shape, dtype) / (size or 1.0), decoded / (size or 1.0), 1e-6
+        codec.decode(stored, shape, dtype) / (size or 1.0), decoded / (size or 1.0), 1e-6
     )  # a second time loses nothing
 
 
@@ -255,8 +255,8 @@ def check(residual, codec, shape, ranks, size, turned, dtype):
     g = randn(shape, dtype, 3) * size
     before = g.clone()
     m = old.project(randn(shape, dtype, 4)) * size
-    parts = residual.parts(codec, shape, tuple(m.shape), dtype)
-    state = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in parts.items()}
+    schema = residual.schema(codec, shape, tuple(m.shape), dtype)
+    state = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in schema.items()}
     seen = residual.restore(g, Passage(old, m, 0.8, 0.2, old, m, tick=1), True, state, codec)
     assert torch.equal(seen.full(), g)
     close(seen.norm().double() / (size or 1), g.norm() / (size or 1), 1e-5)
@@ -278,7 +278,7 @@ def check(residual, codec, shape, ranks, size, turned, dtype):
         assert (again.full() - expected).norm() <= residual.error(state, codec) * (1 + 1e-5) + 1e-6 * expected.norm()
     else:
         assert size_kept is None
-        assert state.keys() - parts.keys() <= {"held"}
+        assert state.keys() - schema.keys() <= {"held"}
         assert not again.full().any()
 
 
@@ -290,8 +290,8 @@ def check(residual, codec, shape, ranks, size, turned, dtype):
 def test_a_buffer_that_keeps_part_of_what_the_frame_holds(residual, codec, shape, ranks, size, dtype):
     """M = B - (1 - mu) F F^H B with B = M + g, in two frames, each of two gradients, which count as one."""
     frames = [random_frame(shape, ranks, dtype, n) for n in (1, 2)]
-    parts = residual.parts(codec, shape, core_of(shape, ranks), dtype)
-    state, kept = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in parts.items()}, torch.zeros(shape, dtype=dtype)
+    schema = residual.schema(codec, shape, core_of(shape, ranks), dtype)
+    state, kept = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in schema.items()}, torch.zeros(shape, dtype=dtype)
     slack = (1e-9 if codec == Full() else 0.05) * size
     for n, frame in enumerate(frames):
         core = torch.zeros(core_of(shape, ranks), dtype=dtype)
@@ -374,7 +374,7 @@ def test_a_residual_leaves_the_gradient_and_nothing_else(residual, case, dtype):
         assert torch.equal(one.p.grad, one.gradient(t))
         promised = layout(one.optimizer.sites[one.p], one.optimizer.param_groups[0])
         found = {n: (tuple(x.shape), x.dtype) for n, x in one.state.items() if n != "tick"}
-        assert found == {n: (part.shape, part.dtype) for n, part in promised.items()}
+        assert found == {n: (spec.shape, spec.dtype) for n, spec in promised.items()}
         assert one.p.isfinite().all()
         assert all(torch.as_tensor(x).isfinite().all() for x in one.state.values())
     assert torch.equal(twin.run(0, 7).p, one.p)

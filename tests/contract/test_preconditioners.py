@@ -12,8 +12,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL,
 SHAPES = pytest.mark.parametrize("shape", [(6, 8), (8, 3), (3, 4, 5), (1, 6), (6, 1, 2), (7,)], ids=str)
 
 
-def opened(part, shape, dtype):
-    return {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in part.parts(shape, dtype).items()}
+def initial(part, shape, dtype):
+    return {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in part.schema(shape, dtype).items()}
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def no_global_randomness():
 @SHAPES
 @pytest.mark.parametrize("size", [0.0, 1e-15, 1.0, 1e15])
 def test_shape_dtype_slots_and_the_given_gradient(part, shape, dtype, size):
-    state, twin = opened(part, shape, dtype), opened(part, shape, dtype)
+    state, twin = initial(part, shape, dtype), initial(part, shape, dtype)
     assert all(name.startswith("precondition.") for name in state)
     declared = {name: (x.shape, x.dtype) for name, x in state.items()}
     for t in range(1, 6):
@@ -50,7 +50,7 @@ def test_shape_dtype_slots_and_the_given_gradient(part, shape, dtype, size):
 @EVERY
 @DTYPES
 def test_gradients_of_rank_one(part, dtype):
-    state = opened(part, (6, 8), dtype)
+    state = initial(part, (6, 8), dtype)
     for t in range(1, 6):
         assert part.apply(randn((6, 1), dtype, 1) * randn((1, 8), dtype, 2), state, t).isfinite().all()
 
@@ -71,7 +71,7 @@ def test_in_the_engine(part, way, dtype):
     for t in range(5):
         step(optimizer, p, (randn((6, 8), wide, t) * (t not in (0, 3))).to(dtype))
     state = optimizer.state[p]
-    for name, declared in part.parts((6, 8), wide).items():
+    for name, declared in part.schema((6, 8), wide).items():
         assert (state[name].shape, state[name].dtype) == (torch.Size(declared.shape), declared.dtype)
     optimizer.absorb(p, randn((6, 8), wide, 7).to(dtype))
     q, other = lone(p.detach(), **options)

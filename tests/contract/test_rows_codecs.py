@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from comoving import bases
 from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root, store
 from comoving.frames import ModeFrame, Modes
+from comoving.frames import stored as stored_frame
 from contract.support import COARSE, CODECS, COMPLEX, DRAWN, POSITIVE, REAL, randn, random_frame
 
 F32, C64 = torch.float32, torch.complex64
@@ -33,17 +33,17 @@ def batch(shape, dtype, positive, seed=0):
 def empty(codec, shape, dtype, members=None):
     """Parts of one tensor, or of so many; seeds of their own."""
     lead = () if members is None else (members,)
-    parts = {n: torch.zeros((*lead, *p.shape), dtype=p.dtype) for n, p in codec.parts(shape, dtype).items()}
-    if "seed" in parts:
-        parts["seed"] += 17 if members is None else torch.arange(17, 17 + members)
-    return parts
+    stored = {n: torch.zeros((*lead, *p.shape), dtype=p.dtype) for n, p in codec.schema(shape, dtype).items()}
+    if "seed" in stored:
+        stored["seed"] += 17 if members is None else torch.arange(17, 17 + members)
+    return stored
 
 
 def alone(codec, shape, dtype, i):
-    parts = empty(codec, shape, dtype)
-    if "seed" in parts:
-        parts["seed"] += i
-    return parts
+    stored = empty(codec, shape, dtype)
+    if "seed" in stored:
+        stored["seed"] += i
+    return stored
 
 
 def near(a, b, dtype):
@@ -96,13 +96,13 @@ def test_a_batch_is_stored_as_its_members(codec, shape, dtype):
 
 
 @pytest.mark.parametrize("codec", ALL, ids=str)
-def test_a_batch_is_stored_beside_what_is_held(codec):
+def test_a_batch_is_stored_beside_what_is_there(codec):
     shape, dtype = (5, 37), F32
     x = batch(shape, dtype, positive=True)
-    held = empty(codec, shape, dtype, len(KINDS))
-    before = {name: part.clone() for name, part in held.items()}
-    sizes, many = store(codec, x.clone(), held, 1)
-    assert all(torch.equal(held[name], part) for name, part in before.items())
+    there = empty(codec, shape, dtype, len(KINDS))
+    before = {name: part.clone() for name, part in there.items()}
+    sizes, many = store(codec, x.clone(), there, 1)
+    assert all(torch.equal(there[name], part) for name, part in before.items())
     for i in range(len(KINDS)):
         size, own = store(codec, x[i].clone(), alone(codec, shape, dtype, i))
         near(sizes[i], size, dtype)
@@ -162,21 +162,21 @@ def test_coded_frames_of_a_batch_are_those_of_its_members(codec, dtype):
     frames = [random_frame(shape, ranks, dtype, seed) for seed in (1, 2, 3)]
     frames[2] = ModeFrame((confusing(256, 3, dtype), *frames[2].factors[1:]))
     many, single = {}, [{} for _ in frames]
-    used = bases.put(group, many, ModeFrame.stack(frames), None, shape, (), keys)
+    used = stored_frame.put(group, many, ModeFrame.stack(frames), None, shape, (), keys)
     members = zip(single, frames, keys, strict=True)
-    alone = [bases.put(group, state, f, None, shape, key) for state, f, key in members]
+    alone = [stored_frame.put(group, state, f, None, shape, key) for state, f, key in members]
     equal_states(many, single)
     equal_bases(used, alone)
-    loaded = bases.load(group, many, shape, dtype)
+    loaded = stored_frame.load(group, many, shape, dtype)
     equal_bases(loaded, alone)
-    assert bases.ranks(many, shape) == ranks
+    assert stored_frame.ranks(many, shape) == ranks
     new = [random_frame(shape, ranks, dtype, seed) for seed in (4, 5, 6)]
     before = ModeFrame.stack(alone)
     new[1] = ModeFrame((alone[1].factors[0], *new[1].factors[1:]))
     kept = {name: x[1].clone() for name, x in many.items() if name.startswith("frame.0.") and x.ndim}
-    used = bases.put(group, many, ModeFrame.stack(new), before, shape, (), keys)
+    used = stored_frame.put(group, many, ModeFrame.stack(new), before, shape, (), keys)
     members = zip(single, new, alone, keys, strict=True)
-    alone = [bases.put(group, state, f, old, shape, key) for state, f, old, key in members]
+    alone = [stored_frame.put(group, state, f, old, shape, key) for state, f, old, key in members]
     equal_states(many, single)
     equal_bases(used, alone)
     assert kept

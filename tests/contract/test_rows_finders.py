@@ -72,11 +72,11 @@ def frames_of(layout, like, ranks, seed, warm):
 
 def memories_of(finder, x, ranks):
     """What each row remembers alone, and what the batch does."""
-    parts = finder.parts(tuple(x.shape[1:]), ranks, x.dtype)
-    alone = [{name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()} for _ in x]
+    schema = finder.schema(tuple(x.shape[1:]), ranks, x.dtype)
+    alone = [{name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()} for _ in x]
     return alone, {
-        name: torch.zeros(part.shape if part.scalar else (ROWS, *part.shape), dtype=part.dtype)
-        for name, part in parts.items()
+        name: torch.zeros(spec.shape if spec.scalar else (ROWS, *spec.shape), dtype=spec.dtype)
+        for name, spec in schema.items()
     }
 
 
@@ -261,15 +261,15 @@ def test_frames_that_are_drawn_with_rows(stored, case, dtype):
     for several, singles in ((frame, frames), (loaded, frames), (loaded.next(), [f.next() for f in frames])):
         assert several.stored is stored
         assert several.ranks == ranks
-        parts = layout.parts(shape, ranks, dtype)
+        schema = layout.schema(shape, ranks, dtype)
         for name, value in several.tensors().items():
             alone = [single.tensors()[name] for single in singles]
-            if parts[name].shape:
+            if schema[name].shape:
                 close(value, torch.stack(alone), tolerance(dtype))
             else:
                 assert value.dtype is torch.int64
                 assert torch.equal(value.expand(ROWS), torch.stack(alone))
-                assert (value.ndim == 1) == parts[name].seed
+                assert (value.ndim == 1) == schema[name].seed
         close(
             several.project(x), torch.stack([f.project(y) for f, y in zip(singles, x, strict=True)]), tolerance(dtype)
         )

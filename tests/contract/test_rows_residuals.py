@@ -103,10 +103,10 @@ class Run:
 def slots(residual, codec, shape, ranks, dtype, members=None):
     """The slots of one tensor, or of so many; seeds of their own."""
     lead = () if members is None else (members,)
-    parts = residual.parts(codec, shape, core_of(shape, ranks), dtype)
-    state = {name: torch.zeros((*lead, *part.shape), dtype=part.dtype) for name, part in parts.items()}
-    for name, part in parts.items():
-        if part.seed:
+    schema = residual.schema(codec, shape, core_of(shape, ranks), dtype)
+    state = {name: torch.zeros((*lead, *spec.shape), dtype=spec.dtype) for name, spec in schema.items()}
+    for name, spec in schema.items():
+        if spec.seed:
             state[name] += 3 if members is None else torch.arange(3, 3 + members)
     return state
 
@@ -199,7 +199,7 @@ def test_a_batch_fares_as_its_members_between_refreshes(residual, case, dtype):
     frame = ModeFrame.stack(frames)
     weights = randn((len(SIZES), *shape), dtype, 5)
     states = [slots(residual, Full(), shape, ranks, dtype) for _ in members]
-    parts = residual.parts(Full(), shape, core_of(shape, ranks), dtype)
+    schema = residual.schema(Full(), shape, core_of(shape, ranks), dtype)
     alone, batch = weights.clone(), torch.stack([weights, weights], -1)[..., 0]
     for t in range(STEPS):
         gradients = [
@@ -207,8 +207,8 @@ def test_a_batch_fares_as_its_members_between_refreshes(residual, case, dtype):
             for k in range(2 if t == TWICE else 1)
         ]
         renewing = t in {0, TURN}
-        together = {name: torch.stack([state[name] for state in states]) for name in parts}
-        held = {name: x.clone() for name, x in together.items()}
+        together = {name: torch.stack([state[name] for state in states]) for name in schema}
+        originals = {name: x.clone() for name, x in together.items()}
         before = dict(together)
         for opening, g in zip((True, False), gradients, strict=False):
             sizes = []
@@ -234,8 +234,8 @@ def test_a_batch_fares_as_its_members_between_refreshes(residual, case, dtype):
             continue
         _written(residual, batch, frame, together, 1, t)
         near(batch, alone, dtype)
-        assert together.keys() == parts.keys()
-        for name, part in parts.items():
-            assert torch.equal(before[name], held[name])  # replaced, never written to
-            assert together[name].shape == (len(SIZES), *part.shape)
+        assert together.keys() == schema.keys()
+        for name, spec in schema.items():
+            assert torch.equal(before[name], originals[name])  # replaced, never written to
+            assert together[name].shape == (len(SIZES), *spec.shape)
             near(together[name], torch.stack([state[name] for state in states]), dtype)

@@ -75,7 +75,7 @@ def shape_of(slot, core, whole):
     if slot.kind is Kind.SCALAR:
         return ()
     if slot.kind is Kind.MASS:
-        return core if slot.bases else tuple(1 if n in whole else d for n, d in enumerate(core))
+        return core if slot.turned_by else tuple(1 if n in whole else d for n, d in enumerate(core))
     return core if slot.mode < 0 else (core[slot.mode],) * (1 if slot.kind is Kind.FACTORED else 2)
 
 
@@ -184,7 +184,7 @@ def test_a_batch_equals_its_members(rule, transport, dtype, layout):
             assert tuple(x.shape[1:]) == tuple(members[0].shape), slot
             if slot.kind is Kind.BASIS:  # whose vectors have any phase
                 x = x * (x.conj() * torch.stack(members)).sum(-2, keepdim=True).sgn()
-            loose = slot.kind in (Kind.BASIS, Kind.CACHE) or slot.bases
+            loose = slot.kind in (Kind.BASIS, Kind.CACHE) or slot.turned_by
             same(x, members, tolerance, f"{slot.name} {t}", ALL_BUT_LOW if loose else range(ROWS))
 
 
@@ -216,7 +216,7 @@ def test_a_row_whose_squares_overflow_is_bounded_alone(rule, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 def test_a_row_whose_squares_overflow_is_preconditioned_alone(part, dtype):
     shape = (4, 3)
-    slots = part.parts(shape, dtype)
+    slots = part.schema(shape, dtype)
     batch = {name: torch.zeros((ROWS, *x.shape), dtype=x.dtype) for name, x in slots.items()}
     alone = [{name: torch.zeros(x.shape, dtype=x.dtype) for name, x in slots.items()} for _ in range(ROWS)]
     for t in range(1, 4):
@@ -281,7 +281,7 @@ def test_a_batch_is_compiled_to_the_same(rule, transport):
 @pytest.mark.parametrize("shape", [(3, 6), (7, 4), (3, 4, 5)], ids=str)
 def test_a_batch_is_preconditioned_as_its_members(part, dtype, shape):
     assert part.batched
-    slots = part.parts(shape, dtype)
+    slots = part.schema(shape, dtype)
     batch = {name: torch.zeros((ROWS, *x.shape), dtype=x.dtype) for name, x in slots.items()}
     alone = [{name: torch.zeros(x.shape, dtype=x.dtype) for name, x in slots.items()} for _ in range(ROWS)]
     tolerance = TOLERANCE[dtype.to_real()]

@@ -174,7 +174,7 @@ def start(rule, way, dtype=REAL, shape=(6, 8), **options):
         pytest.skip("refused: its covariances must not be rounded")
     fitting = {} if rule.corrected else {"transport": Reset()}
     if not rule.linear:
-        fitting |= {"residual": Discard(), "finder": Power(momentum=0.0)}
+        fitting |= {"residual": Discard(), "finder": Power(inertia=0.0)}
     settings = PROJECTED | fitting | WAYS[way] | options
     if not rule.corrected and "side" in way and settings["transport"].projects:
         pytest.skip("refused: the transport would undo a bias correction that the rule does not make")
@@ -286,7 +286,7 @@ def test_a_layout_without_modes_is_refused_where_modes_are_needed(rule):
         with pytest.raises(ValueError, match=r"single modes of the core, while that of frame .*has none"):
             lone(randn((6, 8)), rule=rule, frame=Shapeless())
     else:
-        lone(randn((6, 8)), rule=rule, frame=Shapeless(), finder=Power(momentum=0.0), **fitting)
+        lone(randn((6, 8)), rule=rule, frame=Shapeless(), finder=Power(inertia=0.0), **fitting)
 
 
 @EVERY
@@ -296,4 +296,4 @@ def test_codecs_that_round_are_refused_where_covariances_must_stay_positive(rule
             lone(randn((6, 8)), rule=rule, moments=Int8())
     else:
         fitting = {} if rule.corrected else {"transport": Reset()}
-        lone(randn((6, 8)), rule=rule, moments=Int8(), finder=Power(momentum=0.0), **fitting)
+        lone(randn((6, 8)), rule=rule, moments=Int8(), finder=Power(inertia=0.0), **fitting)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from comoving import explain, state_bytes
-from comoving.codecs import Full, Int8, Part
+from comoving.codecs import Full, Int8, Spec
 from comoving.finders import Operand
 from comoving.finders.base import Memoryless
 from comoving.frames import ModeFrame, Modes, Overlap
@@ -40,11 +40,11 @@ class Axes:
     """The coordinate axes of most energy, averaged over the gradients: a finder with a memory."""
 
     batched: ClassVar[bool] = False
-    momentum: float = 0.5
+    inertia: float = 0.5
     decay: float = 0.9
 
-    def parts(self, shape, ranks, dtype):
-        return {f"energy.{n}": Part((d,), dtype.to_real()) for n, d in enumerate(shape) if ranks[n] is not None}
+    def schema(self, shape, ranks, dtype):
+        return {f"energy.{n}": Spec((d,), dtype.to_real()) for n, d in enumerate(shape) if ranks[n] is not None}
 
     def observe(self, gradient, memory, rows=0):
         for name, energy in memory.items():
@@ -111,8 +111,8 @@ class Flats:
     def mass_shape(self, shape, ranks):
         return self.core_shape(shape, ranks)
 
-    def parts(self, shape, ranks, dtype):
-        return {} if ranks[0] is None else {"frame.flat": Part((prod(shape), ranks[0]), dtype)}
+    def schema(self, shape, ranks, dtype):
+        return {} if ranks[0] is None else {"frame.flat": Spec((prod(shape), ranks[0]), dtype)}
 
     def load(self, state, shape, like=None):
         return Flat(shape, state.get("frame.flat"))
@@ -130,7 +130,7 @@ class Newest(Memoryless):
     """The operand itself, and before it what the frame held last: a finder for such frames."""
 
     batched: ClassVar[bool] = False
-    momentum: float = 0.0
+    inertia: float = 0.0
 
     def find(self, operand, start, warm, memory):
         x = operand.full().reshape(-1, 1)
@@ -225,8 +225,8 @@ def of_ranks(layout, shape, ranks, dtype, seed=0):
 
 def blank(finder, shape, ranks, dtype):
     """A finder's memory before its first gradient."""
-    parts = finder.parts(shape, ranks, dtype)
-    return {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
+    schema = finder.schema(shape, ranks, dtype)
+    return {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
 
 
 def search(finder, layout, x, ranks, warm, seed=8, turns=1):
@@ -306,12 +306,12 @@ def test_every_list_of_finders_has_its_layout():
 def test_a_frame_stores_what_its_layout_says(layout, case):
     shape, ranks, dtype = of_case(layout, case)
     frame, x = layout.start(torch.zeros(shape, dtype=dtype), ranks, None, 0), randn(shape, dtype)
-    parts, stored = layout.parts(shape, ranks, dtype), frame.tensors()
+    schema, stored = layout.schema(shape, ranks, dtype), frame.tensors()
     assert {n: (tuple(u.shape), u.dtype) for n, u in stored.items()} == {
-        n: (p.shape, p.dtype) for n, p in parts.items()
+        n: (p.shape, p.dtype) for n, p in schema.items()
     }
     assert sum(u.untyped_storage().nbytes() for u in stored.values()) == sum(
-        prod(p.shape) * p.dtype.itemsize for p in parts.values()
+        prod(p.shape) * p.dtype.itemsize for p in schema.values()
     )
     assert stored
     assert layout.ranks(shape, ranks) == ranks
@@ -538,14 +538,14 @@ def test_it_finds_orthonormal_frames_whatever_the_operand(finder, layout, case, 
 def test_the_memory_stays_as_declared(finder, layout, case, size):
     shape, ranks, dtype = of_case(layout, case)
     frame, memory = layout.start(torch.zeros(shape, dtype=dtype), ranks, None, 8), blank(finder, shape, ranks, dtype)
-    declared = finder.parts(shape, ranks, dtype)
+    declared = finder.schema(shape, ranks, dtype)
     for t in range(4):
         x = randn(shape, dtype, t) * size
         finder.observe(x, memory)
         if t % 2 == 0:
             frame = finder.find(Operand(x), frame, t > 0, memory)
         assert {n: (tuple(u.shape), u.dtype) for n, u in memory.items()} == {
-            n: (part.shape, part.dtype) for n, part in declared.items()
+            n: (spec.shape, spec.dtype) for n, spec in declared.items()
         }
         assert all(u.isfinite().all() for u in memory.values())
     x = randn(shape, dtype, 9)  # and after that it still works
@@ -604,9 +604,9 @@ def test_an_operand_in_two_terms_is_the_sum(finder, layout, case):
         memory = blank(finder, shape, ranks, dtype)
         finder.observe(x, memory)
         found.append(finder.find(operand, frame, True, memory))
-    held = [f.lift(f.project(probe)) for f in found]
-    close(held[1], held[0], 1e-7)
-    close(held[2], held[0], 1e-7)
+    seen = [f.lift(f.project(probe)) for f in found]
+    close(seen[1], seen[0], 1e-7)
+    close(seen[2], seen[0], 1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -661,7 +661,7 @@ def test_it_trains_within_the_promised_bytes(finder, layout, case):
     assert state_bytes(problem.optimizer) == explain(problem.optimizer).state_bytes
     stored = {n: x for n, x in problem.optimizer.state[problem.p].items() if n.startswith("frame.")}
     ranks = problem.optimizer.sites[problem.p].ranks
-    assert stored.keys() == layout.parts(tuple(problem.p.shape), ranks, problem.p.dtype).keys()
+    assert stored.keys() == layout.schema(tuple(problem.p.shape), ranks, problem.p.dtype).keys()
     assert problem.optimizer.diagnostics()[problem.optimizer.sites[problem.p].name]["defect"] <= 1e-4
 
 

@@ -186,7 +186,7 @@ class Kept:
     def __init__(self, residual, codec, dtype=REAL):
         self.residual, self.codec = residual, codec
         self.frame = random_frame(SHAPE, RANKS, dtype, 1)
-        parts = residual.parts(codec, SHAPE, core_of(SHAPE, RANKS), dtype)
+        parts = residual.schema(codec, SHAPE, core_of(SHAPE, RANKS), dtype)
         self.state = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
         self.core = None
 
@@ -247,7 +247,7 @@ def test_residuals_that_rescale_do_as_with_a_gradient_that_was_scaled(part, dtyp
 
 
 def fresh(cadence):
-    return {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in cadence.parts().items()}
+    return {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in cadence.schema().items()}
 
 
 @pytest.mark.parametrize("cadence", CADENCES, ids=str)

@@ -85,9 +85,9 @@ def test_amplitudes_have_their_own_group():
     assert (others["lr"], others["weight_decay"]) == (1e-3, 0.1)
     assert (amplitudes["lr"], amplitudes["weight_decay"]) == (2e-2, 0.0)
     assert {id(p) for p in amplitudes["params"]} == {id(branches[n].a) for n in branches.layers}
-    held = {id(p) for g in (others, amplitudes) for p in g["params"]}
-    assert held == {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(held) == len(others["params"]) + len(amplitudes["params"])
+    owned = {id(p) for g in (others, amplitudes) for p in g["params"]}
+    assert owned == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(owned) == len(others["params"]) + len(amplitudes["params"])
     train(model, torch.optim.SGD(branches.param_groups(1e-2)), 1)
 
 

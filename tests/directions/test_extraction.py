@@ -447,7 +447,7 @@ def test_schedulers_that_cannot_be_extended():
 
 
 def unchanged(model, optimizer, message, patterns=TARGETS, error=ValueError, **options):
-    before, held = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    before, slots = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
     hooks = len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
     groups = len(optimizer.param_groups)
     with pytest.raises(error, match=message):
@@ -460,7 +460,7 @@ def unchanged(model, optimizer, message, patterns=TARGETS, error=ValueError, **o
     for key, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(value, held[key][name], equal_nan=True, atol=0, rtol=0)
+                torch.testing.assert_close(value, slots[key][name], equal_nan=True, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

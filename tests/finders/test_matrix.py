@@ -217,7 +217,7 @@ def test_oja_averages_where_power_iteration_follows_the_last_gradient():
     """Ten noisy views of one space: the averaged frame is nearer to it than the frame of the last view."""
     truth = known_rank((30, 40), (4, 4))
     frames = {}
-    for finder in (Oja(momentum=0.0, rate=0.1), Power(momentum=0.0)):
+    for finder in (Oja(inertia=0.0, rate=0.1), Power(inertia=0.0)):
         _, frame = search(finder, truth + randn((30, 40), seed=99), (4, None), warm=False)
         for t in range(60):
             noisy = truth + 3 * truth.norm() / 1200**0.5 * randn((30, 40), seed=t)
@@ -564,14 +564,14 @@ def test_only_indices_and_seeds_are_stored():
 
 def test_a_state_on_another_device_leaves_seeds_and_counts_on_the_host():
     """On the meta device, where nothing could be read back."""
-    from comoving.codecs import Part  # noqa: PLC0415
+    from comoving.codecs import Spec  # noqa: PLC0415
     from comoving.state import zeros  # noqa: PLC0415
 
     meta = torch.device("meta")
     parts = {
-        "seed": Part((), torch.int64, scalar=True),
-        "step": Part((), torch.float32, scalar=True),
-        "indices": Part((3,), torch.int64),
+        "seed": Spec((), torch.int64, scalar=True),
+        "step": Spec((), torch.float32, scalar=True),
+        "indices": Spec((3,), torch.int64),
     }
     made = zeros(parts, meta, meta)
     assert {name: x.device.type for name, x in made.items()} == {"seed": "cpu", "step": "meta", "indices": "meta"}
@@ -615,7 +615,7 @@ class Toy(Memoryless):
     """Left singular vectors, and nothing else: all that a finder of one's own takes."""
 
     batched: ClassVar[bool] = False
-    momentum: float = 0.5
+    inertia: float = 0.5
 
     def find(self, operand, start, warm, memory):
         x = operand.full()

@@ -140,7 +140,7 @@ def test_energies_beat_uniform_draws_where_few_columns_hold_it(x, rank, samples,
 @pytest.mark.parametrize("columns", ["energy", "slices"])
 def test_energies_are_decayed_sums_whatever_the_gradients_size(columns, dtype):
     finder, shape, ranks = Nystroem(columns=columns, decay=0.5), (5, 4, 6), (2, None, 3)
-    memory = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in finder.parts(shape, ranks, dtype).items()}
+    memory = {n: torch.zeros(p.shape, dtype=p.dtype) for n, p in finder.schema(shape, ranks, dtype).items()}
     expected = {name: x.clone() for name, x in memory.items() if name != "draws"}
     modes = {"energy": {"columns.0": (0,), "columns.2": (2,)}, "slices": {f"energy.{m}": m for m in range(3)}}[columns]
     assert set(expected) == set(modes)

@@ -306,13 +306,13 @@ def test_increments_track_a_subspace_that_turns(kind, dtype):
     frame = start = TrainSVD().find(
         Operand(next(stream(source, 1, 0, 0.3))), random_frame(spec, shape, 3, dtype), False, {}
     )
-    held, best, stale = [], [], []
+    own, best, stale = [], [], []
     for x in stream(source, 40, 0.15, 0.3, seed=2):
         frame = TrainIncrement().find(Operand(x), frame, True, {})
-        held.append(energy(frame, x))
+        own.append(energy(frame, x))
         best.append(energy(TrainSVD().find(Operand(x), frame, True, {}), x))
         stale.append(energy(start, x))
-    assert sum(held) >= 0.95 * sum(best)
+    assert sum(own) >= 0.95 * sum(best)
     assert sum(stale[-20:]) < 0.5 * sum(best[-20:])  # so there was something to track
 
 
@@ -376,13 +376,13 @@ def test_where_the_operand_reaches_nothing_the_old_directions_stay():
 @pytest.mark.parametrize(
     ("kind", "field", "value", "interval"),
     [
-        (TrainSVD, "momentum", 1.0, r"\[0, 1\)"),
+        (TrainSVD, "inertia", 1.0, r"\[0, 1\)"),
         (TrainSVD, "method", "qr", "'gram', 'svd'"),
-        (TrainRandomized, "momentum", -0.1, r"\[0, 1\)"),
+        (TrainRandomized, "inertia", -0.1, r"\[0, 1\)"),
         (TrainRandomized, "oversampling", -1, ">= 0"),
         (TrainRandomized, "reads", 3, "1, 2"),
         (TrainRandomized, "seed", -1, ">= 0"),
-        (TrainIncrement, "momentum", 2.0, r"\[0, 1\)"),
+        (TrainIncrement, "inertia", 2.0, r"\[0, 1\)"),
         (TrainIncrement, "columns", 0, ">= 1"),
         (TrainIncrement, "add", 0, ">= 1"),
         (TrainIncrement, "seed", -2, ">= 0"),

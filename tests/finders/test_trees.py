@@ -91,13 +91,13 @@ def test_increments_follow_a_stream_that_turns():
     spec, shape = Trees(), (6, 5, 5, 6)
     source = random_frame(spec, shape, 3, torch.float32, 1)
     frame = random_frame(spec, shape, 3, torch.float32)
-    held, best = 0.0, 0.0
+    own, best = 0.0, 0.0
     for t, x in enumerate(stream(source, 40, 0.1, 0.5, seed=4)):
         frame = TreeIncrement().find(Operand(x), frame, t > 0, {})
         if t >= 5:
-            held += energy(frame, x)
+            own += energy(frame, x)
             best += energy(TreeSVD().find(Operand(x), frame, True, {}), x)
-    assert held >= 0.95 * best
+    assert own >= 0.95 * best
     assert best < 35 * 0.95  # the noise is there
 
 
@@ -111,6 +111,6 @@ def test_on_a_caterpillar_it_is_the_train_of_its_leaves():
 
 @pytest.mark.parametrize("kind", [TreeSVD, TreeIncrement])
 def test_momentum_is_validated(kind):
-    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1.0"):
-        kind(momentum=1.0)
-    assert kind(momentum=0.5).momentum == 0.5
+    with pytest.raises(ValueError, match=r"inertia must lie in \[0, 1\), got 1.0"):
+        kind(inertia=1.0)
+    assert kind(inertia=0.5).inertia == 0.5

@@ -52,8 +52,8 @@ def cold(finder, x, ranks):
 
 
 def memory_of(finder, x, ranks):
-    parts = finder.parts(tuple(x.shape), ranks, x.dtype)
-    return {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in parts.items()}
+    schema = finder.schema(tuple(x.shape), ranks, x.dtype)
+    return {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in schema.items()}
 
 
 def error(frame, x):
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_other_ranks_is_carried_over(finder, rank):
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for _ in range(6):
         step(other, p, known_rank(shape, (2, 2, 2), seed=7))
-    wanted = {f"finder.{name}": part.shape for name, part in finder.parts(shape, rank, REAL).items()}
+    wanted = {f"finder.{name}": spec.shape for name, spec in finder.schema(shape, rank, REAL).items()}
     state = other.state[p]
     assert {name: tuple(x.shape) for name, x in state.items() if name.startswith("finder.")} == wanted
     frame = Modes().load(state, shape)
@@ -428,14 +428,14 @@ def test_no_single_draw_spoils_a_sketch(dtype):
 def test_memory_is_small():
     """No part as large as the tensor, and the whole of it a few columns per mode."""
     shape, ranks = (64, 64, 16, 9), (25, 25, 7, 4)
-    parts = StreamingTucker().parts(shape, ranks, torch.complex64)
-    assert sum(torch.Size(p.shape).numel() for p in parts.values()) < 0.02 * torch.Size(shape).numel()
-    assert {p.dtype for p in parts.values()} == {torch.complex64}
-    energies = SLICES.parts(shape, ranks, torch.complex64)
+    schema = StreamingTucker().schema(shape, ranks, torch.complex64)
+    assert sum(torch.Size(p.shape).numel() for p in schema.values()) < 0.02 * torch.Size(shape).numel()
+    assert {p.dtype for p in schema.values()} == {torch.complex64}
+    energies = SLICES.schema(shape, ranks, torch.complex64)
     assert {name: p.shape for name, p in energies.items()} == {
         "draws": (), "energy.0": (64,), "energy.1": (64,), "energy.2": (16,), "energy.3": (9,)
     }  # fmt: skip
-    assert set(SAMPLED.parts(shape, ranks, REAL)) == {"draws"}
+    assert set(SAMPLED.schema(shape, ranks, REAL)) == {"draws"}
 
 
 @pytest.mark.parametrize("warm", [True, False])

@@ -22,7 +22,7 @@ from comoving.slots import Kind, Slot
 from comoving.transport import Carry, Rotate
 from contract.support import COMPLEX, REAL, close, randn
 
-EVERY = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+EVERY = pytest.mark.parametrize("layout", SPECS.values(), ids=SPECS)
 SHAPED = pytest.mark.parametrize("shape", SHAPES, ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, REAL, torch.complex64, COMPLEX], ids=str)
 RULE = (Slot("m", Kind.LINEAR), Slot("v", Kind.VARIANCE, mean="m"))
@@ -36,8 +36,8 @@ def tolerance(dtype):
 @SHAPED
 @DTYPES
 @pytest.mark.parametrize("rank", [1, 2, 3, 100])
-def test_it_is_its_explicit_basis(spec, shape, dtype, rank):
-    frame, older = random_frame(spec, shape, rank, dtype, 1), random_frame(spec, shape, 2, dtype, 2)
+def test_it_is_its_explicit_basis(layout, shape, dtype, rank):
+    frame, older = random_frame(layout, shape, rank, dtype, 1), random_frame(layout, shape, 2, dtype, 2)
     basis, eps = explicit(frame), tolerance(dtype)
     core = (frame.left.rank, frame.right.rank)
     close(basis.mH @ basis, torch.eye(basis.shape[1], dtype=COMPLEX), eps)
@@ -66,8 +66,8 @@ def test_it_is_its_explicit_basis(spec, shape, dtype, rank):
 
 @EVERY
 @SHAPED
-def test_projection_undoes_the_lift_on_views_too(spec, shape):
-    frame = random_frame(spec, shape, 2, COMPLEX)
+def test_projection_undoes_the_lift_on_views_too(layout, shape):
+    frame = random_frame(layout, shape, 2, COMPLEX)
     z = randn((frame.left.rank, frame.right.rank), COMPLEX, 1)
     strided = frame.lift(z).movedim(0, -1).contiguous().movedim(-1, 0)
     close(frame.project(strided), z)
@@ -76,8 +76,8 @@ def test_projection_undoes_the_lift_on_views_too(spec, shape):
 @EVERY
 @SHAPED
 @pytest.mark.parametrize("dtype", [torch.float32, COMPLEX])
-def test_the_defect_is_that_of_the_explicit_bases(spec, shape, dtype):
-    frame = random_frame(spec, shape, 2, dtype)
+def test_the_defect_is_that_of_the_explicit_bases(layout, shape, dtype):
+    frame = random_frame(layout, shape, 2, dtype)
     assert frame.tensors()
     assert frame.defect() <= 20 * torch.finfo(dtype).eps
     bent = BondFrame(
@@ -95,20 +95,20 @@ def test_the_defect_is_that_of_the_explicit_bases(spec, shape, dtype):
 @SHAPED
 @DTYPES
 @pytest.mark.parametrize("rank", [1, 2, 3, 100, 0.2])
-def test_state_and_parts(spec, shape, dtype, rank):
-    ranks = spec.ranks(shape, rank)
-    frame = random_frame(spec, shape, rank, dtype)
+def test_state_and_parts(layout, shape, dtype, rank):
+    ranks = layout.ranks(shape, rank)
+    frame = random_frame(layout, shape, rank, dtype)
     assert frame.ranks == ranks
-    assert spec.core_shape(shape, ranks) == (frame.left.rank, frame.right.rank)
+    assert layout.core_shape(shape, ranks) == (frame.left.rank, frame.right.rank)
     state = frame.tensors()
     assert {name: (tuple(u.shape), u.dtype) for name, u in state.items()} == {
-        name: (part.shape, part.dtype) for name, part in spec.parts(shape, ranks, dtype).items()
+        name: (spec.shape, spec.dtype) for name, spec in layout.schema(shape, ranks, dtype).items()
     }
     assert all(name.startswith("frame.") for name in state)
     assert all(u.is_contiguous() for u in state.values())
-    again = spec.load({**state, "moment.first": torch.zeros(3)}, shape)
+    again = layout.load({**state, "moment.first": torch.zeros(3)}, shape)
     assert again.ranks == ranks
-    z = randn(spec.core_shape(shape, ranks), dtype, 1)
+    z = randn(layout.core_shape(shape, ranks), dtype, 1)
     assert torch.equal(again.lift(z), frame.lift(z))
     assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), state.values(), strict=True))
 
@@ -127,10 +127,10 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("spec", [Trains(), Trains(bond=1), Trains(bond=3), Trees()], ids=str)
-def test_nothing_of_full_size_is_made(spec):
+@pytest.mark.parametrize("layout", [Trains(), Trains(bond=1), Trains(bond=3), Trees()], ids=str)
+def test_nothing_of_full_size_is_made(layout):
     shape, rank = (8, 8, 8, 8), 3
-    frame, older = random_frame(spec, shape, rank, REAL, 1), random_frame(spec, shape, rank, REAL, 2)
+    frame, older = random_frame(layout, shape, rank, REAL, 1), random_frame(layout, shape, rank, REAL, 2)
     x, z = randn(shape), randn((rank, rank))
     with Sizes(x) as sizes:
         frame.add_lift(x, z, 0.5, 0.9)
@@ -185,19 +185,19 @@ def test_names_count_from_the_outer_ends():
 def test_a_train_stores_numbers_linear_in_the_order(order):
     """2 d r + (N - 2) d r^2 beside a core of r x r; a tree N d r + (N - 2) r^3."""
     d, r, shape = 6, 4, (6,) * order
-    spec = Trains()
-    ranks = spec.ranks(shape, r)
+    layout = Trains()
+    ranks = layout.ranks(shape, r)
     assert ranks == (r,) * (order - 1)
-    parts = spec.parts(shape, ranks, REAL)
-    assert sum(prod(part.shape) for part in parts.values()) == 2 * d * r + (order - 2) * d * r * r
-    assert spec.core_shape(shape, ranks) == (r, r)
-    tree = Trees().parts(shape, Trees().ranks(shape, r), REAL)
-    assert sum(prod(part.shape) for part in tree.values()) == order * d * r + (order - 2) * r**3
+    schema = layout.schema(shape, ranks, REAL)
+    assert sum(prod(spec.shape) for spec in schema.values()) == 2 * d * r + (order - 2) * d * r * r
+    assert layout.core_shape(shape, ranks) == (r, r)
+    tree = Trees().schema(shape, Trees().ranks(shape, r), REAL)
+    assert sum(prod(spec.shape) for spec in tree.values()) == order * d * r + (order - 2) * r**3
 
 
-@pytest.mark.parametrize("spec", [Trains(), Trees()], ids=["train", "tree"])
-def test_a_matrix_has_a_frame_of_two_sides(spec):
-    frame = random_frame(spec, (7, 9), 3, COMPLEX)
+@pytest.mark.parametrize("layout", [Trains(), Trees()], ids=["train", "tree"])
+def test_a_matrix_has_a_frame_of_two_sides(layout):
+    frame = random_frame(layout, (7, 9), 3, COMPLEX)
     u, v = frame.left.basis, frame.right.basis
     assert (u.shape, v.shape) == ((7, 3), (9, 3))
     x = randn((7, 9), COMPLEX, 1)
@@ -206,12 +206,12 @@ def test_a_matrix_has_a_frame_of_two_sides(spec):
 
 
 def test_a_full_rank_is_whole_and_stores_nothing():
-    spec, shape = Trains(), (3, 4, 20, 3)
-    ranks = spec.ranks(shape, 12)
-    frame = random_frame(spec, shape, 12)
+    layout, shape = Trains(), (3, 4, 20, 3)
+    ranks = layout.ranks(shape, 12)
+    frame = random_frame(layout, shape, 12)
     assert ranks == (3, 12, 3)
     assert frame.tensors().keys() == {"frame.right.1"}  # (20, 3, 12): the other end is whole as well
-    everything = random_frame(spec, (4, 4), 4)
+    everything = random_frame(layout, (4, 4), 4)
     assert everything.tensors() == {}
     assert float(everything.defect()) == 0
     x = randn((4, 4))
@@ -226,16 +226,16 @@ def test_a_full_rank_is_whole_and_stores_nothing():
     st.data(),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_shape_with_any_ranks_that_fit(shape, spec, data):
-    limits = spec.ranks(shape, (None,) * len(spec.ranks(shape, 1)))
+def test_any_shape_with_any_ranks_that_fit(shape, layout, data):
+    limits = layout.ranks(shape, (None,) * len(layout.ranks(shape, 1)))
     wanted = tuple(data.draw(st.one_of(st.none(), st.integers(1, top))) for top in limits)
     try:
-        ranks = spec.ranks(shape, wanted)
+        ranks = layout.ranks(shape, wanted)
     except ValueError:
         assert any(w is not None and w > 1 for w in wanted)
-        ranks = spec.ranks(shape, tuple(None if w is None else 1 for w in wanted))
-    assert spec.ranks(shape, ranks) == ranks
-    frame = spec.start(torch.zeros(shape, dtype=COMPLEX), ranks, None, 0)
+        ranks = layout.ranks(shape, tuple(None if w is None else 1 for w in wanted))
+    assert layout.ranks(shape, ranks) == ranks
+    frame = layout.start(torch.zeros(shape, dtype=COMPLEX), ranks, None, 0)
     assert frame.ranks == ranks
     basis, x = explicit(frame), randn(shape, COMPLEX)
     close(basis.mH @ basis, torch.eye(basis.shape[1], dtype=COMPLEX), 1e-12)
@@ -245,16 +245,16 @@ def test_any_shape_with_any_ranks_that_fit(shape, spec, data):
 
 @EVERY
 @SHAPED
-def test_start_keeps_pads_and_cuts(spec, shape):
+def test_start_keeps_pads_and_cuts(layout, shape):
     for dtype, before, after in product((torch.float32, COMPLEX), (1, 2, 3, 100), (1, 2, 3, 100)):
-        check_start(spec, shape, dtype, before, after)
+        check_start(layout, shape, dtype, before, after)
 
 
-def check_start(spec, shape, dtype, before, after):
-    older = random_frame(spec, shape, before, dtype, 1)
-    ranks, like = spec.ranks(shape, after), torch.zeros(shape, dtype=dtype)
+def check_start(layout, shape, dtype, before, after):
+    older = random_frame(layout, shape, before, dtype, 1)
+    ranks, like = layout.ranks(shape, after), torch.zeros(shape, dtype=dtype)
     kept = {name: u.clone() for name, u in older.tensors().items()}
-    frame = spec.start(like, ranks, older, 5)
+    frame = layout.start(like, ranks, older, 5)
     assert frame.ranks == ranks
     assert float(frame.defect()) <= 100 * torch.finfo(dtype).eps
     assert all(torch.equal(u, kept[name]) for name, u in older.tensors().items())
@@ -268,10 +268,10 @@ def check_start(spec, shape, dtype, before, after):
 
 
 @EVERY
-def test_start_is_seeded_and_leaves_the_global_generator_alone(spec):
+def test_start_is_seeded_and_leaves_the_global_generator_alone(layout):
     shape = (3, 4, 2, 5)
     state = torch.random.get_rng_state()
-    one, two, other = (random_frame(spec, shape, 2, REAL, seed).tensors() for seed in (1, 1, 2))
+    one, two, other = (random_frame(layout, shape, 2, REAL, seed).tensors() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, u in one.items():
         assert torch.equal(u, two[name])
@@ -281,10 +281,10 @@ def test_start_is_seeded_and_leaves_the_global_generator_alone(spec):
 @EVERY
 @pytest.mark.parametrize("dtype", [REAL, COMPLEX])
 @pytest.mark.parametrize("transport", [Rotate(), Carry()], ids=str)
-def test_transports_run_on_its_overlap(spec, dtype, transport):
+def test_transports_run_on_its_overlap(layout, dtype, transport):
     """As between the explicit bases; and a frame that has not changed leaves the moments as they are."""
     shape = (3, 4, 2, 5)
-    older, frame = random_frame(spec, shape, 3, dtype, 1), random_frame(spec, shape, 2, dtype, 2)
+    older, frame = random_frame(layout, shape, 3, dtype, 1), random_frame(layout, shape, 2, dtype, 2)
     clock = Clock(torch.tensor(5), 0.9, 0.999)
     core = (older.left.rank, older.right.rank)
     m = randn(core, dtype, 3)
@@ -327,7 +327,7 @@ def test_ranks_of_each_kind():
 
 
 @pytest.mark.parametrize(
-    ("spec", "rank", "error", "says"),
+    ("layout", "rank", "error", "says"),
     [
         (Trains(), (4, 4), ValueError, r"\(4, 4\) has 2 entries.*needs 3"),
         (Trees(), (4, 4, 4), ValueError, r"has 3 entries.*needs 5"),
@@ -344,26 +344,26 @@ def test_ranks_of_each_kind():
     ],
     ids=str,
 )
-def test_ranks_that_do_not_fit_are_refused(spec, rank, error, says):
+def test_ranks_that_do_not_fit_are_refused(layout, rank, error, says):
     with pytest.raises(error, match=says):
-        spec.ranks((6, 6, 6, 6), rank)
+        layout.ranks((6, 6, 6, 6), rank)
 
 
-@pytest.mark.parametrize("spec", [Trains, Trees])
-def test_bonds_that_do_not_exist_are_refused(spec):
+@pytest.mark.parametrize("layout", [Trains, Trees])
+def test_bonds_that_do_not_exist_are_refused(layout):
     with pytest.raises(ValueError, match="bond must be >= 1, got 0"):
-        spec(bond=0)
+        layout(bond=0)
     with pytest.raises(TypeError, match="bond must be an int, got 1.0"):
-        spec(bond=1.0)
+        layout(bond=1.0)
     with pytest.raises(ValueError, match=r"bond must lie in \[1, N - 1\], got 3 .*\(4, 5, 6\)"):
-        spec(bond=3).ranks((4, 5, 6), 2)
+        layout(bond=3).ranks((4, 5, 6), 2)
     with pytest.raises(ValueError, match=r"bond must lie in \[1, N - 1\], got 1 .*\(4,\)"):
-        spec().ranks((4,), 2)
+        layout().ranks((4,), 2)
     with pytest.raises(ValueError, match="side must be one of .*'up'"):
-        spec().ranks((4, 5), 2, side="up")
+        layout().ranks((4, 5), 2, side="up")
     with pytest.raises(FrozenInstanceError):
-        spec().bond = 2
-    assert hash(spec(bond=2)) == hash(spec(bond=2))
+        layout().bond = 2
+    assert hash(layout(bond=2)) == hash(layout(bond=2))
 
 
 def test_the_default_bond_balances_the_entries():

@@ -371,7 +371,7 @@ def test_whole_tensors_have_no_blocks():
     for rank in (1.0, (None, None, None), 100):
         assert layout.ranks((8, 8, 8), rank) == (None, None, None)
     assert layout.core_shape((8, 8, 8), (None,) * 3) == (8, 8, 8)
-    assert layout.parts((8, 8, 8), (None,) * 3, REAL) == {}
+    assert layout.schema((8, 8, 8), (None,) * 3, REAL) == {}
     assert layout.ranks((3, 4, 5), 0.2) == (None, None, None)  # no mode is long enough
 
 
@@ -421,5 +421,5 @@ def test_starts_are_drawn_and_take_the_first_blocks():
 
 def test_the_memory_is_the_inner_finders():
     finder, shape, ranks = BlockSelection(StreamingTucker()), (8, 9, 10), (4, 4, 4)
-    assert finder.momentum == StreamingTucker().momentum
-    assert finder.parts(shape, ranks, REAL) == StreamingTucker().parts(shape, ranks, REAL) != {}
+    assert finder.inertia == StreamingTucker().inertia
+    assert finder.schema(shape, ranks, REAL) == StreamingTucker().schema(shape, ranks, REAL) != {}

@@ -24,10 +24,10 @@ BETAS = [(0.9, 0.999), (0.9, 0.99), (0.8, 0.9), (0.95, 0.95), (0.0, 0.99), (0.99
 
 def weights(decays):
     """How much of each gradient an average holds that decays by these numbers."""
-    held = torch.zeros(0, dtype=torch.float64)
+    shares = torch.zeros(0, dtype=torch.float64)
     for decay in decays:
-        held = torch.cat([held * decay, held.new_tensor([1 - decay])])
-    return held
+        shares = torch.cat([shares * decay, shares.new_tensor([1 - decay])])
+    return shares
 
 
 @pytest.mark.parametrize(("beta1", "beta2"), BETAS)

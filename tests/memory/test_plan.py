@@ -93,8 +93,8 @@ def check(module: nn.Module, recipe: str, options: dict[str, str], device: str =
     weights = sum(storage.nbytes() for place, storage in own.items() if place not in stored)
     assert plan.weights == weights
     assert plan.state_bytes == comoving.state_bytes(optimizer)
-    held = measure(lambda: None, [*there(module, optimizer), *module.buffers()]).before if device == "cpu" else None
-    assert held is None or weights + gradients + plan.state_bytes == pytest.approx(held, rel=0.02)
+    measured = measure(lambda: None, [*there(module, optimizer), *module.buffers()]).before if device == "cpu" else None
+    assert measured is None or weights + gradients + plan.state_bytes == pytest.approx(measured, rel=0.02)
     resident = weights + gradients + plan.state_bytes
     assert resident + plan.step_temporaries == pytest.approx(plain, rel=0.1)
     assert resident + plan.refresh_temporaries == pytest.approx(max(first, refresh), rel=0.1)

@@ -15,16 +15,16 @@ def test_standard_library_is_text_in_order():
     names = [name for name, _ in documents]
     assert "argparse.py" in names and not any("site-packages" in name or "/test/" in name for name in names)
     assert sum(len(content) for _, content in documents) > 2**20
-    held = [name for name in names if lm.held_out(name)]
-    assert 0.02 < len(held) / len(names) < 0.1
+    chosen = [name for name in names if lm.held_out(name)]
+    assert 0.02 < len(chosen) / len(names) < 0.1
 
 
 def test_held_out_text_is_not_trained_on():
     documents = [(str(i), bytes([32 + i % 90]) * 200) for i in range(200)]
     task = lm.ByteTask(documents)
-    held = {32 + i % 90 for i in range(200) if lm.held_out(str(i))}
-    assert set(task.held.tolist()) - {0} == held
-    assert len(task.training) + len(task.held) == 200 * 201
+    chosen = {32 + i % 90 for i in range(200) if lm.held_out(str(i))}
+    assert set(task.held_out.tolist()) - {0} == chosen
+    assert len(task.training) + len(task.held_out) == 200 * 201
 
 
 def test_byte_batches_are_shifted_and_repeatable():
@@ -62,7 +62,7 @@ def test_text_of_any_kind(tmp_path):
         (folder / f"{i}.md").write_text(text[:500])
     (folder / "picture.bin").write_bytes(bytes(100))
     from_folder = lm.load(str(folder))
-    assert len(from_file.training) > 100_000 and len(from_folder.training) + len(from_folder.held) == 80 * 501
+    assert len(from_file.training) > 100_000 and len(from_folder.training) + len(from_folder.held_out) == 80 * 501
     assert from_file.fingerprint() != from_folder.fingerprint()
 
 

@@ -260,7 +260,7 @@ def test_dion_with_a_coded_buffer_stays_close(codec):
             {"rule": Adafactor(average="update"), "residual": Feedback(), "finder": comoving.finders.Exact()},
             "residual=.*no average of gradients",
         ),
-        ({"rule": Adafactor(average="update"), "finder": comoving.finders.Power(momentum=0.5)}, "finder=.*look at"),
+        ({"rule": Adafactor(average="update"), "finder": comoving.finders.Power(inertia=0.5)}, "finder=.*look at"),
     ],
     ids=str,
 )

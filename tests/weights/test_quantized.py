@@ -65,11 +65,12 @@ def test_what_is_stored_is_within_half_a_step_and_the_carrier_is_one_number():
         assert bool(((layer.decode() - plain[k].weight).abs() <= layer.step.max() * 0.5001).all())
         assert layer.weight.shape == plain[k].weight.shape and layer.weight.untyped_storage().nbytes() == 4
         assert bool(layer.weight.isnan().all())  # who reads it instead of the codes shall notice
-    held = {
+    bytes_ = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())
     }
     rest = sum(p.numel() * 4 for p in (plain[0].bias, *plain[3].parameters()))
-    assert sum(held.values()) == (24 * 40 + 40 * 30) + 4 * (40 + 30) + 4 * 2 + rest  # codes, a step a row, two carriers
+    # codes, a step a row, two carriers
+    assert sum(bytes_.values()) == (24 * 40 + 40 * 30) + 4 * (40 + 30) + 4 * 2 + rest
 
 
 def test_the_backward_pass_keeps_codes_and_no_weight():
@@ -191,11 +192,11 @@ def test_a_step_is_that_of_the_decoded_weights_rounded_to_codes(recipe, dtype):
         optimizer.step()
         reference.step()
         for k in (0, 2):
-            parts = codec.parts((1, 1), dtype) and {n: torch.zeros_like(x) for n, x in model[k].parts().items()}
-            codec.encode(twin[k].weight.detach().clone(), parts)
+            own = codec.schema((1, 1), dtype) and {n: torch.zeros_like(x) for n, x in model[k].stored().items()}
+            codec.encode(twin[k].weight.detach().clone(), own)
             # torch's AdamW of the twin rounds otherwise than ours: a number in the middle may fall to either side
-            assert int((parts["codes"].int() - model[k].codes.int()).abs().max()) <= (recipe == "adamw")
-            torch.testing.assert_close(parts["step"], model[k].step, rtol=1e-5, atol=0)
+            assert int((own["codes"].int() - model[k].codes.int()).abs().max()) <= (recipe == "adamw")
+            torch.testing.assert_close(own["step"], model[k].step, rtol=1e-5, atol=0)
 
 
 def test_small_updates_survive_in_the_mean_and_rounding_to_nearest_loses_them():
@@ -330,11 +331,11 @@ def test_an_optimizer_goes_with_the_weights_that_it_was_built_on():
     model = quantize(network())
     optimizer = comoving.AdamW(model.named_parameters())
     backward(model)
-    held = list(model.parameters())
+    params = list(model.parameters())
     del model
     with pytest.raises(ValueError, match="without the model"):
         optimizer.step()
-    assert held
+    assert params
 
 
 def test_a_weight_put_in_the_carriers_place_is_refused():

@@ -5,7 +5,7 @@ from typing import Any
 
 from comoving import finders, frames
 
-MOMENTUM = 0.9
+INERTIA = 0.9
 EXACT = "Exact (HOSVD)"
 RATES = (0.01, 0.02, 0.05, 0.1, 0.25)
 
@@ -24,7 +24,7 @@ class Contender:
         return type(self.layout).__name__
 
 
-# Name in tables, finder, its layout, options. Where a finder takes a momentum it is the operand's, 0.9, unless said.
+# Name in tables, finder, its layout, options. Where a finder takes an inertia it is 0.9, unless said.
 CONTENDERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     (EXACT, "Exact", "Modes", {}),
     ("Exact, SVD", "Exact", "Modes", {"method": "svd"}),
@@ -37,7 +37,7 @@ CONTENDERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("Oja", "Oja", "Modes", {}),
     ("Correlation", "Correlation", "Modes", {}),
     ("Amortized", "Amortized", "Modes", {}),
-    ("IncrementalSVD", "IncrementalSVD", "Modes", {"momentum": 0.0}),
+    ("IncrementalSVD", "IncrementalSVD", "Modes", {"inertia": 0.0}),
     ("IncrementalSVD, momentum", "IncrementalSVD", "Modes", {}),
     ("CosineSelection", "CosineSelection", "Cosines", {}),
     ("RandomProjection", "RandomProjection", "Seeded", {}),
@@ -76,8 +76,8 @@ def sampled() -> list[Contender]:
 
 
 def _finder(kind: str, options: dict[str, Any]) -> Any:
-    """Finders without a momentum of their own choice say so by refusing the argument."""
+    """Finders without an inertia of their own choice say so by refusing the argument."""
     make = getattr(finders, kind)
-    if any(field.name == "momentum" for field in fields(make)):
-        options = {"momentum": MOMENTUM} | options
+    if any(field.name == "inertia" for field in fields(make)):
+        options = {"inertia": INERTIA} | options
     return make(**options)

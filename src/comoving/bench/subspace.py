@@ -52,11 +52,11 @@ class Follower:
         like = stream.gradients[0]
         self.contender, self.like = contender, like
         self.ranks = contender.layout.ranks(stream.shape, stream.rank)
-        parts = contender.finder.parts(stream.shape, self.ranks, like.dtype)
-        self.memory: Memory = {name: torch.zeros(part.shape, dtype=part.dtype) for name, part in parts.items()}
-        self.remembered = sum(prod(part.shape) for part in parts.values())
-        stored = contender.layout.parts(stream.shape, self.ranks, like.dtype)
-        self.frame_numbers = sum(prod(part.shape) for part in stored.values())
+        schema = contender.finder.schema(stream.shape, self.ranks, like.dtype)
+        self.memory: Memory = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
+        self.remembered = sum(prod(spec.shape) for spec in schema.values())
+        stored = contender.layout.schema(stream.shape, self.ranks, like.dtype)
+        self.frame_numbers = sum(prod(spec.shape) for spec in stored.values())
         self.core_numbers = prod(contender.layout.core_shape(stream.shape, self.ranks))
         self.frame: Any = None
         self.observing: list[float] = []
@@ -70,7 +70,7 @@ class Follower:
     def refresh(self, gradient: Tensor, mean: Tensor, repeats: int) -> None:
         """Find a frame, as often as is asked from the same memory, and measure it on the running mean."""
         finder = self.contender.finder
-        x = _mix(finder.momentum, gradient, mean)
+        x = _mix(finder.inertia, gradient, mean)
         start = self.contender.layout.start(x, self.ranks, self.frame, 0)
         warm, times = self.frame is not None, list[float]()
         before, frame = self.memory, None
@@ -88,14 +88,14 @@ class Follower:
             self.energies.append(captured(frame, _mix(DECAY, gradient, mean)))
 
 
-def _mix(momentum: float, gradient: Tensor, mean: Tensor) -> Tensor:
-    return mean.mul(momentum).add_(gradient, alpha=1 - momentum) if momentum else gradient
+def _mix(inertia: float, gradient: Tensor, mean: Tensor) -> Tensor:
+    return mean.mul(inertia).add_(gradient, alpha=1 - inertia) if inertia else gradient
 
 
 def follow(stream: Stream, contenders: Sequence[Contender], every: int, repeats: int = 2) -> list[Row]:
     """Run a stream through every contender as the engine does, refreshing every so many gradients.
 
-    A finder looks at momentum * mean + (1 - momentum) * gradient, with its own momentum and the mean of the gradients
+    A finder looks at inertia * mean + (1 - inertia) * gradient, with its own inertia and the mean of the gradients
     so far, which forgets as Adam's first moment does. The energy is always that of the mix with 0.9, averaged over all
     refreshes but the first. Times are medians. The time of a refresh is ``find``'s and that of ``every`` gradients
     observed; the ratio to Exact's is also given for a refresh at every gradient, with one.
@@ -164,7 +164,7 @@ def state_numbers(kind: str, shape: tuple[int, ...], rank: int) -> int:
     """Numbers in the frame and two moments of its core."""
     layout = ORDER_LAYOUTS[kind]
     ranks = layout.ranks(shape, rank)
-    frame = sum(prod(part.shape) for part in layout.parts(shape, ranks, torch.float32).values())
+    frame = sum(prod(spec.shape) for spec in layout.schema(shape, ranks, torch.float32).values())
     return frame + 2 * prod(layout.core_shape(shape, ranks))
 
 

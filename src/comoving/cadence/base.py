@@ -6,10 +6,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 
 Slots = Mapping[str, Tensor]
-"""A cadence's own tensors of one parameter, by the names of its ``parts``; none of them is changed."""
+"""A cadence's own tensors of one parameter, by the names of its ``schema``; none of them is changed."""
 
 
 class When(NamedTuple):
@@ -41,14 +41,14 @@ class Cadence(Protocol):
     """
 
     batched: ClassVar[bool]
-    """Whether it serves units with rows: slots whose part is ``own`` then have the rows in front."""
+    """Whether it serves units with rows: slots whose spec is ``own`` then have the rows in front."""
     alone: ClassVar[bool]
     """Whether each frame is refreshed alone, at steps of its own: batches are stepped in between, and :meth:`refreshed`
     sees none. It has to be where what is decided for one row may differ from what is decided for another."""
     compares: ClassVar[tuple[type, ...]]
     """The types of frames that it can compare; none where it does not look at them."""
 
-    def parts(self) -> dict[str, Part]:
+    def schema(self) -> dict[str, Spec]:
         """Its slots for one parameter; all of them start at zero, and stay as ranks change."""
         ...
 
@@ -77,13 +77,13 @@ LONGEST = 2**53
 """Steps that an interval has at most."""
 NEXT = "next"
 """The slot for the step of the next refresh."""
-number = Part((), torch.int64, scalar=True)
+number = Spec((), torch.int64, scalar=True)
 """A slot for an integer on the host, the same for all rows of a batch."""
 own_number = number._replace(own=True)
 """Likewise, with one for each row."""
 
 
-def held(value: int) -> Tensor:
+def on_host(value: int) -> Tensor:
     """An integer as it is kept in a slot: () int64, on the host."""
     return torch.tensor(value, dtype=torch.int64, device="cpu")
 

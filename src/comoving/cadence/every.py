@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from .base import Slots, When
 
 
@@ -20,7 +20,7 @@ class Every:
     alone: ClassVar[bool] = False
     compares: ClassVar[tuple[type, ...]] = ()
 
-    def parts(self) -> dict[str, Part]:
+    def schema(self) -> dict[str, Spec]:
         """None."""
         return {}
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..validate import check_float
-from .base import LONGEST, NEXT, Slots, When, held, number, reached
+from .base import LONGEST, NEXT, Slots, When, number, on_host, reached
 
 _REFRESHES = "refreshes"
 
@@ -38,7 +38,7 @@ class Growing:
     def __post_init__(self) -> None:
         check_float("base", self.base, 1.0)
 
-    def parts(self) -> dict[str, Part]:
+    def schema(self) -> dict[str, Spec]:
         """The refreshes so far, and when the next one is."""
         return {_REFRESHES: number, NEXT: number}
 
@@ -50,4 +50,4 @@ class Growing:
         """One refresh more, and the next one tau + floor(psi^k) steps later."""
         k = int(slots[_REFRESHES])
         grown = int(self.base**k) if k * log2(self.base) < log2(LONGEST) else LONGEST
-        return {_REFRESHES: held(k + 1), NEXT: held(when.following(when.every + grown))}
+        return {_REFRESHES: on_host(k + 1), NEXT: on_host(when.following(when.every + grown))}

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..frames import ModeFrame, SparseFrame
 from ..validate import check_float, check_int
-from .base import NEXT, Slots, When, held, own_number, reached
+from .base import NEXT, Slots, When, on_host, own_number, reached
 
 _COSINES, _COUNT, _LENGTHENED = "cosines", "count", "lengthened"
 
@@ -57,9 +57,9 @@ class Lazy:
         check_int("patience", self.patience, 1)
         check_int("growth", self.growth, 2)
 
-    def parts(self) -> dict[str, Part]:
+    def schema(self) -> dict[str, Spec]:
         """The last cosines, and on the host their number, j, and when the next refresh is."""
-        cosines = Part((self.patience,), torch.float32)
+        cosines = Spec((self.patience,), torch.float32)
         return {_COSINES: cosines, _COUNT: own_number, _LENGTHENED: own_number, NEXT: own_number}
 
     def due(self, slots: Slots, when: When) -> bool:
@@ -71,7 +71,7 @@ class Lazy:
         after = dict(slots)
         if last is not None:
             after |= self._compared(slots, last, new)
-        return after | {NEXT: held(when.following(when.every * self.growth ** int(after[_LENGTHENED])))}
+        return after | {NEXT: on_host(when.following(when.every * self.growth ** int(after[_LENGTHENED])))}
 
     def _compared(self, slots: Slots, last: Compared, new: Compared) -> dict[str, Tensor]:
         pairs = zip(_leading(last), _leading(new), strict=True)
@@ -79,8 +79,8 @@ class Lazy:
         cosines = torch.cat([slots[_COSINES][1:], least.to(torch.float32)])
         count = min(int(slots[_COUNT]) + 1, self.patience)
         settled = count == self.patience and bool(cosines.mean() >= self.threshold)
-        lengthened = held(int(slots[_LENGTHENED]) + settled)
-        return {_COSINES: cosines, _COUNT: held(count), _LENGTHENED: lengthened}
+        lengthened = on_host(int(slots[_LENGTHENED]) + settled)
+        return {_COSINES: cosines, _COUNT: on_host(count), _LENGTHENED: lengthened}
 
 
 def _leading(frame: Compared) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Codecs: how a large slot is stored."""
 
-from .base import Codec, Part
+from .base import Codec, Spec
 from .full import BFloat16, Full
 from .int4 import Int4
 from .int8 import Int8
@@ -8,4 +8,4 @@ from .rank_one import RankOne
 from .root import Root
 from .store import store
 
-__all__ = ["BFloat16", "Codec", "Full", "Int4", "Int8", "Part", "RankOne", "Root", "store"]
+__all__ = ["BFloat16", "Codec", "Full", "Int4", "Int8", "RankOne", "Root", "Spec", "store"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Part(NamedTuple):
+class Spec(NamedTuple):
     """Shape and dtype of one stored tensor.
 
     ``scalar`` marks numbers that stay where the step count is; ``seed`` those of them that random numbers are drawn
@@ -24,13 +24,13 @@ class Part(NamedTuple):
 
 
 class Codec(Protocol):
-    """Stores one tensor as named parts; a frozen dataclass without tensors. No block crosses rows of mode 0.
+    """Stores one tensor as several named ones; a frozen dataclass without tensors. No block crosses rows of mode 0.
 
-    Complex tensors are stored as pairs of reals. A codec that rounds stochastically keeps a part "seed", which every
+    Complex tensors are stored as pairs of reals. A codec that rounds stochastically keeps a number "seed", which every
     encoding advances and nothing else touches.
 
-    A batch stacks such tensors, all of one shape, along a dimension in front, and so are its parts: a member's are the
-    same as if it were alone, its seed among them. Shapes that are given are those of one member.
+    A batch stacks such tensors, all of one shape, along a dimension in front, and so is what is stored of it: a
+    member's is the same as if it were alone, its seed among them. Shapes that are given are those of one member.
     """
 
     batched: ClassVar[bool]
@@ -41,39 +41,39 @@ class Codec(Protocol):
         """The codec of this kind for second moments: real, not negative, and divided by, so that none may become 0."""
         ...
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """The stored tensors for a tensor of this shape and dtype; all zero, they decode to zero."""
         ...
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The tensor, contiguous: of :class:`comoving.codecs.Full` the storage itself, else a new one.
 
-        Of the parts of a batch (*rows, *shape).
+        Of what is stored of a batch (*rows, *shape).
         """
         ...
 
-    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """x plus the stored tensor, contiguous and new: x and the parts stay as they are."""
+    def decode_onto(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        """x plus the stored tensor, contiguous and new: x and what is stored stay as they are."""
         ...
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
-        """Write x into the parts, in place, and return its Frobenius norm, or that of each member, (*rows).
+    def encode(self, x: Tensor, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+        """Write x into the stored tensors, in place, and return its Frobenius norm, or that of each member, (*rows).
 
         Args:
             x: (*rows, *shape); may be overwritten.
-            parts: of as many members.
+            stored: of as many members.
             rows: how many dimensions in front count members, 0 or 1.
         """
         ...
 
-    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-        """The parts of what is stored times a factor > 0: by its step where there is one, without rounding anew.
+    def scaled(self, stored: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """What is stored of the tensor times a factor > 0: by its step where there is one, without rounding anew.
 
-        The given parts stay as they are; what does not change is the same tensor.
+        The given tensors stay as they are; what does not change is the same tensor.
         """
         ...
 
-    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def error(self, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """An upper bound, real, (*rows), on the Frobenius norm of what the last encoding lost."""
         ...
 

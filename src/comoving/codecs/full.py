@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import each_row, norm
-from .base import Part, as_real
+from .base import Spec, as_real
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,32 @@ class Full:
         """Itself."""
         return self
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """One tensor, "value"."""
-        return {"value": Part(shape, dtype)}
+        return {"value": Spec(shape, dtype)}
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The storage itself."""
-        return parts["value"]
+        return stored["value"]
 
-    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode_onto(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """x plus the storage, a new tensor."""
-        value = parts["value"]
+        value = stored["value"]
         return torch.add(value, x, out=torch.empty_like(value))
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def encode(self, x: Tensor, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Copy x, unless x is the storage."""
-        if x is not parts["value"]:
-            parts["value"].copy_(x)
+        if x is not stored["value"]:
+            stored["value"].copy_(x)
         return norm(x, rows)
 
-    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    def scaled(self, stored: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
-        return {"value": parts["value"] * factor}
+        return {"value": stored["value"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def error(self, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Zero."""
-        value = parts["value"]
+        value = stored["value"]
         return torch.zeros(value.shape[:rows] if rows else (), device=value.device)
 
 
@@ -62,33 +62,33 @@ class BFloat16:
         """Itself: it has float32's exponents."""
         return self
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """One tensor, "value"; complex as pairs."""
-        return {"value": Part((*shape, 2) if dtype.is_complex else shape, torch.bfloat16)}
+        return {"value": Spec((*shape, 2) if dtype.is_complex else shape, torch.bfloat16)}
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Cast up."""
-        value = parts["value"]
+        value = stored["value"]
         if members := value.ndim - len(shape) - dtype.is_complex:
             shape = (*value.shape[:members], *shape)
         out = torch.empty(shape, dtype=dtype, device=value.device)
         as_real(out).copy_(value)
         return out
 
-    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode_onto(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """x plus the tensor cast up."""
-        return self.decode(parts, tuple(x.shape), x.dtype).add_(x)
+        return self.decode(stored, tuple(x.shape), x.dtype).add_(x)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def encode(self, x: Tensor, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Round to nearest."""
-        parts["value"].copy_(as_real(x))
+        stored["value"].copy_(as_real(x))
         return norm(x, rows)
 
-    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    def scaled(self, stored: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
-        return {"value": parts["value"] * factor}
+        return {"value": stored["value"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def error(self, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """2^-8 of the norm of what is stored."""
-        value = each_row(parts["value"], rows) if rows else parts["value"]
+        value = each_row(stored["value"], rows) if rows else stored["value"]
         return torch.linalg.vector_norm(value, dim=-1 if rows else None, dtype=torch.float32) * 2.0**-8

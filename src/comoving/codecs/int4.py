@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linalg import each_row, norm
 from ..validate import check_choice, check_int
 from . import nibbles, tables
-from .base import Part
+from .base import Spec
 from .grid import grid
 from .root import Root, root
 from .rounding import ROUNDINGS, SEED, Rounding, advanced, one_by_one, seeds, to_integers, to_levels
@@ -53,58 +53,58 @@ class Int4:
         """Roots in as many bits."""
         return root(self.block, bits=4, rounding=self.rounding)
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """Tensors "codes" (rows, blocks, ceil(width/2)) uint8 and "step" (rows, blocks, 1) float32.
 
         With stochastic rounding a "seed" beside them, one int64.
         """
         cut = grid(shape, dtype, self.block)
-        codes = Part((cut.rows, cut.blocks, nibbles.width(cut.width)), torch.uint8)
-        return {"codes": codes, "step": Part((cut.rows, cut.blocks, 1), torch.float32), **seeds(self.rounding)}
+        codes = Spec((cut.rows, cut.blocks, nibbles.width(cut.width)), torch.uint8)
+        return {"codes": codes, "step": Spec((cut.rows, cut.blocks, 1), torch.float32), **seeds(self.rounding)}
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """step * level, a new tensor."""
         cut = grid(shape, dtype, self.block)
-        codes = nibbles.unpack(parts["codes"], cut.width)
+        codes = nibbles.unpack(stored["codes"], cut.width)
         real = dtype.to_real() if dtype.is_complex else dtype
         if self.table == "linear":
             levels = codes.to(real).sub_(7)
         else:
             levels = tables.table(tables.normal(), real, codes.device).levels[codes.int()]
-        return cut.join(levels.mul_(parts["step"]), shape, dtype)
+        return cut.join(levels.mul_(stored["step"]), shape, dtype)
 
-    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode_onto(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """x plus the stored tensor."""
-        return self.decode(parts, tuple(x.shape)[parts["codes"].ndim - 3 :], x.dtype).add_(x)
+        return self.decode(stored, tuple(x.shape)[stored["codes"].ndim - 3 :], x.dtype).add_(x)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def encode(self, x: Tensor, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Round to levels."""
-        if rows and SEED in parts:
-            return one_by_one(self.encode, x, parts)
-        step, size = parts["step"], norm(x, rows)
+        if rows and SEED in stored:
+            return one_by_one(self.encode, x, stored)
+        step, size = stored["step"], norm(x, rows)
         values = grid(tuple(x.shape)[rows:], x.dtype, self.block).cut(x, rows)
         largest = torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg())
         top = 7 if self.table == "linear" else 1
         step.copy_(largest.div_(top).clamp_(_RANGE.tiny, _RANGE.max))
-        scaled, generator = values / step, advanced(parts, x.device)
+        scaled, generator = values / step, advanced(stored, x.device)
         if self.table == "linear":
             codes = to_integers(scaled, generator).clamp_(-7, 7).add_(7)
         else:
             # In the values' own precision: a middle between two levels belongs to the lower one.
             codes = to_levels(scaled, tables.table(tables.normal(), scaled.dtype, scaled.device), generator)
-        parts["codes"].copy_(nibbles.pack(codes.to(torch.uint8)))
+        stored["codes"].copy_(nibbles.pack(codes.to(torch.uint8)))
         return size
 
-    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    def scaled(self, stored: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
-        return {**parts, "step": parts["step"] * factor}
+        return {**stored, "step": stored["step"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def error(self, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Half a step, or half the wider gap beside its level, for each entry; all of it where rounding is stochastic.
 
         Bytes that hold one code count as two.
         """
-        step, codes, share = parts["step"], parts["codes"], 0.5 if self.rounding == "nearest" else 1.0
+        step, codes, share = stored["step"], stored["codes"], 0.5 if self.rounding == "nearest" else 1.0
         if self.table == "linear":
             own = torch.linalg.vector_norm(each_row(step, rows), dim=-1) if rows else torch.linalg.vector_norm(step)
             return own * (sqrt(2 * codes.shape[-1]) * share)

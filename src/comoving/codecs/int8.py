@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linalg import each_row, norm
 from ..validate import check_choice, check_int
 from . import tables
-from .base import Part, as_real
+from .base import Spec, as_real
 from .grid import grid
 from .root import Root, root
 from .rounding import ROUNDINGS, SEED, Rounding, advanced, one_by_one, seeds, to_integers, to_levels
@@ -56,33 +56,33 @@ class Int8:
         """Roots in as many bits, of the same kind of table."""
         return root(self.block, table=self.table, rounding=self.rounding)
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """Tensors "codes" (rows, blocks, width) int8, uint8 for "dynamic", and "step" (rows, blocks, 1) float32.
 
         With stochastic rounding a "seed" beside them, one int64.
         """
         cut = grid(shape, dtype, self.block)
-        codes = Part(cut.shape, torch.int8 if self.table == "linear" else torch.uint8)
-        return {"codes": codes, "step": Part((cut.rows, cut.blocks, 1), torch.float32), **seeds(self.rounding)}
+        codes = Spec(cut.shape, torch.int8 if self.table == "linear" else torch.uint8)
+        return {"codes": codes, "step": Spec((cut.rows, cut.blocks, 1), torch.float32), **seeds(self.rounding)}
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """step * level, a new tensor."""
         real = dtype.to_real() if dtype.is_complex else dtype
-        codes = parts["codes"]
+        codes = stored["codes"]
         if self.table == "linear":
             # Cast first: a product of mixed dtypes takes a path that is many times slower on the CPU.
             levels = codes.to(real)
         else:
             levels = tables.table(tables.dynamic(), real, codes.device).levels[codes.int()]
-        return grid(shape, dtype, self.block).join(levels.mul_(parts["step"]), shape, dtype)
+        return grid(shape, dtype, self.block).join(levels.mul_(stored["step"]), shape, dtype)
 
-    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode_onto(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """x + step * levels, in one pass where levels are linear and rows are not padded."""
-        codes, step = parts["codes"], parts["step"]
+        codes, step = stored["codes"], stored["step"]
         members = codes.ndim - 3
         real = as_real(x)
         if self.table != "linear" or not real.is_contiguous() or codes.numel() != real.numel():
-            return self.decode(parts, tuple(x.shape)[members:], x.dtype).add_(x)
+            return self.decode(stored, tuple(x.shape)[members:], x.dtype).add_(x)
         if members:  # no pass below asks whose row it is
             codes, step = codes.flatten(0, members), step.flatten(0, members)
         given, out = real.view(codes.shape), torch.empty(codes.shape, dtype=real.dtype, device=x.device)
@@ -91,13 +91,13 @@ class Int8:
             torch.addcmul(given[rows], values, step[rows].to(real.dtype), out=values)
         return torch.view_as_complex(out.view(real.shape)) if x.is_complex() else out.view(x.shape)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def encode(self, x: Tensor, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Round to levels; overwrites x."""
-        codes, step = parts["codes"], parts["step"]
-        if rows and (SEED in parts or (codes.device.type == "cpu" and codes[0].numel() > _CACHED)):
-            return one_by_one(self.encode, x, parts)
+        codes, step = stored["codes"], stored["step"]
+        if rows and (SEED in stored or (codes.device.type == "cpu" and codes[0].numel() > _CACHED)):
+            return one_by_one(self.encode, x, stored)
         values = grid(tuple(x.shape)[rows:], x.dtype, self.block).cut(x, rows)
-        generator = advanced(parts, x.device)
+        generator = advanced(stored, x.device)
         clamped = generator is not None or values.dtype == torch.float64  # alone can exceed the largest step
         norms: list[Tensor] = []
         for few in _row_slices(codes):
@@ -118,16 +118,16 @@ class Int8:
                 codes[few].copy_(to_levels(scaled.contiguous(), levels, generator))
         return torch.cat(norms) if rows else norm(torch.stack(norms))
 
-    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    def scaled(self, stored: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
-        return {**parts, "step": parts["step"] * factor}
+        return {**stored, "step": stored["step"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def error(self, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Half a step for each entry, or half the wider gap beside its level; all of it where rounding is stochastic.
 
         sqrt(sum over blocks of width * (step / 2)^2) for linear levels.
         """
-        codes, step, share = parts["codes"], parts["step"], 0.5 if self.rounding == "nearest" else 1.0
+        codes, step, share = stored["codes"], stored["step"], 0.5 if self.rounding == "nearest" else 1.0
         if self.table == "linear":
             own = torch.linalg.vector_norm(each_row(step, rows), dim=-1) if rows else torch.linalg.vector_norm(step)
             return own * (sqrt(codes.shape[-1]) * share)

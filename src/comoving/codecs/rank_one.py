@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..linalg import norm
 from ..validate import check_choice
-from .base import Part, as_real
+from .base import Spec, as_real
 
 _MOST = 2.0**126
 
@@ -44,49 +44,49 @@ class RankOne:
         """Without signs."""
         return RankOne(signed=False)
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """Tensors "rows" (a,) and "columns" (b,), real, and "signs" (ceil(ab/8),) uint8."""
         a, b = _sides(shape, dtype)
         real = dtype.to_real() if dtype.is_complex else dtype
-        parts = {"rows": Part((a,), real), "columns": Part((b,), real)}
-        return parts | {"signs": Part((-(-a * b // 8),), torch.uint8)} if self.signed else parts
+        found = {"rows": Spec((a,), real), "columns": Spec((b,), real)}
+        return found | {"signs": Spec((-(-a * b // 8),), torch.uint8)} if self.signed else found
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """S * r c^T, a new tensor."""
-        left, right = parts["rows"], parts["columns"]
+        left, right = stored["rows"], stored["columns"]
         if left.ndim == 1:
             values = torch.outer(left, right).view(-1)
         else:
             shape = (*left.shape[:-1], *shape)
             values = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
         if self.signed:
-            values = torch.where(_unpacked(parts["signs"], values.shape[-1]), values, -values)
+            values = torch.where(_unpacked(stored["signs"], values.shape[-1]), values, -values)
         return torch.view_as_complex(values.view(*shape, 2)) if dtype.is_complex else values.view(shape)
 
-    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode_onto(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """x plus the stored tensor."""
-        return self.decode(parts, tuple(x.shape)[parts["rows"].ndim - 1 :], x.dtype).add_(x)
+        return self.decode(stored, tuple(x.shape)[stored["rows"].ndim - 1 :], x.dtype).add_(x)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def encode(self, x: Tensor, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """The sums, the shorter of them divided by that of all entries; the sign of 0 is negative."""
         a, b = _sides(tuple(x.shape)[rows:], x.dtype)
         matrix = as_real(x).reshape(*x.shape[:rows], a, b)
         sizes = (matrix.abs() if self.signed else matrix).clamp_max_(_MOST / (a * b))
-        left, right = parts["rows"].copy_(sizes.sum(-1)), parts["columns"].copy_(sizes.sum(-2))
+        left, right = stored["rows"].copy_(sizes.sum(-1)), stored["columns"].copy_(sizes.sum(-2))
         total = left.sum(-1, keepdim=True)
         right.div_(torch.where(total > 0, total, 1))
         if self.signed:
-            parts["signs"].copy_(_packed(matrix.flatten(-2) > 0))
+            stored["signs"].copy_(_packed(matrix.flatten(-2) > 0))
         return norm(x, rows)
 
-    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    def scaled(self, stored: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
-        return {**parts, "rows": parts["rows"] * factor}
+        return {**stored, "rows": stored["rows"] * factor}
 
-    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def error(self, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """From entries that are not negative: |X - r c^T|^2 <= |X|^2 + |r c^T|^2, |X| <= the norm of the sums."""
-        left, right = norm(parts["rows"], rows), norm(parts["columns"], rows)
-        sums = torch.minimum(left, right * parts["rows"].sum(-1))
+        left, right = norm(stored["rows"], rows), norm(stored["columns"], rows)
+        sums = torch.minimum(left, right * stored["rows"].sum(-1))
         return torch.hypot(sums, left * right)
 
 

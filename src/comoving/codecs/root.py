@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linalg import norm
 from ..validate import check_choice, check_int
 from . import nibbles, tables
-from .base import Part
+from .base import Spec
 from .grid import grid
 from .rounding import ROUNDINGS, SEED, Rounding, advanced, one_by_one, seeds, to_levels, up
 
@@ -61,7 +61,7 @@ class Root:
         """Itself."""
         return self
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """Tensors "codes" (rows, blocks, width), half as wide for 4 bits, uint8, and "step" (rows, blocks, 1) float32.
 
         With 4 bits an odd width has a last half byte that stays 0. With stochastic rounding a "seed" beside them, one
@@ -69,29 +69,29 @@ class Root:
         """
         cut = grid(shape, dtype, self.block)
         width = cut.width if self.bits == 8 else nibbles.width(cut.width)
-        codes = Part((cut.rows, cut.blocks, width), torch.uint8)
-        return {"codes": codes, "step": Part((cut.rows, cut.blocks, 1), torch.float32), **seeds(self.rounding)}
+        codes = Spec((cut.rows, cut.blocks, width), torch.uint8)
+        return {"codes": codes, "step": Spec((cut.rows, cut.blocks, 1), torch.float32), **seeds(self.rounding)}
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """(step * level)^2, a new tensor."""
         cut = grid(shape, dtype, self.block)
-        codes = parts["codes"] if self.bits == 8 else nibbles.unpack(parts["codes"], cut.width)
+        codes = stored["codes"] if self.bits == 8 else nibbles.unpack(stored["codes"], cut.width)
         levels = self._levels(dtype, codes.device)
         roots = codes.to(dtype) if levels is None else levels.levels[codes.int()]
-        return cut.join(roots.mul_(parts["step"]).square_(), shape, dtype)
+        return cut.join(roots.mul_(stored["step"]).square_(), shape, dtype)
 
-    def decode_onto(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode_onto(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """x plus the stored tensor."""
-        return self.decode(parts, tuple(x.shape)[parts["codes"].ndim - 3 :], x.dtype).add_(x)
+        return self.decode(stored, tuple(x.shape)[stored["codes"].ndim - 3 :], x.dtype).add_(x)
 
-    def encode(self, x: Tensor, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def encode(self, x: Tensor, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Round the roots to levels."""
-        if rows and SEED in parts:
-            return one_by_one(self.encode, x, parts)
+        if rows and SEED in stored:
+            return one_by_one(self.encode, x, stored)
         roots = grid(tuple(x.shape)[rows:], x.dtype, self.block).cut(x, rows).sqrt().clamp_max_(_MOST)
-        largest, generator = roots.amax(-1, keepdim=True), advanced(parts, x.device)
+        largest, generator = roots.amax(-1, keepdim=True), advanced(stored, x.device)
         top = 2**self.bits - 1 if self.table == "linear" else 1
-        step = parts["step"].copy_(torch.where(largest > 0, (largest / top).clamp_min(_LEAST), 0))
+        step = stored["step"].copy_(torch.where(largest > 0, (largest / top).clamp_min(_LEAST), 0))
         scaled = roots / step.clamp_min(_LEAST)
         levels = self._levels(scaled.dtype, scaled.device)
         if levels is not None:
@@ -103,20 +103,20 @@ class Root:
             share = (scaled.square_() - below.square()).div_(2 * below + 1)
             codes = below.add_(up(share, generator))
         codes = codes.to(torch.uint8)
-        parts["codes"].copy_(codes if self.bits == 8 else nibbles.pack(codes))
+        stored["codes"].copy_(codes if self.bits == 8 else nibbles.pack(codes))
         return norm(x, rows)
 
-    def scaled(self, parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    def scaled(self, stored: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
         """What is stored times a factor > 0."""
-        return {**parts, "step": parts["step"] * factor**0.5}
+        return {**stored, "step": stored["step"] * factor**0.5}
 
-    def error(self, parts: Mapping[str, Tensor], rows: int = 0) -> Tensor:
+    def error(self, stored: Mapping[str, Tensor], rows: int = 0) -> Tensor:
         """Of level c with gaps of at most h beside it an entry is off by step^2 (c h + h^2 / 4) at most.
 
         By step^2 (2 c h + h^2) where rounding is stochastic; by step^2 c^2 where it was raised to the least level.
         """
-        stored, share = parts["codes"], 0.5 if self.rounding == "nearest" else 1.0
-        codes = stored if self.bits == 8 else nibbles.unpack(stored, 2 * stored.shape[-1])
+        packed, share = stored["codes"], 0.5 if self.rounding == "nearest" else 1.0
+        codes = packed if self.bits == 8 else nibbles.unpack(packed, 2 * packed.shape[-1])
         levels = self._levels(torch.float32, codes.device)
         if levels is None:
             lost = codes.float().mul_(2 * share).add_(share * share)
@@ -125,7 +125,7 @@ class Root:
             squares = gaps * (2 * levels.levels + gaps)
             squares[0] = torch.maximum(squares[0], levels.levels[0].square())
             lost = squares[codes.int()]
-        return norm(lost.mul_(parts["step"].square()), rows)
+        return norm(lost.mul_(stored["step"].square()), rows)
 
     def _levels(self, dtype: torch.dtype, device: torch.device) -> tables.Table | None:
         """The table; None where levels are the codes themselves."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..draws import scramble
-from .base import Part
+from .base import Spec
 from .tables import Table
 
 Rounding = Literal["nearest", "stochastic"]
@@ -15,29 +15,29 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
 SEED = "seed"
 
 
-def seeds(rounding: Rounding) -> dict[str, Part]:
-    """The part that stochastic rounding keeps beside the codes: the seed of the last draw."""
-    return {SEED: Part((), torch.int64, scalar=True, seed=True)} if rounding == "stochastic" else {}
+def seeds(rounding: Rounding) -> dict[str, Spec]:
+    """What stochastic rounding keeps beside the codes: the seed of the last draw."""
+    return {SEED: Spec((), torch.int64, scalar=True, seed=True)} if rounding == "stochastic" else {}
 
 
-def advanced(parts: Mapping[str, Tensor], device: torch.device) -> torch.Generator | None:
+def advanced(stored: Mapping[str, Tensor], device: torch.device) -> torch.Generator | None:
     """A generator on the device from the next seed, which takes the last one's place; None where none is kept."""
-    if SEED not in parts:
+    if SEED not in stored:
         return None
-    seed = scramble(int(parts[SEED]))
-    parts[SEED].fill_(seed)
+    seed = scramble(int(stored[SEED]))
+    stored[SEED].fill_(seed)
     return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
 
 
 def one_by_one(
-    encode: Callable[[Tensor, Mapping[str, Tensor]], Tensor], x: Tensor, parts: Mapping[str, Tensor]
+    encode: Callable[[Tensor, Mapping[str, Tensor]], Tensor], x: Tensor, stored: Mapping[str, Tensor]
 ) -> Tensor:
-    """Encode each member of a batch by itself, into its parts; returns a norm of each, (members,).
+    """Encode each member of a batch by itself, into tensors of its own; returns a norm of each, (members,).
 
     What is drawn for a member follows from its own seed and size: no draw for all at once has the same bits.
     """
     return torch.stack(
-        [encode(member, {name: part[i] for name, part in parts.items()}) for i, member in enumerate(x.unbind())]
+        [encode(member, {name: own[i] for name, own in stored.items()}) for i, member in enumerate(x.unbind())]
     )
 
 

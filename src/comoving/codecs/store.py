@@ -9,21 +9,21 @@ from .base import Codec
 from .full import Full
 
 
-def store(codec: Codec, x: Tensor, held: Mapping[str, Tensor], rows: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """|x|, (*rows), and x as the codec stores it, in parts of its own; x, which may be one of them, is given up.
+def store(codec: Codec, x: Tensor, before: Mapping[str, Tensor], rows: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """|x|, (*rows), and x as the codec stores it, in tensors of its own; x, which may be one of them, is given up.
 
     Args:
         codec: that stores it.
         x: any tensor, with the members of a batch in front.
-        held: the parts so far, which stay as they are: seeds go on from theirs.
+        before: what is stored so far, which stays as it is: seeds go on from theirs.
         rows: how many dimensions count members, 0 or 1.
     """
     if isinstance(codec, Full):
         return norm(x, rows), {"value": x.contiguous()}
     shape = tuple(x.shape)
-    lead, parts = shape[:rows], codec.parts(shape[rows:], x.dtype)
+    lead, schema = shape[:rows], codec.schema(shape[rows:], x.dtype)
     own = {
-        name: held[name].clone() if part.seed else x.new_empty(lead + part.shape, dtype=part.dtype)
-        for name, part in parts.items()
+        name: before[name].clone() if spec.seed else x.new_empty(lead + spec.shape, dtype=spec.dtype)
+        for name, spec in schema.items()
     }
     return codec.encode(x, own, rows), own

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..validate import check_choice, check_float, check_int
 from .clamp import bound, gram_product
-from .hooks import check_held
+from .hooks import check_owned
 from .linears import changeable, check_rank, restored
 from .orthonormal import random_directions
 from .targets import TARGETS, matrix_of
@@ -126,7 +126,7 @@ class Branches:
             ValueError: an optimizer that does not hold the amplitudes; branches without a clamp.
         """
         self._limits()
-        check_held(optimizer, {f"the amplitudes of {name}": a for name, a in self._amplitudes().items()})
+        check_owned(optimizer, {f"the amplitudes of {name}": a for name, a in self._amplitudes().items()})
 
         def hook(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.clamp()

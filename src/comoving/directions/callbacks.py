@@ -8,7 +8,7 @@ import torch
 
 from comoving.race.extras import require
 
-from ..saving import save
+from ..checkpoint import save
 from .matrices import unwrapped
 from .monitor import SpectralMonitor
 

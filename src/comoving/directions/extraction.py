@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..validate import check_choice, check_float, check_int
 from . import carry, schedules
-from .hooks import before_step, check_held, check_strided, group_of, refuse_in_backward
+from .hooks import before_step, check_owned, check_strided, group_of, refuse_in_backward
 from .linears import changeable, check_rank, restored
 from .orthonormal import add_lifted, inside, random_directions, widest_dtype, working_dtype
 from .sources import SOURCES, Source, leading, source_of
@@ -220,7 +220,7 @@ def extract(
     refuse_in_backward(optimizer, "extract")
     modules = changeable(model, targets, "extract")
     weights: dict[str, nn.Parameter] = {name: _trained(name, module) for name, module in modules.items()}
-    check_held(optimizer, {f"the weight of {name}": p for name, p in weights.items()})
+    check_owned(optimizer, {f"the weight of {name}": p for name, p in weights.items()})
     for name, p in weights.items():
         check_rank("extract", name, rank, p.shape)
         if not bool(p.isfinite().all()):

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..validate import check_float
-from .hooks import before_step, check_held, check_strided
+from .hooks import before_step, check_owned, check_strided
 from .orthonormal import add_lifted, check_directions, inside, working_dtype
 from .targets import matrix_of
 
@@ -111,7 +111,7 @@ def _checked(optimizer: Optimizer, where: Where, u: Tensor, v: Tensor | None) ->
     p = _parameter(where)
     if p.ndim != 2 or not p.is_floating_point():
         raise ValueError(f"amplify needs a floating-point matrix, got {p.dtype} of shape {tuple(p.shape)}")
-    check_held(optimizer, {f"the parameter of shape {tuple(p.shape)}": p})
+    check_owned(optimizer, {f"the parameter of shape {tuple(p.shape)}": p})
     check_directions("U", u, p.shape[0])
     if v is not None:
         check_directions("V", v, p.shape[1])

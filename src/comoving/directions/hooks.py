@@ -63,14 +63,14 @@ def group_of(optimizer: Optimizer) -> dict[Tensor, int]:
     return {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 
-def check_held(optimizer: Optimizer, wanted: Mapping[str, Tensor]) -> None:
+def check_owned(optimizer: Optimizer, wanted: Mapping[str, Tensor]) -> None:
     """Raise unless the optimizer has all these parameters.
 
     Raises:
         ValueError: naming those that it has not.
     """
-    held = group_of(optimizer)
-    missing = [name for name, p in wanted.items() if p not in held]
+    owned = group_of(optimizer)
+    missing = [name for name, p in wanted.items() if p not in owned]
     if missing:
         raise ValueError(f"the optimizer does not hold {listed(missing)}")
 

@@ -76,10 +76,10 @@ def momentum_of(optimizer: Optimizer, p: Tensor) -> Tensor | None:
     for name in MOMENTA:
         if isinstance(state.get(name), Tensor) and state[name].shape == p.shape:
             return state[name]
-    held = ", ".join(f"{n} {tuple(x.shape)}" if isinstance(x, Tensor) else str(n) for n, x in state.items())
+    stored = ", ".join(f"{n} {tuple(x.shape)}" if isinstance(x, Tensor) else str(n) for n, x in state.items())
     raise ValueError(
         f"{type(optimizer).__name__} has no momentum of shape {tuple(p.shape)} that is known: its state holds "
-        f"{held or 'nothing'}; looked for {' and '.join(MOMENTA)}. Leave momentum out of kinds"
+        f"{stored or 'nothing'}; looked for {' and '.join(MOMENTA)}. Leave momentum out of kinds"
     )
 
 
@@ -89,7 +89,7 @@ def _lifted(optimizer: LowRankOptimizer, p: Tensor) -> Tensor | None:
         return None
     if site.plain:
         return state[FIRST]
-    rows = optimizer.engine.opened(p)
+    rows = optimizer.engine.rows_of(p)
     if not site.blocks:
         return site.view.restore(_core_lifted(rows[0].cell()))
     layout = optimizer.roster.group_of(p)["frame"]

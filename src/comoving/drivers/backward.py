@@ -152,8 +152,8 @@ class Backward:
             state[CORE] = state[CORE].add_(gradient) if CORE in state else gradient
         else:
             engine.take(p, gradient)
-        count = 1 + max((row.state.get(WINDOW, 0) for row in engine.opened(p)), default=0)
-        for row in engine.open(p):
+        count = 1 + max((row.state.get(WINDOW, 0) for row in engine.rows_of(p)), default=0)
+        for row in engine.waiting(p):
             row.state[WINDOW] = count
         return count
 
@@ -172,13 +172,13 @@ class Backward:
         if window.closing is None:  # else an earlier try has stepped some, and what is left has another norm
             window.closing = window.factor(self._running())
             if window.clip is not None and window.exact:
-                every = [row for p in engine.roster.sites for row in engine.open(p)]
+                every = [row for p in engine.roster.sites for row in engine.waiting(p)]
                 window.norm = _total({row.site.name: _size(row) for row in every})
                 window.closing = window.factor(window.norm)
         for p in list(self._pending()):
             self._step_one(p, window.closing)
         if window.clip is not None and not window.exact:
-            rows = [row for p in engine.roster.sites for row in engine.opened(p)]
+            rows = [row for p in engine.roster.sites for row in engine.rows_of(p)]
             sizes = {row.site.name: row.state.pop(SIZE) for row in rows if SIZE in row.state}
             window.norm = _total(sizes)
             # What was dropped may have been the largest, and an overflow would stop all that follow.
@@ -194,7 +194,7 @@ class Backward:
 
     def _step_one(self, p: Tensor, factor: float) -> None:
         """Step a parameter by its gradients of this window, multiplied by this; where that fails it is as it was."""
-        rows, written = self.engine.open(p), set[str]()
+        rows, written = self.engine.waiting(p), set[str]()
         before = {row: dict(row.state) for row in rows}
         try:
             self._step_scaled(p, rows, factor, written)
@@ -220,7 +220,7 @@ class Backward:
         step_dense([p], [row.state.pop(CORE)], [row.state], engine.roster.group_of(p))
 
     def _pending(self) -> Iterator[Tensor]:
-        return (p for p in self.engine.roster.sites if self.engine.open(p))
+        return (p for p in self.engine.roster.sites if self.engine.waiting(p))
 
     def _finite(self, gradient: Tensor, name: str) -> bool:
         """Whether a gradient is; one host synchronization."""

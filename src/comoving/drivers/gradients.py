@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases import PREFIX
 from ..codecs.base import as_real
+from ..frames.stored import PREFIX
 from ..linalg import norm
 from ..linalg.entries import is_short
 from ..rounding import SEED

@@ -55,7 +55,7 @@ class Graphs:
         self._rates: dict[tuple[int, torch.device], Tensor] = {}
         engine.counts_on_device = True
         for p in engine.owner.state:
-            for row in engine.opened(p) if not engine.roster.sites[p].plain else ():
+            for row in engine.rows_of(p) if not engine.roster.sites[p].plain else ():
                 _move_counts(row)
         engine.forget()
 

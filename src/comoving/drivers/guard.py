@@ -77,7 +77,7 @@ class Guard:
         if self._bad is None:
             return nullcontext()
         params = list(params)
-        rows = [row for p in params for row in self.engine.opened(p)]
+        rows = [row for p in params for row in self.engine.rows_of(p)]
         states = [
             (
                 row.state,
@@ -100,7 +100,7 @@ class Guard:
         and roots of rules wait for the step at which they are due again.
         """
         engine = self.engine
-        site, rows = engine.roster.sites[p], engine.opened(p)
+        site, rows = engine.roster.sites[p], engine.rows_of(p)
         if not (site.blocks or asks_host(p) or p in engine.owner.state):
             return False
         if not site.projected:

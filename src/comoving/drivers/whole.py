@@ -33,7 +33,7 @@ class Whole:
         self.engine.roster.check()
         self._check_closed()
         done, self._resume = self._resume.by_the_same_gradients(), Resume()
-        opened: list[Tensor] = []
+        begun: list[Tensor] = []
         groups, state = self._owner.param_groups, self._owner.state
         try:
             self.guard.inspect([p for group in groups for p in group["params"] if p.grad is not None])
@@ -41,11 +41,11 @@ class Whole:
                 return
             for group in groups:
                 ready = [p for p in group["params"] if p.grad is not None and (p not in done or done[p])]
-                opened += [p for p in ready if p not in state]
+                begun += [p for p in ready if p not in state]
                 self._step_group(group, ready, done)
         except BaseException as error:
             self._resume = Resume(done)
-            for p in opened:
+            for p in begun:
                 if p not in done:
                     state.pop(p, None)
             if done:
@@ -70,7 +70,7 @@ class Whole:
             if sites[p].blocks:
                 self._step_blocks(p, done)
         for p in group["params"]:
-            if p.grad is None and p in self._owner.state and engine.open(p):
+            if p.grad is None and p in self._owner.state and engine.waiting(p):
                 with guard.undo_whole([p]):
                     engine.write(p)
         self._step_dense(group, [p for p in ready if sites[p].plain], done)

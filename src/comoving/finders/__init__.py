@@ -4,7 +4,7 @@ What their formulas are about:
 
 - O, the operand: the tensor, (d_1, ..., d_N), of which the new frame is to hold as much energy |F^H O|^2 as it can. It
   is rho times the first moment, without its bias, plus 1 - rho times the newest gradient with what error feedback adds
-  to it; rho is the field ``momentum`` (:class:`Finder`).
+  to it; rho is the field ``inertia`` (:class:`Finder`).
 - O_(n), its unfolding: the matrix of shape (d_n, product of all other d_m) whose columns are the fibres of O along mode
   n. A matrix is its own unfolding along mode 0, and its transpose that along mode 1.
 - U_n, the factor: an orthonormal matrix of shape (d_n, r_n) for each compressed mode n. r_n is the rank, and the frame

@@ -29,7 +29,7 @@ class Amortized(Memoryless):
 
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
     batched: ClassVar[bool] = True
-    momentum: ClassVar[float] = 0.0
+    inertia: ClassVar[float] = 0.0
 
     iterations: int = 1
 

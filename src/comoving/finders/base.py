@@ -5,14 +5,14 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..frames import ModeFrame
 from ..frames.base import Ranks
 from ..linalg import each_row, over
 from .operand import Operand
 
 Memory = dict[str, Tensor]
-"""A finder's own tensors of one parameter, by the names of its ``parts``; updated in place or replaced.
+"""A finder's own tensors of one parameter, by the names of its ``schema``; updated in place or replaced.
 
 They are copies, which count once the step has not failed; but single numbers, which ``observe`` has to replace."""
 
@@ -20,7 +20,7 @@ They are copies, which count once the step has not failed; but single numbers, w
 class Finder(Protocol):
     """Finds a frame for an operand; a frozen dataclass of hyper-parameters, without tensors.
 
-    ``momentum`` is rho in the operand rho F m/c1 + (1 - rho) g~ that the engine builds: the share of what is looked at
+    ``inertia`` is rho in the operand rho F m/c1 + (1 - rho) g~ that the engine builds: the share of what is looked at
     that comes from the first moment instead of the newest gradient.
 
     A class attribute ``fills``, the types of frames that it can find, lets other layouts be refused at construction.
@@ -32,11 +32,11 @@ class Finder(Protocol):
     """Whether it serves operands with rows: each row's frame is the one that is found for it alone."""
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """rho, in [0, 1)."""
         ...
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What it remembers of a tensor with a frame of these ranks; all of it starts at zero."""
         ...
 
@@ -73,7 +73,7 @@ class Finder(Protocol):
 class Memoryless:
     """What finders share that remember nothing but the last frame."""
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """None."""
         return {}
 
@@ -114,14 +114,14 @@ def check_inner(inner: object) -> None:
     Raises:
         ValueError: no finder, or one of other frames.
     """
-    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("parts", "observe", "find"))
+    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("schema", "observe", "find"))
     if not finds or ModeFrame not in getattr(inner, "fills", (ModeFrame,)):
         raise ValueError(f"inner must be a finder that fills a ModeFrame, got {inner!r}")
 
 
 DRAWS = "draws"
 """The memory's slot for the number of draws so far."""
-drawing = Part((), torch.int64, scalar=True)
+drawing = Spec((), torch.int64, scalar=True)
 """That slot: one integer, on the host."""
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..frames import ModeFrame, SparseFrame
 from ..frames.base import Ranks
 from .base import Finder, Memory, check_inner, check_start
@@ -22,7 +22,7 @@ class BlockSelection:
     to the blocks that are kept already, then to the first ones, so that nothing changes where nothing is seen.
 
     Args:
-        inner: a finder of mode-wise frames; its momentum is that of the operand.
+        inner: a finder of mode-wise frames; its inertia is that of this one.
     """
 
     fills: ClassVar[tuple[type, ...]] = (SparseFrame,)
@@ -34,13 +34,13 @@ class BlockSelection:
         check_inner(self.inner)
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """The inner finder's."""
-        return self.inner.momentum
+        return self.inner.inertia
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What the inner finder remembers."""
-        return self.inner.parts(shape, ranks, dtype)
+        return self.inner.schema(shape, ranks, dtype)
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """The inner finder takes note of it."""

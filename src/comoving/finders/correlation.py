@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import leading_directions
 from ..frames import ModeFrame
 from ..frames.base import Ranks
@@ -51,11 +51,11 @@ class Correlation:
         check_int("recalibrate", self.recalibrate, 1)
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """0: the momentum enters by its directions alone."""
         return 0.0
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """How often it was asked."""
         return {DRAWS: drawing}
 

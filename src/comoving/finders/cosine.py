@@ -22,18 +22,18 @@ class CosineSelection(Memoryless):
     ties go to the columns that are there already.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         norm: of a row, 1 for the sum of absolute values or 2 for the energy, which loses least of the operand.
     """
 
     fills: ClassVar[tuple[type, ...]] = (CosineFrame,)
     batched: ClassVar[bool] = True
 
-    momentum: float = 0.9
+    inertia: float = 0.9
     norm: int = 2
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_choice("norm", self.norm, (1, 2))
 
     def find(self, operand: Operand, start: CosineFrame, warm: bool, memory: Memory) -> CosineFrame:

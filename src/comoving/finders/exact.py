@@ -30,7 +30,7 @@ class Exact(Memoryless):
     the same to a tensor alone.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1); with 0, O is the gradient alone, as in
+        inertia: rho, the first moment's share of the operand O, in [0, 1); with 0, O is the gradient alone, as in
             GaLore (arXiv 2403.03507).
         sweeps: HOOI sweeps, >= 0 (Tensor-GaLore, arXiv 2501.02379, takes Tucker factors, so > 0).
         method: "gram" takes eigenvectors of O_(n) O_(n)^H or O_(n)^H O_(n), whichever is smaller, accurate for singular
@@ -47,14 +47,14 @@ class Exact(Memoryless):
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
     batched: ClassVar[bool] = True
 
-    momentum: float = 0.0
+    inertia: float = 0.0
     sweeps: int = 0
     method: Method = "gram"
     sequential: bool = False
     warm: bool = False
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_int("sweeps", self.sweeps, 0)
         check_choice("method", self.method, ("gram", "svd"))
         check_choice("sequential", self.sequential, (True, False))

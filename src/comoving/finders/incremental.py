@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import turning
 from ..frames import ModeFrame
 from ..frames.base import Ranks
@@ -37,7 +37,7 @@ class IncrementalSVD:
     The first frame looks for r_n more directions. s_n is in the state; a checkpoint of another rank starts it anew.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1); the finder remembers by itself.
+        inertia: rho, the first moment's share of the operand O, in [0, 1); the finder remembers by itself.
         forgetting: the factor of old singular values per refresh, in (0, 1].
         add: new directions that each refresh tries, >= 1.
         seed: of the sketches, >= 0.
@@ -46,20 +46,20 @@ class IncrementalSVD:
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
     batched: ClassVar[bool] = True
 
-    momentum: float = 0.0
+    inertia: float = 0.0
     forgetting: float = 0.9
     add: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_float("forgetting", self.forgetting, 0.0, 1.0, open_low=True)
         check_int("add", self.add, 1)
         check_int("seed", self.seed, 0)
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """The singular values of each compressed mode, and how often a sketch was drawn."""
-        values = {f"{n}{_SINGULAR}": Part((r,), dtype.to_real()) for n, r in enumerate(ranks) if r is not None}
+        values = {f"{n}{_SINGULAR}": Spec((r,), dtype.to_real()) for n, r in enumerate(ranks) if r is not None}
         return {DRAWS: drawing} | values
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import sampled_factor
 from ..draws import generator
 from ..frames import ModeFrame
@@ -34,7 +34,7 @@ class Nystroem:
     hand; here the columns are drawn by what was seen so far, and the operand may be a sum that is never formed.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         samples: the number s of columns of each unfolding. A float >= 1 is a multiple of r_n, cut to the columns there
             are; a float below 1 a share of the columns, but never fewer than 2 r_n or r_n + 8; an int >= 1 the number
             itself, at most that of the columns of every unfolding. Where r_n is higher than an int, as it may become
@@ -51,14 +51,14 @@ class Nystroem:
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
     batched: ClassVar[bool] = True
 
-    momentum: float = 0.9
+    inertia: float = 0.9
     samples: int | float = 2.0
     columns: Literal["uniform", "energy", "slices"] = "uniform"
     decay: float = 0.9
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         if isinstance(self.samples, int):
             check_int("samples", self.samples, 1)
         else:
@@ -67,7 +67,7 @@ class Nystroem:
         check_float("decay", self.decay, 0.0, 1.0, open_high=True)
         check_int("seed", self.seed, 0)
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """How often columns were drawn, "draws", and decayed sums of energies.
 
         For "energy" these are "columns.n", a number per column of the unfolding of each compressed mode n; for "slices"
@@ -76,16 +76,16 @@ class Nystroem:
         Raises:
             ValueError: more samples than there are columns.
         """
-        parts, real = {DRAWS: drawing}, dtype.to_real()
+        schema, real = {DRAWS: drawing}, dtype.to_real()
         columns = {n: prod(shape) // shape[n] for n, r in enumerate(ranks) if r is not None}
         for n, most in columns.items():
             if isinstance(self.samples, int) and self.samples > most:
                 raise ValueError(f"samples must lie in [1, {most}], the columns of mode {n}, got {self.samples}")
         if self.columns == "energy":
-            parts |= {f"{_COLUMNS}{n}": Part((count,), real) for n, count in columns.items()}
+            schema |= {f"{_COLUMNS}{n}": Spec((count,), real) for n, count in columns.items()}
         elif self.columns == "slices":
-            parts |= {f"{_ENERGY}{m}": Part((d,), real) for m, d in enumerate(shape)}
-        return parts
+            schema |= {f"{_ENERGY}{m}": Spec((d,), real) for m, d in enumerate(shape)}
+        return schema
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:
         """Bring the energies up to date: for "energy" a pass over the gradient for each compressed mode."""

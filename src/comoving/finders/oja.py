@@ -27,7 +27,7 @@ class Oja(Memoryless):
     The first frame is made by three power iterations, or from the exact singular vectors.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         rate: the factor in front of O_(n) O_(n)^H U_n / mu, > 0.
         start: where the first frame begins, "random" or "exact"; see :class:`Power`.
     """
@@ -35,12 +35,12 @@ class Oja(Memoryless):
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
     batched: ClassVar[bool] = True
 
-    momentum: float = 0.9
+    inertia: float = 0.9
     rate: float = 1.0
     start: Literal["random", "exact"] = "random"
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_float("rate", self.rate, 0.0, open_low=True)
         check_choice("start", self.start, ("random", "exact"))
 

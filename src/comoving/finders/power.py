@@ -23,7 +23,7 @@ class Power(Memoryless):
     mode's factor hides it. Directions in which O has no energy stay where they were.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         iterations: power iterations per refresh, >= 1.
         start: where a parameter's very first frame comes from: "exact" decomposes the first operand
             (:class:`comoving.finders.Exact`); "random" makes ``cold`` iterations from a seeded orthonormal basis.
@@ -35,14 +35,14 @@ class Power(Memoryless):
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
     batched: ClassVar[bool] = True
 
-    momentum: float = 0.9
+    inertia: float = 0.9
     iterations: int = 1
     start: Literal["random", "exact"] = "random"
     cold: int = 3
     exact_up_to: int = 0
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_int("iterations", self.iterations, 1)
         check_choice("start", self.start, ("random", "exact"))
         check_int("cold", self.cold, 1)

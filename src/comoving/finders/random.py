@@ -20,7 +20,7 @@ class RandomProjection(Memoryless):
     alone: ClassVar[bool] = True  # what is drawn is drawn row by row, and costs least where it is staggered
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """0: nothing is looked at."""
         return 0.0
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import by_shrinkage, leading_directions
 from ..draws import generator
 from ..frames import ModeFrame
@@ -33,7 +33,7 @@ class Randomized:
     at. Each refresh draws anew: the seed, the mode and a count of the refreshes, which is in the state, determine what.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         oversampling: columns of the sketch beyond r_n, >= 0; a Kronecker product may have more.
         reads: how often O is read for a mode, >= 1; with 2 q + 2 of them q are the "power iterations" of Halko et al.,
             which help where the spectrum decays slowly.
@@ -45,20 +45,20 @@ class Randomized:
     fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
     batched: ClassVar[bool] = True
 
-    momentum: float = 0.9
+    inertia: float = 0.9
     oversampling: int = 8
     reads: int = 4
     sequential: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_int("oversampling", self.oversampling, 0)
         check_int("reads", self.reads, 1)
         check_choice("sequential", self.sequential, (True, False))
         check_int("seed", self.seed, 0)
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """The number of refreshes so far, "draws"."""
         return {DRAWS: drawing}
 

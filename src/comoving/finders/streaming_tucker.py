@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..decompositions import leading_directions
 from ..frames import ModeFrame
 from ..frames.base import Ranks
@@ -59,15 +59,15 @@ class StreamingTucker:
         check_int("seed", self.seed, 0)
 
     @property
-    def momentum(self) -> float:
+    def inertia(self) -> float:
         """0: the stream is the mean that the first moment would stand for."""
         return 0.0
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """For each compressed mode "sketch.n", (k_1, ..., d_n, ..., k_N)."""
         k = widths(shape, {n: r + self.oversampling for n, r in enumerate(ranks) if r is not None})
         return {
-            f"{_SKETCH}{n}": Part((*k[:n], shape[n], *k[n + 1 :]), dtype) for n, r in enumerate(ranks) if r is not None
+            f"{_SKETCH}{n}": Spec((*k[:n], shape[n], *k[n + 1 :]), dtype) for n, r in enumerate(ranks) if r is not None
         }
 
     def observe(self, gradient: Tensor, memory: Memory, rows: int = 0) -> None:

@@ -23,7 +23,7 @@ class TrainSVD(Memoryless):
     singular vectors of the unfolding, projected on all bases before. Then comes the other side, from its outer end.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         method: "gram" takes eigenvectors of the Gram matrix of the smaller side of each unfolding, accurate for
             singular values above about sqrt(machine epsilon) of the largest; "svd" takes the small SVD after QR,
             accurate for all and slower.
@@ -32,11 +32,11 @@ class TrainSVD(Memoryless):
     fills: ClassVar[tuple[type, ...]] = (BondFrame,)
     batched: ClassVar[bool] = False
 
-    momentum: float = 0.0
+    inertia: float = 0.0
     method: Method = "gram"
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_choice("method", self.method, ("gram", "svd"))
 
     def find(self, operand: Operand, start: BondFrame, warm: bool, memory: Memory) -> BondFrame:
@@ -61,7 +61,7 @@ class TrainRandomized(Memoryless):
     all bonds and sketches each of them, it needs the two interfaces of one bond, and a single sketch for each.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         oversampling: columns of the sketch beyond the interface's largest rank, >= 0.
         reads: how often the data are read, 1 or 2.
         seed: of the sketch, >= 0; the same at every refresh and on all ranks.
@@ -70,13 +70,13 @@ class TrainRandomized(Memoryless):
     fills: ClassVar[tuple[type, ...]] = (BondFrame,)
     batched: ClassVar[bool] = False
 
-    momentum: float = 0.0
+    inertia: float = 0.0
     oversampling: int = 8
     reads: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_int("oversampling", self.oversampling, 0)
         check_choice("reads", self.reads, (1, 2))
         check_int("seed", self.seed, 0)
@@ -116,7 +116,7 @@ class TrainIncrement(Memoryless):
     decomposed, and what the operand does not reach stays as it was.
 
     Args:
-        momentum: rho, the first moment's share of the operand O, in [0, 1).
+        inertia: rho, the first moment's share of the operand O, in [0, 1).
         columns: of the Gaussian sketch, >= 1, of about unit norm like those of B.
         add: directions by which each edge grows before pruning, >= 1; None for as many as it has.
         seed: of the sketch, >= 0; the same at every refresh and on all ranks.
@@ -125,13 +125,13 @@ class TrainIncrement(Memoryless):
     fills: ClassVar[tuple[type, ...]] = (BondFrame,)
     batched: ClassVar[bool] = False
 
-    momentum: float = 0.0
+    inertia: float = 0.0
     columns: int = 8
     add: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_float("momentum", self.momentum, 0.0, 1.0, open_high=True)
+        check_float("inertia", self.inertia, 0.0, 1.0, open_high=True)
         check_int("columns", self.columns, 1)
         if self.add is not None:
             check_int("add", self.add, 1)

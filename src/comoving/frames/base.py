@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from .overlap import Overlap
 
 Rank = int | float | tuple[int | None, ...]
@@ -74,7 +74,7 @@ class Layout(Protocol):
         """The core's shape, but 1 along modes that no change of frame mixes."""
         ...
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What a frame of these ranks stores."""
         ...
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..validate import check_int
 from .base import Frame, Layout, Rank, Ranks, Side
 from .modes import Modes
@@ -85,10 +85,10 @@ class Blocks:
         """Stacked likewise."""
         return (self.count(shape), *self.inner.mass_shape(self.block_shape(shape), ranks))
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """Each block's, behind its number."""
-        own = self.inner.parts(self.block_shape(shape), ranks, dtype)
-        return {f"{b}.{name}": part for b in range(self.count(shape)) for name, part in own.items()}
+        own = self.inner.schema(self.block_shape(shape), ranks, dtype)
+        return {f"{b}.{name}": spec for b in range(self.count(shape)) for name, spec in own.items()}
 
     def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> Frame:
         """Refused: a frame belongs to a block."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..validate import check_choice
 from .base import SIDES, Rank, Ranks, Side
 from .interface import Interface, fill
@@ -137,7 +137,7 @@ class Bonded(ABC):
         frame = self.template(shape)
         limits = [min(edge.size, prod(shape) // edge.size) for edge in _edges(frame)]
         if isinstance(rank, tuple):
-            return _fit_tuple(frame, rank, limits)
+            return _checked_tuple(frame, rank, limits)
         if isinstance(rank, float):
             root = sqrt(rank * prod(shape))
             rank = max(1, min((int(root), int(root) + 1), key=lambda r: abs(r * r - root * root)))
@@ -152,11 +152,12 @@ class Bonded(ABC):
         """The core's: a change of frame turns both of its modes."""
         return self.core_shape(shape, ranks)
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What a frame of these ranks stores."""
         frame = self.template(shape)
         left, right = _split(frame, ranks)
-        return _parts("frame.left.", frame.left, left, dtype) | _parts("frame.right.", frame.right, right, dtype, True)
+        found = _schema("frame.left.", frame.left, left, dtype)
+        return found | _schema("frame.right.", frame.right, right, dtype, True)
 
     def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> BondFrame:
         """The frame whose tensors are in the state; edges without one are whole."""
@@ -209,20 +210,20 @@ def _split(frame: BondFrame, given: Ranks) -> tuple[tuple[int, ...], tuple[int, 
     return ranks[:k], (*ranks[: k - 1 : -1], ranks[k - 1])
 
 
-def _parts(
+def _schema(
     prefix: str, side: Interface, ranks: tuple[int, ...], dtype: torch.dtype, mirrored: bool = False
-) -> dict[str, Part]:
+) -> dict[str, Spec]:
     rank_of = {id(edge): r for edge, r in zip(side.edges(mirrored), ranks, strict=True)}
     return {
-        f"{prefix}{i}": Part((*(rank_of.get(id(c), c.size) for c in edge.children), r), dtype)
+        f"{prefix}{i}": Spec((*(rank_of.get(id(c), c.size) for c in edge.children), r), dtype)
         if edge.children
-        else Part((edge.size, r), dtype)
+        else Spec((edge.size, r), dtype)
         for i, (edge, r) in enumerate(zip(side.edges(mirrored), ranks, strict=True))
         if r < edge.size
     }
 
 
-def _fit_tuple(frame: BondFrame, rank: tuple[int | None, ...], limits: list[int]) -> tuple[int, ...]:
+def _checked_tuple(frame: BondFrame, rank: tuple[int | None, ...], limits: list[int]) -> tuple[int, ...]:
     if len(rank) != len(limits):
         raise ValueError(f"rank {rank} has {len(rank)} entries, shape {frame.shape} needs {len(limits)}, one per edge")
     position = {id(edge): i for i, edge in enumerate(_edges(frame))}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..draws import sent
 from ..linalg import add_multilinear, multilinear, orthogonality_defect, orthonormalize
 from ..validate import check_choice, check_int
@@ -123,7 +123,7 @@ class Modes:
         check_rank(rank)
         check_choice("side", side, SIDES)
         if isinstance(rank, tuple):
-            return _fit_tuple(shape, rank)
+            return _checked_tuple(shape, rank)
         modes = self._compressed(shape, side)
         if isinstance(rank, int):
             wanted = {n: rank for n in modes}
@@ -133,10 +133,10 @@ class Modes:
             wanted = _spread(rank, {n: shape[n] for n in modes})
         return tuple(wanted[n] if n in wanted and wanted[n] < d else None for n, d in enumerate(shape))
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """What a frame of these ranks stores."""
         return {
-            f"frame.{n}": Part((d, r), dtype)
+            f"frame.{n}": Spec((d, r), dtype)
             for n, (d, r) in enumerate(zip(shape, ranks, strict=True))
             if r is not None
         }
@@ -209,7 +209,7 @@ def check_rank(rank: object) -> None:
                 raise ValueError(f"every entry of a tuple rank must be >= 1 or None, got {entry} in {rank}")
 
 
-def _fit_tuple(shape: tuple[int, ...], rank: Ranks) -> Ranks:
+def _checked_tuple(shape: tuple[int, ...], rank: Ranks) -> Ranks:
     if len(rank) != len(shape):
         raise ValueError(f"rank {rank} has {len(rank)} entries, a tensor of shape {shape} needs {len(shape)}")
     for n, (r, d) in enumerate(zip(rank, shape, strict=True)):

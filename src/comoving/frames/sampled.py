@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..draws import gaussian, gaussian_rows, scramble
 from ..linalg import cosine_columns, orthonormalize
 from ..validate import check_choice
@@ -52,9 +52,9 @@ class Cosines(Modes):
 
     makes: ClassVar[type[ModeFrame]] = CosineFrame
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """The indices."""
-        return {f"frame.{n}.indices": Part((r,), torch.int64) for n, r in enumerate(ranks) if r is not None}
+        return {f"frame.{n}.indices": Spec((r,), torch.int64) for n, r in enumerate(ranks) if r is not None}
 
     def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> CosineFrame:
         """The frame whose indices are in the state, with factors in like's dtype."""
@@ -172,12 +172,12 @@ class Seeded(Modes):
         super().__post_init__()
         check_choice("stored", self.stored, (True, False))
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """The seeds, and the factors where they are stored, else the ranks."""
-        number, modes = Part((), torch.int64, scalar=True), [n for n, r in enumerate(ranks) if r is not None]
+        number, modes = Spec((), torch.int64, scalar=True), [n for n, r in enumerate(ranks) if r is not None]
         seeds = {f"frame.{n}.seed": number._replace(seed=True) for n in modes}
         if self.stored:
-            return super().parts(shape, ranks, dtype) | seeds
+            return super().schema(shape, ranks, dtype) | seeds
         return seeds | {f"frame.{n}.rank": number for n in modes}
 
     def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> SeededFrame:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..linalg import abs_squared, add_multilinear, gram, multilinear
 from ..validate import check_float, check_int
 from .base import Rank, Ranks, Side
@@ -221,10 +221,10 @@ class SparseModes:
         """The core's shape, for blocks come and go along whole modes too; 1 everywhere where all is whole."""
         return (1,) * len(shape) if all(r is None for r in ranks) else self.core_shape(shape, ranks)
 
-    def parts(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """The factors, and the kept blocks."""
-        factors = Modes(self.min_size).parts(shape, ranks, dtype)
-        return {**factors, _BLOCKS: Part(self.core_shape(shape, ranks)[:1], torch.int64)} if factors else {}
+        factors = Modes(self.min_size).schema(shape, ranks, dtype)
+        return {**factors, _BLOCKS: Spec(self.core_shape(shape, ranks)[:1], torch.int64)} if factors else {}
 
     def load(self, state: Mapping[str, Tensor], shape: tuple[int, ...], like: Tensor | None = None) -> SparseFrame:
         """The frame whose tensors are in the state; whole where there are none."""

@@ -156,7 +156,7 @@ POLICIES: tuple[Draw, ...] = (
 def composition(r: Random) -> dict[str, Any]:
     """Parts for :class:`comoving.LowRankOptimizer`, most of them by chance; few of the results are refused."""
     rule = r.choice(RULES)(r)
-    modal = any(slot.mode >= 0 or slot.bases for slot in rule.slots((8, 8)))
+    modal = any(slot.mode >= 0 or slot.turned_by for slot in rule.slots((8, 8)))
     frame, finder = _subspace(r, modal)
     transport = r.choice(TRANSPORTS)(r)
     if isinstance(rule, Scheduled):
@@ -166,7 +166,7 @@ def composition(r: Random) -> dict[str, Any]:
         isinstance(residual, Sparse) and isinstance(transport, Reset) and residual.statistics != "reset"
     ):
         residual = r.choice(RESIDUALS)(r)
-    while finder.momentum > 0 and not rule.linear:
+    while finder.inertia > 0 and not rule.linear:
         frame, finder = _subspace(r, modal)
     parts = {"frame": frame, "finder": finder, "transport": transport, "rule": rule, "residual": residual}
     if r.random() < 0.25:

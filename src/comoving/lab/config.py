@@ -127,7 +127,7 @@ class Config:
                 raise SettingsError(f"{self.name}: {name} is {getattr(self, name)}; it must lie in [{low}, {high}]")
         if not 1 < self.alpha < float("inf"):
             raise SettingsError(f"{self.name}: alpha is {self.alpha}; it must be above 1 and finite")
-        self._fitting()
+        self._check_together()
 
     def _typed(self) -> None:
         """Every field has the type of its annotation; a whole number is a number, too."""
@@ -139,7 +139,7 @@ class Config:
             if wrong or (listed and not isinstance(value, tuple)):
                 raise SettingsError(f"{self.name}: {f.name} is {value!r}; it must be {wanted}")
 
-    def _fitting(self) -> None:
+    def _check_together(self) -> None:
         """Fields that must fit each other."""
         for name in ("rates", "ranks", "absolute"):
             given = getattr(self, name)

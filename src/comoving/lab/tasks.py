@@ -122,8 +122,8 @@ def hub(config: Config) -> Parts:
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows[label][:])
 
     x, y = part("train")
-    held = torch.arange(len(y)) % 20 == 19
-    return (x[~held], y[~held]), (x[held], y[held]), part("test"), features[label].num_classes
+    apart = torch.arange(len(y)) % 20 == 19
+    return (x[~apart], y[~apart]), (x[apart], y[apart]), part("test"), features[label].num_classes
 
 
 SOURCES = {"digits": digits, "fashion": fashion}
@@ -224,7 +224,7 @@ class Bytes:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.text = lm.load(config.source)
-        starts = torch.linspace(0, len(self.text.held) - lm.CONTEXT - 1, 2 * WINDOWS).long()
+        starts = torch.linspace(0, len(self.text.held_out) - lm.CONTEXT - 1, 2 * WINDOWS).long()
         self.starts = {"validation": starts[0::2], "test": starts[1::2]}
 
     def fingerprint(self) -> str:
@@ -260,7 +260,7 @@ class Bytes:
         device, total = next(model.parameters()).device, 0.0
         starts = self.starts[part]
         for piece in starts.split(lm.EVALUATION_BATCH):
-            inputs, following = (x.to(device) for x in self.text.windows(self.text.held, piece))
+            inputs, following = (x.to(device) for x in self.text.windows(self.text.held_out, piece))
             total += self.text.loss(model, (inputs, following)).item() * len(piece)
         value = total / len(starts)
         return {"value": value if math.isfinite(value) else math.nan, "loss": value}

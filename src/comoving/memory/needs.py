@@ -85,23 +85,23 @@ def _first_step(optimizer: LowRankOptimizer, seen: Mapping[Tensor, tuple[Rehears
     most = total = 0
     for group in optimizer.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
-        opened = {p: _opened_bytes(p, optimizer, group) for p in trained}
+        initial = {p: _initial_bytes(p, optimizer, group) for p in trained}
         moving = [p for p in trained if not optimizer.sites[p].plain]
-        resident = total + sum(opened.values())
+        resident = total + sum(initial.values())
         for p in moving:
             found, count = seen[p]
             state = found.state // count
-            most = max(most, resident - count * opened[p] + found.first - (count - 1) * (state - opened[p]))
-            resident += state - opened[p]
+            most = max(most, resident - count * initial[p] + found.first - (count - 1) * (state - initial[p]))
+            resident += state - initial[p]
         plain = [seen[p][0] for p in trained if optimizer.sites[p].plain]
         most = max([most, *(resident + found.first - found.state for found in plain)])
         total = resident
     return most - total
 
 
-def _opened_bytes(p: Tensor, optimizer: LowRankOptimizer, group: Mapping[str, Any]) -> int:
+def _initial_bytes(p: Tensor, optimizer: LowRankOptimizer, group: Mapping[str, Any]) -> int:
     """Bytes of the state with which a parameter begins, before its first gradient is taken in."""
-    state = slots.opened(optimizer.sites[p], group, p, torch.device("meta"), optimizer.seed)
+    state = slots.initial_state(optimizer.sites[p], group, p, torch.device("meta"), optimizer.seed)
     return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
 
 

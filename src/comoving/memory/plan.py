@@ -283,9 +283,9 @@ def _state_of(site: Site, group: Mapping[str, Any], ranks: int) -> dict[str, int
     """The bytes of one parameter's state by the names of :data:`STATE`."""
     kinds = _kinds(site, group)
     total: dict[str, int] = dict.fromkeys(STATE, 0)
-    for name, part in slots.layout(site, group).items():
+    for name, spec in slots.layout(site, group).items():
         own = name.partition(".")[2] if site.blocks else name
-        total[kinds[own]] += sharding.state_on_rank(site, name, part, kinds, ranks)
+        total[kinds[own]] += sharding.state_on_rank(site, name, spec, kinds, ranks)
     return total
 
 
@@ -310,7 +310,7 @@ def _kinds(site: Site, group: Mapping[str, Any]) -> dict[str, str]:
             found[name] = _KINDS.get(slot.kind, "preconditioner")
         elif name.startswith(slots.CADENCE) or name in (SLOT, "step", slots.RANKS, slots.VALUE):
             found[name] = "scalars"
-        elif name in own["precondition"].parts(site.view.shape, site.view.dtype):
+        elif name in own["precondition"].schema(site.view.shape, site.view.dtype):
             found[name] = "preconditioner"
         else:
             found[name] = "feedback"
@@ -333,8 +333,8 @@ def _weights(module: nn.Module, optimizer: LowRankOptimizer, ranks: int) -> int:
                 optimizer.sites[p],
                 next(g for g in optimizer.param_groups if any(p is q for q in g["params"])),
             )
-            frame = group["frame"].parts(site.view.shape, site.ranks, site.view.dtype)
-            factor = 0 if isinstance(group["bases"], Full) else sum(map(slots.part_bytes, frame.values()))
+            frame = group["frame"].schema(site.view.shape, site.ranks, site.view.dtype)
+            factor = 0 if isinstance(group["bases"], Full) else sum(map(slots.spec_bytes, frame.values()))
             total += prod(site.core_shape) * site.view.dtype.itemsize + factor
     return total
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cadence import Cadence, When
 from ..cadence.base import Slots
-from ..codecs import Part
+from ..codecs import Spec
 from ..optimizer import LowRankOptimizer
 from . import flops
 from .tracker import StorageTracker
@@ -67,8 +67,8 @@ class _Called:
     def compares(self) -> tuple[type, ...]:
         return self.cadence.compares
 
-    def parts(self) -> dict[str, Part]:
-        return self.cadence.parts()
+    def schema(self) -> dict[str, Spec]:
+        return self.cadence.schema()
 
     def due(self, slots: Slots, when: When) -> bool:
         return when.every == 1

@@ -5,9 +5,9 @@ from math import prod
 
 from torch import Tensor, nn
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..sites import Site
-from ..state import part_bytes
+from ..state import spec_bytes
 
 _BY_ROWS = ("frame.0", "feedback.", "sparse.")
 
@@ -23,7 +23,7 @@ def shard_bytes(p: Tensor, ranks: int) -> int:
     return p.numel() // max(1, rows) * share(rows, ranks) * p.element_size()
 
 
-def state_on_rank(site: Site, name: str, part: Part, kinds: Mapping[str, str], ranks: int) -> int:
+def state_on_rank(site: Site, name: str, spec: Spec, kinds: Mapping[str, str], ranks: int) -> int:
     """Bytes of one slot on one rank.
 
     A rank's rows of the parameter come with the same rows of everything that has them: a dense parameter's moments, the
@@ -35,12 +35,12 @@ def state_on_rank(site: Site, name: str, part: Part, kinds: Mapping[str, str], r
     Args:
         site: of the parameter.
         name: of the slot, behind "<block>." for a block's.
-        part: as it is stored.
+        spec: of the tensor as it is stored.
         kinds: slot name -> what it is, by the part of the plan.
         ranks: N.
     """
-    size = part_bytes(part)
-    if ranks == 1 or not part.shape:
+    size = spec_bytes(spec)
+    if ranks == 1 or not spec.shape:
         return size
     own = name
     if site.blocks:
@@ -50,7 +50,7 @@ def state_on_rank(site: Site, name: str, part: Part, kinds: Mapping[str, str], r
     sharded = site.plain or own.startswith(_BY_ROWS) or kinds.get(own) == "moments"
     if not sharded:
         return size
-    return prod(part.shape[1:]) * share(part.shape[0], ranks) * part.dtype.itemsize
+    return prod(spec.shape[1:]) * share(spec.shape[0], ranks) * spec.dtype.itemsize
 
 
 def units(module: nn.Module) -> list[list[Tensor]]:

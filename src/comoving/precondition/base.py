@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 
 
 class Precondition(Protocol):
@@ -20,7 +20,7 @@ class Precondition(Protocol):
     replays: ClassVar[bool]
     """Whether it calls the same operations with the same numbers at every step; see :class:`comoving.rules.Rule`."""
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """Its slots for a tensor of this shape, by names that begin with "precondition."; all start at zero.
 
         Raises:

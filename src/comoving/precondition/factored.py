@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..linalg import abs_squared, bounded, norm, over
 from ..validate import check_float
 
@@ -44,9 +44,9 @@ class Factored:
         if self.clip is not None:
             check_float("clip", self.clip, 0.0, open_low=True)
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """The v_n."""
-        return {f"precondition.{n}": Part((d,), dtype.to_real()) for n, d in enumerate(shape)}
+        return {f"precondition.{n}": Spec((d,), dtype.to_real()) for n, d in enumerate(shape)}
 
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int, rows: int = 0) -> Tensor:
         """w, a new tensor."""

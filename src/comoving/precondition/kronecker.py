@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 from ..linalg import (
     InverseRoot,
     add_gram,
@@ -70,18 +70,18 @@ class Kronecker:
         check_choice("above", self.above, ("diagonal", "none"))
         check_choice("norm_matched", self.norm_matched, (True, False))
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """L_n as "precondition.n" and, where they are kept, A_n as "precondition.n.root"; k, one number."""
-        parts = {_CALLS: Part((), torch.float32, scalar=True)}
+        schema = {_CALLS: Spec((), torch.float32, scalar=True)}
         for n in self._modes(shape):
             d = shape[n]
             if d > self.max_size:
-                parts[_factor(n)] = Part((d,), dtype.to_real() if dtype.is_complex else dtype)
+                schema[_factor(n)] = Spec((d,), dtype.to_real() if dtype.is_complex else dtype)
                 continue
-            parts[_factor(n)] = Part((d, d), dtype)
+            schema[_factor(n)] = Spec((d, d), dtype)
             if self.every > 1:
-                parts[_root(n)] = Part((d, d), dtype)
-        return parts
+                schema[_root(n)] = Spec((d, d), dtype)
+        return schema
 
     def apply(self, gradient: Tensor, state: dict[str, Tensor], step: int, rows: int = 0) -> Tensor:
         """g', a new tensor."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Part
+from ..codecs import Spec
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Plain:
     batched: ClassVar[bool] = True
     replays: ClassVar[bool] = True
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
+    def schema(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """None."""
         return {}
 

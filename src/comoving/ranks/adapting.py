@@ -21,7 +21,7 @@ class Roll(Protocol):
     @property
     def sites(self) -> Mapping[Tensor, Site]: ...  # noqa: D102
     def limit(self) -> int | None: ...  # noqa: D102
-    def held_by(self, params: list[Tensor]) -> int: ...  # noqa: D102
+    def bytes_of(self, params: list[Tensor]) -> int: ...  # noqa: D102
     def forget_bytes(self, p: Tensor | None = None) -> None: ...  # noqa: D102
     def claim(self, p: Tensor) -> budgets.Claim: ...  # noqa: D102
     def group_of(self, p: Tensor) -> Mapping[str, Any]: ...  # noqa: D102
@@ -54,13 +54,13 @@ class Adapting:
         old: Any = cell.frame
         reading, directions = read(old, seen, cell.moments[rule.momentum])
         if reading is not None and old.ranks == site.ranks and cell.tick > 0:
-            opened = self._roll.record(self._roll.group_of(p)).opened
-            ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, cell.tick, opened)
+            notches = self._roll.record(self._roll.group_of(p)).notches
+            ranks = policy.wanted(reading, site.ranks, site.base, site.view.shape, cell.tick, notches)
             claim = budgets.Claim(site, kind.group, {})
             limit = self._roll.limit()
             if limit is not None:
                 others = [q for q, other in self._roll.sites.items() if other.projected and q is not p]
-                ranks, gain = budgets.grant(claim, ranks, reading, limit - self._roll.held_by(others))
+                ranks, gain = budgets.grant(claim, ranks, reading, limit - self._roll.bytes_of(others))
                 if gain > 0:
                     self._asked.append((gain, others))
             prices = budgets.prices(claim, reading, ranks)
@@ -71,8 +71,8 @@ class Adapting:
         self._roll.forget_bytes(p)
         if old.ranks == site.ranks:
             return None
-        parts = kind.parts.finder.parts(site.view.shape, site.ranks, site.view.dtype)
-        stale = {name: part for name, part in parts.items() if cell.finder[name].shape != part.shape}
+        schema = kind.parts.finder.schema(site.view.shape, site.ranks, site.view.dtype)
+        stale = {name: spec for name, spec in schema.items() if cell.finder[name].shape != spec.shape}
         cell.finder |= slots.zeros(stale, seen.device, cell.t.device)
         return leading(old, directions, site.ranks)
 

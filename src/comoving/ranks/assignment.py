@@ -71,8 +71,8 @@ def settled(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**group, **{role: Full() for role in _automatic(group)}}
 
 
-def opening(site: Site, given: Mapping[str, Any], budgeted: bool) -> Site:
-    """A projected site with codecs in the roles that its group, as it was given, leaves open.
+def fill_in(site: Site, given: Mapping[str, Any], budgeted: bool) -> Site:
+    """A projected site with codecs in the roles that its group, as it was given, leaves to this library.
 
     The finest where a budget will choose, else :data:`USUAL`, unless the rule cannot take it.
     """
@@ -86,7 +86,7 @@ def _automatic(group: Mapping[str, Any]) -> list[str]:
     return [role for role in ROLES if isinstance(group[role], str) and group[role] == AUTO]
 
 
-def fit(claims: Sequence[Claim], limit: int, anew: bool = True, whole: str = "") -> list[Site]:
+def assign(claims: Sequence[Claim], limit: int, anew: bool = True, whole: str = "") -> list[Site]:
     """Sites that fit the budget together.
 
     A parameter with state keeps its codecs, and where ranks are fixed its rank; where they adapt it may lose rank.
@@ -151,11 +151,11 @@ def _slope(hull: Sequence[Option], k: int) -> float:
 
 
 def _asked(claim: Claim) -> Site:
-    """The site as it was asked for: its first ranks, and full precision where codecs are open."""
+    """The site as it was asked for: its first ranks, and full precision where codecs are to be chosen."""
     site, group = claim.site, claim.group
     base = site.base or site.ranks
     site = replace(site, base=base, **{role: Full() for role in ROLES if getattr(site, role) is not None})
-    return slots.resized(site, group, group["ranks"].opening(base, site.view.shape))
+    return slots.resized(site, group, group["ranks"].initial(base, site.view.shape))
 
 
 def _frontier_of(claim: Claim, anew: bool, known: dict[tuple[Any, ...], list[Option]]) -> list[Option]:
@@ -293,12 +293,12 @@ def _moment_noise(site: Site, claim: Claim, codecs: Sequence[Codec | None]) -> l
         for slot in slots.rule_slots(one, group):
             if codec is None or slot.name in stored:  # stored as it is
                 continue
-            part = slots.slot_part(slot, one, group)
+            spec = slots.slot_spec(slot, one, group)
             if slot.kind is Kind.VARIANCE:
                 # bfloat16 stores v itself, whose root has half the relative error.
                 share = 0.25 if isinstance(codec, BFloat16) else 1.0
-                total += share * noise(codec.positive, part.shape, part.dtype)
+                total += share * noise(codec.positive, spec.shape, spec.dtype)
             else:
-                total += noise(codec, part.shape, part.dtype) * (felt if slot.kind is Kind.LINEAR else 1.0)
+                total += noise(codec, spec.shape, spec.dtype) * (felt if slot.kind is Kind.LINEAR else 1.0)
         result.append(total)
     return result

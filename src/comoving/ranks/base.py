@@ -13,13 +13,13 @@ class Record(NamedTuple):
 
     Args:
         best: the lowest loss reported.
-        stale: reports since then, or since a rank was last opened for them.
-        opened: how many notches ranks were opened for lack of improvement.
+        stale: reports since then, or since ranks were last raised for them.
+        notches: by how many ranks were raised for lack of improvement.
     """
 
     best: float = float("inf")
     stale: int = 0
-    opened: int = 0
+    notches: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Policy(Protocol):
         """Whether ranks ever change."""
         ...
 
-    def opening(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
+    def initial(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
         """The ranks of the first frame, from those that the layout chose."""
         ...
 
     def wanted(
-        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, opened: int
+        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, notches: int
     ) -> Ranks:
         """The ranks of the next frame; None exactly where ``ranks`` has it.
 
@@ -62,7 +62,7 @@ class Policy(Protocol):
             base: those that the layout chose.
             shape: of the parameter's view.
             tick: the number of this step, from 0.
-            opened: see :class:`Record`.
+            notches: see :class:`Record`.
         """
         ...
 
@@ -84,7 +84,7 @@ def heard(record: Record, loss: float) -> Record:
 class Notches:
     """Ranks move by notches: multiples of ``step`` between two limits; modes no longer than ``step`` take every rank.
 
-    The limits themselves are ranks too, so that a mode can be all open or, with ``minimum=1``, nearly closed. A mode
+    The limits themselves are ranks too, so that a mode can be whole or, with ``minimum=1``, keep one direction. A mode
     at rank d_n still stores its square factor, so that it can shrink again.
 
     Args:
@@ -128,7 +128,7 @@ class Notches:
         """The next lower admissible rank."""
         return next((r for r in reversed(self.admissible(size)) if r < rank), None)
 
-    def opening(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
+    def initial(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
         """The layout's ranks, rounded up to admissible ones."""
         return tuple(None if r is None else self.at_least(d, r) for r, d in zip(base, shape, strict=True))
 

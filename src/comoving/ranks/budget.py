@@ -31,9 +31,9 @@ class Claim(NamedTuple):
     def bytes_at(self, ranks: Ranks) -> int:
         """Bytes of its state at these ranks."""
         site = slots.resized(self.site, self.group, ranks)
-        return sum(map(slots.part_bytes, slots.layout(site, self.group).values()))
+        return sum(map(slots.spec_bytes, slots.layout(site, self.group).values()))
 
-    def held(self) -> int:
+    def bytes_now(self) -> int:
         """The bytes that its state has, or will have once it is at its ranks, whichever is more."""
         tensors = [x for name, x in self.state.items() if isinstance(x, Tensor) and name not in slots.UNFINISHED]
         return max(sum(x.nbytes for x in tensors), self.bytes_at(self.site.ranks))

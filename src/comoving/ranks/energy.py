@@ -30,7 +30,7 @@ class Energy(Notches):
         check_float("high", self.high, self.low, 1.0, open_low=True)
 
     def wanted(
-        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, opened: int
+        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, notches: int
     ) -> Ranks:
         """By the reading alone."""
         return self.within(reading, ranks, shape, 1 - self.low, 1 - self.high)

@@ -15,12 +15,12 @@ class Fixed:
 
     adaptive = False
 
-    def opening(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
+    def initial(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
         """The layout's own."""
         return base
 
     def wanted(
-        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, opened: int
+        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, notches: int
     ) -> Ranks:
         """Those there are."""
         return ranks

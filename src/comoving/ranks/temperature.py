@@ -11,14 +11,14 @@ from .base import Notches, Reading, Record, heard
 
 @dataclass(frozen=True)
 class Temperature(Notches):
-    """Ranks open early and close late: the factor of the layout's ranks goes from ``start`` to ``end``.
+    """Ranks start high and end low: the factor of the layout's ranks goes from ``start`` to ``end``.
 
     cosine       end + (start - end) (1 + cos(pi t / steps)) / 2
     exponential  start (end / start)^(t / steps)
 
     at step t, from 0, and ``end`` after ``steps``; the product is rounded up to an admissible rank. Whenever
     ``patience`` validation losses in a row, see :meth:`comoving.LowRankOptimizer.report_validation`, have not gone
-    below the best one, ranks open by one notch over the schedule, never beyond where they started.
+    below the best one, ranks rise by one notch over the schedule, never beyond where they started.
 
     Args:
         start: >= 1.
@@ -50,27 +50,27 @@ class Temperature(Notches):
             return self.end + (self.start - self.end) * (1 + cos(pi * done)) / 2
         return self.start * (self.end / self.start) ** done
 
-    def opening(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
+    def initial(self, base: Ranks, shape: tuple[int, ...]) -> Ranks:
         """At step 0."""
         return self._at(base, shape, 0, 0)
 
     def wanted(
-        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, opened: int
+        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, notches: int
     ) -> Ranks:
         """By the schedule alone; the reading decides which directions go."""
-        return self._at(base, shape, tick, opened)
+        return self._at(base, shape, tick, notches)
 
     def heard(self, record: Record, loss: float) -> Record:
         """One notch more after ``patience`` reports without improvement."""
         record = heard(record, loss)
-        return record if record.stale < self.patience else record._replace(stale=0, opened=record.opened + 1)
+        return record if record.stale < self.patience else record._replace(stale=0, notches=record.notches + 1)
 
-    def _at(self, base: Ranks, shape: tuple[int, ...], tick: int, opened: int) -> Ranks:
+    def _at(self, base: Ranks, shape: tuple[int, ...], tick: int, notches: int) -> Ranks:
         return tuple(
             None
             if r is None
             else self.at_least(
-                d, min(self.factor(tick) * r + opened * (self.step if d > self.step else 1), self.start * r)
+                d, min(self.factor(tick) * r + notches * (self.step if d > self.step else 1), self.start * r)
             )
             for r, d in zip(base, shape, strict=True)
         )

@@ -30,7 +30,7 @@ class Tolerance(Notches):
         check_float("margin", self.margin, 0.0, 1.0, open_low=True, open_high=True)
 
     def wanted(
-        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, opened: int
+        self, reading: Reading, ranks: Ranks, base: Ranks, shape: tuple[int, ...], tick: int, notches: int
     ) -> Ranks:
         """By the reading alone."""
         share = self.error**2 / sum(r is not None for r in ranks)

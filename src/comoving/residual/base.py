@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..clock import Clock
-from ..codecs import Codec, Part
+from ..codecs import Codec, Spec
 from ..finders import Operand
 from ..frames import Frame, Overlap
 from ..linalg import inner, norm, pairs
@@ -161,9 +161,9 @@ class Residual(Protocol):
         """What the frame shall see of a gradient, which stays as it is; the residual takes the rest. At every call."""
         ...
 
-    def parts(
+    def schema(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
+    ) -> dict[str, Spec]:
         """The slots of the residual for a tensor and a core of these shapes, stored by the codec."""
         ...
 
@@ -176,7 +176,7 @@ class Residual(Protocol):
             gradient: of the view's shape and dtype.
             passage: that of a frame that stands: F, in which the last step was made, and m in it.
             opening: whether this is the first gradient since then.
-            state: of the parameter, with the slots of :meth:`parts`.
+            state: of the parameter, with the slots of :meth:`schema`.
             codec: that stores them.
         """
         ...

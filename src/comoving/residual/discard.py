@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part
+from ..codecs import Codec, Spec
 from ..finders import Operand
 from .base import Inside, Passage
 
@@ -17,9 +17,9 @@ class Discard(Inside):
 
     batched: ClassVar[bool] = True
 
-    def parts(
+    def schema(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
+    ) -> dict[str, Spec]:
         """None."""
         return {}
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part, store
+from ..codecs import Codec, Spec, store
 from ..finders import Operand
 from ..linalg import inner, norm, over
 from ..validate import check_choice, check_float, check_int
@@ -47,7 +47,7 @@ class Feedback(Inside):
         momentum: whether momentum that a change of frame loses comes again; without, e_t = g~ - F' F'^H g~, the plain
             feedback of DCT-AdamW (arXiv 2505.17967), at one more product where the frame changes.
 
-    A and Y are stored through the codec, in the slots "feedback.gradients.<part>" and "feedback.momenta.<part>", and
+    A and Y are stored through the codec, in the slots "feedback.gradients.<name>" and "feedback.momenta.<name>", and
     1/b in "feedback.weight".
     """
 
@@ -71,14 +71,14 @@ class Feedback(Inside):
         if self.window is not None:
             check_int("window", self.window, 1)
 
-    def parts(
+    def schema(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
-        """The codec's parts of a tensor of the gradient's size, with ``lazy`` of one of the core's; and 1/b."""
-        parts = {_GRADIENTS + name: part for name, part in codec.parts(shape, dtype).items()}
+    ) -> dict[str, Spec]:
+        """What the codec stores of a tensor of the gradient's size, with ``lazy`` of one of the core's; and 1/b."""
+        schema = {_GRADIENTS + name: spec for name, spec in codec.schema(shape, dtype).items()}
         if self.lazy:
-            parts |= {_MOMENTA + name: part for name, part in codec.parts(core_shape, dtype).items()}
-        return parts | {_WEIGHT: Part((), dtype.to_real(), scalar=True)}
+            schema |= {_MOMENTA + name: spec for name, spec in codec.schema(core_shape, dtype).items()}
+        return schema | {_WEIGHT: Spec((), dtype.to_real(), scalar=True)}
 
     def restore(
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
@@ -169,17 +169,17 @@ class Feedback(Inside):
         if not self.lazy:
             return
         shape = tuple(core.shape)
-        for name, part in codec.parts(shape[rows:], core.dtype).items():
-            if not part.seed:  # which goes on from draw to draw
-                state[_MOMENTA + name] = state[_MOMENTA + name].new_zeros(shape[:rows] + part.shape)
+        for name, spec in codec.schema(shape[rows:], core.dtype).items():
+            if not spec.seed:  # which goes on from draw to draw
+                state[_MOMENTA + name] = state[_MOMENTA + name].new_zeros(shape[:rows] + spec.shape)
 
 
 def _stored(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): part for name, part in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
 
 
 def _store(codec: Codec, x: Tensor, state: dict[str, Tensor], prefix: str, rows: int) -> Tensor:
     """Put x into the state in place of what is stored under the prefix; returns |x|, (*rows)."""
-    size, parts = store(codec, x, _stored(state, prefix), rows)
-    state.update({prefix + name: part for name, part in parts.items()})
+    size, stored = store(codec, x, _stored(state, prefix), rows)
+    state.update({prefix + name: x for name, x in stored.items()})
     return size

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part
+from ..codecs import Codec, Spec
 from ..linalg import abs_squared, each_row, over
 from ..validate import check_choice, check_float
 from .base import Holding, Update
@@ -94,8 +94,8 @@ class Scaled(Holding):
         if self.growth is not None:
             check_float("growth", self.growth, 1.0)
 
-    def parts(
+    def schema(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
+    ) -> dict[str, Spec]:
         """|s_last|, where growth is limited."""
-        return {} if self.growth is None else {LAST: Part((), dtype.to_real())}
+        return {} if self.growth is None else {LAST: Spec((), dtype.to_real())}

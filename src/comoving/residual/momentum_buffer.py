@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part, store
+from ..codecs import Codec, Spec, store
 from ..finders import Operand
 from ..linalg import norm
 from ..validate import check_float
@@ -40,11 +40,11 @@ class MomentumBuffer(Inside):
     def __post_init__(self) -> None:
         check_float("decay", self.decay, 0.0, 1.0)
 
-    def parts(
+    def schema(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
-        """The codec's parts of a tensor of the gradient's size."""
-        return {_BUFFER + name: part for name, part in codec.parts(shape, dtype).items()}
+    ) -> dict[str, Spec]:
+        """What the codec stores of a tensor of the gradient's size."""
+        return {_BUFFER + name: spec for name, spec in codec.schema(shape, dtype).items()}
 
     def restore(
         self, gradient: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
@@ -60,8 +60,8 @@ class MomentumBuffer(Inside):
         # A later gradient of the window meets M instead of B: what the frame holds of it becomes mu z of all of them.
         surplus = core * (1 - self.decay) if opening else frame.project(dense).sub_(core, alpha=self.decay)
         frame.add_lift(dense, surplus, -1.0)
-        size, parts = store(codec, dense, _stored(state), rows)
-        state.update({_BUFFER + name: part for name, part in parts.items()})
+        size, stored = store(codec, dense, _stored(state), rows)
+        state.update({_BUFFER + name: x for name, x in stored.items()})
         whole = size.clamp_min(torch.finfo(torch.float32).tiny)
         return size * (1 - (norm(core, rows) * (self.decay / whole)).square()).clamp_min(0).sqrt()
 
@@ -71,4 +71,4 @@ class MomentumBuffer(Inside):
 
 
 def _stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(_BUFFER): part for name, part in state.items() if name.startswith(_BUFFER)}
+    return {name.removeprefix(_BUFFER): x for name, x in state.items() if name.startswith(_BUFFER)}

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part
+from ..codecs import Codec, Spec
 from ..linalg import each_row, over
 from ..validate import check_float
 from .base import HELD, Holding, Update
@@ -36,9 +36,9 @@ class Sign(Holding):
         check_float("rate", self.rate, 0.0, open_low=True)
         check_float("floor", self.floor, 0.0, 1.0, open_high=True)
 
-    def parts(
+    def schema(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
+    ) -> dict[str, Spec]:
         """None."""
         return {}
 

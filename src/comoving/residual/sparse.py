@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, Part
+from ..codecs import Codec, Spec
 from ..draws import generator
 from ..finders import Operand
 from ..linalg import each_row, norm
@@ -84,9 +84,9 @@ class Sparse:
         if not self.rule.batched:
             object.__setattr__(self, "batched", False)
 
-    def parts(
+    def schema(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Part]:
+    ) -> dict[str, Spec]:
         """Indices, the rule's slots for a vector of as many entries, and a count of draws.
 
         Raises:
@@ -97,11 +97,11 @@ class Sparse:
             raise ValueError(
                 f"residual {self} keeps {count} of {entries} entries exactly, which leaves nothing to the frame"
             )
-        parts = {_INDICES: Part((count,), torch.int32 if entries < 2**31 else torch.int64)}
+        schema = {_INDICES: Spec((count,), torch.int32 if entries < 2**31 else torch.int64)}
         for slot in self._slots(count):
-            whole = Part((count,), dtype.to_real() if slot.kind is Kind.VARIANCE else dtype)
-            parts[_PREFIX + slot.name] = Part((), torch.float32, scalar=True) if slot.kind is Kind.SCALAR else whole
-        return parts if self.choose == "top" else parts | {_DRAWS: Part((), torch.int64, scalar=True, own=True)}
+            whole = Spec((count,), dtype.to_real() if slot.kind is Kind.VARIANCE else dtype)
+            schema[_PREFIX + slot.name] = Spec((), torch.float32, scalar=True) if slot.kind is Kind.SCALAR else whole
+        return schema if self.choose == "top" else schema | {_DRAWS: Spec((), torch.int64, scalar=True, own=True)}
 
     def count(self, shape: tuple[int, ...]) -> int:
         """How many entries of a tensor of this shape are kept."""

@@ -94,8 +94,8 @@ class SOAP:
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m, v in the bases, L_n as "soap.n" and Q_n as "soap.n.basis"."""
         modes = self._modes(shape)
-        bases = tuple((n, _basis(n)) for n in modes)
-        moments = Slot(FIRST, Kind.LINEAR), Slot(SECOND, Kind.VARIANCE, mean=FIRST, bases=bases)
+        turned_by = tuple((n, _basis(n)) for n in modes)
+        moments = Slot(FIRST, Kind.LINEAR), Slot(SECOND, Kind.VARIANCE, mean=FIRST, turned_by=turned_by)
         factors = (Slot(_factor(n), Kind.COVARIANCE, mode=n) for n in modes)
         return (*moments, *factors, *(Slot(_basis(n), Kind.BASIS, mode=n) for n in modes))
 

@@ -72,7 +72,7 @@ class DeferringLinear(QuantizedLinear):
         rest = weights - self.codes_alone().mul_(shrink)
         left = tuple(self.change.shape) == (self.factor.shape[1], self.in_features)
         self.change = self.factor.mT @ rest if left else rest @ self.factor
-        self.parts()["step"].mul_(shrink)  # last, since the product may fail
+        self.stored()["step"].mul_(shrink)  # last, since the product may fail
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in (FACTOR, CHANGE):
@@ -84,7 +84,7 @@ class DeferringLinear(QuantizedLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeferringLinear":
         super()._apply(fn, recurse)
         for name in (FACTOR, CHANGE):
-            held: Tensor | None = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held.to(self.numbers()[0].device))
+            own: Tensor | None = getattr(self, name)
+            if own is not None:
+                setattr(self, name, own.to(self.numbers()[0].device))
         return self

@@ -47,10 +47,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.codec = codec
-        for name, part in codec.parts(tuple(weight.shape), weight.dtype).items():
-            device = torch.device("cpu") if part.seed else weight.device
-            self.register_buffer(name, torch.zeros(part.shape, dtype=part.dtype, device=device))
-            if part.seed:
+        for name, spec in codec.schema(tuple(weight.shape), weight.dtype).items():
+            device = torch.device("cpu") if spec.seed else weight.device
+            self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
+            if spec.seed:
                 self.get_buffer(name).fill_(scramble(seed))
         with torch.no_grad():
             if not weight.is_meta:
@@ -60,18 +60,18 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", bias)
         _OWNERS[id(weight)] = self
 
-    def parts(self) -> dict[str, Tensor]:
-        """The codec's parts, seed included: what is stored."""
-        names = self.codec.parts((self.out_features, self.in_features), torch.float32)
+    def stored(self) -> dict[str, Tensor]:
+        """What the codec stores, seed included."""
+        names = self.codec.schema((self.out_features, self.in_features), torch.float32)
         return {name: self.get_buffer(name) for name in names}
 
     def numbers(self) -> list[Tensor]:
         """What is stored on the weight's device, without the seed."""
-        return [x for x in self.parts().values() if x.ndim > 0]
+        return [x for x in self.stored().values() if x.ndim > 0]
 
     def codes_alone(self) -> Tensor:
         """What the codes say, a new tensor, in float32 or the carrier's wider dtype."""
-        return self.codec.decode(self.parts(), (self.out_features, self.in_features), _working(self.weight.dtype))
+        return self.codec.decode(self.stored(), (self.out_features, self.in_features), _working(self.weight.dtype))
 
     def decode(self) -> Tensor:
         """W, a new tensor, in float32 or the carrier's wider dtype."""
@@ -79,12 +79,12 @@ class QuantizedLinear(nn.Module):
 
     def _kept(self) -> dict[str, Tensor]:
         """All that W is read of."""
-        kept = {name: part for name, part in self.parts().items() if part.ndim > 0}
+        kept = {name: x for name, x in self.stored().items() if x.ndim > 0}
         return kept | {name: x for name in (FACTOR, CHANGE) if (x := self._buffers.get(name)) is not None}
 
     def encode(self, x: Tensor) -> None:
         """Store W, rounded as the codec rounds; overwrites x, contiguous and in the dtype of :meth:`decode`."""
-        self.codec.encode(x, self.parts())
+        self.codec.encode(x, self.stored())
 
     def release(self) -> nn.Parameter:
         """The weight as an ordinary parameter, the same object, with the decoded numbers instead of the codes."""
@@ -131,7 +131,7 @@ class QuantizedLinear(nn.Module):
             parameters["bias"] = self._parameters["bias"]
         finally:
             self._parameters, self._buffers = parameters, buffers
-        for name, stored in self.parts().items():
+        for name, stored in self.stored().items():
             if stored.ndim > 0:
                 other = fn(stored)
                 buffers[name] = other if other.dtype == stored.dtype else stored.to(other.device)
@@ -162,7 +162,7 @@ class QuantizedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         given, key = dict(state_dict), f"{prefix}weight"
-        names, shape = list(self.parts()), (self.out_features, self.in_features)
+        names, shape = list(self.stored()), (self.out_features, self.in_features)
         dense = given.pop(key, None)
         if dense is not None and not any(f"{prefix}{name}" in given for name in names):
             if tuple(dense.shape) != shape or dense.is_complex():
@@ -251,14 +251,14 @@ class _Product(torch.autograd.Function):
 
 
 def _decoded(ctx: Any, stored: Any) -> Tensor:
-    parts = dict(zip(ctx.names, stored, strict=True))
-    return _read(ctx.codec, parts, ctx.shape, _working(ctx.dtype)).to(ctx.dtype)
+    named = dict(zip(ctx.names, stored, strict=True))
+    return _read(ctx.codec, named, ctx.shape, _working(ctx.dtype)).to(ctx.dtype)
 
 
-def _read(codec: WeightCodec, parts: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _read(codec: WeightCodec, stored: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """W = decode(codes), + P B or B P^T where there is a change in a frame."""
-    codes = codec.decode(parts, shape, dtype)
-    if CHANGE not in parts:
+    codes = codec.decode(stored, shape, dtype)
+    if CHANGE not in stored:
         return codes
-    p, b = parts[FACTOR].to(dtype), parts[CHANGE].to(dtype)
+    p, b = stored[FACTOR].to(dtype), stored[CHANGE].to(dtype)
     return codes.addmm_(p, b) if tuple(b.shape) == (p.shape[1], shape[1]) else codes.addmm_(b, p.mT)

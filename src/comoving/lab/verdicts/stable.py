@@ -102,8 +102,8 @@ def energy(run: Run, shapes: dict[str, Any], k: int) -> tuple[float, float, floa
             logs.append((math.log(share), math.log(min(k, m, n) ** 2 / (m * n))))
     if not logs:
         return None
-    held, chance = (math.fsum(column) / len(logs) for column in zip(*logs, strict=True))
-    return held - chance, math.exp(held), math.exp(chance)
+    found, chance = (math.fsum(column) / len(logs) for column in zip(*logs, strict=True))
+    return found - chance, math.exp(found), math.exp(chance)
 
 
 def answer_by(test: Paired, limit: float) -> str:

@@ -111,15 +111,15 @@ class ByteTask:
             total += len(content) + 1
             if total > LARGEST:
                 break
-        training, held = (np.frombuffer(b"".join(part), np.uint8) for part in parts)
-        for role, part in (("training", training), ("validation", held)):
+        training, validation = (np.frombuffer(b"".join(part), np.uint8) for part in parts)
+        for role, part in (("training", training), ("validation", validation)):
             if len(part) <= CONTEXT:
                 raise ValueError(f"no text found for {role}: {len(part)} bytes, {CONTEXT + 1} are needed")
-        self.training, self.held = training, held
+        self.training, self.held_out = training, validation
 
     def fingerprint(self) -> str:
         """Digest of both parts."""
-        return hashlib.sha256(self.training.tobytes() + b"|" + self.held.tobytes()).hexdigest()
+        return hashlib.sha256(self.training.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
 
     def model(self) -> nn.Module:
         """Four layers of width 128, 0.87 million parameters, head not tied."""
@@ -152,12 +152,12 @@ class ByteTask:
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Bits per byte over 96 windows spread evenly over the held-out text; metric and loss are the same number."""
-        count = min(VALIDATION_WINDOWS, len(self.held) // (CONTEXT + 1))
-        starts = torch.linspace(0, len(self.held) - CONTEXT - 1, count).long()
+        count = min(VALIDATION_WINDOWS, len(self.held_out) // (CONTEXT + 1))
+        starts = torch.linspace(0, len(self.held_out) - CONTEXT - 1, count).long()
         device = next(model.parameters()).device
         total = 0.0
         for part in starts.split(EVALUATION_BATCH):
-            inputs, following = (x.to(device) for x in self.windows(self.held, part))
+            inputs, following = (x.to(device) for x in self.windows(self.held_out, part))
             total += self.loss(model, (inputs, following)).item() * len(part)
         return {"value": total / count, "loss": total / count}
 

@@ -62,13 +62,13 @@ class ImageTask:
     ) -> None:
         mean, deviation = pictures.mean(), pictures.std()
         self.training = ((pictures - mean) / deviation, labels)
-        self.held = ((held_pictures - mean) / deviation, held_labels)
+        self.held_out = ((held_pictures - mean) / deviation, held_labels)
         self.patch = patch
 
     def fingerprint(self) -> str:
         """Digest of pictures and labels."""
         digest = hashlib.sha256()
-        for x in (*self.training, *self.held):
+        for x in (*self.training, *self.held_out):
             digest.update(x.numpy().tobytes())
         return digest.hexdigest()
 
@@ -102,11 +102,11 @@ class ImageTask:
         """Error in percent and cross-entropy in nats."""
         weight = next(model.parameters())
         wrong, loss = 0, 0.0
-        for pictures, labels in zip(*(x.split(EVALUATION_BATCH) for x in self.held), strict=True):
+        for pictures, labels in zip(*(x.split(EVALUATION_BATCH) for x in self.held_out), strict=True):
             logits = model(pixel_values=pictures.to(weight.device, weight.dtype)).logits.float().cpu()
             loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             wrong += int((logits.argmax(1) != labels).sum())
-        samples = len(self.held[0])
+        samples = len(self.held_out[0])
         return {"value": 100 * wrong / samples, "loss": loss / samples}
 
 
@@ -127,8 +127,8 @@ def digits() -> ImageTask:
     data = require("sklearn.datasets", "hf").load_digits()
     images = torch.from_numpy(data.images.astype(np.float32)).unsqueeze(1) / 16
     labels = torch.from_numpy(data.target.astype(np.int64))
-    held = torch.arange(len(labels)) % 4 == 3
-    return ImageTask(images[~held], labels[~held], images[held], labels[held], patch=2)
+    apart = torch.arange(len(labels)) % 4 == 3
+    return ImageTask(images[~apart], labels[~apart], images[apart], labels[apart], patch=2)
 
 
 def load(text: str = "") -> ImageTask:

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .codecs import Codec, Full, Part
-from .ranks.assignment import LADDER
-from .sites import Site
-from .state import moments, packed, ranks_in, resized, unpacked, zeros
+from ..codecs import Codec, Full, Spec
+from ..ranks.assignment import LADDER
+from ..sites import Site
+from ..state import moments, packed, ranks_in, resized, unpacked, zeros
 
 
 def recoded(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,36 +30,36 @@ def recoded(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict
 
 
 def _moments(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
-    stores: dict[str, Mapping[str, Part]] = {"here": moments(site, group)}
+    stores: dict[str, Mapping[str, Spec]] = {"here": moments(site, group)}
     ladder = {str(codec): codec for codec in LADDER}
     stores |= {name: moments(site, {**group, "moments": codec}) for name, codec in ladder.items()}
-    found = next((name for name, parts in stores.items() if _stored_as(parts, state)), "here")
+    found = next((name for name, schema in stores.items() if _stored_as(schema, state)), "here")
     if found == "here":
         return state
     return packed(site, group, unpacked(site, {**group, "moments": ladder[found]}, state))
 
 
 def _buffer(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
-    def parts(codec: Codec) -> dict[str, Part]:
-        return group["residual"].parts(codec, site.view.shape, site.core_shape, site.view.dtype)
+    def schema(codec: Codec) -> dict[str, Spec]:
+        return group["residual"].schema(codec, site.view.shape, site.core_shape, site.view.dtype)
 
     here: Codec = group["codec"]
-    found = next((codec for codec in (here, *LADDER) if _stored_as(parts(codec), state)), here)
+    found = next((codec for codec in (here, *LADDER) if _stored_as(schema(codec), state)), here)
     if found == here:
         return state
-    before, after = parts(found), parts(here)
+    before, after = schema(found), schema(here)
     result = {name: value for name, value in state.items() if name not in before or before[name] == after.get(name)}
-    for name, part in parts(Full()).items():
+    for name, spec in schema(Full()).items():
         if name in result or not name.endswith(".value"):
             continue
         prefix = name.removesuffix("value")
         stored: dict[str, Tensor] = {n.removeprefix(prefix): state[n] for n in before if n.startswith(prefix)}
-        value = found.decode(stored, part.shape, part.dtype)
-        own = zeros(here.parts(part.shape, part.dtype), value.device, value.device)
+        value = found.decode(stored, spec.shape, spec.dtype)
+        own = zeros(here.schema(spec.shape, spec.dtype), value.device, value.device)
         here.encode(value.clone(), own)
         result |= {prefix + n: x for n, x in own.items()}
     return result
 
 
-def _stored_as(parts: Mapping[str, Part], state: Mapping[str, Any]) -> bool:
-    return all(name in state and state[name].dtype == part.dtype for name, part in parts.items())
+def _stored_as(schema: Mapping[str, Spec], state: Mapping[str, Any]) -> bool:
+    return all(name in state and state[name].dtype == spec.dtype for name, spec in schema.items())

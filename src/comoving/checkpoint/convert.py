@@ -1,31 +1,26 @@
-"""What a checkpoint holds beside tensors, and what it becomes in an optimizer of other ranks, groups or blocks."""
+"""What a saved state becomes in an optimizer of other ranks, codecs or blocks."""
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import bases
-from .clock import Clock
-from .codecs import Full, Part
-from .frames.base import Ranks
-from .groups import check_options
-from .linalg import reorthonormalize
-from .ranks.base import Record
-from .recode import recoded
-from .refusals import kinds
-from .rules.adam import FIRST, SECOND
-from .sites import Site
-from .slots import Kind
-from .state import (
+from ..clock import Clock
+from ..codecs import Full, Spec
+from ..frames import stored as stored_frame
+from ..frames.base import Ranks
+from ..linalg import reorthonormalize
+from ..refusals import kinds
+from ..rules.adam import FIRST, SECOND
+from ..sites import Site
+from ..slots import Kind
+from ..state import (
     MEMORY,
     RANKS,
     SECOND_MAX,
     UNFINISHED,
-    VALIDATION,
     VALUE,
     asked,
     current,
@@ -37,64 +32,14 @@ from .state import (
     place,
     resized,
     rule_slots,
-    slot_part,
+    slot_spec,
     unpacked,
     zeros,
 )
-from .validate import plain
-from .views import View
+from ..views import View
+from .recode import recoded
 
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
-# What makes a recipe. Ranks are not among them: a change of rank is one more change of frame.
-_STRUCTURE = (
-    "view", "side", "frame", "finder", "cadence", "precondition", "transport", "rule", "residual", "codec", "moments",
-    "bases", "amsgrad", "rounding",
-)  # fmt: skip
-# Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
-_FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
-_OURS = {*_STRUCTURE, "rank", "ranks", "select", "reasons", "diagnostics", "param_names", "params"}
-
-
-def describe(value: Any) -> Any:
-    """A hyper-parameter as plain data, which loads with ``weights_only=True``: a part as its name and fields."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"part": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-    return plain(value)
-
-
-def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group with every part described."""
-    return {key: describe(value) for key, value in group.items()}
-
-
-def schedule_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a loaded group takes over: the rate, decay rates and schedulers' marks, not what makes the recipe."""
-    return {key: value for key, value in saved.items() if key not in _OURS | _FOREIGN}
-
-
-def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int) -> None:
-    """Raise unless a saved group was made by the same recipe; a group of torch's AdamW has none of the keys and passes.
-
-    Raises:
-        ValueError: naming each hyper-parameter that differs, with both values.
-    """
-    if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay", 0) > 0:
-        raise ValueError(
-            f"the checkpoint's group {index} comes from torch.optim.Adam with weight_decay={saved['weight_decay']}, "
-            f"which it adds to the gradient, so that the saved moments hold it; here weights decay by themselves. In "
-            f"its param_groups set weight_decay to 0 to load it without decay, or decoupled_weight_decay to True to go "
-            f"on with AdamW's"
-        )
-    differing = [
-        f"{key}: saved {saved[key]!r}, here {describe(group[key])!r}"
-        for key in _STRUCTURE
-        if key in saved and saved[key] != describe(group[key])
-    ]
-    if differing:
-        raise ValueError(
-            f"the checkpoint's group {index} comes from another recipe; build the optimizer with the recipe it was "
-            f"saved from, or start with fresh state. " + "; ".join(differing)
-        )
 
 
 def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -115,19 +60,21 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
     state, site = _with_ranks(state, site, group)
     expected, group = layout(site, group), parts_of(site, group)
     caches = {slot.name for slot in rule_slots(site, group) if slot.kind is Kind.CACHE}
-    expected = {name: part for name, part in expected.items() if name in state or name not in caches}
+    expected = {name: spec for name, spec in expected.items() if name in state or name not in caches}
     if site.plain:
         state = _checked(state, expected, site, ignore=("tick", *UNFINISHED))
         return {name: value for name, value in state.items() if name in expected or name in UNFINISHED}
     state.setdefault("tick", 0)
-    if FIRST in state and not any(name.startswith(bases.PREFIX) for name in state):
+    if FIRST in state and not any(name.startswith(stored_frame.PREFIX) for name in state):
         state = first_seeds(site, group, seed) | state
     if site.projected:
         state = recoded(state, site, group)
     names = [slot.name for slot in rule_slots(site, group)]
     if any(name in state and name not in expected for name in names):
         state = _packed(state, site, group)
-    moved = {n for n in {*state, *expected} if n.startswith(bases.PREFIX) or any(_is_of(n, name) for name in names)}
+    moved = {
+        n for n in {*state, *expected} if n.startswith(stored_frame.PREFIX) or any(_is_of(n, name) for name in names)
+    }
     fits = all(name in state and tuple(state[name].shape) == expected[name].shape for name in moved if name in expected)
     fits = fits and _said(state, site) in (None, site.ranks)
     if not fits and site.projected:
@@ -138,26 +85,51 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
         if any(slot.name not in state for slot in group["transport"].slots(rule.slots(shape))):
             group["transport"].adopt(state, rule.slots(shape), Clock(state["step"], *group["betas"]))
         # What a finder remembers may depend on the ranks, and then starts anew.
-        remembered = {name: part for name, part in expected.items() if name.startswith(MEMORY)}
-        stale = {name for name, part in remembered.items() if name in state and tuple(state[name].shape) != part.shape}
+        remembered = {name: spec for name, spec in expected.items() if name.startswith(MEMORY)}
+        stale = {name for name, spec in remembered.items() if name in state and tuple(state[name].shape) != spec.shape}
         stale |= {name for name in state if name.startswith(MEMORY) and name not in remembered}
         state = {name: value for name, value in state.items() if name not in stale}
-        anew = {name: part for name, part in remembered.items() if name not in state}
+        anew = {name: spec for name, spec in remembered.items() if name not in state}
         state |= zeros(anew, device, state["step"].device)
-        residual = group["residual"].parts(group["codec"], site.view.shape, shape, site.view.dtype)
-        expected = {name: part for name, part in (expected | residual).items() if name not in moved}
+        residual = group["residual"].schema(group["codec"], site.view.shape, shape, site.view.dtype)
+        expected = {name: spec for name, spec in (expected | residual).items() if name not in moved}
         # Dense state has no feedback and no record of its error: both start at zero.
         if not any(name.startswith("frame.") for name in state):
-            missing = {name: part for name, part in expected.items() if name not in state}
+            missing = {name: spec for name, spec in expected.items() if name not in state}
             state |= zeros(missing, device, state["step"].device)
         state = _packed(state, site, group)
     state = _checked(state, expected, site, ignore=("tick", *UNFINISHED, *moved))
     return _mended(state, site) if isinstance(group["bases"], Full) else state
 
 
+def owned(
+    state: Mapping[str, Any], p: Tensor, site: Site, group: Mapping[str, Any], scalars: torch.device
+) -> dict[str, Any]:
+    """An admitted state in copies of the parameter's own, on the right devices, in the dtypes that it was saved in.
+
+    Args:
+        state: of the parameter.
+        p: the parameter.
+        site: what was decided about it.
+        group: its hyper-parameters.
+        scalars: where single numbers are.
+    """
+    schema = layout(site, group)
+
+    def own(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return deepcopy(value)
+        if name in (RANKS, VALUE):
+            return value.detach().clone().cpu()
+        spec = schema.get(name, Spec(tuple(value.shape), value.dtype))
+        return value.detach().clone().to(place(spec, p.device, scalars))
+
+    return {name: own(name, value) for name, value in state.items()}
+
+
 def _said(state: Mapping[str, Any], site: Site) -> Ranks | None:
     try:
-        return bases.ranks(state, site.view.shape)
+        return stored_frame.ranks(state, site.view.shape)
     except ValueError as error:
         raise ValueError(f"{site.name}: {error}") from None
 
@@ -240,18 +212,18 @@ def _real_second(v: Tensor, view: View) -> Tensor:
 def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> None:
     """Raise unless the state is a consistent frame of other ranks whose moments the transport can move here."""
     layout, shape, momentum = group["frame"], site.view.shape, group["rule"].momentum
-    frame = bases.load(group, state, shape, site.view.dtype, state.get(momentum))
+    frame = stored_frame.load(group, state, shape, site.view.dtype, state.get(momentum))
     core = layout.core_shape(shape, frame.ranks)
     framed = resized(site, group, frame.ranks)
     lasting = [slot for slot in group["rule"].slots(core) if slot.kind is not Kind.CACHE]
-    needed = {slot.name: slot_part(slot, framed, group) for slot in lasting}
+    needed = {slot.name: slot_spec(slot, framed, group) for slot in lasting}
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"{site.name}: the checkpoint lacks {', '.join(missing)} (it has {', '.join(sorted(state))})")
-    frame_parts = bases.parts(group, shape, frame.ranks, site.view.dtype)
-    frame_shapes = {name: part.shape for name, part in frame_parts.items()}
+    frame_schema = stored_frame.schema(group, shape, frame.ranks, site.view.dtype)
+    frame_shapes = {name: spec.shape for name, spec in frame_schema.items()}
     found = {name: tuple(x.shape) for name, x in state.items() if name.startswith("frame.")}
-    if found != frame_shapes or any(tuple(state[name].shape) != part.shape for name, part in needed.items()):
+    if found != frame_shapes or any(tuple(state[name].shape) != spec.shape for name, spec in needed.items()):
         raise ValueError(
             f"{site.name}: the checkpoint's moments have shape {tuple(state[momentum].shape)}, which belongs to no "
             f"frame of a parameter of shape {shape} laid out as {layout} (dense moments go into mode-wise frames only)"
@@ -270,7 +242,7 @@ def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
 
 
 def _checked(
-    state: Mapping[str, Any], expected: Mapping[str, Part], site: Site, ignore: tuple[str, ...]
+    state: Mapping[str, Any], expected: Mapping[str, Spec], site: Site, ignore: tuple[str, ...]
 ) -> dict[str, Any]:
     """The state with floating-point tensors in the dtype that they are worked on in; raises for what does not fit."""
     missing = sorted(set(expected) - set(state))
@@ -278,121 +250,22 @@ def _checked(
     if missing or surplus:
         raise ValueError(f"{site.name}: the checkpoint's state does not fit: missing {missing}, unexpected {surplus}")
     fitting = dict(state)
-    for name, part in expected.items():
+    for name, spec in expected.items():
         value = state[name]
-        if tuple(value.shape) != part.shape:
-            raise ValueError(f"{site.name}: {name} has shape {tuple(value.shape)} in the checkpoint, {part.shape} here")
-        if value.dtype != part.dtype:
-            alike = value.dtype.is_complex == part.dtype.is_complex
-            if not (alike and value.dtype.is_floating_point == part.dtype.is_floating_point):
-                raise ValueError(f"{site.name}: {name} is {value.dtype} in the checkpoint, {part.dtype} here")
-            fitting[name] = value.to(part.dtype)
+        if tuple(value.shape) != spec.shape:
+            raise ValueError(f"{site.name}: {name} has shape {tuple(value.shape)} in the checkpoint, {spec.shape} here")
+        if value.dtype != spec.dtype:
+            alike = value.dtype.is_complex == spec.dtype.is_complex
+            if not (alike and value.dtype.is_floating_point == spec.dtype.is_floating_point):
+                raise ValueError(f"{site.name}: {name} is {value.dtype} in the checkpoint, {spec.dtype} here")
+            fitting[name] = value.to(spec.dtype)
     return fitting
 
 
 def _mended(state: dict[str, Any], site: Site) -> dict[str, Any]:
     """The state with a frame as orthonormal as it was, or made so; coded ones are, whenever they are decoded."""
     for name, value in state.items():
-        if name.startswith(bases.PREFIX) and (value.is_floating_point() or value.is_complex()):
+        if name.startswith(stored_frame.PREFIX) and (value.is_floating_point() or value.is_complex()):
             basis = value.to(site.view.dtype)  # transfer tensors are matrices by their last index
             state[name] = reorthonormalize(basis.flatten(0, -2)).view(basis.shape)
     return state
-
-
-def check_form(state_dict: object) -> None:
-    """Raise unless something has the form of an optimizer's ``state_dict()``.
-
-    Raises:
-        ValueError: saying what it has instead.
-    """
-    given: Any = state_dict
-    if not isinstance(given, Mapping) or not {"state", "param_groups"} <= given.keys():
-        found = ", ".join(map(str, [*given][:5])) if isinstance(given, Mapping) else type(given).__name__
-        raise ValueError(f"an optimizer's state_dict() has 'state' and 'param_groups', got {found or 'nothing'}")
-
-
-def owned(
-    state: Mapping[str, Any], p: Tensor, site: Site, group: Mapping[str, Any], scalars: torch.device
-) -> dict[str, Any]:
-    """An admitted state in copies of the parameter's own, on the right devices, in the dtypes that it was saved in.
-
-    Args:
-        state: of the parameter.
-        p: the parameter.
-        site: what was decided about it.
-        group: its hyper-parameters.
-        scalars: where single numbers are.
-    """
-    parts = layout(site, group)
-
-    def own(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return deepcopy(value)
-        if name in (RANKS, VALUE):
-            return value.detach().clone().cpu()
-        part = parts.get(name, Part(tuple(value.shape), value.dtype))
-        return value.detach().clone().to(place(part, p.device, scalars))
-
-    return {name: own(name, value) for name, value in state.items()}
-
-
-def unheard(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of a group whose ranks adapt, before any validation loss.
-
-    It is always there, since torch's flattened checkpoints restore keys that exist already, and no others.
-    """
-    return {VALIDATION: tuple(Record())} if group["ranks"].adaptive else {}
-
-
-def match_parameters(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
-    """Parameter -> key of its saved state: by name where both sides have names, by place otherwise.
-
-    Raises:
-        ValueError: other names, or other group sizes.
-    """
-    keys = [key for group in saved for key in group["params"]]
-    params = [p for group in groups for p in group["params"]]
-    if all("param_names" in group for group in (*saved, *groups)):
-        by_name = dict(zip((n for g in saved for n in g["param_names"]), keys, strict=True))
-        names = [n for g in groups for n in g["param_names"]]
-        if set(names) != set(by_name):
-            raise ValueError(
-                f"the checkpoint holds other parameters: missing {sorted(set(names) - set(by_name))}, unexpected "
-                f"{sorted(set(by_name) - set(names))}"
-            )
-        return {p: by_name[name] for name, p in zip(names, params, strict=True)}
-    sizes, here = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes != here:
-        raise ValueError(
-            f"the checkpoint has groups of {sizes} parameters, this optimizer {here}: without names they can only be "
-            f"matched by place. Save from, and load into, optimizers that were given named_parameters()"
-        )
-    return dict(zip(params, keys, strict=True))
-
-
-def load_groups(
-    saved: list[dict[str, Any]], groups: list[dict[str, Any]], keys: Mapping[Tensor, Any]
-) -> list[dict[str, Any]]:
-    """The groups with what they take over from the saved groups that hold their parameters.
-
-    Where these disagree on a value (weight decay, say, if parameters were grouped otherwise), a group keeps its own.
-
-    Args:
-        saved: groups of the checkpoint.
-        groups: groups of this optimizer.
-        keys: parameter -> key of its saved state.
-
-    Raises:
-        ValueError: another recipe, or a saved value outside its interval.
-    """
-    holder = {key: group for group in saved for key in group["params"]}
-    loaded: list[dict[str, Any]] = []
-    for index, group in enumerate(groups):
-        sources = list({id(g): g for g in (holder[keys[p]] for p in group["params"])}.values())
-        for source in sources:
-            check_recipe(source, group, index)
-        schedules = [schedule_of(source) for source in sources]
-        agreed = {k: v for k, v in schedules[0].items() if all(k in s and s[k] == v for s in schedules)}
-        loaded.append({k: v for k, v in group.items() if k != VALIDATION} | unheard(group) | agreed)
-        check_options(loaded[-1])
-    return loaded

@@ -1,7 +1,7 @@
 """How a frame lies in the state: as the layout's own tensors, or with its factors in a codec's few bits.
 
 A coded factor U_n (d_n, r_n) is stored as the rows of U_n^T, so that every direction has steps of its own, in slots
-"frame.n.<part>", with its rank in "frame.n.rank": padded codes do not show it. What is used is never U_n itself but the
+"frame.n.<name>", with its rank in "frame.n.rank": padded codes do not show it. What is used is never U_n itself but the
 orthonormal basis of what is decoded, from the refresh on at which it is stored; until the next one the codes stay as
 they are, and every use of the frame has the same bits.
 
@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Codec, Full, Part
-from .draws import scramble
-from .frames import Frame
-from .frames.base import Ranks
-from .linalg import asks_host, orthogonality_defect, orthonormalize, over, trouble
+from ..codecs import Codec, Full, Spec
+from ..draws import scramble
+from ..linalg import asks_host, orthogonality_defect, orthonormalize, over, trouble
+from .base import Frame, Ranks
 
 PREFIX = "frame."
 RANK = PREFIX + "{}.rank"
@@ -27,17 +26,17 @@ _FACTOR = PREFIX + "{}"
 _TRIES = 4
 
 
-def parts(group: Mapping[str, Any], shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Part]:
+def schema(group: Mapping[str, Any], shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
     """What the state holds of a frame of these ranks."""
-    found: dict[str, Part] = group["frame"].parts(shape, ranks, dtype)
+    found: dict[str, Spec] = group["frame"].schema(shape, ranks, dtype)
     codec: Codec = group["bases"]
     if isinstance(codec, Full):
         return found
     for n in range(len(shape)):
         if (name := _FACTOR.format(n)) in found:
             size, rank = found.pop(name).shape
-            found |= {f"{name}.{own}": part for own, part in codec.parts((rank, size), dtype).items()}
-            found[RANK.format(n)] = Part((), torch.int64, scalar=True)
+            found |= {f"{name}.{own}": spec for own, spec in codec.schema((rank, size), dtype).items()}
+            found[RANK.format(n)] = Spec((), torch.int64, scalar=True)
     return found
 
 
@@ -120,19 +119,19 @@ def put(
         if name not in factors:
             stored[name] = x
             continue
-        held, before, ask = _of(state, name), known.get(name), asks_host(x)
-        if before is not None and held and (before is x or (ask and _same(before, x))):
-            own, used[name] = held, before
+        codes, before, ask = _of(state, name), known.get(name), asks_host(x)
+        if before is not None and codes and (before is x or (ask and _same(before, x))):
+            own, used[name] = codes, before
         else:
-            own = _fresh(codec, held, x, [(*one, *name.encode()) for one in mates or (key,)])
+            own = _fresh(codec, codes, x, [(*one, *name.encode()) for one in mates or (key,)])
             if ask and x.ndim == 2:
                 used[name] = _encoded(codec, x, own)
             else:
                 used[name] = (_all_encoded if ask else _encoded_unseen)(codec, x, own)
-                if before is not None and held and before.shape == x.shape:
-                    used[name] = _mixed(_unchanged(before, x), held, before, own, used[name])
+                if before is not None and codes and before.shape == x.shape:
+                    used[name] = _mixed(_unchanged(before, x), codes, before, own, used[name])
             own["rank"] = torch.tensor(x.shape[-1], device="cpu")
-        stored |= {f"{name}.{part}": value for part, value in own.items()}
+        stored |= {f"{name}.{each}": value for each, value in own.items()}
     _replace(state, stored)
     return group["frame"].load({**stored, **used}, shape)
 
@@ -148,11 +147,11 @@ def _unchanged(a: Tensor, b: Tensor) -> Tensor:
     return torch.zeros(lead, dtype=torch.bool, device=a.device) if a.is_meta else (a == b).flatten(-2).all(-1)
 
 
-def _mixed(stays: Tensor, held: Mapping[str, Tensor], before: Tensor, own: dict[str, Tensor], after: Tensor) -> Tensor:
-    """Put what is held of members that stay back into ``own``; the basis before of these, and after of the others."""
+def _mixed(stays: Tensor, codes: Mapping[str, Tensor], before: Tensor, own: dict[str, Tensor], after: Tensor) -> Tensor:
+    """Put the codes of members that stay back into ``own``; the basis before of these, and after of the others."""
     for name, x in own.items():
         if x.device == stays.device:  # a seed that is on the host alone goes on
-            own[name] = torch.where(over(stays, x), held[name], x)
+            own[name] = torch.where(over(stays, x), codes[name], x)
     return torch.where(over(stays, after), before, after)
 
 
@@ -166,16 +165,16 @@ def _replace(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     state.update(tensors)
 
 
-def _fresh(codec: Codec, held: Mapping[str, Tensor], u: Tensor, keys: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+def _fresh(codec: Codec, codes: Mapping[str, Tensor], u: Tensor, keys: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors to encode U into, and a seed that goes on, of each member."""
     own, lead = dict[str, Tensor](), tuple(u.shape[:-2])
-    for name, part in codec.parts((u.shape[-1], u.shape[-2]), u.dtype).items():
-        if part.seed and name in held:
-            own[name] = held[name].clone()
-        elif part.seed:
+    for name, spec in codec.schema((u.shape[-1], u.shape[-2]), u.dtype).items():
+        if spec.seed and name in codes:
+            own[name] = codes[name].clone()
+        elif spec.seed:
             own[name] = torch.tensor([scramble(*key) for key in keys], device="cpu").view(lead)
         else:
-            own[name] = u.new_zeros(lead + part.shape, dtype=part.dtype)
+            own[name] = u.new_zeros(lead + spec.shape, dtype=spec.dtype)
     return own
 
 

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .files import StrPath, replacing
+from ..files import StrPath, replacing
 
 _NOTHING = object()
 _ALLOWED = "save state_dict()s, tensors, numbers and text"
