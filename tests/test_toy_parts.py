@@ -45,6 +45,8 @@ class Coordinates:
     """The first coordinates of each mode, for ever."""
 
     batched = True
+    alone = False
+    fills = (ModeFrame,)
     inertia = 0.0
 
     def schema(self, shape, ranks, dtype):
@@ -147,7 +149,7 @@ class Clipped:
 class Half:
     """bfloat16, by hand."""
 
-    batched = True
+    batched = signed = True
 
     @property
     def positive(self):

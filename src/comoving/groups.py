@@ -45,10 +45,11 @@ _FOREIGN = {"params", "param_names", "name", "initial_lr", "gradient_norm", "val
 """Keys of parameter groups that are not hyper-parameters."""
 _TRAITS = {
     "rule": ("definite", "corrected", "linear", "elementwise", "timeless", "replays", "replaces", "total", "batched"),
-    "transport": ("resizes", "projects", "batched"), "precondition": ("batched", "replays"), "frame": ("batched",),
-    "finder": ("batched",), "cadence": ("batched", "alone", "compares"),
-    "residual": ("holds", "feeds", "rescales", "replays", "bounded", "batched"), "codec": ("batched",),
-    "moments": ("batched",), "bases": ("batched",),
+    "transport": ("resizes", "projects", "batched"), "precondition": ("replays", "batched"),
+    "frame": ("makes", "modal", "batched"), "finder": ("fills", "alone", "batched"),
+    "cadence": ("compares", "alone", "batched"),
+    "residual": ("holds", "feeds", "rescales", "replays", "bounded", "alone", "batched"),
+    "codec": ("signed", "batched"), "moments": ("signed", "batched"), "bases": ("signed", "batched"),
 }  # fmt: skip
 """What the engine reads of a part beside its methods, by roles; see their protocols."""
 

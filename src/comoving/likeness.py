@@ -32,7 +32,7 @@ def likeness(site: Site, group: Mapping[str, Any], number: int) -> Hashable:
 
 def one_by_one(group: Mapping[str, Any]) -> bool:
     """Whether the parts of a group want frames refreshed one by one."""
-    return any(getattr(group[role], "alone", False) for role in ("finder", "cadence", "residual"))
+    return any(group[role].alone for role in ("finder", "cadence", "residual"))
 
 
 def pieces(sites: Sequence[Site], group: Mapping[str, Any], number: int) -> list[list[int]]:

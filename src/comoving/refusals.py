@@ -26,13 +26,13 @@ def check_composition(group: Group) -> None:
     """
     frame, finder, cadence = group["frame"], group["finder"], group["cadence"]
     rule, residual = group["rule"], group["residual"]
-    makes, fills = getattr(frame, "makes", None), getattr(finder, "fills", None)
-    if makes is not None and fills is not None and makes not in fills:
+    makes, fills = frame.makes, finder.fills
+    if makes not in fills:
         raise TypeError(
             f"finder {finder} cannot fill frame {frame}: it finds a "
             f"{' or '.join(kind.__name__ for kind in fills)}, the frame is a {makes.__name__}"
         )
-    if makes is not None and cadence.compares and makes not in cadence.compares:
+    if cadence.compares and makes not in cadence.compares:
         raise TypeError(
             f"cadence {cadence} cannot compare frames of {frame}: it compares a "
             f"{' or '.join(kind.__name__ for kind in cadence.compares)}, the frame is a {makes.__name__}"
@@ -46,7 +46,7 @@ def check_composition(group: Group) -> None:
     if not isinstance(group["bases"], Full):
         _check_bases(group["bases"], inner)
     for role in ("codec", "moments", "bases"):
-        if not getattr(group[role], "signed", True):
+        if not group[role].signed:
             raise ValueError(f"{role}={group[role]} is refused: it stores no signs, and serves second moments alone")
     if rule.definite and not isinstance(group["moments"], Full):
         raise ValueError(
@@ -164,7 +164,7 @@ _PROJECTED: tuple[Refusal, ...] = (
     ("ranks", lambda s, g: g["ranks"].adaptive and _slots_change_with_rank(s, g),
      "and rule {rule} has slots of another kind for long modes than for short ones: use ranks=Fixed(), a rule whose "
      "max_size is no less than any mode, or one_sided=False"),
-    ("rule", lambda s, g: not getattr(g["frame"], "modal", True) and _by_modes(s, g),
+    ("rule", lambda s, g: not g["frame"].modal and _by_modes(s, g),
      "and it keeps statistics of single modes of the core, while that of frame {frame} has none that could follow it"),
     ("scale", lambda s, g: g["scale"] == "spectral" and not _one_side_of_a_matrix(s),
      'it is for one compressed side of a matrix, as view="matrix" makes of any tensor'),

@@ -40,6 +40,8 @@ class Axes:
     """The coordinate axes of most energy, averaged over the gradients: a finder with a memory."""
 
     batched: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+    fills = (ModeFrame,)
     inertia: float = 0.5
     decay: float = 0.9
 
@@ -98,7 +100,8 @@ class Flat:
 class Flats:
     """The layout of such frames; a float rank is a share of the entries."""
 
-    batched: ClassVar[bool] = False
+    batched = modal = False
+    makes = Flat
 
     def ranks(self, shape, rank, side="auto"):
         if isinstance(rank, tuple):
@@ -130,6 +133,8 @@ class Newest(Memoryless):
     """The operand itself, and before it what the frame held last: a finder for such frames."""
 
     batched: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+    fills = (Flat,)
     inertia: float = 0.0
 
     def find(self, operand, start, warm, memory):

@@ -283,6 +283,10 @@ ELSEWHERE = {
     "batched": "test_rows_*.py, by role; of cadences test_cadences.py",
     "linear": "test_rules.py, test_the_recursion_is_that_of_the_momentum",
     "feeds": "test_parts.py, test_residuals_that_feed and those that do not",
+    "fills": "tests/finders, and test_composition in test_wrong_usage.py",
+    "makes": "likewise",
+    "modal": "tests/frames/test_sparse.py",
+    "signed": "test_rows_codecs.py",
     "replays": "test_graphs.py, test_every_part_that_replays_is_replayed_here",
     "bounded": "test_diagnostics.py, test_where_there_is_a_bound_it_holds",
 }

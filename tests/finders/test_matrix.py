@@ -615,6 +615,8 @@ class Toy(Memoryless):
     """Left singular vectors, and nothing else: all that a finder of one's own takes."""
 
     batched: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+    fills = (ModeFrame,)
     inertia: float = 0.5
 
     def find(self, operand, start, warm, memory):

@@ -323,7 +323,7 @@ def test_experts_can_have_sparse_cores():
     options = OPTIONS | {"rank": 0.2, "frame": Blocks(0, SparseModes()), "finder": BlockSelection()}
     p, optimizer = run((3, 16, 12), 4, residual=Feedback(), **options)
     assert optimizer.sites[p].projected
-    assert optimizer.state[p]["0"]["frame.blocks"].dtype is torch.int64
+    assert optimizer.state[p]["0.frame.blocks"].dtype is torch.int64
     assert state_bytes(optimizer) == explain(optimizer).state_bytes
 
 

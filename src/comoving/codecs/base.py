@@ -37,6 +37,11 @@ class Codec(Protocol):
     """Whether batches can be stored: only then is the number of dimensions in front ever other than 0."""
 
     @property
+    def signed(self) -> bool:
+        """Whether signs are stored; a codec without them serves second moments alone."""
+        ...
+
+    @property
     def positive(self) -> "Codec":
         """The codec of this kind for second moments: real, not negative, and divided by, so that none may become 0."""
         ...

@@ -16,6 +16,7 @@ class Full:
     """The tensor itself, in its own dtype: lossless, and decoded without a copy."""
 
     batched: ClassVar[bool] = True
+    signed = True
 
     @property
     def positive(self) -> "Full":
@@ -56,6 +57,7 @@ class BFloat16:
     """The tensor rounded to bfloat16: 2 bytes a real number, relative error at most 2^-8 an entry."""
 
     batched: ClassVar[bool] = True
+    signed = True
 
     @property
     def positive(self) -> "BFloat16":

@@ -38,6 +38,7 @@ class Int4:
     """
 
     batched: ClassVar[bool] = True
+    signed = True
 
     block: int = 64
     table: Literal["linear", "normal"] = "normal"

@@ -41,6 +41,7 @@ class Int8:
     """
 
     batched: ClassVar[bool] = True
+    signed = True
 
     block: int = 256
     table: Literal["linear", "dynamic"] = "linear"

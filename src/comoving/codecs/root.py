@@ -54,7 +54,7 @@ class Root:
         check_choice("table", self.table, ("linear", "dynamic") if self.bits == 8 else ("linear",))
         check_choice("rounding", self.rounding, ROUNDINGS)
 
-    signed: ClassVar[bool] = False
+    signed = False
 
     @property
     def positive(self) -> "Root":

@@ -27,8 +27,9 @@ class Amortized(Memoryless):
         iterations: power iterations per refresh, >= 1: the second starts from R of the first.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
     inertia: ClassVar[float] = 0.0
 
     iterations: int = 1

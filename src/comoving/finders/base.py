@@ -23,13 +23,18 @@ class Finder(Protocol):
     ``inertia`` is rho in the operand rho F m/c1 + (1 - rho) g~ that the engine builds: the share of what is looked at
     that comes from the first moment instead of the newest gradient.
 
-    A class attribute ``fills``, the types of frames that it can find, lets other layouts be refused at construction.
-    Where there is one ``alone``, and it is True, each frame is refreshed alone, at steps of its own: batches are
-    stepped in between, and :meth:`find` sees none.
     """
 
     batched: ClassVar[bool]
     """Whether it serves operands with rows: each row's frame is the one that is found for it alone."""
+    alone: ClassVar[bool]
+    """Whether each frame is refreshed alone, at steps of its own: batches are stepped in between, and :meth:`find` sees
+    none."""
+
+    @property
+    def fills(self) -> tuple[type, ...]:
+        """The types of frames that it can find; others are refused at construction."""
+        ...
 
     @property
     def inertia(self) -> float:
@@ -94,7 +99,8 @@ def unless_zero(x: Tensor, found: Tensor, start: Tensor, rows: int) -> Tensor:
 
 
 class _Filling(Protocol):
-    fills: ClassVar[tuple[type, ...]]
+    @property
+    def fills(self) -> tuple[type, ...]: ...  # noqa: D102
 
 
 def check_start(finder: _Filling, start: object) -> None:
@@ -108,14 +114,14 @@ def check_start(finder: _Filling, start: object) -> None:
         raise TypeError(f"{finder} fills a {filled}, got a {type(start).__name__}")
 
 
-def check_inner(inner: object) -> None:
+def check_inner(inner: Any) -> None:
     """Raise unless a finder may stand inside another one, of mode-wise frames.
 
     Raises:
         ValueError: no finder, or one of other frames.
     """
     finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("schema", "observe", "find"))
-    if not finds or ModeFrame not in getattr(inner, "fills", (ModeFrame,)):
+    if not finds or ModeFrame not in inner.fills:
         raise ValueError(f"inner must be a finder that fills a ModeFrame, got {inner!r}")
 
 

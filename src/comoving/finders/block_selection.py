@@ -25,8 +25,9 @@ class BlockSelection:
         inner: a finder of mode-wise frames; its inertia is that of this one.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (SparseFrame,)
+    fills = (SparseFrame,)
     batched: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
 
     inner: Finder = field(default_factory=Power)
 

@@ -40,8 +40,9 @@ class Correlation:
         recalibrate: refreshes from one SVD to the next, >= 1.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     rate: float = 0.1
     recalibrate: int = 5

@@ -26,8 +26,9 @@ class CosineSelection(Memoryless):
         norm: of a row, 1 for the sum of absolute values or 2 for the energy, which loses least of the operand.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (CosineFrame,)
+    fills = (CosineFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.9
     norm: int = 2

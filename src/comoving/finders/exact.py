@@ -44,8 +44,9 @@ class Exact(Memoryless):
             unlike with :class:`comoving.finders.Power`, whose modes do not see one another.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.0
     sweeps: int = 0

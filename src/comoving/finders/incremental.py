@@ -43,8 +43,9 @@ class IncrementalSVD:
         seed: of the sketches, >= 0.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.0
     forgetting: float = 0.9

@@ -48,8 +48,9 @@ class Nystroem:
         seed: of the draws, >= 0.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.9
     samples: int | float = 2.0

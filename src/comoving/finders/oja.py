@@ -32,8 +32,9 @@ class Oja(Memoryless):
         start: where the first frame begins, "random" or "exact"; see :class:`Power`.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.9
     rate: float = 1.0

@@ -32,8 +32,9 @@ class Power(Memoryless):
             cost less than an iteration where a mode is short, and are better; 0 for none.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.9
     iterations: int = 1

@@ -15,7 +15,7 @@ class RandomProjection(Memoryless):
     For frames of :class:`comoving.frames.Seeded`. It looks neither at the gradient nor at the momentum: rho is 0.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (SeededFrame,)
+    fills = (SeededFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = True  # what is drawn is drawn row by row, and costs least where it is staggered
 

@@ -42,8 +42,9 @@ class Randomized:
         seed: of the draws, >= 0.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.9
     oversampling: int = 8

@@ -44,8 +44,9 @@ class StreamingTucker:
         seed: of the A_m, >= 0.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (ModeFrame,)
+    fills = (ModeFrame,)
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     decay: float = 0.9
     oversampling: int = 8

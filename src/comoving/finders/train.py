@@ -29,8 +29,9 @@ class TrainSVD(Memoryless):
             accurate for all and slower.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (BondFrame,)
+    fills = (BondFrame,)
     batched: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.0
     method: Method = "gram"
@@ -67,8 +68,9 @@ class TrainRandomized(Memoryless):
         seed: of the sketch, >= 0; the same at every refresh and on all ranks.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (BondFrame,)
+    fills = (BondFrame,)
     batched: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.0
     oversampling: int = 8
@@ -122,8 +124,9 @@ class TrainIncrement(Memoryless):
         seed: of the sketch, >= 0; the same at every refresh and on all ranks.
     """
 
-    fills: ClassVar[tuple[type, ...]] = (BondFrame,)
+    fills = (BondFrame,)
     batched: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
 
     inertia: float = 0.0
     columns: int = 8

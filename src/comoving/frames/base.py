@@ -49,13 +49,20 @@ class Frame(Protocol):
 
 
 class Layout(Protocol):
-    """How a frame lies on a tensor; a frozen dataclass of hyper-parameters, without tensors.
-
-    A class attribute ``makes``, the type of its frames, lets finders that do not fill them be refused at once.
-    """
+    """How a frame lies on a tensor; a frozen dataclass of hyper-parameters, without tensors."""
 
     batched: ClassVar[bool]
     """Whether its frames may be stacked: tensors with rows in front, each framed as it would be alone."""
+
+    @property
+    def makes(self) -> type:
+        """The type of its frames: finders that do not fill it are refused at construction."""
+        ...
+
+    @property
+    def modal(self) -> bool:
+        """Whether the modes of the core are those of the tensor."""
+        ...
 
     def ranks(self, shape: tuple[int, ...], rank: Rank, side: Side = "auto") -> Ranks:
         """The ranks for a tensor of this shape; all None where no mode is worth compressing.

@@ -40,14 +40,14 @@ class Blocks:
             raise ValueError(f"inner must be a layout of one frame, got {self.inner!r}: blocks have no blocks")
 
     @property
-    def makes(self) -> type | None:
+    def makes(self) -> type:
         """The type of each block's frame."""
-        return getattr(self.inner, "makes", None)
+        return self.inner.makes
 
     @property
     def modal(self) -> bool:
         """Whether the modes of a block's core stay what they are."""
-        return getattr(self.inner, "modal", True)
+        return self.inner.modal
 
     def count(self, shape: tuple[int, ...]) -> int:
         """The number of blocks.

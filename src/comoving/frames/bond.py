@@ -107,8 +107,9 @@ class Bonded(ABC):
     Frozen dataclasses derive from it. Ranks are given one per edge in the order of :attr:`BondFrame.ranks`.
     """
 
-    makes: ClassVar[type[BondFrame]] = BondFrame
+    makes = BondFrame
     batched: ClassVar[bool] = False
+    modal = True
 
     @abstractmethod
     def template(self, shape: tuple[int, ...]) -> BondFrame:

@@ -98,8 +98,9 @@ class Modes:
         min_size: shortest mode that is compressed in tensors of higher order, >= 2.
     """
 
-    makes: ClassVar[type[ModeFrame]] = ModeFrame
+    makes = ModeFrame
     batched: ClassVar[bool] = True
+    modal = True
 
     min_size: int = 8
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Cosines(Modes):
         min_size: as for :class:`Modes`.
     """
 
-    makes: ClassVar[type[ModeFrame]] = CosineFrame
+    makes = CosineFrame
 
     def schema(self, shape: tuple[int, ...], ranks: Ranks, dtype: torch.dtype) -> dict[str, Spec]:
         """The indices."""
@@ -166,7 +166,7 @@ class Seeded(Modes):
     """
 
     stored: bool = False
-    makes: ClassVar[type[ModeFrame]] = SeededFrame
+    makes = SeededFrame
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -172,8 +172,8 @@ class SparseModes:
         min_size: as for :class:`Modes`.
     """
 
-    makes: ClassVar[type[SparseFrame]] = SparseFrame
-    modal: ClassVar[bool] = False
+    makes = SparseFrame
+    modal = False
     batched: ClassVar[bool] = False
 
     block: int = 2

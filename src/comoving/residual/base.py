@@ -129,12 +129,13 @@ for its norm, where it is a single gradient whose norm the engine knows."""
 class Residual(Protocol):
     """Keeps, or does not keep, what the frame cannot hold; a frozen dataclass without tensors.
 
-    Of a batch every tensor has its members in front, slots too, and each member fares as if it were alone. Where there
-    is a class attribute ``alone``, and it is True, frames are refreshed one by one, and :meth:`renew` sees no batch.
+    Of a batch every tensor has its members in front, slots too, and each member fares as if it were alone.
     """
 
     batched: ClassVar[bool]
     """Whether batches can be kept: only then does a passage or a clock have ``rows`` other than 0."""
+    alone: ClassVar[bool]
+    """Whether frames are refreshed one by one, at steps of their own, so that :meth:`renew` sees no batch."""
     holds: ClassVar[bool]
     """Whether :meth:`keep` may hold on to the gradient itself until :meth:`write`."""
     feeds: ClassVar[bool]
@@ -244,6 +245,7 @@ class Inside:
     rescales: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     batched: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
 
     @property
     def replays(self) -> bool:

@@ -78,7 +78,9 @@ class Sparse:
         check_float("scale", self.scale, 0.0, open_low=True)
         check_choice("statistics", self.statistics, ("carry", "keep", "reset"))
         check_int("seed", self.seed, 0)
-        if isinstance(self.rule, type) or not hasattr(self.rule, "direction"):
+        if isinstance(self.rule, type) or not all(
+            hasattr(self.rule, x) for x in ("direction", "elementwise", "batched")
+        ):
             raise TypeError(f"rule must be a rule part, got {self.rule!r}")
         self._slots(2)
         if not self.rule.batched:
@@ -209,7 +211,7 @@ class Sparse:
         Raises:
             ValueError: a rule that is not elementwise.
         """
-        if not getattr(self.rule, "elementwise", False):
+        if not self.rule.elementwise:
             raise ValueError(f"rule must be elementwise, without statistics of modes, got {self.rule!r}")
         return self.rule.slots((count,))
 
