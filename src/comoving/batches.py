@@ -179,7 +179,7 @@ class Batch:
 
     def stands(self) -> bool:
         """Whether the states of all rows still are views of what is stacked."""
-        count, shown, tick = len(self._tensors), self._shown, self._tensors["tick"]
+        count, shown, tick = len(self._tensors), self._shown, self.rows[0].state.get("tick")
         for row, views in zip(self.rows, self._views, strict=True):
             state = row.state
             if len(state) != count or state["tick"] != tick or not all(map(is_, shown(state), views)):
@@ -188,7 +188,7 @@ class Batch:
 
     def cell(self) -> Cell:
         """What is stacked; of what is the same for all, the first row's."""
-        own = dict(self._tensors)
+        own = self._tensors | {"tick": self.rows[0].state["tick"]}  # rows may have been stepped one by one
         for name in self._alike():
             own[name] = own[name][0]
         return Cell.of(self.kind, own, 1)
@@ -218,7 +218,7 @@ class Batch:
 
     def count(self) -> None:
         """One more tick of all."""
-        self._tick(self._tensors["tick"] + 1)
+        self._tick(self.rows[0].state["tick"] + 1)
 
     def states(self) -> list[State]:
         """What is stacked."""
