@@ -94,7 +94,7 @@ class Engine:
                 site, group = site.block(int(block)), slots.group_of_block(group)
             like = likeness(site, group, number)
             own = Kind(site, group, number, like is not None)
-            self._kinds[key] = own if like is None else self._alike.setdefault(like, own)
+            self._kinds[key] = own if like is None else self._alike.setdefault((like, p.device), own)
         return self._kinds[key]
 
     def row(self, p: Tensor, block: str | None = None) -> Row:
@@ -175,7 +175,7 @@ class Engine:
             stands = batch is not None and batch.stands()
             if batch is not None and not stands:
                 self._end(batch)
-            found.append(Alone(row, shown=stands or self.replays is not None))
+            found.append(Alone(row, shown=stands or (self.replays is not None and row.kind.replays)))
         return found
 
     def _of_a_kind(self, kind: Kind, mates: Sequence[Row], found: list[Together]) -> list[Row]:

@@ -20,7 +20,7 @@ from .ranks import Policy
 from .residual import Residual
 from .rules import Rule
 from .sites import Site
-from .transport import Transport
+from .transport import Reset, Transport
 
 _TOGETHER = 2**22
 """Entries of a batch at most: what is stacked is there twice while it is stepped."""
@@ -155,5 +155,7 @@ class Kind:
         ):
             return None
         count = float(t.numpy()) if t.device.type == "cpu" else None  # else the device's own, which agrees
+        if count is None and self.alone and isinstance(self.parts.transport, Reset):
+            return None  # but where each row's begins anew with its own frames
         host = (int(state[name]) for name in self.shared if name not in self.said)
         return (tick, count, state.get(slots.WINDOW), frozenset(state), *host)
