@@ -123,8 +123,12 @@ class Engine:
         return [row for row in self.opened(p) if CORE in row.state]
 
     def due(self, row: Row) -> bool:
-        """Whether the next gradient brings this row a new frame."""
-        return row.site.projected and self.now(row).due(row.cell())
+        """Whether the next gradient brings this row a new frame; told without loading the one that is here."""
+        if not row.site.projected:
+            return False
+        site = slots.current(row.site, row.kind.group, row.state)
+        every = self.owner.param_groups[row.kind.number]["refresh_every"]
+        return _scheduled(row, every) or not slots.at_its_ranks(site, row.kind.group, row.state)
 
     def scalar_device(self, p: Tensor, site: Site) -> torch.device:
         """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""
