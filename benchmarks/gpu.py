@@ -12,9 +12,10 @@ host reads   every recipe with on_nonfinite="skip" under torch.cuda.set_sync_deb
 memory       every recipe: state, and what a step allocates beside it, against comoving.plan.
 times        LLaMA-1B's matrices: fused AdamW, torch's Muon, 8-bit AdamW of bitsandbytes and torchao, and ours, each
              with moments of its own on one set of weights and gradients, interleaved step by step.
-graphs       every recipe whose steps read nothing: its step captured in a CUDA graph, replayed, and compared with an
-             optimizer that takes the same steps without one.
-graph times  LLaMA-1B's matrices: steps with and without a graph, interleaved, one contender after the other.
+graphs       every recipe after capture() beside a twin without: how many recordings were made and replayed, what share
+             of rows they served, how far the updates are apart, and whether replays pass under the same error mode.
+graph times  LLaMA-1B's matrices between refreshes, one contender after the other: ours before and after capture(),
+             fused AdamW and torch's Muon with and without a graph of the whole step, interleaved.
 
 Each section has a budget of seconds (--seconds for all alike) and names what it did not finish within it. One that
 fails leaves its traceback's last lines, and the others go on. The file is written anew after every section. On a CPU
@@ -33,7 +34,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
@@ -42,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 import comoving
+from comoving.drivers.graphs import Graphs
 from comoving.memory import Usage, measure
 from comoving.transport import Keep
 from step_time import machine
@@ -59,7 +61,10 @@ GRACE = 1.0
 NEVER = 10**9
 WATCHED = 12
 """Steps that are looked at for host reads: one beyond those at which Shampoo computes roots."""
-REPLAYS = 3
+TWINNED = 2 * SELDOM + 4
+"""Steps of an optimizer that replays beside its twin: every frame is refreshed twice."""
+FEWEST = 3
+"""Steps that are timed with and without a graph, however long they take."""
 LR, DECAY = 1e-3, 0.01
 MISSING = {"bitsandbytes": "8-bit AdamW of bitsandbytes", "torchao": "8-bit AdamW of torchao"}
 """Packages that are optional, and who needs them."""
@@ -91,7 +96,9 @@ class Run:
     guard: Callable[[], AbstractContextManager[Any]] | None = None
     """A context in which a host read raises; None where there is none."""
     capture: Callable[[Step], Step] | None = None
-    """Captures a step and returns what replays it; None where there are no graphs."""
+    """Captures a whole step and returns what replays it; None where there are no graphs."""
+    record: Callable[[comoving.LowRankOptimizer], object] | None = None
+    """Lets one of our optimizers replay its steps; None where there are no graphs."""
     usage: Callable[..., Usage] | None = None
     """Measures the memory of a call; None where that means nothing."""
 
@@ -114,6 +121,7 @@ class Run:
         if self.cuda:
             torch.cuda.set_device(self.device.index or 0)
             self.guard, self.capture, self.usage = errors_on_reads, captured, measure
+            self.record = comoving.LowRankOptimizer.capture
         self.sections: dict[str, Figures] = {
             name: {"status": "not started", "budget": self._budget(name), "figures": {}} for name in SECTIONS
         }
@@ -354,6 +362,12 @@ class Mixed(nn.Module):
                 for name, p in self.named_parameters()}  # fmt: skip
 
 
+class Alike(Mixed):
+    """The same, and three matrices that are alike, so that they are stepped together."""
+
+    shapes = Mixed.shapes | {"query": (40, 64), "key": (40, 64), "value": (40, 64)}
+
+
 class Matrices(nn.Module):
     """Matrices, drawn on their device, whose gradients share a part of rank 16, and stay in place."""
 
@@ -383,12 +397,18 @@ def periodic(recipe: str, every: int) -> dict[str, Any]:
 
 
 class Subject:
-    """A recipe on :class:`Mixed`, which counts its refreshes."""
+    """A recipe on :class:`Mixed`, or another model, which counts its refreshes."""
 
     def __init__(
-        self, recipe: str, dtype: torch.dtype, device: torch.device | str, every: int, on_nonfinite: str = "skip"
+        self,
+        recipe: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        every: int,
+        on_nonfinite: str = "skip",
+        model: type[Mixed] = Mixed,
     ) -> None:
-        self.model = Mixed(dtype, device)
+        self.model = model(dtype, device)
         options: dict[str, Any] = periodic(recipe, every) | {"on_nonfinite": on_nonfinite}
         self.blocks = True
         """Whether each expert has a frame of its own; some frames cannot."""
@@ -416,17 +436,12 @@ class Subject:
                 self.optimizer.step()
         return self.refreshes > before
 
-    def update(self, step: Step | None = None) -> dict[str, Tensor]:
-        """What a step with new gradients, or whatever else is called for it, adds to the weights."""
+    def update(self) -> dict[str, Tensor]:
+        """What a step with new gradients adds to the weights."""
         self.model.new_gradients()
         before = self.model.values()
-        (step or self.optimizer.step)()
+        self.optimizer.step()
         return {name: value - before[name] for name, value in self.model.values().items()}
-
-    def refresh_every(self, every: int) -> None:
-        """Edit the refresh period."""
-        for group in self.optimizer.param_groups:
-            group["refresh_every"] = every
 
 
 def apart(ours: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
@@ -622,13 +637,13 @@ CONTENDERS: dict[str, Maker] = {
 """Who is timed, in the order in which time is spent on their first step."""
 GRAPHED: dict[str, Maker] = {
     BASE: _torch("AdamW", fused=True, capturable=True),
-    "comoving": CONTENDERS["comoving"],
-    "muon": CONTENDERS["muon"],
-    "adamw": CONTENDERS["adamw"],
-    "adamw, 8 bits": CONTENDERS["adamw, 8 bits"],
-    "tucker-adam": CONTENDERS["tucker-adam"],
+    "comoving": _ours("comoving", on_nonfinite="raise"),
+    "torch muon": CONTENDERS["torch muon"],
+    "adamw, 8 bits": _ours("adamw", moments="int8", on_nonfinite="raise"),
+    "tucker-adam": _ours("tucker-adam", on_nonfinite="raise"),
+    "muon": _ours("muon", on_nonfinite="raise"),
 }
-"""Who is timed with and without a graph."""
+"""Who is timed with and without graphs; ours with the look at all gradients that lets large ones stay in place."""
 
 
 def spread(times: list[float]) -> Figures:
@@ -684,58 +699,89 @@ def _warm(run: Run, model: Matrices, make: Maker) -> tuple[float, Step]:
 # --------------------------------------------------------------------------------------------------------------- graphs
 
 
+class Watched:
+    """Stands between an engine and its graphs: counts the rows that they serve, and what replays read.
+
+    Args:
+        graphs: what replays.
+        guard: a context in which a host read raises, for all replays of a recording but the first.
+    """
+
+    def __init__(self, graphs: Graphs, guard: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.graphs, self._guard = graphs, guard
+        self.rows = self.guarded = 0
+        self._before: set[Any] = set()
+
+    def step(self, which: Any, gradient: Callable[[Tensor], Tensor]) -> bool:
+        """As the graphs'."""
+        before, known = self.graphs.replayed, which.rows in self._before
+        with self._guard() if known else nullcontext():
+            served = self.graphs.step(which, gradient)
+        if self.graphs.replayed > before:
+            self._before.add(which.rows)
+            self.rows += len(which.rows)
+            self.guarded += known
+        return served
+
+    def forget(self) -> None:
+        """Likewise."""
+        self._before.clear()
+        self.graphs.forget()
+
+
 def graphs(run: Run, figures: Figures) -> None:
-    """Whether a step can be captured, and whether its replays are its steps.
+    """What is replayed of each recipe, and whether replays are its steps; with a look at gradients, and without.
 
     Raises:
         Skipped: there are no graphs.
         RuntimeError: the device did not recover from a capture that failed.
     """
-    if run.capture is None or run.guard is None:
+    if run.record is None or run.guard is None:
         raise Skipped("needs CUDA: torch.cuda.graph")
     for recipe in run.each(run.recipes):
         own: Figures = {}
-        full_rank = comoving.recipes()[recipe].full_rank
-        kinds = ("between", "refresh") if periodic(recipe, SELDOM) else ("between",) if full_rank else ("refresh",)
-        for kind in kinds:
-            with run.attempt(kind, own):
-                own[kind] = _replayed(run, recipe, kind)
+        for on_nonfinite in ("raise", "skip"):
+            with run.attempt(on_nonfinite, own):
+                own[on_nonfinite] = _replayed(run, recipe, on_nonfinite)
         figures[recipe] = own
         _alive(run, recipe)
 
 
-def _replayed(run: Run, recipe: str, kind: str) -> Figures:
-    """Replays of a captured step beside the same steps of a twin."""
-    assert run.capture is not None and run.guard is not None
-    twins = [Subject(recipe, torch.float32, run.device, SELDOM) for _ in range(2)]
-    graphed, plain = twins
-    for _ in range(SELDOM + 1):
+def _replayed(run: Run, recipe: str, on_nonfinite: str) -> Figures:
+    """Steps of an optimizer that replays, beside the same steps of a twin."""
+    assert run.record is not None and run.guard is not None
+    replaying, plain = (Subject(recipe, torch.float32, run.device, SELDOM, on_nonfinite, model=Alike) for _ in range(2))
+    engine = replaying.optimizer.engine
+    run.record(replaying.optimizer)
+    made: Any = engine.replays
+    engine.replays = watched = Watched(made, run.guard)
+    differences, shares, total = list[float](), list[float](), 0
+    for _ in range(TWINNED):
         run.check()
-        for twin in twins:
-            twin.step()
-    if periodic(recipe, SELDOM):
-        for twin in twins:
-            twin.refresh_every(NEVER)
-        quiet = 0
-        while quiet <= SELDOM:  # under other cadences than Every a refresh is still to come
-            run.check()
-            quiet = 0 if any([twin.step() for twin in twins]) else quiet + 1
-    if kind == "refresh" and periodic(recipe, SELDOM):
-        for twin in twins:
-            twin.refresh_every(1)
-    try:
-        refreshed = [twin.step(run.guard()) for twin in twins][0]
-    except Exception as error:
-        return {"captured": False, "why": "the step reads from the device", **origin(error)}
-    if refreshed != (kind == "refresh"):
-        return {"captured": None, "why": "there is no such step"}
-    run.settle()
-    try:
-        replay = run.capture(graphed.optimizer.step)
-    except Exception as error:
-        return {"captured": False, "why": "the capture failed", **origin(error)}
-    differences = [_most(apart(graphed.update(replay), plain.update()).values()) for _ in range(REPLAYS)]
-    return {"captured": True, "difference of each replay": differences}
+        before = watched.rows
+        try:
+            ours = replaying.update()
+        except Exception as error:
+            return {"passes": False, "why": "a step cannot be recorded, or its replay reads", **origin(error)}
+        differences.append(_most(apart(ours, plain.update()).values()))
+        rows = sum(len(engine.opened(p)) for p, site in engine.roster.sites.items() if not site.plain)
+        if not rows:
+            return {"passes": None, "why": "torch's AdamW steps all of it"}
+        total += rows
+        shares.append((watched.rows - before) / rows)
+    return {
+        "passes": True if watched.guarded else None,
+        "recorded": made.recorded,
+        "replayed": made.replayed,
+        "under the error mode": watched.guarded,
+        "rows": total,
+        "share of rows": watched.rows / total,
+        "share at best": max(shares),
+        "steps": TWINNED,
+        "refreshed": replaying.refreshes,
+        "largest difference": _most(differences),
+        "difference at the first step": differences[0],
+    }
 
 
 def _alive(run: Run, after: str) -> None:
@@ -748,32 +794,62 @@ def _alive(run: Run, after: str) -> None:
 
 
 def graph_times(run: Run, figures: Figures) -> None:
-    """Steps with and without a graph, between refreshes.
+    """Steps with and without graphs, between refreshes; what is left of the budget is shared out evenly.
 
     Raises:
         Skipped: there are no graphs.
         RuntimeError: the device did not recover from a capture that failed.
     """
-    if run.capture is None or run.guard is None:
+    if run.capture is None or run.record is None or run.guard is None:
         raise Skipped("needs CUDA: torch.cuda.graph")
     model = Matrices(run.shapes, run.device)
     for name in run.each(GRAPHED):
+        end = time.monotonic() + 0.8 * run.left() / len(run.waiting)
         with run.attempt(name, figures):
-            figures[name] = _with_and_without(run, model, GRAPHED[name](run, model))
+            optimizer = GRAPHED[name](run, model)
+            ours = isinstance(optimizer, comoving.LowRankOptimizer)
+            figures[name] = (_before_and_after if ours else _with_and_without)(run, model, optimizer, end)
         _alive(run, name)
 
 
-def _with_and_without(run: Run, model: Matrices, optimizer: torch.optim.Optimizer) -> Figures:
-    assert run.capture is not None and run.guard is not None
+def _before_and_after(run: Run, model: Matrices, optimizer: Any, end: float) -> Figures:
+    """One of our optimizers, before capture() and after it."""
+    assert run.record is not None
     model.new_gradients()
     optimizer.step()
-    every = max(group.get("refresh_every", 1) for group in optimizer.param_groups)
-    for _ in range(every):
+    every = max(group["refresh_every"] for group in optimizer.param_groups)
+    for _ in range(every):  # phases lie within a period
         run.check()
         optimizer.step()
-    for group in optimizer.param_groups if every > 1 else ():
+    for group in optimizer.param_groups:
         group["refresh_every"] = NEVER
     optimizer.step()
+    (eager,) = _rounds(run, model, [optimizer.step], (time.monotonic() + end) / 2)
+    run.settle()
+    start = time.perf_counter()
+    run.record(optimizer)
+    made: Any = optimizer.engine.replays
+    try:
+        for _ in range(2):  # once as it will be recorded, then recorded
+            run.check()
+            optimizer.step()
+    except Exception as error:
+        return {"captured": False, "why": "the capture failed", **origin(error)}
+    run.settle()
+    took, before = time.perf_counter() - start, made.replayed
+    if not made.recorded:
+        return {"captured": False, "why": "no step of it is replayed"}
+    (replayed,) = _rounds(run, model, [optimizer.step], end)
+    counts = {"recorded": made.recorded, "replayed in each step": (made.replayed - before) / len(replayed)}
+    return {"captured": True, "capture": took, **counts, **_compared(eager, replayed)}
+
+
+def _with_and_without(run: Run, model: Matrices, optimizer: torch.optim.Optimizer, end: float) -> Figures:
+    """One of torch's, its whole step in a graph, and not."""
+    assert run.capture is not None and run.guard is not None
+    model.new_gradients()
+    for _ in range(2):
+        optimizer.step()
     try:
         with run.guard():
             optimizer.step()
@@ -786,16 +862,27 @@ def _with_and_without(run: Run, model: Matrices, optimizer: torch.optim.Optimize
     except Exception as error:
         return {"captured": False, "why": "the capture failed", **origin(error)}
     took = time.perf_counter() - start
-    eager, graphed = list[float](), list[float]()
     for _ in range(2):
         replay()
-    for _ in range(run.rounds):
+    eager, replayed = _rounds(run, model, [optimizer.step, replay], end)
+    return {"captured": True, "capture": took, **_compared(eager, replayed)}
+
+
+def _rounds(run: Run, model: Matrices, steps: list[Step], end: float) -> list[list[float]]:
+    """Seconds of each of these steps in turn, a few times at least, and not much beyond a time of the clock."""
+    samples: list[list[float]] = [[] for _ in steps]
+    for i in range(run.rounds):
         run.check()
+        if i >= FEWEST and time.monotonic() > end:
+            break
         model.new_gradients()
-        eager.append(run.timed(optimizer.step))
-        graphed.append(run.timed(replay))
-    return {"captured": True, "capture": took, "without": spread(eager), "with": spread(graphed),
-            "with / without": median(graphed) / median(eager)}  # fmt: skip
+        for own, step in zip(samples, steps, strict=True):
+            own.append(run.timed(step))
+    return samples
+
+
+def _compared(eager: list[float], replayed: list[float]) -> Figures:
+    return {"without": spread(eager), "with": spread(replayed), "with / without": median(replayed) / median(eager)}
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -838,7 +925,19 @@ def _of_correctness(own: Figures) -> str:
 
 
 def _of_flags(own: Figures) -> str:
-    return "  ".join(f"{kind} {_word(x.get('passes', x.get('captured')))}{_at(x)}" for kind, x in own.items())
+    return "  ".join(f"{kind} {_word(x['passes'])}{_at(x)}" for kind, x in own.items())
+
+
+def _of_graphs(own: Figures) -> str:
+    return "  ".join(f"{kind}: {_of_replays(x)}" for kind, x in own.items())
+
+
+def _of_replays(own: Figures) -> str:
+    for word in ("skipped", "failed", "why"):
+        if word in own:
+            return f"{own[word][-1] if isinstance(own[word], list) else own[word]}{_at(own)}"
+    counts = f"{own['replayed']} replays of {own['recorded']}, {own['share of rows']:.0%} of rows"
+    return f"{counts}, {own['largest difference']:.0e} apart" if own["recorded"] else "nothing is replayed"
 
 
 def _of_memory(own: Figures) -> str:
@@ -861,7 +960,7 @@ _LINES: dict[str, Callable[[Figures], str]] = {
     "host reads": _of_flags,
     "memory": _of_memory,
     "times": _of_times,
-    "graphs": _of_flags,
+    "graphs": _of_graphs,
     "graph times": _of_graph_times,
 }
 
@@ -871,8 +970,6 @@ def _word(flag: bool | None) -> str:
 
 
 def _at(own: Figures) -> str:
-    if "difference of each replay" in own:
-        return f" ({max(own['difference of each replay']):.0e})"
     return f" ({(own['line'] or own['error']).partition(' in ')[0]})" if "error" in own else ""
 
 

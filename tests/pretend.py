@@ -43,6 +43,9 @@ class OnDevice(torch.Tensor):
         self.own = own
         return self
 
+    def data_ptr(self):
+        return self.own.data_ptr()
+
     def tolist(self):
         return self.to("cpu").tolist()
 

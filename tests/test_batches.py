@@ -11,7 +11,7 @@ from comoving import LowRankOptimizer, build, recipes, state_bytes
 from comoving.codecs import Int8
 from comoving.finders import Exact, Power
 from comoving.frames import Blocks, Modes
-from comoving.residual import Feedback
+from comoving.residual import Feedback, Sparse
 from comoving.rules import Adam
 from comoving.transport import Carry, Reset
 
@@ -82,6 +82,17 @@ def test_nothing_is_stacked_again_while_the_states_are_untouched():
         optimizer.step()
     assert formed(optimizer) == [before]
     assert stacks.count(3) == 4  # gradients, their norms twice, weights
+
+
+def test_a_batch_lasts_whose_frames_are_refreshed_one_by_one():
+    m = model(shapes=[(24, 16)] * 3)
+    optimizer = LowRankOptimizer(m.parameters(), 1e-2, 4, residual=Sparse(), refresh_every=6)
+    batches = set()
+    for step in range(14):
+        give(m, step)
+        optimizer.step()
+        batches |= {*formed(optimizer)}
+    assert len(batches) == 1
 
 
 def test_a_slot_that_was_replaced_or_written_to_counts():

@@ -92,7 +92,7 @@ class Halved:
     """Linear moments lose half of themselves with every frame; others start again."""
 
     batched = resizes = True
-    projects = False
+    projects = restarts = False
 
     def slots(self, rule):
         return ()

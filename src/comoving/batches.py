@@ -199,9 +199,9 @@ class Batch:
 
     def stands(self) -> bool:
         """Whether the states of all rows still are views of what is stacked."""
-        tick = self._tensors["tick"]
         try:
             states = self.rows[0].owner.state
+            tick = states[self.rows[0].p][self._shown[0][2]]
             for row, (shown, views, ticks, core) in zip(self.rows, self._shown, strict=True):
                 whole = states[row.p]
                 if whole[ticks] != tick or core in whole or not all(map(is_, shown(whole), views)):
@@ -212,7 +212,7 @@ class Batch:
 
     def cell(self) -> Cell:
         """What is stacked; of what is the same for all, the first row's."""
-        own = dict(self._tensors)
+        own = self._tensors | {"tick": self.rows[0].state["tick"]}  # rows may have been stepped one by one
         for name in self._alike():
             own[name] = own[name][0]
         return Cell.of(self.kind, own, 1)
@@ -242,7 +242,7 @@ class Batch:
 
     def count(self) -> None:
         """One more tick of all."""
-        self._tick(self._tensors["tick"] + 1)
+        self._tick(self.rows[0].state["tick"] + 1)
 
     def states(self) -> list[State]:
         """What is stacked."""

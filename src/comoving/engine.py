@@ -95,7 +95,7 @@ class Engine:
                 site, group = site.block(int(block)), slots.group_of_block(group)
             like = likeness(site, group, number)
             own = Kind(site, group, number, like is not None)
-            self._kinds[key] = own if like is None else self._alike.setdefault(like, own)
+            self._kinds[key] = own if like is None else self._alike.setdefault((like, p.device), own)
         return self._kinds[key]
 
     def row(self, p: Tensor, block: str | None = None) -> Row:
@@ -123,8 +123,12 @@ class Engine:
         return [row for row in self.rows_of(p) if CORE in row.state]
 
     def due(self, row: Row) -> bool:
-        """Whether the next gradient brings this row a new frame."""
-        return row.site.projected and self.now(row).due(row.cell())
+        """Whether the next gradient brings this row a new frame; told without loading the one that is here."""
+        if not row.site.projected:
+            return False
+        site = slots.current(row.site, row.kind.group, row.state)
+        every = self.owner.param_groups[row.kind.number]["refresh_every"]
+        return _scheduled(row, every) or not slots.at_its_ranks(site, row.kind.group, row.state)
 
     def scalar_device(self, p: Tensor, site: Site) -> torch.device:
         """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""
@@ -175,7 +179,7 @@ class Engine:
             stands = batch is not None and batch.stands()
             if batch is not None and not stands:
                 self._end(batch)
-            found.append(Alone(row, shown=stands or self.replays is not None))
+            found.append(Alone(row, shown=stands or (self.replays is not None and row.kind.replays)))
         return found
 
     def _of_a_kind(self, kind: Kind, mates: Sequence[Row], found: list[Together]) -> list[Row]:

@@ -45,7 +45,7 @@ _FOREIGN = {"params", "param_names", "name", "initial_lr", "gradient_norm", "val
 """Keys of parameter groups that are not hyper-parameters."""
 _TRAITS = {
     "rule": ("definite", "corrected", "linear", "elementwise", "timeless", "replays", "replaces", "total", "batched"),
-    "transport": ("resizes", "projects", "batched"), "precondition": ("replays", "batched"),
+    "transport": ("resizes", "projects", "restarts", "batched"), "precondition": ("replays", "batched"),
     "frame": ("makes", "modal", "batched"), "finder": ("fills", "alone", "batched"),
     "cadence": ("compares", "alone", "batched"),
     "residual": ("holds", "feeds", "rescales", "replays", "bounded", "alone", "batched"),

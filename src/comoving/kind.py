@@ -168,5 +168,7 @@ class Kind:
         ):
             return None
         count = float(t.numpy()) if t.device.type == "cpu" else None  # else the device's own, which agrees
+        if count is None and self.alone and self.parts.transport.restarts:
+            return None  # but where each row's begins anew with its own frames
         host = (int(state[name]) for name in self.shared if name not in self.said)
         return (tick, count, state.get(slots.WINDOW), frozenset(state), *host)

@@ -16,7 +16,7 @@ from .cadence import Cadence, Every
 from .codecs import Codec, Full
 from .drivers import Backward, Guard, Whole
 from .drivers.backward import Window, check_clip, check_hooks
-from .drivers.graphs import Graphs, cuda_recorder
+from .drivers.graphs import CudaRecorder, Graphs
 from .engine import Engine
 from .finders import Finder, Power
 from .frames import Layout, Modes
@@ -224,15 +224,17 @@ class LowRankOptimizer(Optimizer):
         blocks of experts and heads, and with ``on_nonfinite="skip"`` of large parameters. Dense parameters are stepped
         by torch's AdamW, as before; give it ``fused=True``. What a graph reads must stay where it is: call
         ``zero_grad(set_to_none=False)``, so that gradients of large parameters do (those of stacked ones are copied);
-        where one has moved, its graph is recorded anew. Learning rates may change at every step; other rates make a new
-        recording.
+        where one has moved, its graph is recorded anew, and where one moves at every step, none is. Learning rates may
+        change at every step; other rates make a new recording. Nothing is replayed while stepping in the backward pass,
+        and a copy of the optimizer has to be captured itself. Where a recording fails, the step raises, with nothing
+        changed of what was recorded; from then on that is stepped as before.
 
         Raises:
             RuntimeError: no parameter is on a CUDA device.
         """
         if not any(p.is_cuda for p in self.sites):
             raise RuntimeError("capture() records CUDA graphs: move the model to a CUDA device first")
-        self.engine.replays = Graphs(self.engine, cuda_recorder())
+        self.engine.replays = Graphs(self.engine, CudaRecorder())
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from comoving.drivers.graphs import Graphs
 from comoving.memory import measure
+from tape import Recorder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FEW = "comoving,galore,apollo-mini,tt-adam,dion,muon,adamw"
@@ -159,7 +161,12 @@ class NoReads(TorchDispatchMode):
 def run(gpu, tmp_path):
     run = gpu.Run("cpu", tmp_path / "gpu.json", small=True, recipes=FEW.split(","))
     run.guard, run.capture, run.usage = NoReads, lambda step: step, measure
+    run.record = lambda optimizer: recorded_by(optimizer, Recorder())
     return run
+
+
+def recorded_by(optimizer, recorder):
+    optimizer.engine.replays = Graphs(optimizer.engine, recorder)
 
 
 def figures(run, section):
@@ -184,35 +191,86 @@ def test_host_reads_are_found_where_they_are(gpu, run):
 
 
 def test_replays_are_compared_with_steps(gpu, run):
+    run.recipes = ["comoving", "galore", "dion", "muon", "adamw"]
     found = figures(run, "graphs")
-    for recipe in ("adamw", "muon", "comoving", "galore"):
-        assert found[recipe]["between"] == {"captured": True, "difference of each replay": [0.0] * gpu.REPLAYS}
-    assert set(found["dion"]) == {"refresh"}
-    assert set(found["muon"]) == {"between"}
-    assert set(found["galore"]) == {"between", "refresh"}
+    for recipe in ("comoving", "galore", "muon"):
+        own = found[recipe]["raise"]
+        assert own["passes"] and own["steps"] == gpu.TWINNED
+        assert own["recorded"] >= 2 and own["replayed"] > 2 * own["recorded"]
+        assert own["under the error mode"] == own["replayed"] - own["recorded"]
+        assert 0 < own["share of rows"] < own["share at best"] < 1  # experts are blocks, or made at every step
+        assert own["largest difference"] < 1e-4
+    assert found["comoving"]["raise"]["refreshed"] > 2 > found["muon"]["raise"]["refreshed"]
+    skipping = found["comoving"]["skip"]
+    assert skipping["recorded"] == 1 and 0 < skipping["share of rows"] < found["comoving"]["raise"]["share of rows"]
+    assert found["dion"]["raise"]["passes"] is None and found["dion"]["raise"]["replayed"] == 0
+    assert found["adamw"]["skip"]["passes"] is None
+    table = "\n".join(gpu.summary(run))
+    assert "nothing is replayed" in table and "of rows, " in table
+
+
+def test_replays_that_differ_or_read_are_found(gpu, run, monkeypatch):
+    class Wrong(Recorder):
+        def __call__(self, work, device):
+            replay = super().__call__(work, device)
+            return lambda: [replay(), self.played > 2 and self.then()]
+
+        def then(self):
+            bool(torch.zeros(1).any())
+
+    run.recipes, run.record = ["comoving"], lambda optimizer: recorded_by(optimizer, Wrong())
+    own = figures(run, "graphs")["comoving"]["raise"]
+    assert own["passes"] is False and own["error"] == "RuntimeError: called a synchronizing operation"
+
+    stepped, update = [], gpu.Subject.update
+    monkeypatch.setattr(gpu.Subject, "update", lambda subject: stepped.append(subject) or update(subject))
+    monkeypatch.setattr(Wrong, "then", lambda self: stepped[-1].model.matrix.data.mul_(1.1))
+    own = figures(run, "graphs")["comoving"]["raise"]
+    assert own["passes"] and own["largest difference"] > 0.1
+
+
+def fails(*given):
+    try:
+        raise RuntimeError("operation not permitted when stream is capturing")
+    finally:
+        raise RuntimeError("the capture was invalidated")
 
 
 def test_a_capture_that_fails_says_why(gpu, run):
-    def capture(step):
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        finally:
-            raise RuntimeError("the capture was invalidated")
+    class Failing(Recorder):
+        def __call__(self, work, device):
+            fails()
 
-    run.capture = capture
-    own = figures(run, "graphs")["adamw"]["between"]
-    assert own["why"] == "the capture failed"
+    run.capture, run.record = fails, lambda optimizer: recorded_by(optimizer, Failing())
+    run.recipes = ["comoving"]
+    own = figures(run, "graphs")["comoving"]["raise"]
+    assert own["passes"] is False
     assert own["error"] == "RuntimeError: operation not permitted when stream is capturing"
-    assert figures(run, "graph times")["muon"]["captured"] is False
+    times = figures(run, "graph times")
+    for own in times.values():
+        assert own["why"] == "the capture failed" and own["captured"] is False
+        assert own["error"] == "RuntimeError: operation not permitted when stream is capturing"
     assert gpu.summary(run)
 
 
 def test_graphs_are_timed_beside_steps(gpu, run):
     found = figures(run, "graph times")
     assert set(found) == set(gpu.GRAPHED)
-    timed = [own for own in found.values() if own["captured"]]
-    assert timed and all(own["with"]["steps"] == own["without"]["steps"] == 4 for own in timed)
+    for name, own in found.items():
+        assert own["captured"] and own["with"]["steps"] == own["without"]["steps"] == 4, own
+        if "torch" not in name:
+            assert own["recorded"] == own["replayed in each step"] == 2
     assert gpu.summary(run)
+
+
+def test_graphs_are_timed_for_as_long_as_there_is_time(gpu, run):
+    run.rounds, run.sections["graph times"]["budget"] = 10**6, 4.0
+    found = figures(run, "graph times")
+    assert all(own["with"]["steps"] >= gpu.FEWEST for own in found.values())
+    run.sections["graph times"]["budget"] = 0.0
+    run.section("graph times")
+    assert run.sections["graph times"]["status"] == "out of time"
+    assert run.sections["graph times"]["not finished"] == list(gpu.GRAPHED)
 
 
 def test_temporaries_are_compared_with_the_plan(gpu, run):

@@ -149,7 +149,7 @@ def carried(transport, rule, ranks, new_ranks, dtype):
     slots, clock = rule.slots(core_of(shape, ranks)), Clock(bare.t, *bare.betas, bare.tick)
     transport.adopt(bare.state, slots, clock)
     overlap = random_frame(shape, new_ranks, dtype, 2).overlap(random_frame(shape, ranks, dtype, 1))
-    return bare.state, transport.move(bare.state, slots, overlap, clock), overlap
+    return bare.state, transport.move(bare.state, slots, overlap, clock), overlap, clock
 
 
 @pytest.mark.parametrize("transport", TRANSPORTED, ids=str)
@@ -157,9 +157,10 @@ def carried(transport, rule, ranks, new_ranks, dtype):
 @FIELDS
 def test_transports_that_project_and_no_others_turn_linear_slots(transport, rule, dtype):
     """Bit for bit: what the engine would project for itself is the slot."""
-    state, moved, overlap = carried(transport, rule, (4, None), (4, None), dtype)
+    state, moved, overlap, clock = carried(transport, rule, (4, None), (4, None), dtype)
     linear = [slot.name for slot in rule.slots((4, 9)) if slot.kind is Kind.LINEAR]
     assert {torch.equal(moved[name], overlap.move(state[name])) for name in linear} == {transport.projects}
+    assert bool(clock.t == 0) is transport.restarts
 
 
 @those(TRANSPORTED, "resizes")
@@ -169,7 +170,7 @@ def test_transports_that_resize_make_slots_of_the_new_ranks(part, rule, new):
     core = core_of((7, 9), new)
     if [slot.kind for slot in rule.slots(core)] != [slot.kind for slot in rule.slots((4, 9))]:
         pytest.skip("refused: it has slots of another kind for long modes")
-    _, moved, _ = carried(part, rule, (4, None), new, REAL)
+    _, moved, _, _ = carried(part, rule, (4, None), new, REAL)
     for slot in rule.slots(core):
         if slot.kind is not Kind.CACHE:
             assert tuple(moved[slot.name].shape) == shape_of(slot, core), slot
@@ -291,7 +292,7 @@ ELSEWHERE = {
     "bounded": "test_diagnostics.py, test_where_there_is_a_bound_it_holds",
 }
 HERE = {
-    "definite", "corrected", "elementwise", "timeless", "replaces", "total", "resizes", "projects", "alone",
+    "definite", "corrected", "elementwise", "timeless", "replaces", "total", "resizes", "projects", "restarts", "alone",
     "compares", "holds", "rescales",
 }  # fmt: skip
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -12,27 +13,35 @@ from ..batches import Alone, Batch, Row, Together, copy_into
 from ..engine import Engine
 from ..state import CORE, layout
 
-Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Runs some work once, only noting the operations, and returns what performs them, every time on the same tensors."""
+Replay = Callable[[], None]
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """A step of some rows, recorded.
+class Recorder(Protocol):
+    """Notes what some work does on a device, without doing it, and returns what does it, always on the same tensors."""
+
+    device: str
+    """The type of the devices whose work is noted; what is done elsewhere is done at once, and never again."""
+
+    def __call__(self, work: Callable[[], None], device: torch.device) -> Replay:
+        """Run the work, which is for this device; where it raises nothing has been done."""
+        ...
+
+
+@dataclass
+class _Steps:
+    """How some rows were stepped last.
 
     Args:
-        which: the batch; None of a row by itself.
-        fixed: what may not have changed: addresses of weights and gradients, and rates that are numbers.
-        tensors: of the row's state.
+        fixed: what may not have changed since: addresses of weights and gradients, and rates that are numbers.
+        tensors: of the state; that they are kept keeps their memory from others.
         inputs: where gradients are copied to; none where they are read from where they lie.
-        replay: performs it.
+        replay: makes such a step, once it has been recorded.
     """
 
-    which: Batch | None
     fixed: tuple[Any, ...]
-    tensors: tuple[Any, ...]
-    inputs: tuple[Tensor, ...]
-    replay: Callable[[], None]
+    tensors: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...] = ()
+    replay: Replay | None = None
 
 
 class Graphs:
@@ -40,19 +49,28 @@ class Graphs:
 
     What a recording reads and writes must stay where it is: weights, state, and the gradient of a large parameter.
     Gradients of a batch are copied to a place of their own. The learning rate is read from the device; other rates
-    are numbers in the recording, and a change of them, or of an address, makes a new one. Steps with a refresh,
-    and of kinds that do not replay (:attr:`comoving.kind.Kind.replays`), are made as ever; with ``on_nonfinite="skip"``
-    so are those of large parameters.
+    are numbers in the recording, and a change of them, or of an address, makes a new one. What is recorded has been
+    stepped once before just so, but without a recording: libraries are loaded by then, tables are on the device and
+    rules compiled; and where something changes at every step, nothing is recorded in vain.
+
+    Steps with a refresh, and of kinds that do not replay (:attr:`comoving.kind.Kind.replays`), are made as ever; with
+    ``on_nonfinite="skip"``, where gradients are new tensors at every step, so are those of large parameters.
 
     Args:
         engine: whose steps are recorded.
         record: how.
     """
 
-    def __init__(self, engine: Engine, record: Record) -> None:
-        self.engine, self._record = engine, record
-        self._recordings: dict[tuple[Row, ...], _Recording] = {}
-        self._rates: dict[tuple[int, torch.device], Tensor] = {}
+    recorded: int = 0
+    """How many recordings were made."""
+    replayed: int = 0
+    """How many steps, of batches and of rows by themselves, were made by a recording."""
+
+    def __init__(self, engine: Engine, record: Recorder) -> None:
+        self.engine: Engine = proxy(engine)  # a cycle would keep state alive until the collector comes
+        self._record = record
+        self._rates: dict[tuple[int, torch.device], tuple[Tensor, float]] = {}
+        self.forget()
         engine.counts_on_device = True
         for p in engine.owner.state:
             for row in engine.rows_of(p) if not engine.roster.sites[p].plain else ():
@@ -61,10 +79,11 @@ class Graphs:
 
     def forget(self) -> None:
         """Whatever was recorded may lie elsewhere now."""
-        self._recordings.clear()
+        self._steps: dict[tuple[Row, ...], _Steps] = {}
+        self._failed: set[tuple[Row, ...]] = set()
 
     def step(self, which: Together, gradient: Callable[[Tensor], Tensor]) -> bool:
-        """Step these rows by a recording; False where they have to be stepped as ever.
+        """Step these rows by a recording, or so that they can be recorded; False where they have to be stepped as ever.
 
         Args:
             which: the rows.
@@ -72,36 +91,58 @@ class Graphs:
         """
         if not self._serves(which):
             return False
-        given = [gradient(row.p) for row in which.rows]
-        if not which.stacked and given[0] is not which.rows[0].p.grad:
-            return False  # with on_nonfinite="skip" it is another tensor at every step
+        given, rate = [gradient(row.p) for row in which.rows], self._rate(which.rows[0])
         fixed = (*self._numbers(which.rows[0]), *_addresses(which, given))
-        known = self._recordings.get(which.rows)
-        if known is not None and known.fixed == fixed and _stays(known, which):
-            rate = self._rate(which.rows[0])
-            rate.fill_(self._group(which.rows[0])["lr"])
+        known = self._steps.get(which.rows)
+        if known is None or known.fixed != fixed or not _same(known.tensors, _tensors(which)):
+            if known is None:  # others may have held some of these rows
+                self._steps = {rows: own for rows, own in self._steps.items() if not {*which.rows} & {*rows}}
+            self._steps.pop(which.rows, None)
+            self.engine.advance(which, given, None, rate)
+            self._steps[which.rows] = _Steps(fixed, _tensors(which))
+            return True
+        if known.replay is None:
+            self._begin(known, which, given, rate)
+        else:
             if known.inputs:
                 copy_into(known.inputs, given)
-            which.count()
             known.replay()
-            return True
-        self._recordings[which.rows] = self._recorded(which, given, fixed)
-        self._recordings[which.rows].replay()
+            which.count()
+        self.replayed += 1
         return True
 
-    def _recorded(self, which: Together, given: Sequence[Tensor], fixed: tuple[Any, ...]) -> _Recording:
-        row, inputs = which.rows[0], tuple[Tensor, ...]()
-        if which.stacked:
-            inputs = torch.stack(list(given)).unbind()
-        rate = self._rate(row)
-        rate.fill_(self._group(row)["lr"])
-        replay = self._record(lambda: self.engine.advance(which, inputs or given, None, rate))
-        batch = which if isinstance(which, Batch) else None
-        return _Recording(batch, fixed, () if which.stacked else _tensors(row), inputs, replay)
+    def _begin(self, known: _Steps, which: Together, given: Sequence[Tensor], rate: Tensor) -> None:
+        """Record a step, and make it; where that fails, states are as they were, and these rows are stepped as ever."""
+        states = [*which.states(), *(row.state for row in which.rows)]
+        before = [dict(state) for state in states]
+        inputs = torch.stack(list(given)).unbind() if which.stacked else ()
+        try:
+            replay = self._record(
+                lambda: self.engine.advance(which, inputs or given, None, rate), which.rows[0].p.device
+            )
+            if not _same(known.tensors, _tensors(which)):
+                raise RuntimeError("a slot of the state was made anew in a recording, whose memory others share")
+            self.recorded += 1
+            replay()
+        except BaseException as error:
+            for state, old in zip(states, before, strict=True):
+                state.clear()
+                state.update(old)
+            del self._steps[which.rows]
+            if isinstance(error, Exception):
+                self._failed.add(which.rows)
+                names = ", ".join(row.site.name for row in which.rows[:5])
+                error.add_note(f"{names}: the step could not be recorded, and is made without a CUDA graph from now on")
+            raise
+        known.inputs, known.replay = inputs, replay
 
     def _serves(self, which: Together) -> bool:
         row = which.rows[0]
         if not (isinstance(which, Batch | Alone) and row.kind.replays and row.block is None):
+            return False
+        if row.p.device.type != self._record.device or which.rows in self._failed:
+            return False
+        if not which.stacked and self.engine.owner.on_nonfinite == "skip":
             return False
         state = row.state
         if CORE in state or state["tick"] <= 0 or state["step"].device != row.p.device:
@@ -112,45 +153,69 @@ class Graphs:
         return self.engine.owner.param_groups[row.kind.number]
 
     def _numbers(self, row: Row) -> tuple[Any, ...]:
+        """What is no tensor in a step."""
         group = self._group(row)
-        return tuple(group[name] for name in ("betas", "eps", "weight_decay", "scale", "maximize"))
+        return (
+            *(group[name] for name in ("betas", "eps", "weight_decay", "scale", "maximize")),
+            self.engine.turn,
+        )
 
     def _rate(self, row: Row) -> Tensor:
         """The learning rate of a row's group, on its device."""
-        key = row.kind.number, row.p.device
+        key, lr = (row.kind.number, row.p.device), float(self._group(row)["lr"])
         if key not in self._rates:
-            self._rates[key] = torch.zeros((), dtype=torch.float64, device=row.p.device)
-        return self._rates[key]
+            self._rates[key] = torch.full((), lr, dtype=torch.float64, device=row.p.device), lr
+        rate, before = self._rates[key]
+        if lr != before:
+            self._rates[key] = rate.fill_(lr), lr
+        return rate
 
 
-def cuda_recorder() -> Record:
-    """Records CUDA graphs, which share the memory of what they make in between."""
-    pool = torch.cuda.graph_pool_handle()
+class CudaRecorder:
+    """Records CUDA graphs, which share the memory of what they make in between, on a stream of their own.
 
-    def record(work: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            work()
+    Calls of other threads meanwhile, of loaders that pin memory, say, are let be. A capture that fails leaves the
+    stream, and torch's own list of pools, as they are in the middle of it: the first is put back, and the second makes
+    the pool useless, so that the next recording gets another.
+    """
+
+    device: str = "cuda"
+
+    def __init__(self) -> None:
+        self._places: dict[torch.device, tuple[Any, torch.cuda.Stream]] = {}
+
+    def __call__(self, work: Callable[[], None], device: torch.device) -> Replay:
+        """Run the work as a capture."""
+        with torch.cuda.device(device):
+            if device not in self._places:
+                self._places[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            (pool, stream), before = self._places[device], torch.cuda.current_stream()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    work()
+            except BaseException:
+                torch.cuda.set_stream(before)
+                del self._places[device]
+                raise
         return graph.replay
-
-    return record
 
 
 def _addresses(which: Together, given: Sequence[Tensor]) -> tuple[Any, ...]:
-    weights = [row.p.data_ptr() for row in which.rows]
-    return (*weights,) if which.stacked else (*weights, given[0].data_ptr(), given[0].stride())
+    """Where weights are, and what can be told of gradients without their numbers; where they are, if they are read."""
+    weights = [x for row in which.rows for x in (row.p.data_ptr(), row.p.stride())]
+    if which.stacked:
+        return *weights, *(g.dtype for g in given)
+    g = given[0]
+    return *weights, g.dtype, g.data_ptr(), g.stride(), g.is_conj(), g.is_neg()
 
 
-def _stays(known: _Recording, which: Together) -> bool:
-    """Whether the state is where it was; a batch that stands says so itself."""
-    if known.which is not None:
-        return known.which is which
-    now = _tensors(which.rows[0])
-    return len(now) == len(known.tensors) and all(map(is_, now, known.tensors))
+def _same(known: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    return len(known) == len(now) and all(map(is_, known, now))
 
 
-def _tensors(row: Row) -> tuple[Any, ...]:
-    return tuple(x for x in row.state.values() if isinstance(x, Tensor))
+def _tensors(which: Together) -> tuple[Tensor, ...]:
+    return tuple(x for state in which.states() for x in state.values() if isinstance(x, Tensor))
 
 
 def _move_counts(row: Row) -> None:

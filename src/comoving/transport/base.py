@@ -29,6 +29,11 @@ class Transport(Protocol):
         """Whether a LINEAR slot becomes m' = R m."""
         ...
 
+    @property
+    def restarts(self) -> bool:
+        """Whether a refresh sets the step count of the rule back to zero, in place."""
+        ...
+
     def slots(self, rule: Sequence[Slot]) -> tuple[Slot, ...]:
         """Slots of the transport's own, beside the rule's."""
         ...

@@ -28,6 +28,7 @@ class Following:
     statistics: str = "carry"
 
     projects = True
+    restarts = False
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

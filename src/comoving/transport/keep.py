@@ -14,7 +14,7 @@ from .base import Slotless, State
 class Keep(Slotless):
     """The numbers stay where they are, in coordinates that have changed (GaLore, arXiv 2403.03507)."""
 
-    resizes = projects = False
+    resizes = projects = restarts = False
     batched: ClassVar[bool] = True
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:

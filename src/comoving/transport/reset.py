@@ -14,7 +14,8 @@ from .base import Slotless, State, anew
 class Reset(Slotless):
     """All moments start again at zero, bases at the identity, and the step count of the bias correction at zero."""
 
-    resizes, projects = True, False
+    resizes = restarts = True
+    projects = False
     batched: ClassVar[bool] = True
 
     def move(self, state: State, rule: Sequence[Slot], overlap: Overlap, clock: Clock) -> State:
