@@ -64,7 +64,7 @@ def run(shape, codec=None, block=256, draw=False, **options):
         QGaLore(
             layer.weight.detach() if codec is None else layer.decode(),
             rank=3, every=4, phase=phase, scale=0.7, block=block, weight_block=None if codec is None else codec.block,
-            find=lambda g, layer=layer: ours(optimizer, layer.weight, left),
+            find=lambda g, layer=layer: ours(optimizer, layer.weight, left).clone(),
             draw=(lambda n, layer=layer: bits[layer].pop(0)[:n]) if draw else None, **LAZY, **HYPER,
         )
         for layer, phase in zip(layers, phases, strict=True)
