@@ -176,7 +176,7 @@ def test_momentum(corrected, dtype):
     state, m = {"moment.first": torch.zeros(3, 4, dtype=dtype)}, torch.zeros(3, 4, dtype=COMPLEX)
     for t in range(6):
         z = randn((3, 4), dtype, t)
-        clock = comoving.transport.Clock(torch.tensor(t + 1.0), 0.8, 0.95, t + 1)
+        clock = comoving.clock.Clock(torch.tensor(t + 1.0), 0.8, 0.95, t + 1)
         rule.absorb(z, state, clock)
         m = 0.8 * m + 0.2 * z
         direction = rule.direction(state, clock, 1e-8)
