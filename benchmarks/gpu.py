@@ -764,7 +764,7 @@ def _replayed(run: Run, recipe: str, on_nonfinite: str) -> Figures:
         except Exception as error:
             return {"passes": False, "why": "a step cannot be recorded, or its replay reads", **origin(error)}
         differences.append(_most(apart(ours, plain.update()).values()))
-        rows = sum(len(engine.opened(p)) for p, site in engine.roster.sites.items() if not site.plain)
+        rows = sum(len(engine.rows_of(p)) for p, site in engine.roster.sites.items() if not site.plain)
         if not rows:
             return {"passes": None, "why": "torch's AdamW steps all of it"}
         total += rows
