@@ -189,7 +189,7 @@ def test_experts_time_their_refreshes_one_by_one():
     for pair in zip(gradients((6, 9), 1, True), gradients((6, 9), 2, False), strict=True):
         p.grad = torch.stack(pair).float()
         optimizer.step()
-    lengthened = [int(optimizer.state[p][b]["cadence.lengthened"]) for b in ("0", "1")]
+    lengthened = [int(optimizer.state[p][f"{b}.cadence.lengthened"]) for b in ("0", "1")]
     assert lengthened[0] == 3 and lengthened[1] < 3
 
 
