@@ -1,6 +1,7 @@
 """Alike parameters stepped together are what each of them is alone."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from comoving.finders import Exact, Power
 from comoving.frames import Blocks, Modes
 from comoving.residual import Feedback, Sparse
 from comoving.rules import Adam
+from comoving.slots import Kind, Slot
 from comoving.transport import Carry, Reset
+from pretend import OnDevice, Pretend, install
 
 SHAPES = [(24, 16)] * 4 + [(16, 24)] * 2 + [(20, 12, 10)] * 3 + [(7,)]
 
@@ -107,6 +110,151 @@ def test_a_slot_that_was_replaced_or_written_to_counts():
                 o.state[m[2]]["moment.first"].zero_()
     for p, q in zip(*models, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@dataclass(frozen=True)
+class Lagged:
+    """A rule of the user's own that steps by the momentum of the step before, which it hands from slot to slot."""
+
+    momentum = "moment.first"
+    batched = linear = definite = elementwise = timeless = replays = replaces = True
+    corrected = total = False
+
+    def slots(self, shape):
+        return (Slot("moment.first", Kind.LINEAR), Slot("moment.last", Kind.LINEAR))
+
+    def recursion(self, clock):
+        return clock.beta1, 1 - clock.beta1
+
+    def absorb(self, z, state, clock):
+        state["moment.last"] = state["moment.first"]
+        state["moment.first"] = state["moment.first"].lerp(z, 1 - clock.beta1)
+
+    def direction(self, state, clock, eps):
+        return state["moment.last"] + state["moment.first"]
+
+
+def test_a_slot_may_take_over_the_tensor_of_another():
+    results = []
+    for entries in (2**16, 0):
+        m = model(shapes=[(24, 16)] * 3)
+        optimizer = LowRankOptimizer(m.parameters(), 1e-2, 4, rule=Lagged(), transport=Reset(), refresh_every=4)
+        optimizer.stacked_entries = entries
+        for step in range(7):
+            give(m, step)
+            optimizer.step()
+        results.append(m)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_later_steps_leave_what_was_given_out_as_it_was():
+    models, optimizers = pair("comoving", refresh_every=3)
+    kept = []
+    for step in range(9):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step)
+            o.step()
+        if step == 3:
+            kept = [(o.state_dict(), [p.detach().clone() for p in m]) for m, o in zip(models, optimizers, strict=True)]
+    for m, o, (state, weights) in zip(models, optimizers, kept, strict=True):
+        o.load_state_dict(state)
+        with torch.no_grad():
+            for p, w in zip(m, weights, strict=True):
+                p.copy_(w)
+        for step in range(4, 9):
+            give(m, step)
+            o.step()
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("edit", ["data", "count", "taken away"])
+def test_what_tools_do_to_states_counts(edit):
+    models, optimizers = pair("tucker-adam")
+    for step in range(8):
+        for m, o in zip(models, optimizers, strict=True):
+            give(m, step, idle={1} if edit == "taken away" and step in {4, 5} else ())
+            o.step()
+            state = o.state[m[1]] if m[1] in o.state else {}
+            if step == 3 and edit == "data":
+                for x in state.values():
+                    if isinstance(x, torch.Tensor):
+                        x.data = x.data * 0.5 if x.is_floating_point() and x.ndim > 1 else x.data.clone()
+            elif step == 3 and edit == "count":
+                state["step"].zero_()
+            elif step == 3:
+                del o.state[m[1]]
+        if edit == "taken away" and step in {3, 4, 5}:
+            assert all(m[1] not in o.state for m, o in zip(models, optimizers, strict=True))
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    assert [float(o.state[m[1]]["step"]) for m, o in zip(models, optimizers, strict=True)] == (
+        {"data": [8, 8], "count": [4, 4], "taken away": [2, 2]}[edit]
+    )
+
+
+def test_rows_that_missed_different_steps_have_counts_of_their_own(monkeypatch):
+    """On a device, where the host does not know which of them were skipped."""
+    install(monkeypatch)
+    results = []
+    for entries in (2**16, 0):
+        with Pretend():
+            m = [nn.Parameter(OnDevice(p.detach())) for p in model(torch.float32, [(12, 8)] * 3)]
+            optimizer = LowRankOptimizer(m, 1e-2, 4, refresh_every=3, on_nonfinite="skip")
+            optimizer.stacked_entries = entries
+            for step in range(9):
+                for i, p in enumerate(m):
+                    g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+                    g[0, 0] = torch.nan if step == 3 else g[0, 0]
+                    p.grad = None if (i, step) in {(0, 3), (1, 5)} else OnDevice(g)
+                optimizer.step()
+            results.append([p.own for p in m])
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_write_that_fails_leaves_all_rows_as_they_were(monkeypatch):
+    m = model(torch.bfloat16, [(24, 16)] * 3)
+    optimizer = build("comoving", m, 1e-2, rounding="stochastic", refresh_every=3)
+    for step in range(4):
+        give(m, step)
+        optimizer.step()
+    before, calls = [p.detach().clone() for p in m], []
+    rounded = comoving.rounding.stochastic_bfloat16
+
+    def fails(x, random):
+        calls.append(x)
+        if len(calls) == 2:
+            raise MemoryError("no more")
+        return rounded(x, random)
+
+    give(m, 4)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(comoving.rounding, "stochastic_bfloat16", fails)
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(m, before, strict=True))
+    assert [float(optimizer.state[p]["step"]) for p in m] == [4] * 3
+
+
+def test_experts_whose_step_failed_keep_one_batch(monkeypatch):
+    p = nn.Parameter(model(shapes=[(6, 12, 10)])[0].detach())
+    optimizer = LowRankOptimizer([p], 1e-2, 3, frame=Blocks(), refresh_every=2)
+    for step in range(8):
+        give([p], step)
+        if step % 2:
+            with monkeypatch.context() as patch, pytest.raises(MemoryError):
+                patch.setattr(Adam, "direction", lambda *_: (_ for _ in ()).throw(MemoryError()))
+                optimizer.step()
+        optimizer.step()
+        assert len(formed(optimizer)) <= 1
+    for name in [name for name in optimizer.state[p] if name.startswith("2.")]:
+        del optimizer.state[p][name]
+    optimizer.step()
+    assert float(optimizer.state[p]["2.step"]) == 1
+    optimizer.state[p].clear()
+    optimizer.step()
+    assert float(optimizer.state[p]["0.step"]) == 1
 
 
 def test_another_dict_of_states_counts():

@@ -11,7 +11,7 @@ into what is stacked, so that the views stay what they are; while nobody else re
 Where some rows of a batch have no gradient, or are stepped alone, the others are gathered, and written back.
 """
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import is_, itemgetter
 from typing import Any, Protocol, TypeGuard, cast
@@ -65,6 +65,10 @@ class Row:
             self._section = Section(whole, self.block)
         return self._section
 
+    def look_again(self) -> None:
+        """Slots of the block may have been added or taken away by others."""
+        self._section = None
+
     @property
     def prefix(self) -> str:
         """How its slots' names begin in the state of the parameter."""
@@ -72,7 +76,8 @@ class Row:
 
     def cell(self) -> Cell:
         """Its state, with the ranks that it asks for."""
-        return Cell.of(self.kind.at(slots.current(self.site, self.kind.group, self.state)), self.state)
+        kind = self.kind.at(slots.current(self.site, self.kind.group, self.state))
+        return Cell.of(kind, self.state, 0, self.site.name)
 
 
 class Together(Protocol):
@@ -121,7 +126,8 @@ class Alone:
         """The row's state, as it is in the cell."""
         state, new = self.rows[0].state, cell.flat()
         if self._shown:
-            new = {name: _into(state.get(name), x) for name, x in new.items()}
+            own = _apart(new, state)
+            new = {name: _into(state.get(name), x) for name, x in own.items()}
         slots.commit(state, new)
 
     def count(self) -> None:
@@ -147,7 +153,7 @@ class Gathered:
         for name, x in states[0].items():
             alone = not isinstance(x, Tensor) or name in self.kind.shared or name == "step"
             own[name] = x if alone else torch.stack([state[name] for state in states])
-        return Cell.of(self.kind, own, 1)
+        return Cell.of(self.kind, own, 1, _names(self.rows))
 
     def commit(self, cell: Cell) -> None:
         """Each row's part of the cell, into its own tensors."""
@@ -198,28 +204,35 @@ class Batch:
         self._show(self._tensors)
 
     def stands(self) -> bool:
-        """Whether the states of all rows still are views of what is stacked."""
+        """Whether the states of all rows still are views of what is stacked, and agree where they have to.
+
+        That another tensor's memory was put into a view (``x.data = ...``), as by tools that move whole states, is told
+        by one slot of each row.
+        """
+        states: Mapping[Tensor, dict[str, Any]] = self.rows[0].owner.state
         try:
-            states = self.rows[0].owner.state
-            tick = states[self.rows[0].p][self._shown[0][2]]
-            for row, (shown, views, ticks, core) in zip(self.rows, self._shown, strict=True):
-                whole = states[row.p]
+            tick = states.get(self.rows[0].p, {})[self._shown[0][2]]
+            for row, (shown, views, ticks, core), place in zip(self.rows, self._shown, self._places, strict=True):
+                whole = states.get(row.p, {})
                 if whole[ticks] != tick or core in whole or not all(map(is_, shown(whole), views)):
+                    return False
+                if views[-1].data_ptr() != place:
                     return False
         except KeyError:
             return False
-        return True
+        counts = (x.numpy() for name in self._alike() if (x := self._tensors[name]).device.type == "cpu")
+        return all(bool((own == own[0]).all()) for own in counts)
 
     def cell(self) -> Cell:
         """What is stacked; of what is the same for all, the first row's."""
         own = self._tensors | {"tick": self.rows[0].state["tick"]}  # rows may have been stepped one by one
         for name in self._alike():
             own[name] = own[name][0]
-        return Cell.of(self.kind, own, 1)
+        return Cell.of(self.kind, own, 1, _names(self.rows))
 
     def commit(self, cell: Cell) -> None:
         """Write the cell into what is stacked; slots that are new, or of another shape, are shown anew."""
-        new, alike, count = cell.flat(), self._alike(), len(self.rows)
+        new, alike, count = _apart(cell.flat(), self._tensors), self._alike(), len(self.rows)
         self._tick(new.pop("tick"))
         fresh, targets, values = dict[str, Any](), list[Tensor](), list[Tensor]()
         for name, own in new.items():
@@ -252,6 +265,8 @@ class Batch:
         """Give each row that still shows its part of a tensor one of its own, so that none keeps the others' alive."""
         names = [name for name, x in self._tensors.items() if isinstance(x, Tensor)]
         for row, (_, views, _, _) in zip(self.rows, self._shown, strict=True):
+            if row.p not in row.owner.state:
+                continue
             state = row.state
             for name, view in zip(names, views[1:], strict=True):
                 if state.get(name) is view:
@@ -277,6 +292,12 @@ class Batch:
             known = (row.prefix + name for name in ("step", *names))  # two at least: of one no tuple would be shown
             shown = cast("itemgetter[Any]", itemgetter(*known))
             self._shown.append((shown, shown(row.owner.state[row.p]), f"{row.prefix}tick", row.prefix + slots.CORE))
+        self._places = [views[-1].data_ptr() for _, views, _, _ in self._shown]
+
+
+def _names(rows: Sequence[Row]) -> str:
+    """What rows are called in messages."""
+    return ", ".join(row.site.name for row in rows[:3]) + (" ..." if len(rows) > 3 else "")
 
 
 def _rows_of(x: Any, count: int, shared: bool) -> Sequence[Any]:
@@ -295,6 +316,20 @@ def _has_room(old: Any, x: Any) -> TypeGuard[Tensor]:
         and old.dtype == x.dtype
         and old.device == x.device
     )
+
+
+def _apart(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """New values, copied where they lie in the memory of an old one that is about to be written to."""
+    places = {_memory(x) for x in old.values() if isinstance(x, Tensor)}
+    return {
+        name: x.clone() if isinstance(x, Tensor) and x is not old.get(name) and _memory(x) in places else x
+        for name, x in new.items()
+    }
+
+
+def _memory(x: Tensor) -> int:
+    """What tells the memory of one tensor from that of another."""
+    return x.untyped_storage()._cdata  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
 
 def _into(old: Any, x: Any) -> Any:

@@ -59,6 +59,7 @@ class Cell:
         host: what no part sees: ranks that are asked for, seeds of rounding, and what somebody else put into the state.
         open: None before the first gradient.
         recorded: whether the step is recorded, to be replayed at other counts and rates.
+        name: what its rows are called in messages.
     """
 
     kind: Kind
@@ -75,13 +76,14 @@ class Cell:
     host: dict[str, Any] = field(default_factory=dict[str, Any])
     open: Open | None = None
     recorded: bool = False
+    name: str = ""
     _frame: Frame | None = None
     _stored: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @classmethod
-    def of(cls, kind: Kind, state: Mapping[str, Any], rows: int = 0) -> "Cell":
+    def of(cls, kind: Kind, state: Mapping[str, Any], rows: int = 0, called: str = "") -> "Cell":
         """The cell of a state with flat names."""
-        cell = cls(kind, rows, state["tick"], state["step"], figures=state.get(SLOT))
+        cell = cls(kind, rows, state["tick"], state["step"], figures=state.get(SLOT), name=called or kind.site.name)
         known, kept = kind.moments, kind.declared["residual"]
         for name, x in state.items():
             if name in known:
@@ -139,7 +141,7 @@ class Cell:
             if more:
                 part = f"{parts.rule} or transport {parts.transport}" if role == "rule" else getattr(parts, role)
                 raise RuntimeError(
-                    f"{self.kind.site.name}: {role} {part} keeps {', '.join(map(repr, more))}, which it does not "
+                    f"{self.name}: {role} {part} keeps {', '.join(map(repr, more))}, which it does not "
                     f"declare as slots; nothing was changed"
                 )
 

@@ -67,14 +67,17 @@ class Engine:
     def __init__(self, owner: Owner, roster: Roster, seed: int) -> None:
         self.owner, self.roster, self.seed = owner, roster, seed
         self.adapting = Adapting(roster)
+        self._batch_of: dict[Row, Batch] = {}
+        self._missed: dict[Tensor, int] = {}
         self.forget()
 
     def forget(self) -> None:
         """What was decided about parameters has changed, or what their kinds follow from."""
+        for batch in self.batches:  # one after the other, so that no more than one is there twice
+            self._end(batch)
         self._kinds: dict[tuple[Tensor, str | None], Kind] = {}
         self._alike: dict[Any, Kind] = {}
         self._rows: dict[tuple[Tensor, str | None], Row] = {}
-        self._batch_of: dict[Row, Batch] = {}
         if self.replays is not None:
             self.replays.forget()
 
@@ -105,10 +108,10 @@ class Engine:
             site, kind = self.roster.sites[p], self.kind(p, block)
             site = site if block is None else site.block(int(block))
             row = self._rows[p, block] = Row(p, block, site, kind, self.owner)
-        state = row.state
-        if "step" not in state:
+        if "step" not in row.state:
+            row.look_again()  # some tool may have taken its slots away
             scalars = self.scalar_device(p, row.site)
-            state.update(slots.initial_state(row.site, row.kind.group, p, scalars, self.seed))
+            row.state.update(slots.initial_state(row.site, row.kind.group, p, scalars, self.seed))
         return row
 
     def rows_of(self, p: Tensor) -> list[Row]:
@@ -174,11 +177,14 @@ class Engine:
                 found.append(batch)
             else:
                 alone += self._of_a_kind(kind, mates, found)
+        standing: dict[Batch, bool] = {}
         for row in alone:
             batch = self._batch_of.get(row)
-            stands = batch is not None and batch.stands()
-            if batch is not None and not stands:
-                self._end(batch)
+            if batch is not None and batch not in standing:
+                standing[batch] = batch.stands()
+                if not standing[batch]:
+                    self._end(batch)
+            stands = batch is not None and standing[batch]
             found.append(Alone(row, shown=stands or (self.replays is not None and row.kind.replays)))
         return found
 
@@ -187,10 +193,10 @@ class Engine:
         every = self.owner.param_groups[kind.number]["refresh_every"]
         sorts: dict[Any, list[Row]] = {}
         for row in mates:
-            sorts.setdefault(kind.now(row.state), []).append(row)
+            sorts.setdefault(kind.now(row.state, self._missed.get(row.p, 0)), []).append(row)
         alone = sorts.pop(None, [])
         for few in (rows[i : i + kind.most] for rows in sorts.values() for i in range(0, len(rows), kind.most)):
-            due = [row for row in few if kind.alone and _scheduled(row, every)]
+            due = {row: None for row in few if kind.alone and _scheduled(row, every)}
             rest = [row for row in few if row not in due] if due else few
             alone += due
             if len(rest) == 1:
@@ -201,12 +207,33 @@ class Engine:
                 found.append(batch if whole else Gathered(kind, rest))
         return alone
 
+    def written_in_place(self) -> set[Tensor]:
+        """The parameters whose next step may write into the tensors of their state, instead of replacing them."""
+        return {*self.owner.state} if self.replays is not None else {row.p for row in self._batch_of}
+
+    def idle(self, params: Iterable[Tensor], number: int) -> None:
+        """Note that parameters whose step counts the device alone knows had no gradient at the step of this number.
+
+        Whether that was skipped the host is not told: only those that missed the same steps have equal counts for sure.
+        """
+        for p in params:
+            self._missed[p] = hash((self._missed.get(p, 0), number))
+
+    def recount(self) -> None:
+        """Read the step counts from the device, once, where a state was loaded."""
+        for p, state in self.owner.state.items():
+            count = state.get("step")
+            if count is not None and count.device.type != "cpu":
+                self._missed[p] = int(count)
+
     def stacks(self, alike: Sequence[Tensor]) -> int:
         """How many of some parameters, alike but for their phases, are stepped together at most; 1 where none are."""
         kinds = Counter(kind for kind in map(self.kind, alike) if kind.stacks and kind.entries <= self.stacked_entries)
         return max((min(kind.most, count) for kind, count in kinds.items()), default=1)
 
     def _is(self, batch: Batch, rows: Sequence[Row]) -> bool:
+        if self._missed and len({self._missed.get(row.p, 0) for row in rows}) > 1:
+            return False
         return len(batch.rows) == len(rows) and all(map(is_, batch.rows, rows)) and batch.stands()
 
     def _joined(self, kind: Kind, rows: Sequence[Row]) -> Batch:
@@ -276,11 +303,9 @@ class Engine:
         if straight or all(store.shares for store in stores):
             copy_into(params if straight else [store.weights for store in stores], new)
         else:
-            for i, (store, w) in enumerate(zip(stores, new, strict=True)):
-                if store.shares:
-                    store.weights.copy_(w)
-                else:
-                    store.write(w, seeds[i : i + 1])
+            ready = [store.prepared(w, seeds[i : i + 1]) for i, (store, w) in enumerate(zip(stores, new, strict=True))]
+            for store, own in zip(stores, ready, strict=True):
+                store.write(own)
         which.commit(cell)
 
     def step_blocks(self, p: Tensor, gradient: Tensor, written: set[str]) -> None:
@@ -342,7 +367,7 @@ class Engine:
             return
         store = store_of(row.p, row.site)
         apply(cell, store.weights, now)
-        store.write(store.weights, rounding.advance(cell.host))
+        store.write(store.prepared(store.weights, rounding.advance(cell.host)))
 
     def _write_blocks(
         self, p: Tensor, rows: Sequence[Row], parts: Mapping[Row, Tensor] | None, written: set[str]
@@ -371,7 +396,7 @@ class Engine:
         if not waiting:
             return
         seeds = {row: seed for which, cell in waiting for row, seed in _seeds(which, cell)}
-        store.write(store.weights, [seeds[row] for row in rows if row in seeds])
+        store.write(store.prepared(store.weights, [seeds[row] for row in rows if row in seeds]))
         for which, cell in waiting:
             which.commit(cell)
         written.update(row.block or "" for row in rows)
@@ -398,7 +423,8 @@ class Engine:
                 for name in [name for name in state if name not in (before or ())]:
                     if name.partition(".")[0] not in written:
                         del state[name]
-                self._rows = {key: row for key, row in self._rows.items() if row.p is not p}
+                for block in (row for row in self._rows.values() if row.p is p):
+                    block.look_again()
             if before is None and not (blocks and self.owner.state.get(p)):
                 self.owner.state.pop(p, None)
             raise

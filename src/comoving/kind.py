@@ -158,8 +158,13 @@ class Kind:
         """The kind with the ranks of another site."""
         return self if site.ranks == self.site.ranks else replace(self, site=site)
 
-    def now(self, state: Mapping[str, Any]) -> Hashable:
-        """What the host knows of a row, by which rows are sorted; None where it has to be stepped alone now."""
+    def now(self, state: Mapping[str, Any], missed: int = 0) -> Hashable:
+        """What the host knows of a row, by which rows are sorted; None where it has to be stepped alone now.
+
+        Args:
+            state: of the row.
+            missed: what stands for the steps that it has missed, where the device alone knows its count.
+        """
         tick, t = state["tick"], state["step"]
         if self.site.projected and (
             tick <= 0
@@ -167,8 +172,9 @@ class Kind:
             or any(int(state[name]) != rank for name, rank in self.said.items())
         ):
             return None
-        count = float(t.numpy()) if t.device.type == "cpu" else None  # else the device's own, which agrees
-        if count is None and self.alone and self.parts.transport.restarts:
-            return None  # but where each row's begins anew with its own frames
+        on_host = t.device.type == "cpu"
+        if not on_host and self.alone and self.parts.transport.restarts:
+            return None  # each row's count begins anew with its own frames
+        count = float(t.numpy()) if on_host else missed
         host = (int(state[name]) for name in self.shared if name not in self.said)
         return (tick, count, state.get(slots.WINDOW), frozenset(state), *host)

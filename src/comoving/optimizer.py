@@ -191,6 +191,7 @@ class LowRankOptimizer(Optimizer):
 
     @stacked_entries.setter
     def stacked_entries(self, entries: int) -> None:
+        check_int("stacked_entries", entries, 0)
         self.engine.stacked_entries = entries
 
     @property
@@ -313,6 +314,7 @@ class LowRankOptimizer(Optimizer):
 
     def _served(self, p: Tensor) -> Site:
         self.roster.check_kept(p)
+        self.roster.check_edits()
         site = self.sites[p]
         if site.plain:
             raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
@@ -439,6 +441,8 @@ class LowRankOptimizer(Optimizer):
         for p in params:
             self.state.pop(p, None)
         self.roster.remove(params, index)
+        if self._backward is not None:
+            self._backward.leave(params)
 
     def limit(self) -> int | None:
         """The bytes that the budget allows the state of the projected parameters that are here; None without one."""
@@ -478,9 +482,16 @@ class LowRankOptimizer(Optimizer):
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``."""
+        """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``.
+
+        Later steps change nothing of it but the tensors of dense parameters, which are torch's AdamW's own.
+        """
         packed = super().state_dict()
-        packed["state"] = {key: dict(state) for key, state in packed["state"].items()}
+        lasting = self.engine.written_in_place()
+        packed["state"] = {
+            key: {name: x.clone() if p in lasting and isinstance(x, Tensor) else x for name, x in state.items()}
+            for p, (key, state) in zip(self.state, packed["state"].items(), strict=True)
+        }
         packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
         return packed
 
@@ -514,6 +525,8 @@ class LowRankOptimizer(Optimizer):
             self.state[p] = checkpoint.owned(state, p, site, group, self.engine.scalar_device(p, site))
         self.roster.forget_bytes()
         self.engine.forget()
+        self.engine.recount()
+        self._whole.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along: a window too, but for the hooks."""
@@ -533,5 +546,6 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self.roster.sites, self.roster.index, self.roster.fixed = own["sites"], own["index"], own["fixed"]
         self._guard.skipped, self.stacked_entries = own["skipped"], own["stacked_entries"]
+        self.engine.recount()
         if own["window"] is not None:
             self._backward = Backward(self, self._guard, own["window"])

@@ -133,12 +133,16 @@ class Roster:
                 f"{', '.join(changed)}: quantized or dequantized since this optimizer was built, or without the model "
                 f"that held the codes: call comoving.weights.quantize(model) first, then build the optimizer"
             )
+        self.check_edits()
+
+    def check_edits(self) -> None:
+        """Refuse edits of groups, as :meth:`check` does, and take note of those that are allowed."""
         for index, (group, fixed) in enumerate(zip(self.owner.param_groups, self.fixed, strict=True)):
             editable, before = {key: group[key] for key in _EDITABLE}, self._edited.get(index)
             if before != editable:
                 check_options(group)
                 self._edited[index] = editable
-                if before is not None and before[_PERIOD] != editable[_PERIOD]:
+                if before is None or before[_PERIOD] != editable[_PERIOD]:
                     self._changed()
             edited = [key for key, value in fixed.items() if group[key] != value]
             if edited:

@@ -72,7 +72,7 @@ class Backward:
         self._owner = owner  # whose engine does not keep it alive, as hooks have to
         self.engine, self.guard, self.window = owner.engine, guard, window
         engine = self.engine
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: dict[Tensor, list[RemovableHandle]] = {}
         engine.clips = window.clip is not None
         self.hook_into(engine.roster.sites)
 
@@ -80,8 +80,8 @@ class Backward:
         """Take up the gradients of these parameters too."""
         for p in params:
             if p.requires_grad:
-                self._hooks.append(p.register_hook(unserializable_hook(partial(_clear, p))))
-                self._hooks.append(p.register_post_accumulate_grad_hook(self._hook))
+                clearing = p.register_hook(unserializable_hook(partial(_clear, p)))
+                self._hooks[p] = [clearing, p.register_post_accumulate_grad_hook(self._hook)]
 
     def remove(self) -> None:
         """Leave gradients where they are from now on.
@@ -91,10 +91,17 @@ class Backward:
         """
         if any(True for _ in self._pending()):
             raise RuntimeError("a window is open, with gradients that are not in any p.grad: call step() first")
-        for hook in self._hooks:
-            hook.remove()
-        self.engine.clips = False
         self.clear()
+        self.leave([*self._hooks])
+        self.engine.clips = False
+
+    def leave(self, params: Iterable[Tensor]) -> None:
+        """Leave the gradients of these parameters where they are."""
+        for p in params:
+            for hook in self._hooks.pop(p, ()):
+                hook.remove()
+            _clear(p)
+            self.window.stepped.discard(p)
 
     def copied(self) -> Window:
         """The window, as a pickle or a deep copy takes it along."""

@@ -26,6 +26,10 @@ class Whole:
     def __init__(self, engine: Engine, guard: Guard) -> None:
         self.engine, self.guard = engine, guard
         self._owner: Owner = engine.owner
+        self._resume, self._steps = Resume(), 0
+
+    def forget(self) -> None:
+        """The state is another one: what a step that failed had stepped means nothing any more."""
         self._resume = Resume()
 
     def step(self) -> None:
@@ -69,10 +73,14 @@ class Whole:
         for p in ready:
             if sites[p].blocks:
                 self._step_blocks(p, done)
-        for p in group["params"]:
-            if p.grad is None and p in self._owner.state and engine.waiting(p):
+        idle = [p for p in group["params"] if p.grad is None and p in self._owner.state]
+        for p in idle:
+            if engine.waiting(p):
                 with guard.undo_whole([p]):
                     engine.write(p)
+        if idle and self.guard.on_nonfinite == "skip":
+            self._steps += 1
+            engine.idle(idle, self._steps)
         self._step_dense(group, [p for p in ready if sites[p].plain], done)
 
     def _step_blocks(self, p: Tensor, done: dict[Tensor, frozenset[str]]) -> None:

@@ -14,11 +14,15 @@ class Store(Protocol):
     shares: bool
     """Whether they are the parameter's own storage, so that a change is there at once, block by block."""
 
-    def write(self, weights: Tensor, seeds: Sequence[int]) -> None:
-        """Store changed weights; nothing where they are the parameter's own storage.
+    def prepared(self, weights: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Changed weights as they are written, which nothing can fail in but the writing itself.
 
         Args:
             weights: those of ``weights``, changed, or others of their shape.
             seeds: of random bits, where a store draws any: that of a parameter, or those of its blocks.
         """
+        ...
+
+    def write(self, prepared: Tensor) -> None:
+        """Store what :meth:`prepared` returned; nothing where that is the parameter's own storage."""
         ...

@@ -20,6 +20,10 @@ class Coded:
         self._codes, self._view = codes, view
         self.shares, self.weights = False, view.see(codes.decode())
 
-    def write(self, weights: Tensor, seeds: Sequence[int]) -> None:
-        """Encode them, rounded as their codec rounds."""
-        self._codes.encode(self._view.restore(weights))
+    def prepared(self, weights: Tensor, seeds: Sequence[int]) -> Tensor:
+        """In the weight's shape."""
+        return self._view.restore(weights)
+
+    def write(self, prepared: Tensor) -> None:
+        """Encode it, rounded as the codec rounds."""
+        self._codes.encode(prepared)

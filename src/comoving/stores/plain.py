@@ -20,7 +20,13 @@ class Plain:
         self.shares = storage is not None
         self.weights = view.see(p) if storage is None else storage
 
-    def write(self, weights: Tensor, seeds: Sequence[int]) -> None:
-        """Copy weights that are not the parameter's own storage back."""
-        if not (self.shares and weights is self.weights):
-            self._p.copy_(self._view.restore(weights))
+    def prepared(self, weights: Tensor, seeds: Sequence[int]) -> Tensor:
+        """In the parameter's shape."""
+        return weights if weights is self.weights else self._view.restore(weights)
+
+    def write(self, prepared: Tensor) -> None:
+        """Copy what is not the parameter's own storage back."""
+        if prepared is not self.weights:
+            self._p.copy_(prepared)
+        elif not self.shares:
+            self._p.copy_(self._view.restore(prepared))

@@ -20,9 +20,13 @@ class Rounded:
         self._p, self._view = p, view
         self.shares, self.weights = False, view.see(p)
 
-    def write(self, weights: Tensor, seeds: Sequence[int]) -> None:
-        """Round by random bits of these seeds; to the nearest without any."""
+    def prepared(self, weights: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Rounded by random bits of these seeds; to the nearest without any."""
         restored = self._view.restore(weights)
-        if seeds:
-            restored = rounding.stochastic_bfloat16(restored, rounding.generator(self._p.device, seeds))
-        self._p.copy_(restored)
+        if not seeds:
+            return restored
+        return rounding.stochastic_bfloat16(restored, rounding.generator(self._p.device, seeds))
+
+    def write(self, prepared: Tensor) -> None:
+        """Copy it."""
+        self._p.copy_(prepared)
