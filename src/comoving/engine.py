@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from . import rounding
 from . import state as slots
-from .batches import Alone, Batch, Gathered, Owner, Row, Together, copy_into
-from .cadence import When
+from .batches import Batch, Owner, Row, Together, copy_into
 from .cell import Cell
 from .kind import Kind
 from .likeness import likeness
@@ -24,6 +22,7 @@ from .rules.turn import Turn, turned
 from .schedule import SMALL
 from .section import blocks_in
 from .sites import Site
+from .sorting import Sorting, scheduled
 from .state import CORE
 from .steps import Now, absorb, apply
 from .stores import store_of
@@ -67,24 +66,17 @@ class Engine:
     def __init__(self, owner: Owner, roster: Roster, seed: int) -> None:
         self.owner, self.roster, self.seed = owner, roster, seed
         self.adapting = Adapting(roster)
-        self._batch_of: dict[Row, Batch] = {}
-        self._missed: dict[Tensor, int] = {}
+        self.sorting = Sorting(owner)
         self.forget()
 
     def forget(self) -> None:
         """What was decided about parameters has changed, or what their kinds follow from."""
-        for batch in self.batches:  # one after the other, so that no more than one is there twice
-            self._end(batch)
+        self.sorting.forget(self.roster.sites)
         self._kinds: dict[tuple[Tensor, str | None], Kind] = {}
         self._alike: dict[Any, Kind] = {}
         self._rows: dict[tuple[Tensor, str | None], Row] = {}
         if self.replays is not None:
             self.replays.forget()
-
-    @property
-    def batches(self) -> list[Batch]:
-        """Those that last, each once."""
-        return [*dict.fromkeys(self._batch_of.values())]
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
@@ -131,7 +123,7 @@ class Engine:
             return False
         site = slots.current(row.site, row.kind.group, row.state)
         every = self.owner.param_groups[row.kind.number]["refresh_every"]
-        return _scheduled(row, every) or not slots.at_its_ranks(site, row.kind.group, row.state)
+        return scheduled(row, every) or not slots.at_its_ranks(site, row.kind.group, row.state)
 
     def scalar_device(self, p: Tensor, site: Site) -> torch.device:
         """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""
@@ -159,101 +151,25 @@ class Engine:
             turn=self.turn,
         )
 
-    # -------------------------------------------------------------------------------------------------------- batches
+    # ------------------------------------------------------------------------------------------------------- batches
 
     def sorted_out(self, rows: Iterable[Row]) -> list[Together]:
         """Which rows are stepped together, and which alone."""
-        alike: dict[Kind, list[Row]] = {}
-        alone: list[Row] = []
-        for row in rows:
-            if row.kind.stacks and row.kind.entries <= self.stacked_entries:
-                alike.setdefault(row.kind, []).append(row)
-            else:
-                alone.append(row)
-        found: list[Together] = []
-        for kind, mates in alike.items():
-            batch = self._batch_of.get(mates[0])
-            if batch is not None and self._is(batch, mates) and not kind.alone:
-                found.append(batch)
-            else:
-                alone += self._of_a_kind(kind, mates, found)
-        standing: dict[Batch, bool] = {}
-        for row in alone:
-            batch = self._batch_of.get(row)
-            if batch is not None and batch not in standing:
-                standing[batch] = batch.stands()
-                if not standing[batch]:
-                    self._end(batch)
-            stands = batch is not None and standing[batch]
-            found.append(Alone(row, shown=stands or (self.replays is not None and row.kind.replays)))
-        return found
+        return self.sorting.sort(rows, self.stacked_entries, self.replays is not None)
 
-    def _of_a_kind(self, kind: Kind, mates: Sequence[Row], found: list[Together]) -> list[Row]:
-        """Add what is stepped together to what was found; returns the rows that are stepped alone."""
-        every = self.owner.param_groups[kind.number]["refresh_every"]
-        sorts: dict[Any, list[Row]] = {}
-        for row in mates:
-            sorts.setdefault(kind.now(row.state, self._missed.get(row.p, 0)), []).append(row)
-        alone = sorts.pop(None, [])
-        for few in (rows[i : i + kind.most] for rows in sorts.values() for i in range(0, len(rows), kind.most)):
-            due = {row: None for row in few if kind.alone and _scheduled(row, every)}
-            rest = [row for row in few if row not in due] if due else few
-            alone += due
-            if len(rest) == 1:
-                alone += rest
-            elif rest:
-                batch = self._joined(kind, few)
-                whole = len(rest) == len(batch.rows) and all(map(is_, rest, batch.rows))
-                found.append(batch if whole else Gathered(kind, rest))
-        return alone
+    @property
+    def batches(self) -> list[Batch]:
+        """Those that last, each once."""
+        return self.sorting.batches
 
     def written_in_place(self) -> set[Tensor]:
         """The parameters whose next step may write into the tensors of their state, instead of replacing them."""
-        return {*self.owner.state} if self.replays is not None else {row.p for row in self._batch_of}
-
-    def idle(self, params: Iterable[Tensor], number: int) -> None:
-        """Note that parameters whose step counts the device alone knows had no gradient at the step of this number.
-
-        Whether that was skipped the host is not told: only those that missed the same steps have equal counts for sure.
-        """
-        for p in params:
-            self._missed[p] = hash((self._missed.get(p, 0), number))
-
-    def recount(self) -> None:
-        """Read the step counts from the device, once, where a state was loaded."""
-        for p, state in self.owner.state.items():
-            count = state.get("step")
-            if count is not None and count.device.type != "cpu":
-                self._missed[p] = int(count)
+        return {*self.owner.state} if self.replays is not None else self.sorting.stacked()
 
     def stacks(self, alike: Sequence[Tensor]) -> int:
         """How many of some parameters, alike but for their phases, are stepped together at most; 1 where none are."""
         kinds = Counter(kind for kind in map(self.kind, alike) if kind.stacks and kind.entries <= self.stacked_entries)
         return max((min(kind.most, count) for kind, count in kinds.items()), default=1)
-
-    def _is(self, batch: Batch, rows: Sequence[Row]) -> bool:
-        if self._missed and len({self._missed.get(row.p, 0) for row in rows}) > 1:
-            return False
-        return len(batch.rows) == len(rows) and all(map(is_, batch.rows, rows)) and batch.stands()
-
-    def _joined(self, kind: Kind, rows: Sequence[Row]) -> Batch:
-        """The batch that all of these rows are in: their own, or one that is made of them."""
-        owners = dict.fromkeys(self._batch_of.get(row) for row in rows)
-        only = next(iter(owners))
-        if len(owners) == 1 and only is not None and only.stands():
-            return only
-        for batch in owners:
-            if batch is not None:
-                self._end(batch)
-        batch = Batch(kind, rows)
-        self._batch_of.update(dict.fromkeys(rows, batch))
-        return batch
-
-    def _end(self, batch: Batch) -> None:
-        batch.dissolve()
-        for row in batch.rows:
-            if self._batch_of.get(row) is batch:
-                del self._batch_of[row]
 
     # ---------------------------------------------------------------------------------------------------- all at once
 
@@ -428,13 +344,6 @@ class Engine:
             if before is None and not (blocks and self.owner.state.get(p)):
                 self.owner.state.pop(p, None)
             raise
-
-
-def _scheduled(row: Row, every: int) -> bool:
-    """Whether a refresh is scheduled for the next step of a row."""
-    state, cadence = row.state, row.kind.parts.cadence
-    own = {name: state[slots.CADENCE + name] for name in cadence.schema()}  # faster than a search for them
-    return state["tick"] <= 0 or cadence.due(own, When(state["tick"], every, row.site.phase))
 
 
 def _laid(which: Together, parts: Mapping[Row, Tensor]) -> Tensor:

@@ -525,7 +525,7 @@ class LowRankOptimizer(Optimizer):
             self.state[p] = checkpoint.owned(state, p, site, group, self.engine.scalar_device(p, site))
         self.roster.forget_bytes()
         self.engine.forget()
-        self.engine.recount()
+        self.engine.sorting.recount()
         self._whole.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -546,6 +546,6 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self.roster.sites, self.roster.index, self.roster.fixed = own["sites"], own["index"], own["fixed"]
         self._guard.skipped, self.stacked_entries = own["skipped"], own["stacked_entries"]
-        self.engine.recount()
+        self.engine.sorting.recount()
         if own["window"] is not None:
             self._backward = Backward(self, self._guard, own["window"])

@@ -80,7 +80,7 @@ class Whole:
                     engine.write(p)
         if idle and self.guard.on_nonfinite == "skip":
             self._steps += 1
-            engine.idle(idle, self._steps)
+            engine.sorting.idle(idle, self._steps)
         self._step_dense(group, [p for p in ready if sites[p].plain], done)
 
     def _step_blocks(self, p: Tensor, done: dict[Tensor, frozenset[str]]) -> None:
