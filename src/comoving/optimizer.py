@@ -544,7 +544,7 @@ class LowRankOptimizer(Optimizer):
         self.on_nonfinite, self.seed, self.budget = (state[name] for name in ("on_nonfinite", "seed", "budget"))
         self._begin()
         super().__setstate__(state)
-        self.roster.sites, self.roster.index, self.roster.fixed = own["sites"], own["index"], own["fixed"]
+        self.roster.restore(own["sites"], own["index"], own["fixed"])
         self._guard.skipped, self.stacked_entries = own["skipped"], own["stacked_entries"]
         self.engine.sorting.recount()
         if own["window"] is not None:

@@ -37,6 +37,7 @@ class Roster:
     def __init__(self, owner: Owner, budget: int | float | None, changed: Callable[[], None]) -> None:
         self.owner, self.budget, self._changed = owner, budget, changed
         self.sites: dict[Tensor, Site] = {}
+        self.blocked: set[Tensor] = set()  # those whose blocks have frames of their own
         self.index: dict[Tensor, int] = {}
         self.fixed: list[dict[str, Any]] = []
         self._edited: dict[int, dict[str, Any]] = {}
@@ -46,6 +47,11 @@ class Roster:
     def group_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter group of a parameter that is here."""
         return self.owner.param_groups[self.index[p]]
+
+    def restore(self, sites: dict[Tensor, Site], index: dict[Tensor, int], fixed: list[dict[str, Any]]) -> None:
+        """Take over what was decided for another optimizer, of which this is a copy."""
+        self.sites, self.index, self.fixed = sites, index, fixed
+        self.blocked = {p for p, site in sites.items() if site.blocks}
 
     # ------------------------------------------------------------------------------------------------------- deciding
 
@@ -105,12 +111,15 @@ class Roster:
         for i, (p, site) in enumerate(zip(params, sites, strict=True)):
             self.sites[p] = replace(site, phase=phase_of.get(i, 0))
             self.index[p] = index
+            if site.blocks:
+                self.blocked.add(p)
         self._changed()
 
     def remove(self, params: Sequence[Tensor], index: int) -> None:
         """Forget parameters whose group, of this number, was taken away."""
         for p in params:
             del self.sites[p]
+            self.blocked.discard(p)
         del self.fixed[index]
         self.index = {p: i for i, group in enumerate(self.owner.param_groups) for p in group["params"]}
         self.forget_bytes()

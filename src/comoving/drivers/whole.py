@@ -37,15 +37,21 @@ class Whole:
         self.engine.roster.check()
         self._check_closed()
         done, self._resume = self._resume.by_the_same_gradients(), Resume()
-        begun: list[Tensor] = []
+        again, begun = dict(done), list[Tensor]()
         groups, state = self._owner.param_groups, self._owner.state
+        whole = len(state) == len(self.engine.roster.sites)  # then there is none whose state is about to begin
         try:
             self.guard.inspect([p for group in groups for p in group["params"] if p.grad is not None])
             if self.guard.stops():
                 return
             for group in groups:
-                ready = [p for p in group["params"] if p.grad is not None and (p not in done or done[p])]
-                begun += [p for p in ready if p not in state]
+                ready = [p for p in group["params"] if p.grad is not None]
+                if again:
+                    ready = [p for p in ready if p not in again or again[p]]
+                if not whole:
+                    begun += [p for p in ready if p not in state]
+                    for p in ready:
+                        _ = state[p]  # is made, in the order of the parameters
                 self._step_group(group, ready, done)
         except BaseException as error:
             self._resume = Resume(done)
@@ -62,16 +68,15 @@ class Whole:
             self.guard.forget()
 
     def _step_group(self, group: dict[str, Any], ready: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
-        engine, guard, sites = self.engine, self.guard, self.engine.roster.sites
-        for p in ready:
-            _ = self._owner.state[p]  # is made, in the order of the parameters
-        rows = [engine.row(p) for p in ready if not sites[p].blocks]
-        for which in engine.sorted_out(row for row in rows if not row.site.plain):
+        engine, guard = self.engine, self.guard
+        blocked = engine.roster.blocked
+        rows = [engine.row(p) for p in ready if not blocked or p not in blocked]
+        for which in engine.sorted_out(row for row in rows if not row.kind.site.plain):
             with guard.undo(which):
                 engine.step(which, guard.gradient, guard.norms)
             done.update(dict.fromkeys((row.p for row in which.rows), WHOLE))
-        for p in ready:
-            if sites[p].blocks:
+        for p in ready if blocked else ():
+            if p in blocked:
                 self._step_blocks(p, done)
         idle = [p for p in group["params"] if p.grad is None and p in self._owner.state]
         for p in idle:
@@ -81,7 +86,7 @@ class Whole:
         if idle and self.guard.on_nonfinite == "skip":
             self._steps += 1
             engine.sorting.idle(idle, self._steps)
-        self._step_dense(group, [p for p in ready if sites[p].plain], done)
+        self._step_dense(group, [row.p for row in rows if row.kind.site.plain], done)
 
     def _step_blocks(self, p: Tensor, done: dict[Tensor, frozenset[str]]) -> None:
         written = set(done.get(p, WHOLE))
@@ -105,11 +110,10 @@ class Whole:
     def _check_closed(self) -> None:
         """Raise for gradients that a window has taken up and only stepping in the backward pass would finish."""
         state: dict[Tensor, dict[str, Any]] = self._owner.state
-        open_ = [
-            site.name
-            for p, site in self.engine.roster.sites.items()
-            if p in state and (WINDOW in state[p] or site.blocks and any(name.endswith(_OF_BLOCK) for name in state[p]))
-        ]
+        blocked = self.engine.roster.blocked
+        found = [p for p, own in state.items() if WINDOW in own]
+        found += [p for p in blocked if any(name.endswith(_OF_BLOCK) for name in state.get(p, ()))]
+        open_ = [self.engine.roster.sites[p].name for p in found if p in self.engine.roster.sites]
         if open_:
             raise RuntimeError(
                 f"{', '.join(open_[:5])}: the state was saved in the middle of a window of step_in_backward(), which "
