@@ -53,6 +53,7 @@ def pieces(sites: Sequence[Site], group: Mapping[str, Any], number: int) -> list
         alike.setdefault(key if small else place, []).append(place)
     cut: list[list[int]] = []
     for places in alike.values():
-        count = at_once(prod(sites[places[0]].view.shape))
+        most = at_once(prod(sites[places[0]].view.shape))
+        count = -(-len(places) // -(-len(places) // most))  # as even as they can be
         cut += [places[i : i + count] for i in range(0, len(places), count)]
     return cut

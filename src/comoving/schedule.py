@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 SMALL = 2**16
 """Up to how many entries what is alike is stepped together. Stacking copies gradients and weights; from here on that
 costs more than the operations that it saves: measured on one CPU thread."""
-_AT_ONCE = 2**18
+_AT_ONCE = 2**19
 """Entries of small alike units that refresh at the same step: more would be felt as a slow step, and fewer would leave
 most of what a batch saves."""
 
