@@ -348,3 +348,15 @@ def test_feedback_returns_what_the_codec_of_moments_rounds():
     used = unit.moments["moment.first"] * unit.residual["feedback.weight"] + unit.residual["feedback.momenta.value"]
     kept = unit.residual["feedback.gradients.value"] - unit.frame.lift(used)
     close(sums + 4.0 * m + kept, total, 1e-4)
+
+
+@CODED
+def test_frames_that_are_drawn_lie_beside_coded_moments_in_a_window(moments):
+    """Such a frame takes its dtype from the core, of which the state shows none but in codes."""
+    p, optimizer = lone(randn((12, 20)), moments=moments, frame=Seeded(), finder=RandomProjection(), rank=3)
+    before = p.detach().clone()
+    for t in range(3):
+        optimizer.absorb(p, randn((12, 20), seed=2 * t))
+        optimizer.absorb(p, randn((12, 20), seed=2 * t + 1))
+        optimizer.apply(p)
+    assert p.isfinite().all() and not torch.equal(p, before)

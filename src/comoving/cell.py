@@ -166,10 +166,14 @@ class Cell:
     @property
     def frame(self) -> Frame:
         """The frame that is here; the whole one of a dense parameter."""
+        return self.load(self.moments.get(self.kind.parts.rule.momentum))
+
+    def load(self, like: Tensor | None) -> Frame:
+        """The frame that is here; ``like`` is of the core's shape, for frames that do not store their directions."""
         if self._frame is None:
-            view, momentum = self.kind.site.view, self.moments.get(self.kind.parts.rule.momentum)
+            view = self.kind.site.view
             if self.kind.site.projected:
-                self._frame = stored_frame.load(self.kind.group, self.basis, view.shape, view.dtype, momentum)
+                self._frame = stored_frame.load(self.kind.group, self.basis, view.shape, view.dtype, like)
             else:
                 self._frame = ModeFrame((None,) * len(view.shape))
         return self._frame

@@ -202,7 +202,9 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
     compressed = by_modes if isinstance(parts.frame, Modes) else None
     cell.encode(moved=True)
     cell.check()
-    update = Update(lambda: cell.frame, compressed, opened.core, d, factor, shrink, rate, clock, now.eps, opened.size)
+    update = Update(
+        lambda: cell.load(opened.core), compressed, opened.core, d, factor, shrink, rate, clock, now.eps, opened.size
+    )
     parts.residual.write(weights, update, cell.residual, parts.codec)  # 6, 7
 
 
