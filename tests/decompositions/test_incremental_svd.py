@@ -6,22 +6,10 @@ from torch.autograd import gradcheck
 
 from comoving.decompositions import incremental_svd, turning
 from comoving.linalg import orthogonality_defect
-from contract.support import COMPLEX, REAL, randn
+from contract.support import COMPLEX, REAL, mixed, randn
 
 FIELDS = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32, torch.complex64], ids=str)
 DOUBLE = pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=str)
-
-
-def mixed(dtype):
-    """Ordinary matrices next to a zero one, one of rank 1, an orthonormal one and one of condition number 1e9."""
-    a = torch.randn(7, 12, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    a[1] = 0
-    a[2] = a[2, :, :1] @ a[2, :1]
-    a[3] = torch.linalg.qr(a[3]).Q
-    u, _, vh = torch.linalg.svd(a[4], full_matrices=False)
-    a[4] = (u * torch.tensor([1, 1e-3, 1e-6, 1e-9]).to(dtype)) @ vh
-    a[5] *= 1e6
-    return a
 
 
 def close_to(dtype):

@@ -19,6 +19,7 @@ from comoving.linalg import (
     to_unit,
     unit_size,
 )
+from contract.support import mixed
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.complex64, torch.float64, torch.complex128, torch.bfloat16], ids=str
@@ -88,18 +89,6 @@ def test_a_figure_lies_over_its_rows():
 # ---------------------------------------------------------------------------------------------------- orthonormal bases
 
 FIELDS = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32, torch.complex64], ids=str)
-
-
-def mixed(dtype):
-    """Ordinary matrices next to a zero one, one of rank 1, an orthonormal one and one of condition number 1e9."""
-    a = torch.randn(7, 12, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    a[1] = 0
-    a[2] = a[2, :, :1] @ a[2, :1]
-    a[3] = torch.linalg.qr(a[3]).Q
-    u, _, vh = torch.linalg.svd(a[4], full_matrices=False)
-    a[4] = (u * torch.tensor([1, 1e-3, 1e-6, 1e-9]).to(dtype)) @ vh
-    a[5] *= 1e6
-    return a
 
 
 @FIELDS
