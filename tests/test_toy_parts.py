@@ -46,6 +46,7 @@ class Coordinates:
 
     batched = True
     alone = False
+    joint = True
     fills = (ModeFrame,)
     inertia = 0.0
 

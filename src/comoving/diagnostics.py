@@ -38,22 +38,22 @@ STORED = ("total", "inside", "overlap", "defect", "error", "bound")
 """The figures in that slot, in working precision: |g~|, |z| and four of :data:`FIELDS`."""
 
 
-def measure(figures: Tensor, own: Tensor, core: Tensor) -> None:
+def measure(figures: Tensor, own: Tensor, inside: Tensor) -> None:
     """Write what a step without feedback shows into the figures, in place.
 
     Args:
         figures: (*rows, 6), in the order of :data:`STORED`.
         own: |g|, (*rows).
-        core: z.
+        inside: |z|, (*rows).
     """
-    figures[..., :2] = torch.stack([own, norm(core, figures.ndim - 1)], -1)
+    figures[..., :2] = torch.stack([own, inside], -1)
 
 
 def measure_kept(  # noqa: PLR0917
     figures: Tensor,
     own: Tensor,
     total: Tensor | None,
-    core: Tensor,
+    inside: Tensor,
     kept: Tensor,
     codec: Tensor,
     lost: Tensor,
@@ -63,15 +63,15 @@ def measure_kept(  # noqa: PLR0917
 
     Args:
         figures: (*rows, 6), in the order of :data:`STORED`.
-        own: |g|, (*rows), as are all but z.
+        own: |g|, (*rows), as are all.
         total: |g~| where it was measured; else |g~|^2 = |z|^2 + |e|^2, which holds while the frame stands.
-        core: z.
+        inside: |z|.
         kept: |e| before it is encoded.
         codec: bound on the codec's error.
         lost: b1/(1 - b1) |F m - F' m'|.
         whole: whether z is all of g~ inside the frame; later gradients of an accumulation window leave e aside, q is 1.
     """
-    inside, tiny = norm(core, figures.ndim - 1), torch.finfo(figures.dtype).tiny
+    tiny = torch.finfo(figures.dtype).tiny
     total = torch.hypot(inside, kept) if total is None else total
     q = (1 + _rounding(figures) - (inside / total.clamp_min(tiny)).square()).clamp_min(0).sqrt()
     bound = (q if whole else 1) * (own + figures[..., 5]) + lost + codec

@@ -14,6 +14,7 @@ from . import rounding
 from . import state as slots
 from .batches import Batch, Owner, Row, Together, copy_into
 from .cell import Cell
+from .comm import LOCAL, Comm
 from .kind import Kind
 from .likeness import likeness
 from .ranks.adapting import Adapting
@@ -58,6 +59,8 @@ class Engine:
     """Whether a driver wants to know what gradients have outside their frames."""
     replays: "Replays | None" = None
     """What replays steps that were recorded, where a driver does; states are written to in place then."""
+    comm: Comm = LOCAL
+    """What joins the gradients of several processes, where a driver takes them up before they are averaged."""
     counts_on_device: bool = False
     """Whether step counts lie beside the parameters, so that no host has to know them."""
     stacked_entries: int = SMALL
@@ -149,6 +152,7 @@ class Engine:
             scope=self.refresh_scope,
             clips=self.clips,
             turn=self.turn,
+            comm=self.comm,
         )
 
     # ------------------------------------------------------------------------------------------------------- batches

@@ -16,12 +16,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import diagnostics
 from . import state as slots
 from .cadence import When
 from .cell import Cell, Open
+from .comm import Comm
 from .finders import Operand
 from .frames import Frame, Modes
 from .frames import stored as stored_frame
@@ -50,6 +52,7 @@ class Now:
         scope: the context of a refresh: a timer or profiler range.
         clips: whether a window wants to know the norm of what its gradients have outside the frame.
         turn: step 5 of rules that do without the host's clock; it may be compiled.
+        comm: joins what several processes see of a gradient.
     """
 
     lr: float | Tensor
@@ -65,6 +68,7 @@ class Now:
     scope: Callable[[], AbstractContextManager[Any]]
     clips: bool
     turn: Turn
+    comm: Comm
 
     def due(self, cell: Cell) -> bool:
         """Whether the next gradient brings a new frame; a loaded one of other ranks does not fit, and is at once."""
@@ -104,6 +108,8 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
     size = size if seen is given else None
     parts.finder.observe(seen, cell.finder, cell.rows)
     restored = parts.residual.restore(seen, passage, first, cell.residual, parts.codec)  # 2
+    if not now.comm.alone:
+        restored = replace(restored, comm=now.comm)
     if due:
         with now.scope():
             restored = restored.measured() if cell.figures is not None else restored
@@ -116,7 +122,7 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
     rest = _outside(kept, seen, own, None if cell.open is None else cell.open.rest, cell.rows) if now.clips else None
     if cell.figures is not None:
         given_size = norm(seen, cell.rows) if size is None else size
-        _measure(cell, passage, given_size, total, own, kept, first)
+        _measure(cell, passage, given_size, total, own, kept, first, now)
     held = size if parts.residual.holds and first else None
     if cell.open is None:
         cell.open = Open(z, held, rest, refreshed=due and kind.site.deferred)
@@ -151,7 +157,7 @@ def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
     warm = cell.tick > 0 and old is not None and any(r is not None for r in old.ranks)
     new: Frame = parts.finder.find(looked_at, start, warm, cell.finder)
     cell.cadence |= parts.cadence.refreshed(cell.cadence, start if warm else None, new, now.when(cell))
-    if cell.tick <= 0 and asks_host(seen.dense) and not bool(seen.dense.any()):
+    if cell.tick <= 0 and asks_host(seen.dense) and not bool(now.comm.largest(seen.dense.any().float())):
         cell.tick = -1  # nothing was to be seen so far: look again at the next step
     basis = dict(cell.basis)
     new = stored_frame.put(kind.group, basis, new, old, site.view.shape, now.key)
@@ -225,17 +231,35 @@ def _outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | N
 
 
 def _measure(  # noqa: PLR0917
-    cell: Cell, passage: Passage, size: Tensor, total: Tensor | None, z: Tensor, kept: Tensor | None, first: bool
+    cell: Cell,
+    passage: Passage,
+    size: Tensor,
+    total: Tensor | None,
+    z: Tensor,
+    kept: Tensor | None,
+    first: bool,
+    now: Now,
 ) -> None:
     """Write what :mod:`comoving.diagnostics` asks for into figures of the cell's own."""
     parts = cell.kind.parts
     assert cell.figures is not None
-    cell.figures = cell.figures.clone()
+    cell.figures, inside = cell.figures.clone(), norm(z, cell.rows)
     if kept is None:
-        diagnostics.measure(cell.figures, size, z)
-    else:
-        lost, rounded = passage.reentry * passage.lost(), parts.residual.error(cell.residual, parts.codec, cell.rows)
-        diagnostics.measure_kept(cell.figures, size, total, z, kept, rounded, lost, first)
+        size, inside = _of_all(now.comm, size, inside)
+        diagnostics.measure(cell.figures, size, inside)
+        return
+    lost, rounded = passage.reentry * passage.lost(), parts.residual.error(cell.residual, parts.codec, cell.rows)
+    size, inside, kept, lost, rounded = _of_all(now.comm, size, inside, kept, lost, rounded)
+    total = None if total is None else now.comm.norm(total)
+    diagnostics.measure_kept(cell.figures, size, total, inside, kept, rounded, lost, first)
+
+
+def _of_all(comm: Comm, *norms: Tensor) -> tuple[Tensor, ...]:
+    """Norms of tensors of which each process may have some entries; at once."""
+    if comm.alone:
+        return norms
+    lead = max((x.shape for x in norms), key=len)
+    return comm.norm(torch.stack([x.to(norms[0].device).expand(lead) for x in norms])).unbind()
 
 
 def _copy(names: set[str], cell: Cell, stored: dict[str, Tensor]) -> None:

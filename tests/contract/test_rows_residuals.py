@@ -79,11 +79,11 @@ class Run:
             assert lost.ndim == rows
             own = norm(g, rows)
             if kept is None:
-                measure(self.figures, own, z)
+                measure(self.figures, own, norm(z, self.figures.ndim - 1))
             else:
                 assert kept.ndim == rounded.ndim == rows
                 total = None if turned is None else own
-                measure_kept(self.figures, own, total, z, kept, rounded, lost, opening)
+                measure_kept(self.figures, own, total, norm(z, self.figures.ndim - 1), kept, rounded, lost, opening)
             if residual.rescales:
                 self.seen.append(residual.size(core, torch.zeros_like(own) if kept is None else kept, state))
             self.seen += [lost, self.figures.clone(), *([] if kept is None else [kept, rounded])]

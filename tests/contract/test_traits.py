@@ -286,6 +286,7 @@ ELSEWHERE = {
     "feeds": "test_parts.py, test_residuals_that_feed and those that do not",
     "fills": "tests/finders/test_matrix.py, by what is refused",
     "makes": "likewise",
+    "joint": "test_joint_finders.py",
     "modal": "tests/frames/test_sparse.py, by what is refused",
     "signed": "test_rows_codecs.py",
     "replays": "test_graphs.py, test_every_part_that_replays_is_replayed_here",

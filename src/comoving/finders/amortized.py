@@ -30,6 +30,7 @@ class Amortized(Memoryless):
     fills = (ModeFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
     inertia: ClassVar[float] = 0.0
 
     iterations: int = 1
@@ -57,6 +58,6 @@ class Amortized(Memoryless):
 
 def _left(operand: Operand, mode: int, right: Tensor, u: Tensor) -> Tensor:
     """orth(B Q); the trace of U holds the directions that B leaves open."""
-    size = peak(right, operand.rows).clamp_min(torch.finfo(right.dtype).tiny)
+    size = operand.comm.largest(peak(right, operand.rows)).clamp_min(torch.finfo(right.dtype).tiny)
     product = to_unit(operand.correlate(mode, right / over(size, right)), operand.rows)
     return orthonormalize(product.add_(u, alpha=4 * torch.finfo(product.dtype).eps))

@@ -31,6 +31,10 @@ class Finder(Protocol):
     """Whether each frame is refreshed alone, at steps of its own: batches are stepped in between, and :meth:`find` sees
     none."""
 
+    joint: ClassVar[bool]
+    """Whether it sees nothing but what an operand's methods return, so that processes may have it together: they come
+    to the same frame, and none sends its gradient whole."""
+
     @property
     def fills(self) -> tuple[type, ...]:
         """The types of frames that it can find; others are refused at construction."""
@@ -87,8 +91,10 @@ class Memoryless:
 
 
 def peak(x: Tensor, rows: int) -> Tensor:
-    """The largest |entry| of each row, real, (*rows)."""
+    """The largest |entry| of each row, real, (*rows); 0 where there is none."""
     sizes = x.abs()
+    if not sizes.numel():
+        return sizes.new_zeros(x.shape[:rows])
     return each_row(sizes, rows).amax(-1) if rows else sizes.amax()
 
 
@@ -99,6 +105,10 @@ def unless_zero(x: Tensor, found: Tensor, start: Tensor, rows: int) -> Tensor:
 
 
 class _Filling(Protocol):
+    joint: ClassVar[bool]
+    """Whether it sees nothing but what an operand's methods return, so that processes may have it together: they come
+    to the same frame, and none sends its gradient whole."""
+
     @property
     def fills(self) -> tuple[type, ...]: ...  # noqa: D102
 

@@ -28,6 +28,7 @@ class BlockSelection:
     fills = (SparseFrame,)
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
 
     inner: Finder = field(default_factory=Power)
 

@@ -43,6 +43,7 @@ class Correlation:
     fills = (ModeFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
 
     rate: float = 0.1
     recalibrate: int = 5

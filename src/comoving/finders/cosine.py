@@ -29,6 +29,7 @@ class CosineSelection(Memoryless):
     fills = (CosineFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
 
     inertia: float = 0.9
     norm: int = 2

@@ -47,6 +47,7 @@ class Exact(Memoryless):
     fills = (ModeFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
 
     inertia: float = 0.0
     sweeps: int = 0

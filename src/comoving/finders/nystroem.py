@@ -51,6 +51,7 @@ class Nystroem:
     fills = (ModeFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
 
     inertia: float = 0.9
     samples: int | float = 2.0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..frames import ModeFrame
-from ..linalg import norm, orthonormalize, over
+from ..linalg import orthonormalize, over
 from ..validate import check_choice, check_float
 from .base import Memory, Memoryless, check_start, peak
 from .operand import Operand
@@ -35,6 +35,7 @@ class Oja(Memoryless):
     fills = (ModeFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
 
     inertia: float = 0.9
     rate: float = 1.0
@@ -54,8 +55,8 @@ class Oja(Memoryless):
 
     def _turned(self, operand: Operand, mode: int, u: Tensor) -> Tensor:
         z = operand.contract(mode, u)
-        size = peak(z, operand.rows).clamp_min(torch.finfo(z.dtype).tiny)
+        size = operand.comm.largest(peak(z, operand.rows)).clamp_min(torch.finfo(z.dtype).tiny)
         z = z.div_(over(size, z))
         # z has an entry of size 1, or is zero.
-        energy = norm(z, operand.rows).square().clamp_min(1) / (self.rate * u.shape[-1])
+        energy = operand.size(z).square().clamp_min(1) / (self.rate * u.shape[-1])
         return orthonormalize(operand.correlate(mode, z).div_(over(size, u)).div_(over(energy, u)).add_(u))

@@ -8,10 +8,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..comm import LOCAL, Comm
 from ..decompositions import fibres
 from ..draws import gaussian
 from ..frames import Frame, ModeFrame, Overlap
-from ..linalg import all_but_one, correlate, gram, inner, multilinear, norm, over
+from ..linalg import all_but_one, correlate, gram, inner, largest, multilinear, norm, over
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class Operand:
     """O = share * x + F w, with x dense, and w the coordinates of a second term in a frame F; or a row of them.
 
     Finders see it only through contractions, so that F w is not formed for a matrix with one compressed side, and so
-    that ranks that share the work would have one place to sum over.
+    that processes that share it have one place to join what each of them has: x and w are this one's, and what
+    :meth:`contract`, :meth:`correlate` and the like return is of the operand of all. Where its mode ``comm.split`` is
+    shared out, which no frame compresses then, so it is in what :meth:`contract` returns; all else is returned whole.
 
     Args:
         dense: x of shape (*rows, d_1, ..., d_N).
@@ -30,6 +33,7 @@ class Operand:
         past: the frame so far and the rule's momentum in it, for finders that follow momentum in ways of their own;
             None where the parameter had no frame before.
         rows: leading dimensions that count rows; each row is an operand of its own, and share is that of all.
+        comm: joins what processes have of it.
     """
 
     dense: Tensor
@@ -39,6 +43,7 @@ class Operand:
     inside: Tensor | None = None
     past: tuple[Frame, Tensor] | None = None
     rows: int = 0
+    comm: Comm = LOCAL
 
     def mix(self, share: float, frame: Frame, core: Tensor) -> "Operand":
         """share * O + F core; the frame must be O's own where O has one."""
@@ -53,7 +58,7 @@ class Operand:
         return replace(self, inside=self.frame.project(self.dense))
 
     def norm(self) -> Tensor:
-        """|O|, real, (*rows), from |share x + F w|^2 = share^2 |x|^2 + 2 share Re<F^H x, w> + |w|^2."""
+        """|O| of what is here, real, (*rows), from |share x + F w|^2 = share^2 |x|^2 + 2 share Re<F^H x, w> + |w|^2."""
         if self.frame is None or self.core is None:
             return norm(self.dense, self.rows) * self.share
         inside = self.frame.project(self.dense) if self.inside is None else self.inside
@@ -63,7 +68,7 @@ class Operand:
         return unit * ((first / unit).square() + (second / unit).square() + 2 * cross).clamp_min(0).sqrt()
 
     def project(self, frame: Frame, overlap: Overlap | None) -> Tensor:
-        """Coordinates F'^H O in a frame F', whose overlap with O's own is given, or None where it is the same frame."""
+        """Coordinates F'^H O of what is here in a frame F', with its overlap with O's own, or None for the same."""
         z = frame.project(self.dense)
         if self.core is None:
             return z if self.share == 1.0 else z * self.share
@@ -77,15 +82,21 @@ class Operand:
     @property
     def shape(self) -> tuple[int, ...]:
         """(d_1, ..., d_N), the shape of one row."""
-        return tuple(self.dense.shape[self.rows :])
+        shape, split = list(self.dense.shape[self.rows :]), self.comm.split
+        if split is not None:
+            shape[split] = self.comm.length(shape[split])
+        return tuple(shape)
 
     def full(self) -> Tensor:
-        """O as one dense tensor, formed at the first call."""
-        return self._formed
+        """O as one dense tensor, formed at the first call; what processes have is joined at every one."""
+        if self.comm.alone:
+            return self._formed
+        product = self.comm.joined(self._formed.clone(), ())
+        return product if self.comm.split is None else self.comm.whole(product, self.comm.split - self.order)
 
     def gram(self, mode: int) -> Tensor:
         """O_(n) O_(n)^H, (*rows, d_n, d_n)."""
-        return gram(self._formed, mode, self.order)
+        return gram(self.full(), mode, self.order)
 
     def contract(self, mode: int, factor: Tensor) -> Tensor:
         """O x_n factor^H, factor of shape (*rows, d_n, r): mode n becomes r long."""
@@ -93,14 +104,32 @@ class Operand:
         down[mode] = factor.mH
         side = self._side
         if side is None or self.core is None:
-            return multilinear(self._formed, down)
+            return self.comm.joined(multilinear(self._formed, down), (mode,))
         own = side.factors[mode]
         known = self.inside if own is factor else None
         result = (multilinear(self.dense, down) if known is None else known) * self.share
         lifts = list(side.factors)
         # A warm start: F^H F = I.
         lifts[mode] = None if own is factor else factor.mH if own is None else factor.mH @ own
-        return result.add_(multilinear(self.core, lifts))
+        return self.comm.joined(result.add_(multilinear(self.core, lifts)), (mode,))
+
+    def to_unit(self, product: Tensor) -> Tensor:
+        """What :meth:`contract` returned, in place, each row with a largest entry of 1, or part of a complex one."""
+        size = self.largest(product)
+        return product.div_(over(size.clamp_min(torch.finfo(product.dtype).tiny), product))
+
+    def largest(self, product: Tensor) -> Tensor:
+        """The largest |entry|, or part of a complex one, of a product that :meth:`contract` returned, real, (*rows)."""
+        return self.comm.largest(largest(product, self.rows))
+
+    def size(self, product: Tensor) -> Tensor:
+        """The norm of such a product, real, (*rows)."""
+        return self.comm.norm(norm(product, self.rows))
+
+    def whole(self, product: Tensor) -> Tensor:
+        """Such a product with the entries of all processes."""
+        split = self.comm.split
+        return product if split is None else self.comm.whole(product, split - self.order)
 
     def columns(self, mode: int) -> int:
         """How many columns the unfolding O_(n) has."""
@@ -108,26 +137,31 @@ class Operand:
 
     def sketch(self, mode: int, count: int, *key: int) -> Tensor:
         """O_(n) W, (*rows, d_n, count), with Gaussian W, one for all rows, that is seeded from the integers."""
-        shape = tuple(count if n == mode else d for n, d in enumerate(self.shape))
-        return self.correlate(mode, gaussian(shape, self.dense, *key))
+        shape, split = tuple(count if n == mode else d for n, d in enumerate(self.shape)), self.comm.split
+        z = gaussian(shape, self.dense, *key)
+        return self.correlate(mode, z if split is None else self.comm.here(z, split - self.order))
 
     def correlate(self, mode: int, z: Tensor) -> Tensor:
-        """O_(n) Z_(n)^H, (*rows, d_n, r), for z of O's shape, or of one row's, but r long in mode n."""
-        side = self._side
+        """O_(n) Z_(n)^H, (*rows, d_n, r), for z of O's shape, or of one row's, but r long in mode n.
+
+        Of the mode that is split, which is another one, z has what is here.
+        """
+        side, others = self._side, [n for n in range(self.order) if n != mode]
         if side is None or self.core is None:
-            return correlate(self._formed, z, mode, self.order)
+            return self.comm.joined(correlate(self._formed, z, mode, self.order), others)
         result = correlate(self.dense, z, mode, self.order)
         down = [u.mH if u is not None and n != mode else None for n, u in enumerate(side.factors)]
         if z.ndim < self.core.ndim:
             z = z.expand(*self.core.shape[: self.rows], *z.shape)
         small = correlate(self.core, multilinear(z, down), mode, self.order)
         own = side.factors[mode]
-        return result.mul_(self.share).add_(small if own is None else own @ small)
+        return self.comm.joined(result.mul_(self.share).add_(small if own is None else own @ small), others)
 
     def sample(self, mode: int, columns: Tensor) -> Tensor:
         """These columns of the unfolding O_(n), (*rows, d_n, s).
 
-        Fewer than 0.5% of them are lifted on their own; more cost as much as O, which is then formed once for all.
+        Fewer than 0.5% of them are lifted on their own; more cost as much as O, which is then formed once for all, and
+        so it is where processes share it.
 
         Args:
             mode: n.
@@ -136,8 +170,8 @@ class Operand:
         """
         shape, rows = self.shape, self.rows
         few = 200 * columns.shape[-1] * shape[mode] < prod(shape) and "_formed" not in self.__dict__
-        if not few or not isinstance(self.frame, ModeFrame) or self.core is None:
-            return fibres(self._formed, mode, columns, rows)
+        if not few or not isinstance(self.frame, ModeFrame) or self.core is None or not self.comm.alone:
+            return fibres(self.full(), mode, columns, rows)
         result, factors = fibres(self.dense, mode, columns, rows).mul_(self.share), self.frame.factors
         if not rows:
             return result.add_(_lifted_fibres(factors, self.core, mode, columns, shape))
@@ -148,7 +182,19 @@ class Operand:
 
     def sketches(self, matrices: Sequence[Tensor | None], modes: Iterable[int]) -> dict[int, Tensor]:
         """O x_m A_m over all modes m but n, for each n in ``modes``; see :func:`comoving.linalg.all_but_one`."""
-        modes = tuple(modes)
+        modes, split, given = tuple(modes), self.comm.split, matrices
+        if split is not None and (a := matrices[split]) is not None:
+            given = [*matrices[:split], self.comm.here(a, -1), *matrices[split + 1 :]]
+        found = self._own_sketches(given, modes)
+        for n, y in found.items():
+            over = [m for m, a in enumerate(matrices) if a is not None and m != n]
+            found[n] = self.comm.joined(y, over)
+            if split is not None and split not in over:
+                found[n] = self.comm.whole(found[n], split - self.order)
+        return found
+
+    def _own_sketches(self, matrices: Sequence[Tensor | None], modes: tuple[int, ...]) -> dict[int, Tensor]:
+        """Those of what is here."""
         if not isinstance(self.frame, ModeFrame) or self.core is None:
             return all_but_one(self._formed, matrices, modes)
         factors = self.frame.factors
@@ -170,7 +216,9 @@ class Operand:
     def _side(self) -> ModeFrame | None:
         """The frame of the second term, if it compresses a single mode, so that products with F w are cheap."""
         frame = self.frame
-        return frame if isinstance(frame, ModeFrame) and sum(u is not None for u in frame.factors) == 1 else None
+        if not isinstance(frame, ModeFrame):
+            return None
+        return frame if sum(u is not None for u in frame.factors) == 1 else None
 
 
 def _lifted_fibres(

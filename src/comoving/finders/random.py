@@ -18,6 +18,7 @@ class RandomProjection(Memoryless):
     fills = (SeededFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = True  # what is drawn is drawn row by row, and costs least where it is staggered
+    joint: ClassVar[bool] = True
 
     @property
     def inertia(self) -> float:

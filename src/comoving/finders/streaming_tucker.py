@@ -47,6 +47,7 @@ class StreamingTucker:
     fills = (ModeFrame,)
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
 
     decay: float = 0.9
     oversampling: int = 8

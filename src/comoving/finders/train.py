@@ -32,6 +32,7 @@ class TrainSVD(Memoryless):
     fills = (BondFrame,)
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
 
     inertia: float = 0.0
     method: Method = "gram"
@@ -71,6 +72,7 @@ class TrainRandomized(Memoryless):
     fills = (BondFrame,)
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
 
     inertia: float = 0.0
     oversampling: int = 8
@@ -127,6 +129,7 @@ class TrainIncrement(Memoryless):
     fills = (BondFrame,)
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
 
     inertia: float = 0.0
     columns: int = 8

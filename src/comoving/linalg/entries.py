@@ -32,8 +32,13 @@ def each_row(x: Tensor, rows: int) -> Tensor:
 
 
 def largest(x: Tensor, rows: int = 0) -> Tensor:
-    """The largest |entry| of each row, real, (*rows); of a complex x the largest part, at least 1/sqrt(2) of that."""
+    """The largest |entry| of each row, real, (*rows); of a complex x the largest part, at least 1/sqrt(2) of that.
+
+    0 where there is no entry.
+    """
     sizes = pairs(x).abs()
+    if not sizes.numel():
+        return sizes.new_zeros(x.shape[:rows])
     return each_row(sizes, rows).amax(-1) if rows else sizes.amax()
 
 
