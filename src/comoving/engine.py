@@ -199,23 +199,38 @@ class Engine:
             sizes: the norms of these, where they are known.
             rate: the learning rate on the device, for a step that is recorded.
         """
+        with nullcontext() if which.stacked else self._closed_if_failing(which.rows[0].p):
+            cell, now = self.absorbed(which, given, sizes, rate)
+            self.applied(which, cell, now)
+        which.commit(cell)
+        if not which.stacked:
+            self.settle()
+
+    def absorbed(
+        self, which: Together, given: Sequence[Tensor], sizes: Sequence[Tensor] | None, rate: Tensor | None = None
+    ) -> tuple[Cell, Now]:
+        """Steps 1-4 of :meth:`advance`: a cell that is open, beside states as they were; and what the host decided."""
         first, rows = which.rows[0], which.rows
         cell, now = which.cell(), self.now(first)
         if rate is not None:
             cell.recorded, now = True, replace(now, lr=rate)
         sign = self.owner.param_groups[first.kind.number]["maximize"]
         if not which.stacked:
-            with self._closed_if_failing(first.p):
-                seen = first.site.view.see(-given[0] if sign else given[0])
-                absorb(cell, seen, None if sizes is None else sizes[0], now)
-                self._write(first, cell, now)
-            which.commit(cell)
-            self.settle()
-            return
-        params, straight = [row.p for row in rows], first.kind.straight
-        own = given if straight else [row.site.view.see(g) for row, g in zip(rows, given, strict=True)]
+            seen = first.site.view.see(-given[0] if sign else given[0])
+            absorb(cell, seen, None if sizes is None else sizes[0], now)
+            return cell, now
+        own = given if first.kind.straight else [row.site.view.see(g) for row, g in zip(rows, given, strict=True)]
         seen = torch.stack(list(own))
         absorb(cell, seen.neg_() if sign else seen, None if sizes is None else torch.stack(list(sizes)), now)
+        return cell, now
+
+    def applied(self, which: Together, cell: Cell, now: Now) -> None:
+        """Steps 5-7: the weights are written, and the cell is what the states shall be."""
+        if not which.stacked:
+            self._write(which.rows[0], cell, now)
+            return
+        rows, straight = which.rows, which.rows[0].kind.straight
+        params = [row.p for row in rows]
         stores = [] if straight else [store_of(row.p, row.site) for row in rows]
         weights = torch.stack(params if straight else [store.weights for store in stores])
         apply(cell, weights, now)
@@ -226,7 +241,6 @@ class Engine:
             ready = [store.prepared(w, seeds[i : i + 1]) for i, (store, w) in enumerate(zip(stores, new, strict=True))]
             for store, own in zip(stores, ready, strict=True):
                 store.write(own)
-        which.commit(cell)
 
     def step_blocks(self, p: Tensor, gradient: Tensor, written: set[str]) -> None:
         """All seven steps for the blocks of a parameter that have a gradient, but for those that have been written.

@@ -1,0 +1,144 @@
+"""What processes tell one another through ``torch.distributed``; see :class:`comoving.comm.Comm`."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """What this process has put into sums and the like: how often, and how many bytes.
+
+    A ring sends each of them 2 (N - 1)/N times.
+    """
+
+    calls: int = 0
+    bytes: int = 0
+
+    def note(self, x: Tensor) -> None:
+        """One tensor more."""
+        self.calls += 1
+        self.bytes += x.numel() * x.element_size()
+
+
+@dataclass(eq=False)
+class Replicas:
+    """Each of N processes has a gradient of its own, of the same weights; the gradient is their mean.
+
+    Args:
+        group: of the processes; None for all of them.
+        wire: what products are summed in; None for their own dtype. Complex ones are sent as real pairs.
+        traffic: counts what is sent.
+    """
+
+    group: dist.ProcessGroup | None = None
+    wire: torch.dtype | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    alone, split = False, None
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return dist.get_world_size(self.group)
+
+    def joined(self, product: Tensor, over: Collection[int]) -> Tensor:
+        """The mean."""
+        real = torch.view_as_real(product) if product.is_complex() else product
+        sent = (real if self.wire is None else real.to(self.wire)).contiguous()
+        self.traffic.note(sent)
+        dist.all_reduce(sent, group=self.group)
+        mean = sent.to(real.dtype).div_(self.size)
+        return torch.view_as_complex(mean) if product.is_complex() else mean
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """x: nothing is split."""
+        return x
+
+    def here(self, x: Tensor, dim: int) -> Tensor:
+        """x."""
+        return x
+
+    def length(self, here: int) -> int:
+        """What is here."""
+        return here
+
+    def largest(self, figure: Tensor) -> Tensor:
+        """The largest of all."""
+        return _largest(figure, self.group, self.traffic)
+
+    def norm(self, norms: Tensor) -> Tensor:
+        """Those of this process: its tensors are whole."""
+        return norms
+
+
+@dataclass(eq=False)
+class Shards:
+    """Each process has some entries of one mode of weights and gradient.
+
+    Args:
+        group: of the processes.
+        split: that mode.
+        sizes: how many entries each has, by its rank in the group; some may have none.
+        rank: of this process in the group.
+        traffic: counts what is sent.
+    """
+
+    group: dist.ProcessGroup
+    split: int
+    sizes: Sequence[int]
+    rank: int
+    traffic: Traffic = field(default_factory=Traffic)
+
+    alone = False
+
+    def joined(self, product: Tensor, over: Collection[int]) -> Tensor:
+        """The sum where entries of all processes were contracted."""
+        if self.split not in over:
+            return product
+        sent = (torch.view_as_real(product) if product.is_complex() else product).contiguous()
+        self.traffic.note(sent)
+        dist.all_reduce(sent, group=self.group)
+        return torch.view_as_complex(sent) if product.is_complex() else sent
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """x with the entries of all."""
+        front = x.movedim(dim, 0)
+        most = max(self.sizes)
+        sent = front.new_zeros((most, *front.shape[1:]))
+        sent[: front.shape[0]] = front
+        self.traffic.note(sent)
+        given = [torch.empty_like(sent) for _ in self.sizes]
+        dist.all_gather(given, sent, group=self.group)
+        own = [part[:size] for part, size in zip(given, self.sizes, strict=True)]
+        return torch.cat(own).movedim(0, dim).contiguous()
+
+    def here(self, x: Tensor, dim: int) -> Tensor:
+        """The entries of this process."""
+        return x.narrow(dim, sum(self.sizes[: self.rank]), self.sizes[self.rank])
+
+    def length(self, here: int) -> int:
+        """That of all."""
+        return sum(self.sizes)
+
+    def largest(self, figure: Tensor) -> Tensor:
+        """The largest of all."""
+        return _largest(figure, self.group, self.traffic)
+
+    def norm(self, norms: Tensor) -> Tensor:
+        """The root of the sum of squares, of norms that do not overflow."""
+        top = _largest(norms, self.group, self.traffic).clamp_min(torch.finfo(norms.dtype).tiny)
+        squares = (norms / top).square()
+        self.traffic.note(squares)
+        dist.all_reduce(squares, group=self.group)
+        return squares.sqrt() * top
+
+
+def _largest(figure: Tensor, group: dist.ProcessGroup | None, traffic: Traffic) -> Tensor:
+    sent = figure.clone()
+    traffic.note(sent)
+    dist.all_reduce(sent, dist.ReduceOp.MAX, group=group)
+    return sent
