@@ -90,14 +90,19 @@ def test_what_was_absorbed_is_stepped_without_a_gradient(frame):
     torch.testing.assert_close(*weights)  # it was used up
 
 
-def test_a_sharded_parameter_is_refused_unless_it_is_dense():
+def test_a_parameter_that_is_sharded_over_one_process_is_like_any_other():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        mesh = init_device_mesh("cpu", (1,))
-        p, bias = (nn.Parameter(distribute_tensor(torch.randn(s), mesh, [Shard(0)])) for s in ((24, 16), (24,)))
-        with pytest.raises(ValueError, match=r"weight: sharded over processes .* leave them whole, or keep them dense"):
-            LowRankOptimizer([("weight", p), ("bias", bias)], 1e-2, 4)
-        LowRankOptimizer([("bias", bias)], 1e-2, 4)
+        mesh, found = init_device_mesh("cpu", (1,)), []
+        for shard in (False, True):
+            values = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((24, 16), (24,))]
+            params = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]) if shard else x) for x in values]
+            optimizer = LowRankOptimizer([("weight", params[0]), ("bias", params[1])], 1e-2, 4)
+            for _ in range(3):
+                sum(p.square().sum() for p in params).backward()
+                optimizer.step()
+            found.append([p.full_tensor() if shard else p for p in params])
+        assert all(map(torch.equal, *found))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -69,6 +69,7 @@ class Engine:
     def __init__(self, owner: Owner, roster: Roster, seed: int) -> None:
         self.owner, self.roster, self.seed = owner, roster, seed
         self.adapting = Adapting(roster)
+        self.lent: dict[Tensor, Tensor] = {}  # for a step, parameter -> all of its numbers, where processes share it
         self.sorting = Sorting(owner)
         self.forget()
 
@@ -87,10 +88,10 @@ class Engine:
         """The kind of a parameter, or of one of its blocks."""
         key = (p, block)
         if key not in self._kinds:
-            site, number = self.roster.sites[p], self.roster.index[p]
+            site, number = self.roster.sites[p].here, self.roster.index[p]
             group = slots.parts_of(site, self.owner.param_groups[number])
             if block is not None:
-                site, group = site.block(int(block)), slots.group_of_block(group)
+                site, group = self.roster.sites[p].block(int(block)), slots.group_of_block(group)
             like = likeness(site, group, number)
             own = Kind(site, group, number, like is not None)
             self._kinds[key] = own if like is None else self._alike.setdefault((like, p.device), own)
@@ -101,12 +102,12 @@ class Engine:
         row = self._rows.get((p, block))
         if row is None:
             site, kind = self.roster.sites[p], self.kind(p, block)
-            site = site if block is None else site.block(int(block))
+            site = site.here if block is None else site.block(int(block))
             row = self._rows[p, block] = Row(p, block, site, kind, self.owner)
         if "step" not in row.state:
             row.look_again()  # some tool may have taken its slots away
             scalars = self.scalar_device(p, row.site)
-            row.state.update(slots.initial_state(row.site, row.kind.group, p, scalars, self.seed))
+            row.state.update(slots.initial_state(row.site, row.kind.group, self.numbers(p), scalars, self.seed))
         return row
 
     def rows_of(self, p: Tensor) -> list[Row]:
@@ -127,6 +128,16 @@ class Engine:
         site = slots.current(row.site, row.kind.group, row.state)
         every = self.owner.param_groups[row.kind.number]["refresh_every"]
         return scheduled(row, every) or not slots.at_its_ranks(site, row.kind.group, row.state)
+
+    def numbers(self, p: Tensor) -> Tensor:
+        """Where the numbers of a parameter are that are stepped here: its own, or, shared by processes, what is here.
+
+        All of them, for a step, where this process steps it for the others.
+        """
+        if not self.roster.placements:
+            return p
+        lent = self.lent.get(p)
+        return lent if lent is not None else self.roster.here(p)
 
     def scalar_device(self, p: Tensor, site: Site) -> torch.device:
         """The host, where torch's AdamW keeps its step count too, unless the device alone decides."""
@@ -152,7 +163,7 @@ class Engine:
             scope=self.refresh_scope,
             clips=self.clips,
             turn=self.turn,
-            comm=self.comm,
+            comm=self.comm if site.shard is None else self.roster.placements[row.p].comm,
         )
 
     # ------------------------------------------------------------------------------------------------------- batches
@@ -230,8 +241,8 @@ class Engine:
             self._write(which.rows[0], cell, now)
             return
         rows, straight = which.rows, which.rows[0].kind.straight
-        params = [row.p for row in rows]
-        stores = [] if straight else [store_of(row.p, row.site) for row in rows]
+        params = [self.numbers(row.p) for row in rows]
+        stores = [] if straight else [store_of(p, row.site) for p, row in zip(params, rows, strict=True)]
         weights = torch.stack(params if straight else [store.weights for store in stores])
         apply(cell, weights, now)
         seeds, new = rounding.advance(cell.host), weights.unbind()
@@ -258,7 +269,7 @@ class Engine:
 
     def take(self, p: Tensor, gradient: Tensor) -> None:
         """Steps 1-4 for one parameter, which may hold on to the gradient; where anything raises, its state stays."""
-        site = self.roster.sites[p]
+        site = self.roster.sites[p].here
         with self._closed_if_failing(p):
             if site.blocks:
                 parts = self._blocks_of(p, gradient, ())
@@ -299,7 +310,7 @@ class Engine:
         if isinstance(codes, DeferringLinear):
             _write_deferred(cell, codes, now)
             return
-        store = store_of(row.p, row.site)
+        store = store_of(self.numbers(row.p), row.site)
         apply(cell, store.weights, now)
         store.write(store.prepared(store.weights, rounding.advance(cell.host)))
 
@@ -310,14 +321,14 @@ class Engine:
 
         Where the weights are the parameter's own storage, blocks are written one after the other; else all at the end.
         """
-        site, group = self.roster.sites[p], self.roster.group_of(p)
-        store, waiting = store_of(p, site), list[tuple[Together, Cell]]()
+        site, group = self.roster.sites[p].here, self.roster.group_of(p)
+        store, waiting = store_of(self.numbers(p), site), list[tuple[Together, Cell]]()
         weights: Sequence[Tensor] = group["frame"].split(store.weights)
         for which in self.sorted_out(rows):
             cell, now = which.cell(), self.now(which.rows[0])
             if parts is not None:
                 absorb(cell, _laid(which, parts), None, now)
-            own = [weights[int(row.block or 0)] for row in which.rows]
+            own = [weights[int(row.block or 0) - _first_block(site)] for row in which.rows]
             stacked = torch.stack(own) if which.stacked else own[0]
             apply(cell, stacked, now)
             if which.stacked:
@@ -337,12 +348,14 @@ class Engine:
 
     def _blocks_of(self, p: Tensor, gradient: Tensor, but: Collection[str]) -> dict[Row, Tensor]:
         """The blocks that a gradient is not zero in, with their parts of it, but for some of them."""
-        site, group = self.roster.sites[p], self.roster.group_of(p)
+        site, group = self.roster.sites[p].here, self.roster.group_of(p)
         assert site.block_mode is not None
         seen = site.view.see(-gradient if group["maximize"] else gradient)
         parts: Sequence[Tensor] = group["frame"].split(seen)
         live = seen.movedim(site.block_mode, 0).flatten(1).any(1).tolist()
-        return {self.row(p, str(b)): parts[b] for b, any_ in enumerate(live) if any_ and str(b) not in but}
+        first = _first_block(site)
+        numbered = {str(first + b): part for b, (part, any_) in enumerate(zip(parts, live, strict=True)) if any_}
+        return {self.row(p, b): part for b, part in numbered.items() if b not in but}
 
     @contextmanager
     def _closed_if_failing(self, p: Tensor, written: Collection[str] = ()) -> Generator[None]:
@@ -368,6 +381,11 @@ def _laid(which: Together, parts: Mapping[Row, Tensor]) -> Tensor:
     """The parts of a gradient that belong to these rows."""
     own = [parts[row] for row in which.rows]
     return torch.stack(own) if which.stacked else own[0]
+
+
+def _first_block(site: Site) -> int:
+    """The number of the first block that is here."""
+    return 0 if site.shard is None else site.shard.start
 
 
 def _seeds(which: Together, cell: Cell) -> list[tuple[Row, int]]:

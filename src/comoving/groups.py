@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .codecs import Full
 from .frames import Blocks
-from .frames.base import SIDES, Rank
+from .frames.base import SIDES, Rank, Side
 from .frames.modes import check_rank
 from .precondition import Plain
 from .refusals import check_composition, check_site
@@ -48,7 +48,7 @@ _TRAITS = {
     "transport": ("resizes", "projects", "restarts", "batched"), "precondition": ("replays", "batched"),
     "frame": ("makes", "modal", "batched"), "finder": ("fills", "alone", "joint", "batched"),
     "cadence": ("compares", "alone", "batched"),
-    "residual": ("holds", "feeds", "rescales", "replays", "bounded", "alone", "batched"),
+    "residual": ("holds", "feeds", "entrywise", "rescales", "replays", "bounded", "alone", "batched"),
     "codec": ("signed", "batched"), "moments": ("signed", "batched"), "bases": ("signed", "batched"),
 }  # fmt: skip
 """What the engine reads of a part beside its methods, by roles; see their protocols."""
@@ -108,6 +108,7 @@ def update_scale(site: Site, scale: float | str) -> float:
     """
     if not site.projected:
         return 1.0
+    site = site.entire
     if scale == "spectral":
         rows, columns = (d for d in site.view.shape if d > 1)
         rank = next(r for r in site.ranks if r is not None)
@@ -137,18 +138,24 @@ def _match_factor(scale: float | str, matrix: bool) -> float:
     return 1.0
 
 
-def decide(named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any], first: int) -> list[Site]:
+def decide(
+    named: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any], first: int, sides: Mapping[Tensor, Side]
+) -> list[Site]:
     """The site of each parameter of a group, still without a phase.
 
     Args:
         named: (name, parameter), the name None where the parameters were given without names.
         group: its hyper-parameters.
         first: number of parameters in earlier groups.
+        sides: in place of the group's, for some parameters.
 
     Raises:
         ValueError: a rank, view or option that does not fit a parameter, with its name.
     """
-    sites = [_decide_one(name, p, group, first + i) for i, (name, p) in enumerate(named)]
+    sites = [
+        _decide_one(name, p, {**group, "side": sides[p]} if p in sides else group, first + i)
+        for i, (name, p) in enumerate(named)
+    ]
     if not isinstance(group["rank"], tuple):
         sites = _without_the_small(sites)
     for site in sites:

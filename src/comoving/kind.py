@@ -120,8 +120,8 @@ class Kind:
     def replays(self) -> bool:
         """Whether a step between refreshes is the same operations with the same numbers each time.
 
-        Not where seeds are drawn from on the host, where a finder takes note of every gradient, where the host chooses
-        ranks, and where weights are in codes or rounded stochastically.
+        Not where processes share the parameter, where seeds are drawn from on the host, where a finder takes note of
+        every gradient, where the host chooses ranks, and where weights are in codes or rounded stochastically.
         """
         site, parts = self.site, self.parts
         if (
@@ -129,6 +129,8 @@ class Kind:
             or site.blocks
             or site.coded
             or site.rounded
+            or site.shard is not None
+            or site.owner is not None
             or not (parts.rule.replays and parts.precondition.replays)
         ):
             return False
@@ -140,8 +142,9 @@ class Kind:
 
     @cached_property
     def entries(self) -> int:
-        """How many entries a row has."""
-        return prod(self.site.view.shape)
+        """How many entries a row has; where processes share it, the largest part: all decide alike."""
+        site = self.site if self.site.shard is None else self.site.of_length(max(self.site.shard.sizes))
+        return prod(site.view.shape)
 
     @property
     def most(self) -> int:

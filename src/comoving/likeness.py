@@ -21,7 +21,8 @@ def likeness(site: Site, group: Mapping[str, Any], number: int) -> Hashable:
         group: its hyper-parameters as they hold for it; see :func:`comoving.state.parts_of`.
         number: that of its group.
     """
-    if site.plain or site.blocks or site.coded or 0 in site.view.shape:
+    empty = 0 in site.view.shape and site.shard is None  # processes with no entry take part in what the others do
+    if site.plain or site.blocks or site.coded or empty:
         return None
     roles = (*_ROLES, *_OF_FRAMES) if site.projected else _ROLES
     if (site.projected and group["ranks"].adaptive) or not all(group[role].batched for role in roles):

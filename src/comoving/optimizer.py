@@ -492,6 +492,8 @@ class LowRankOptimizer(Optimizer):
             key: {name: x.clone() if p in lasting and isinstance(x, Tensor) else x for name, x in state.items()}
             for p, (key, state) in zip(self.state, packed["state"].items(), strict=True)
         }
+        if self.roster.placements:
+            packed["state"] = self._of_all(packed)
         packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
         return packed
 
@@ -510,10 +512,14 @@ class LowRankOptimizer(Optimizer):
         saved = state_dict["param_groups"]
         keys = checkpoint.match_parameters(saved, self.param_groups)
         groups = checkpoint.load_groups(saved, self.param_groups, keys)
+        states: dict[Tensor, dict[str, Any]] = {
+            p: state_dict["state"][key] for p, key in keys.items() if key in state_dict["state"]
+        }
+        if self.roster.placements:
+            states = self._of_this_process(states)
         admitted = {
-            p: checkpoint.admit(state_dict["state"][key], self.sites[p], groups[self.roster.index[p]], self.seed)
-            for p, key in keys.items()
-            if key in state_dict["state"]
+            p: checkpoint.admit(state, self.sites[p].here, groups[self.roster.index[p]], self.seed)
+            for p, state in states.items()
         }
         self.roster.assign_loaded(admitted, groups)
         packed = super().state_dict()["param_groups"]
@@ -521,12 +527,26 @@ class LowRankOptimizer(Optimizer):
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
         super().load_state_dict({"state": {}, "param_groups": packed})
         for p, state in admitted.items():
-            site, group = self.sites[p], self.roster.group_of(p)
+            site, group = self.sites[p].here, self.roster.group_of(p)
             self.state[p] = checkpoint.owned(state, p, site, group, self.engine.scalar_device(p, site))
         self.roster.forget_bytes()
         self.engine.forget()
         self.engine.sorting.recount()
         self._whole.forget()
+
+    def _of_all(self, packed: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+        """The packed state with tensors of all processes where they share a parameter; a collective call."""
+        from .distributed.saving import of_all  # noqa: PLC0415  (torch's DTensor takes its time)
+
+        ids = [key for group in packed["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        return of_all(dict(zip(ids, params, strict=True)), packed["state"], self.roster)
+
+    def _of_this_process(self, states: dict[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """What this process keeps of states of whole parameters; a collective call."""
+        from .distributed.saving import of_this_process  # noqa: PLC0415  (torch's DTensor takes its time)
+
+        return of_this_process(states, self.roster)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along: a window too, but for the hooks."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from . import checkpoint
 from . import state as slots
 from .batches import Owner
+from .frames.base import Side
 from .groups import check_options, decide
 from .likeness import pieces
 from .ranks import Record
@@ -18,6 +19,9 @@ from .ranks.limit import limit_bytes
 from .schedule import stagger
 from .sites import Site
 from .weights import codes_of
+
+if TYPE_CHECKING:
+    from .distributed.placement import Spread
 
 _EDITABLE = ("lr", "betas", "eps", "weight_decay", "scale", "refresh_every", "maximize", "foreach", "fused")
 """What may be edited in a group, and is checked when it was."""
@@ -40,6 +44,8 @@ class Roster:
         self.blocked: set[Tensor] = set()  # those whose blocks have frames of their own
         self.index: dict[Tensor, int] = {}
         self.fixed: list[dict[str, Any]] = []
+        self.placements: dict[Tensor, Spread] = {}  # of parameters that processes share
+        self._loads: dict[Any, list[float]] = {}  # how many entries each process steps for others
         self._edited: dict[int, dict[str, Any]] = {}
         self._limit: int | None = None
         self._bytes: dict[Tensor, int] = {}
@@ -51,6 +57,7 @@ class Roster:
     def restore(self, sites: dict[Tensor, Site], index: dict[Tensor, int], fixed: list[dict[str, Any]]) -> None:
         """Take over what was decided for another optimizer, of which this is a copy."""
         self.sites, self.index, self.fixed = sites, index, fixed
+        self.placements = _spreads([(site.name, p) for p, site in sites.items()], 0)
         self.blocked = {p for p, site in sites.items() if site.blocks}
 
     # ------------------------------------------------------------------------------------------------------- deciding
@@ -68,20 +75,81 @@ class Roster:
         Raises:
             ValueError: what does not fit a parameter, or cannot be served.
         """
-        sites = [assignments.fill_in(s, given, self.budget is not None) for s in decide(pairs, group, len(self.sites))]
+        spreads = _spreads(pairs, len(self.sites))
+        sites = self._decide(pairs, given, group, {})
+        if spreads:
+            sites = self._placed(pairs, given, group, sites, spreads)
         deferred = [site.name for site in sites if site.deferred]
         if deferred and self.owner.on_nonfinite == "skip":
             raise ValueError(
                 f"on_nonfinite='skip' is refused: {', '.join(deferred)} would be merged at a skipped refresh, "
                 f"which cannot be undone without reading the device; use 'raise'"
             )
-        sharded = [site.name for (_, p), site in zip(pairs, sites, strict=True) if not site.plain and _sharded(p)]
-        if sharded:
-            raise ValueError(
-                f"{', '.join(sharded[:5])}: sharded over processes (a DTensor, as fully_shard() makes it), which only "
-                f"torch's own AdamW steps here: leave them whole, or keep them dense"
-            )
         return sites
+
+    def _decide(
+        self,
+        pairs: Sequence[tuple[str | None, Tensor]],
+        given: Mapping[str, Any],
+        group: Mapping[str, Any],
+        sides: Mapping[Tensor, Side],
+    ) -> list[Site]:
+        sites = decide(pairs, group, len(self.sites), sides)
+        return [assignments.fill_in(site, given, self.budget is not None) for site in sites]
+
+    def _placed(
+        self,
+        pairs: Sequence[tuple[str | None, Tensor]],
+        given: Mapping[str, Any],
+        group: Mapping[str, Any],
+        sites: list[Site],
+        spreads: "Mapping[Tensor, Spread]",
+    ) -> list[Site]:
+        """The sites of parameters that processes share: who steps what, on the sides that are not cut where one may."""
+        from .distributed import placement  # noqa: PLC0415  (torch's DTensor takes its time)
+
+        if self.budget is not None:
+            raise ValueError(
+                f"budget={self.budget!r} is refused: {', '.join(site.name for site in sites[:3])} are sharded over "
+                f"processes, which would share it out differently; give rank, codec and moments instead"
+            )
+        params = [p for _, p in pairs]
+        if group["side"] == "auto":
+            sides: dict[Tensor, Side] = {}
+            for p, spread in spreads.items():
+                if (side := placement.other_side(spread)) is not None:
+                    sides[p] = side
+            turned = dict(zip(params, self._decide(pairs, given, group, sides), strict=True))
+            sides = {p: side for p, side in sides.items() if placement.shared_out(turned[p], group, spreads[p])}
+            sites = self._decide(pairs, given, group, sides)
+        self.placements |= spreads
+        found = dict(zip(params, sites, strict=True))
+        for p, spread in spreads.items():
+            load = self._loads.setdefault(spread.group, [0.0] * len(spread.pieces))
+            found[p] = placement.placed(found[p], group, spread, load)
+        return [*found.values()]
+
+    def here(self, p: Tensor) -> Tensor:
+        """What is here of a parameter."""
+        x: Any = p
+        return x.to_local() if p in self.placements else p
+
+    def gradient(self, p: Tensor) -> Tensor:
+        """What is here of a parameter's gradient, which has one."""
+        g: Any = p.grad
+        return g.to_local() if p in self.placements else g
+
+    def stepped_here(self, p: Tensor) -> bool:
+        """Whether this process steps a parameter, or what is here of it, and has its state."""
+        owner = self.sites[p].owner
+        return owner is None or owner == self.placements[p].rank
+
+    def anywhere(self, flag: Tensor) -> Tensor:
+        """Whether a flag is set in any process that shares parameters with this one."""
+        groups = {id(spread.group): spread.comm_of_all for spread in self.placements.values() if spread.cut}
+        for comm in groups.values():
+            flag = comm.largest(flag.float()) > 0
+        return flag
 
     def join(self, params: Sequence[Tensor], sites: Sequence[Site], group: Mapping[str, Any]) -> list[Site]:
         """The sites of parameters that are about to join, and those of all others, within the budget.
@@ -119,6 +187,7 @@ class Roster:
         """Forget parameters whose group, of this number, was taken away."""
         for p in params:
             del self.sites[p]
+            self.placements.pop(p, None)
             self.blocked.discard(p)
         del self.fixed[index]
         self.index = {p: i for i, group in enumerate(self.owner.param_groups) for p in group["params"]}
@@ -258,10 +327,11 @@ def _kept(p: Tensor, site: Site) -> bool:
     return site.coded or (p.dtype is site.view.stored_dtype and p.shape == site.view.stored_shape)
 
 
-def _sharded(p: Tensor) -> bool:
-    """Whether a parameter is a DTensor."""
-    if type(p) in {Tensor, nn.Parameter}:
-        return False
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415  (takes its time)
+def _spreads(pairs: Sequence[tuple[str | None, Tensor]], first: int) -> "dict[Tensor, Spread]":
+    """How the entries are spread of those parameters that processes share."""
+    if all(type(p) in {Tensor, nn.Parameter} for _, p in pairs):
+        return {}
+    from .distributed.placement import spread_of  # noqa: PLC0415  (torch's DTensor takes its time)
 
-    return isinstance(p, DTensor)
+    found = {p: spread_of(p, name or f"parameter {first + i}") for i, (name, p) in enumerate(pairs)}
+    return {p: spread for p, spread in found.items() if spread is not None}

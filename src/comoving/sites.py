@@ -10,6 +10,31 @@ from .views import View
 
 
 @dataclass(frozen=True)
+class Shard:
+    """What a process has of a parameter that several share: some entries of one mode, and all of the others.
+
+    Args:
+        mode: of the parameter as it is stored, and as it is seen.
+        sizes: how many entries of it each process has, in their order.
+        rank: which of them this one is.
+    """
+
+    mode: int
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def start(self) -> int:
+        """The first entry that is here."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def count(self) -> int:
+        """How many entries are here."""
+        return self.sizes[self.rank]
+
+
+@dataclass(frozen=True)
 class Site:
     """How one parameter is optimized.
 
@@ -29,6 +54,8 @@ class Site:
         rounded: whether updates are rounded into bfloat16 stochastically, by random bits that are seeded in its state.
         coded: whether its numbers are stored in codes (:mod:`comoving.weights`).
         deferred: whether its codes are written at refreshes only.
+        shard: what is here of a parameter that processes share and step together; None for all of it.
+        owner: which of the processes that share a parameter steps it, for all of them; None where each does.
     """
 
     name: str
@@ -46,6 +73,30 @@ class Site:
     rounded: bool = False
     coded: bool = False
     deferred: bool = False
+    shard: Shard | None = None
+    owner: int | None = None
+
+    @cached_property
+    def here(self) -> "Site":
+        """The site of what is here of the parameter."""
+        return self if self.shard is None else self.of_length(self.shard.count)
+
+    @cached_property
+    def entire(self) -> "Site":
+        """The site of the whole parameter."""
+        return self if self.shard is None else self.of_length(sum(self.shard.sizes))
+
+    def of_length(self, count: int) -> "Site":
+        """The site of so many entries of the mode that is shared out."""
+        assert self.shard is not None
+
+        def cut(shape: tuple[int, ...], mode: int) -> tuple[int, ...]:
+            return (*shape[:mode], count, *shape[mode + 1 :])
+
+        mode = self.shard.mode
+        view = replace(self.view, stored_shape=cut(self.view.stored_shape, mode))
+        core = cut(self.core_shape, 0 if self.block_mode is not None else mode)
+        return replace(self, view=view, core_shape=core)
 
     @property
     def blocks(self) -> int:
@@ -64,6 +115,7 @@ class Site:
             phase=self.phase + number // at_once(prod(shape)),
             index=(self.index + 1) * 2**16 + number,
             block_mode=None,
+            shard=None,
         )
 
     @cached_property

@@ -287,6 +287,7 @@ ELSEWHERE = {
     "fills": "tests/finders/test_matrix.py, by what is refused",
     "makes": "likewise",
     "joint": "test_joint_finders.py",
+    "entrywise": "tests/distributed/test_shards.py",
     "modal": "tests/frames/test_sparse.py, by what is refused",
     "signed": "test_rows_codecs.py",
     "replays": "test_graphs.py, test_every_part_that_replays_is_replayed_here",

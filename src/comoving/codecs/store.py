@@ -26,4 +26,6 @@ def store(codec: Codec, x: Tensor, before: Mapping[str, Tensor], rows: int = 0) 
         name: before[name].clone() if spec.seed else x.new_empty(lead + spec.shape, dtype=spec.dtype)
         for name, spec in schema.items()
     }
+    if not x.numel():
+        return norm(x, rows), own
     return codec.encode(x, own, rows), own

@@ -80,14 +80,14 @@ class Shards:
     """Each process has some entries of one mode of weights and gradient.
 
     Args:
-        group: of the processes.
+        group: of the processes; None for all of them.
         split: that mode.
         sizes: how many entries each has, by its rank in the group; some may have none.
         rank: of this process in the group.
         traffic: counts what is sent.
     """
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     split: int
     sizes: Sequence[int]
     rank: int

@@ -26,9 +26,8 @@ def check_layout(params: Iterable[Tensor], sites: Mapping[Tensor, Site]) -> None
             raise RuntimeError(f"{sites[p].name} has a {p.grad.layout} gradient; only dense gradients are supported")
 
 
-def norms(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """The Frobenius norm of each gradient, on its device; not finite where the gradient is not."""
-    found = {p: p.grad for p in params if p.grad is not None}
+def norms(found: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """The Frobenius norm of each parameter's gradient, on its device; not finite where the gradient is not."""
     few = [g for g in found.values() if is_short(g)]
     # One call for many small ones takes a quarter of the time.
     short = iter(torch._foreach_norm(few) if few else ())  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
@@ -42,24 +41,27 @@ def any_nonfinite(figures: Iterable[Tensor]) -> Tensor:
     return ~torch.stack([x if x.device == device else x.to(device) for x in listed]).isfinite().all()
 
 
-def sums(params: Iterable[Tensor]) -> list[Tensor]:
+def sums(given: Iterable[Tensor]) -> list[Tensor]:
     """The sum of each gradient's entries: not finite if one of them is not, and safe where a norm overflows."""
-    real = [as_real(p.grad.resolve_conj()) for p in params if p.grad is not None]
+    real = [as_real(g.resolve_conj()) for g in given]
     return [g.sum(dtype=g.dtype if g.dtype == torch.float64 else torch.float32) for g in real]
 
 
-def refuse_nonfinite(params: Iterable[Tensor], sites: Mapping[Tensor, Site]) -> None:
-    """Raise if a gradient has a NaN or an infinity; a norm alone may overflow where every entry is finite.
+def nonfinite(given: Mapping[Tensor, Tensor], sites: Mapping[Tensor, Site]) -> list[str]:
+    """The parameters whose gradient has a NaN or an infinity; a norm may overflow where every entry is finite."""
+    return [sites[p].name for p, g in given.items() if not bool(g.isfinite().all())]
+
+
+def refuse_nonfinite(culprits: str) -> None:
+    """Raise for gradients that have a NaN or an infinity.
 
     Raises:
         RuntimeError: naming the parameters.
     """
-    culprits = [sites[p].name for p in params if p.grad is not None and not bool(p.grad.isfinite().all())]
-    if culprits:
-        raise RuntimeError(
-            f"non-finite gradient in {', '.join(culprits)}: nothing was changed. Look for a diverging loss, or pass "
-            f'on_nonfinite="skip" to skip such steps'
-        )
+    raise RuntimeError(
+        f"non-finite gradient in {culprits}: nothing was changed. Look for a diverging loss, or pass "
+        f'on_nonfinite="skip" to skip such steps'
+    )
 
 
 def usable(gradient: Tensor, bad: Tensor | None) -> Tensor:

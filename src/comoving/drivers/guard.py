@@ -38,15 +38,19 @@ class Guard:
         """
         self._bad = None
         gradients.check_layout(params, self.engine.roster.sites)
-        self.norms = gradients.norms(params)
+        roster = self.engine.roster
+        given = {p: roster.gradient(p) for p in params if p.grad is not None}
+        self.norms = gradients.norms(given)
         if not params:
             return
         bad = gradients.any_nonfinite(self.norms.values())
         if self.on_nonfinite == "skip":
-            self._bad = bad & gradients.any_nonfinite(gradients.sums(params))
+            self._bad = roster.anywhere(bad & gradients.any_nonfinite(gradients.sums(given.values())))
             self.count(self._bad)
-        elif trouble(bad):
-            gradients.refuse_nonfinite(params, self.engine.roster.sites)
+        elif trouble(roster.anywhere(bad)):
+            culprits = gradients.nonfinite(given, roster.sites)
+            if trouble(roster.anywhere(bad.new_tensor(bool(culprits)))):
+                gradients.refuse_nonfinite(", ".join(culprits) or "entries that another process has")
 
     def forget(self) -> None:
         """The step is over."""
@@ -54,12 +58,16 @@ class Guard:
 
     def stops(self) -> bool:
         """Whether nothing shall be stepped at all, since what a bad gradient would change cannot be put back."""
-        return self._bad is not None and any(map(self._changes_shape, self.norms)) and trouble(self._bad)
+        if self._bad is None:
+            return False
+        changes = any(map(self._changes_shape, self.norms))
+        if self.engine.roster.placements:  # all processes go the same way
+            changes = bool(self.engine.roster.anywhere(self._bad.new_tensor(changes)))
+        return changes and trouble(self._bad)
 
     def gradient(self, p: Tensor) -> Tensor:
         """The gradient of a parameter; zeros where it is unusable: no decomposition may see a NaN."""
-        assert p.grad is not None
-        return gradients.usable(p.grad, self._bad)
+        return gradients.usable(self.engine.roster.gradient(p), self._bad)
 
     def undo(self, which: Together) -> AbstractContextManager[None]:
         """What undoes what happens inside to these rows, where a gradient is bad."""
@@ -70,7 +78,7 @@ class Guard:
             row = which.rows[0]
             site = slots.current(row.site, row.kind.group, row.state)
             states = [(row.state, slots.awaited(site, row.kind.group, row.state, row.p.device))]
-        return gradients.Undo(self._bad, [x for row in which.rows for x in _numbers(row.p)], states)
+        return gradients.Undo(self._bad, [x for row in which.rows for x in self._numbers(row.p)], states)
 
     def undo_whole(self, params: Iterable[Tensor]) -> AbstractContextManager[None]:
         """Likewise for all that whole parameters have."""
@@ -85,12 +93,17 @@ class Guard:
             )
             for row in rows
         ]
-        return gradients.Undo(self._bad, [x for p in params for x in _numbers(p)], states)
+        return gradients.Undo(self._bad, [x for p in params for x in self._numbers(p)], states)
 
     def count(self, bad: Tensor | None = None) -> None:
         """Count a step that was skipped; by a flag on the device where one is given."""
         new = torch.ones((), dtype=torch.int64) if bad is None else bad.long()
         self.skipped = new if self.skipped is None else self.skipped + new.to(self.skipped.device)
+
+    def _numbers(self, p: Tensor) -> list[Tensor]:
+        """The tensors that hold a parameter's numbers: its codes, or itself."""
+        codes = codes_of(p)
+        return [self.engine.numbers(p)] if codes is None else codes.numbers()
 
     def _changes_shape(self, p: Tensor) -> bool:
         """Whether the next step may give slots of this parameter another shape, or on the CPU their first one.
@@ -100,7 +113,9 @@ class Guard:
         and roots of rules wait for the step at which they are due again.
         """
         engine = self.engine
-        site, rows = engine.roster.sites[p], engine.rows_of(p)
+        site, rows = engine.roster.sites[p].here, engine.rows_of(p)
+        if not engine.roster.stepped_here(p):
+            return False
         if not (site.blocks or asks_host(p) or p in engine.owner.state):
             return False
         if not site.projected:
@@ -110,9 +125,3 @@ class Guard:
             or (row.kind.parts.ranks.adaptive and engine.due(row))
             for row in rows
         )
-
-
-def _numbers(p: Tensor) -> list[Tensor]:
-    """The tensors that hold a parameter's numbers: its codes, or itself."""
-    codes = codes_of(p)
-    return [p] if codes is None else codes.numbers()

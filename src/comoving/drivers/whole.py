@@ -8,6 +8,7 @@ from torch import Tensor
 from ..batches import Owner
 from ..engine import Engine
 from ..state import WINDOW
+from . import gradients
 from .dense import step_dense
 from .guard import Guard
 from .resume import WHOLE, Resume
@@ -26,17 +27,19 @@ class Whole:
     def __init__(self, engine: Engine, guard: Guard) -> None:
         self.engine, self.guard = engine, guard
         self._owner: Owner = engine.owner
-        self._resume, self._steps = Resume(), 0
+        self.forget()
+        self._steps = 0
 
     def forget(self) -> None:
         """The state is another one: what a step that failed had stepped means nothing any more."""
-        self._resume = Resume()
+        self._resume = Resume({}, self.engine.roster.gradient)
 
     def step(self) -> None:
         """All parameters, but for those that were stepped by the same gradients already when the last step failed."""
         self.engine.roster.check()
         self._check_closed()
-        done, self._resume = self._resume.by_the_same_gradients(), Resume()
+        done = self._resume.by_the_same_gradients()
+        self.forget()
         again, begun = dict(done), list[Tensor]()
         groups, state = self._owner.param_groups, self._owner.state
         whole = len(state) == len(self.engine.roster.sites)  # then there is none whose state is about to begin
@@ -54,7 +57,7 @@ class Whole:
                         _ = state[p]  # is made, in the order of the parameters
                 self._step_group(group, ready, done)
         except BaseException as error:
-            self._resume = Resume(done)
+            self._resume = Resume(done, self.engine.roster.gradient)
             for p in begun:
                 if p not in done:
                     state.pop(p, None)
@@ -69,7 +72,10 @@ class Whole:
 
     def _step_group(self, group: dict[str, Any], ready: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
         engine, guard = self.engine, self.guard
-        blocked = engine.roster.blocked
+        blocked, dealt = engine.roster.blocked, list[Tensor]()
+        if engine.roster.placements:
+            dealt = [p for p in ready if engine.roster.sites[p].owner is not None]
+            ready = [p for p in ready if engine.roster.sites[p].owner is None]
         rows = [engine.row(p) for p in ready if not blocked or p not in blocked]
         for which in engine.sorted_out(row for row in rows if not row.kind.site.plain):
             with guard.undo(which):
@@ -77,7 +83,9 @@ class Whole:
             done.update(dict.fromkeys((row.p for row in which.rows), WHOLE))
         for p in ready if blocked else ():
             if p in blocked:
-                self._step_blocks(p, done)
+                self._step_blocks(p, guard.gradient(p), done)
+        if dealt:
+            self._step_dealt(dealt, done)
         idle = [p for p in group["params"] if p.grad is None and p in self._owner.state]
         for p in idle:
             if engine.waiting(p):
@@ -88,11 +96,26 @@ class Whole:
             engine.sorting.idle(idle, self._steps)
         self._step_dense(group, [row.p for row in rows if row.kind.site.plain], done)
 
-    def _step_blocks(self, p: Tensor, done: dict[Tensor, frozenset[str]]) -> None:
+    def _step_dealt(self, params: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
+        """Parameters that processes share, each stepped by one of them: those of this one, with all their entries."""
+        from ..distributed.dealing import deal  # noqa: PLC0415  (torch's DTensor takes its time)
+
+        engine, guard = self.engine, self.guard
+        for given in deal(params, engine.roster, guard.gradient, engine.lent):
+            norms = gradients.norms(given)
+            rows = [engine.row(p) for p in given if p not in engine.roster.blocked]
+            for which in engine.sorted_out(rows):
+                with guard.undo(which):
+                    engine.step(which, given.__getitem__, norms)
+            for p in given.keys() & engine.roster.blocked:
+                self._step_blocks(p, given[p], done)
+        done.update(dict.fromkeys(params, WHOLE))
+
+    def _step_blocks(self, p: Tensor, gradient: Tensor, done: dict[Tensor, frozenset[str]]) -> None:
         written = set(done.get(p, WHOLE))
         try:
             with self.guard.undo_whole([p]):
-                self.engine.step_blocks(p, self.guard.gradient(p), written)
+                self.engine.step_blocks(p, gradient, written)
         except BaseException:
             if written:
                 done[p] = frozenset(written)
@@ -103,8 +126,9 @@ class Whole:
         for device in {p.device for p in dense}:
             here = [p for p in dense if p.device == device]
             states = [self.engine.row(p).state for p in here]
+            roster, weights = self.engine.roster, [self.engine.numbers(p) for p in here]
             with self.guard.undo_whole(here):
-                step_dense(here, [p.grad for p in here if p.grad is not None], states, group)
+                step_dense(weights, [roster.gradient(p) for p in here], states, group)
             done.update(dict.fromkeys(here, WHOLE))
 
     def _check_closed(self) -> None:

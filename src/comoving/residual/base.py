@@ -140,6 +140,9 @@ class Residual(Protocol):
     """Whether :meth:`keep` may hold on to the gradient itself until :meth:`write`."""
     feeds: ClassVar[bool]
     """Whether :meth:`keep` keeps something of a gradient for the steps that follow, and returns its norm."""
+    entrywise: ClassVar[bool]
+    """Whether entries of a gradient meet one another in products with the frame only, and in norms that are returned:
+    so that a process may keep what it has some entries of, in modes that the frame leaves whole."""
     rescales: ClassVar[bool]
     """Whether :meth:`size` and :meth:`rescale` make sense."""
     bounded: ClassVar[bool]
@@ -240,6 +243,7 @@ class Residual(Protocol):
 class Inside:
     """What residuals share that choose nothing themselves, and write nothing but the lifted direction."""
 
+    entrywise: ClassVar[bool] = False
     holds: ClassVar[bool] = False
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True

@@ -16,6 +16,7 @@ class Discard(Inside):
     """What lies outside the frame is lost (GaLore, arXiv 2403.03507). No state."""
 
     batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
 
     def schema(
         self, codec: Codec, shape: tuple[int, ...], core_shape: tuple[int, ...], dtype: torch.dtype

@@ -53,6 +53,7 @@ class Feedback(Inside):
 
     batched: ClassVar[bool] = True
     feeds: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
 
     lazy: bool = True
     decay: float = 1.0

@@ -53,6 +53,7 @@ class Sparse:
 
     batched: ClassVar[bool] = True  # where the rule is
     alone: ClassVar[bool] = True  # what is chosen may have to be drawn, row by row
+    entrywise: ClassVar[bool] = False
     holds: ClassVar[bool] = False
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True

@@ -1,0 +1,201 @@
+"""How the entries of a parameter are spread over processes: what a DTensor says, in the engine's words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .. import state as slots
+from ..codecs import Codec
+from ..frames import Modes
+from ..frames.base import Side
+from ..precondition import Plain
+from ..sites import Shard as Part
+from ..sites import Site
+from .comms import Shards
+
+Piece = tuple[slice, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """The entries of a parameter over the processes of a group.
+
+    Args:
+        mesh: the parameter's own.
+        placements: one for each dimension of the mesh: ``Shard`` or ``Replicate``.
+        shape: of the whole parameter.
+        group: the processes that have different entries; None where each has all.
+        rank: of this process in the group.
+        pieces: what each of them has, in the group's order.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    rank: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def cut(self) -> bool:
+        """Whether processes have different entries."""
+        return len(self.pieces) > 1
+
+    @cached_property
+    def mode(self) -> int | None:
+        """The only mode that is cut; None where several are."""
+        modes = {place.dim for place in self.placements if isinstance(place, Shard)}
+        return next(iter(modes)) if len(modes) == 1 and self._in_a_row(next(iter(modes))) else None
+
+    def _in_a_row(self, mode: int) -> bool:
+        starts = [piece[mode].start for piece in self.pieces]
+        return starts == sorted(starts)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """How many entries of the mode each process has."""
+        assert self.mode is not None
+        return tuple(piece[self.mode].stop - piece[self.mode].start for piece in self.pieces)
+
+    @cached_property
+    def comm_of_all(self) -> Shards:
+        """What finds the largest figure of all."""
+        return Shards(self.group, 0, (0,) * len(self.pieces), self.rank)
+
+    @cached_property
+    def comm(self) -> Shards:
+        """What joins products of the pieces."""
+        assert self.mode is not None
+        return Shards(self.group, self.mode, self.sizes, self.rank)
+
+    def sharded(self, x: Tensor, dim: int, shape: tuple[int, ...]) -> DTensor:
+        """What is here of a tensor of this shape, whose dimension counts the mode, as one tensor of all processes."""
+        placed = [Shard(dim) if isinstance(place, Shard) else place for place in self.placements]
+        strides = torch.empty(shape, device="meta").stride()
+        size = torch.Size(shape)
+        return DTensor.from_local(x.contiguous(), self.mesh, placed, run_check=False, shape=size, stride=strides)
+
+
+def spread_of(p: Tensor, name: str) -> Spread | None:
+    """How the entries of a DTensor are spread; None of any other tensor.
+
+    A collective call where several dimensions of its mesh cut it.
+
+    Raises:
+        ValueError: a sum that is still to be made, or several dimensions of a mesh without names.
+    """
+    if not isinstance(p, DTensor):
+        return None
+    mesh, placements, shape = p.device_mesh, p.placements, tuple(p.shape)
+    odd = [place for place in placements if not (isinstance(place, Shard) or place.is_replicate())]
+    if odd:
+        raise ValueError(f"{name} is placed as {odd[0]}, which is no parameter's: shard or replicate it")
+    cut = [i for i, place in enumerate(placements) if isinstance(place, Shard) and mesh.size(i) > 1]
+    whole = tuple(slice(0, d) for d in shape)
+    if not cut:
+        return Spread(mesh, tuple(placements), shape, None, 0, (whole,))
+    if len(cut) == 1:
+        (dim,) = cut
+        place: Any = placements[dim]
+        length, count = shape[place.dim], mesh.size(dim)
+        step = -(-length // count)
+        ends = [min(length, step * i) for i in range(count + 1)]
+        pieces = [
+            (*whole[: place.dim], slice(a, b), *whole[place.dim + 1 :]) for a, b in zip(ends, ends[1:], strict=False)
+        ]
+        return Spread(mesh, tuple(placements), shape, mesh.get_group(dim), mesh.get_local_rank(dim), tuple(pieces))
+    names = mesh.mesh_dim_names
+    if names is None:
+        raise ValueError(
+            f"{name} is cut along several dimensions of a mesh without names: pass mesh_dim_names to init_device_mesh()"
+        )
+    flat = mesh[tuple(names[i] for i in cut)]._flatten()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
+    own = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    given: list[Any] = [None] * flat.size()
+    dist.all_gather_object(given, [(s.start, s.stop) for s in own], group=flat.get_group())
+    pieces = [tuple(slice(a, b) for a, b in piece) for piece in given]
+    return Spread(mesh, tuple(placements), shape, flat.get_group(), flat.get_local_rank(), tuple(pieces))
+
+
+def other_side(spread: Spread) -> Side | None:
+    """The side of a matrix that is not cut; None of what is none, or is cut along both."""
+    modes = [n for n, d in enumerate(spread.shape) if d > 1]
+    if not spread.cut or spread.mode is None or len(modes) != 2 or spread.mode not in modes:
+        return None
+    return "right" if spread.mode == modes[0] else "left"
+
+
+def shared_out(site: Site, group: Mapping[str, Any], spread: Spread) -> bool:
+    """Whether each process can step its own entries of a parameter, and find frames together with the others.
+
+    Where no part looks at several entries along the mode that is cut, but for what an operand joins; and no codec's
+    block crosses a cut, or draws random numbers in the order of entries. Frames leave that mode whole.
+    """
+    mode, view = spread.mode, site.view
+    if mode is None or site.coded or not (view.name == "tensor" or (mode == 0 and view.name in {"matrix", "pairs"})):
+        return False
+    if site.plain:
+        return True
+    if site.blocks:
+        return view.name == "tensor" and site.block_mode == mode
+    parts = slots.parts_of(site, group)
+    codecs: list[Codec] = [parts["moments"], parts["codec"]] if site.projected else [parts["moments"]]
+    return (
+        parts["rule"].elementwise
+        and parts["precondition"] == Plain()
+        and all(_by_entries(codec, mode, view.shape, site) for codec in codecs)
+        and (not site.projected or _frames_leave(mode, site, parts))
+    )
+
+
+def _frames_leave(mode: int, site: Site, parts: Mapping[str, Any]) -> bool:
+    """Whether frames leave a mode whole, and can be found by those who have some entries of it each."""
+    fixed = type(parts["frame"]) is Modes and site.ranks[mode] is None and not parts["ranks"].adaptive
+    return fixed and parts["finder"].joint and parts["residual"].entrywise
+
+
+def _by_entries(codec: Codec, mode: int, shape: tuple[int, ...], site: Site) -> bool:
+    """Whether what is stored of some entries along a mode is part of what is stored of all."""
+    shapes = [(*shape[:mode], n, *shape[mode + 1 :]) for n in (2, 4)]
+    few, more = (codec.schema(own, site.view.dtype) for own in shapes)
+    return all(
+        not spec.seed and spec.shape and more[name].shape == _doubled(spec.shape, mode) for name, spec in few.items()
+    ) and (mode == 0 or all(spec.shape == shapes[0] for spec in few.values()))
+
+
+def _doubled(shape: tuple[int, ...], mode: int) -> tuple[int, ...]:
+    return (*shape[:mode], 2 * shape[mode], *shape[mode + 1 :]) if mode < len(shape) else ()
+
+
+def placed(site: Site, group: Mapping[str, Any], spread: Spread, load: list[float]) -> Site:
+    """The site with what is here of it, or with the process that steps it for all.
+
+    Args:
+        site: of the whole parameter.
+        group: its hyper-parameters.
+        spread: of its entries.
+        load: how many entries each process of the group steps for others so far; changed.
+
+    Raises:
+        ValueError: weights in codes.
+    """
+    if not spread.cut:
+        return site
+    if shared_out(site, group, spread):
+        assert spread.mode is not None
+        return replace(site, shard=Part(spread.mode, spread.sizes, spread.rank))
+    if site.coded:
+        raise ValueError(f"{site.name}: weights in codes cannot be sharded")
+    owner = load.index(min(load))
+    load[owner] += prod(site.view.shape)
+    return replace(site, owner=owner)
