@@ -489,7 +489,7 @@ class LowRankOptimizer(Optimizer):
         packed = super().state_dict()
         lasting = self.engine.written_in_place()
         packed["state"] = {
-            key: {name: x.clone() if p in lasting and isinstance(x, Tensor) else x for name, x in state.items()}
+            key: {name: self._saved(p, x, p in lasting) for name, x in state.items()}
             for p, (key, state) in zip(self.state, packed["state"].items(), strict=True)
         }
         if self.roster.placements:
@@ -533,6 +533,14 @@ class LowRankOptimizer(Optimizer):
         self.engine.forget()
         self.engine.sorting.recount()
         self._whole.forget()
+
+    def _saved(self, p: Tensor, x: Any, lasting: bool) -> Any:
+        """A slot as it is saved: in rows, since torch sends the memory of whole states to other processes as it lies."""
+        if not isinstance(x, Tensor):
+            return x
+        if lasting:
+            return x.clone(memory_format=torch.contiguous_format)
+        return x if self.sites[p].plain else x.contiguous()
 
     def _of_all(self, packed: dict[str, Any]) -> dict[Any, dict[str, Any]]:
         """The packed state with tensors of all processes where they share a parameter; a collective call."""
