@@ -535,7 +535,7 @@ class LowRankOptimizer(Optimizer):
         self._whole.forget()
 
     def _saved(self, p: Tensor, x: Any, lasting: bool) -> Any:
-        """A slot as it is saved: in rows, since torch sends the memory of whole states to other processes as it lies."""
+        """A slot as it is saved: in rows, since torch sends whole states to other processes as they lie in memory."""
         if not isinstance(x, Tensor):
             return x
         if lasting:

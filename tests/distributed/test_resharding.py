@@ -63,7 +63,7 @@ def test_a_checkpoint_goes_from_one_process_to_two_to_four_to_one(recipe, tmp_pa
     (tmp_path / "steps").mkdir()
     for start, count in ((0, 1), (6, 2), (12, 4), (18, 1)):
         found = run(count, _trained, recipe, str(tmp_path / "steps"), start, 6)
-        for before, after, own in found:
+        for before, after, _ in found:
             same(after, found[0][1])
             if last is not None:
                 same(before["state"], last["state"])

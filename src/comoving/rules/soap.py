@@ -110,7 +110,7 @@ class SOAP:
         if clock.tick > 2 and (clock.tick - 1) % self.every == 0:
             for n in modes:
                 basis, order = turned_basis(state[_factor(n)], state[_basis(n)])
-                state[_basis(n)] = basis
+                state[_basis(n)] = basis.contiguous()
                 for name in {SECOND, mass_of(SECOND)} & state.keys():
                     state[name] = in_order(state[name], n - len(core), order)
         decay = clock.beta2 if self.decay is None else self.decay
@@ -118,7 +118,7 @@ class SOAP:
         for n in modes:
             state[_factor(n)] = add_gram(state[_factor(n)], limited, n, decay, 1 - decay, clock.rows)
             if clock.tick == 1:
-                state[_basis(n)] = leading_basis(state[_factor(n)])
+                state[_basis(n)] = leading_basis(state[_factor(n)]).contiguous()
         state[FIRST] = lerp(state[FIRST], z, 1 - clock.beta1)
         turned = multilinear(z, [None if q is None else q.mH for q in self._bases(len(core), state)])
         state[SECOND] = abs_squared(turned).mul_(1 - clock.beta2).add_(state[SECOND], alpha=clock.beta2)
