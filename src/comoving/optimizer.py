@@ -486,6 +486,11 @@ class LowRankOptimizer(Optimizer):
 
         Later steps change nothing of it but the tensors of dense parameters, which are torch's AdamW's own.
         """
+        if self._backward is not None and self._backward.window.held:
+            raise RuntimeError(
+                "state_dict() is refused in the middle of a window of step_in_backward(): the gradients of parameters "
+                "that one process steps for all are in no state. Call step() first"
+            )
         packed = super().state_dict()
         lasting = self.engine.written_in_place()
         packed["state"] = {

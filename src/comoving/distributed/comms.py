@@ -84,6 +84,7 @@ class Shards:
         split: that mode.
         sizes: how many entries each has, by its rank in the group; some may have none.
         rank: of this process in the group.
+        device: where its tensors are.
         traffic: counts what is sent.
     """
 
@@ -91,6 +92,7 @@ class Shards:
     split: int
     sizes: Sequence[int]
     rank: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     traffic: Traffic = field(default_factory=Traffic)
 
     alone = False

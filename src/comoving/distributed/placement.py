@@ -69,13 +69,13 @@ class Spread:
     @cached_property
     def comm_of_all(self) -> Shards:
         """What finds the largest figure of all."""
-        return Shards(self.group, 0, (0,) * len(self.pieces), self.rank)
+        return Shards(self.group, 0, (0,) * len(self.pieces), self.rank, torch.device(self.mesh.device_type))
 
     @cached_property
     def comm(self) -> Shards:
         """What joins products of the pieces."""
         assert self.mode is not None
-        return Shards(self.group, self.mode, self.sizes, self.rank)
+        return Shards(self.group, self.mode, self.sizes, self.rank, torch.device(self.mesh.device_type))
 
     def sharded(self, x: Tensor, dim: int, shape: tuple[int, ...]) -> DTensor:
         """What is here of a tensor of this shape, whose dimension counts the mode, as one tensor of all processes."""

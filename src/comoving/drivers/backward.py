@@ -1,6 +1,6 @@
 """Stepping inside the backward pass: a gradient is taken in, and freed, as soon as it is accumulated."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
@@ -17,6 +17,7 @@ from ..precision import full_precision
 from ..precondition import Plain
 from ..state import CORE, REST, RUNNING, SIZE, WINDOW, commit
 from . import gradients
+from .dealt import step_dealt
 from .dense import step_dense
 from .guard import Guard
 from .taken import TakenUp, stand_in
@@ -37,6 +38,9 @@ class Window:
         incomplete: whether a gradient was dropped since then.
         closing: what gradients are multiplied by in the step() that ends the window, once that is known.
         norm: of the last finished window.
+        held: of parameters that one process steps for all that share them, what is here of the sum of gradients.
+        counts: how many gradients that is.
+        sizes: the norms of these sums, once they were used.
     """
 
     accumulate: int
@@ -47,6 +51,9 @@ class Window:
     incomplete: bool = False
     closing: float | None = None
     norm: float | None = None
+    held: dict[Tensor, Tensor] = field(default_factory=dict[Tensor, Tensor])
+    counts: dict[Tensor, int] = field(default_factory=dict[Tensor, int])
+    sizes: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
 
     def factor(self, size: float) -> float:
         """What gradients of this norm are multiplied by."""
@@ -89,7 +96,7 @@ class Backward:
         Raises:
             RuntimeError: in the middle of a window.
         """
-        if any(True for _ in self._pending()):
+        if self.window.held or any(True for _ in self._pending()):
             raise RuntimeError("a window is open, with gradients that are not in any p.grad: call step() first")
         self.clear()
         self.leave([*self._hooks])
@@ -125,10 +132,12 @@ class Backward:
         window = self.window
         with torch.no_grad(), full_precision():
             count = self._take_up(p)
-            if count == window.accumulate and (window.clip is None or not window.exact):
+            early = (window.clip is None or not window.exact) and p not in window.held
+            if count == window.accumulate and early:
                 self._step_one(p, window.factor(self._running()))
                 window.stepped.add(p)
-        p.grad = stand_in(p, self.engine.roster.sites[p].name)
+        if count == window.accumulate or p not in self.engine.roster.placements:  # FSDP adds to what it finds there
+            p.grad = stand_in(p, self.engine.roster.sites[p].name)
 
     def _running(self) -> float:
         return self.engine.owner.param_groups[0].get(RUNNING, 0.0)
@@ -150,10 +159,15 @@ class Backward:
             engine.roster.check()
             window.checked = True
         gradients.check_layout([p], engine.roster.sites)
+        gradient = engine.roster.gradient(p)
         p.grad = None
-        if not self._finite(gradient, site.name):
+        if not self._finite(gradient, p):
             window.incomplete = True
             return 0
+        if site.owner is not None:
+            window.held[p] = window.held[p].add_(gradient) if p in window.held else gradient.clone()
+            window.counts[p] = window.counts.get(p, 0) + 1
+            return window.counts[p]
         if site.plain:
             state = engine.row(p).state
             state[CORE] = state[CORE].add_(gradient) if CORE in state else gradient
@@ -180,14 +194,18 @@ class Backward:
             window.closing = window.factor(self._running())
             if window.clip is not None and window.exact:
                 every = [row for p in engine.roster.sites for row in engine.waiting(p)]
-                window.norm = _total({row.site.name: _size(row) for row in every})
+                sizes = [(row.p, _size(row)) for row in every]
+                sizes += [(p, norm(held)) for p, held in window.held.items()]
+                window.norm = self._total(sizes)
                 window.closing = window.factor(window.norm)
         for p in list(self._pending()):
             self._step_one(p, window.closing)
+        self._step_held(window.closing)
         if window.clip is not None and not window.exact:
             rows = [row for p in engine.roster.sites for row in engine.rows_of(p)]
-            sizes = {row.site.name: row.state.pop(SIZE) for row in rows if SIZE in row.state}
-            window.norm = _total(sizes)
+            sizes = [(row.p, row.state.pop(SIZE)) for row in rows if SIZE in row.state]
+            sizes += window.sizes
+            window.norm = self._total(sizes)
             # What was dropped may have been the largest, and an overflow would stop all that follow.
             last = self._running() if window.incomplete or not sizes else 0.0
             for group in engine.owner.param_groups if isfinite(window.norm) else ():
@@ -195,9 +213,38 @@ class Backward:
         if window.incomplete:
             self.guard.count()
         window.stepped.clear()
+        window.sizes.clear()
         window.checked = window.incomplete = False
         window.closing = None
         self.clear()
+
+    def _step_held(self, factor: float) -> None:
+        """Step parameters that one process each steps for all, by their gradients of this window."""
+        window = self.window
+        if not window.held:
+            return
+        if window.clip is not None and not window.exact:
+            window.sizes += [(p, norm(held)) for p, held in window.held.items()]
+        params = [p for p in self.engine.roster.sites if p in window.held]
+        step_dealt(self.engine, self.guard, params, lambda p: window.held[p].mul_(factor))
+        window.held.clear()
+        window.counts.clear()
+
+    def _total(self, sizes: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """The norm of all, by one reading of the device; where processes share parameters, with what they have."""
+        roster, own, shared = self.engine.roster, list[Tensor](), dict[int, list[Tensor]]()
+        comms = {id(spread.group): spread.comm_of_all for spread in roster.placements.values() if spread.cut}
+        for p, size in sizes:
+            spread = roster.placements.get(p)
+            (own if spread is None or not spread.cut else shared.setdefault(id(spread.group), [])).append(size)
+        for key, comm in comms.items():
+            given = shared.get(key, [])
+            here = norm(torch.stack(given)) if given else torch.zeros((), device=comm.device)
+            own.append(comm.norm(here.float()))
+        if not own:
+            return 0.0
+        device = own[0].device
+        return float(norm(torch.stack([size.to(device, torch.float32) for size in own])))
 
     def _step_one(self, p: Tensor, factor: float) -> None:
         """Step a parameter by its gradients of this window, multiplied by this; where that fails it is as it was."""
@@ -224,14 +271,20 @@ class Backward:
             engine.write(p, written)
             return
         (row,) = rows
-        step_dense([p], [row.state.pop(CORE)], [row.state], engine.roster.group_of(p))
+        step_dense([engine.numbers(p)], [row.state.pop(CORE)], [row.state], engine.roster.group_of(p))
 
     def _pending(self) -> Iterator[Tensor]:
         return (p for p in self.engine.roster.sites if self.engine.waiting(p))
 
-    def _finite(self, gradient: Tensor, name: str) -> bool:
-        """Whether a gradient is; one host synchronization."""
-        if bool(norm(gradient).isfinite()) or bool(gradient.isfinite().all()):  # a norm may overflow
+    def _finite(self, gradient: Tensor, p: Tensor) -> bool:
+        """Whether a gradient is, in all processes that share it; one host synchronization."""
+        good, name = norm(gradient).isfinite(), self.engine.roster.sites[p].name
+        if not bool(good):  # a norm may overflow
+            good = gradient.isfinite().all()
+        spread = self.engine.roster.placements.get(p)
+        if spread is not None and spread.cut:
+            good = spread.comm_of_all.largest(1.0 - good.float()) == 0
+        if bool(good):
             return True
         if self.guard.on_nonfinite == "skip":
             return False
@@ -244,14 +297,6 @@ class Backward:
 
 
 # ------------------------------------------------------------------------------------------------------------ clipping
-
-
-def _total(sizes: Mapping[str, Tensor]) -> float:
-    """The norm of all, by one reading of the device."""
-    if not sizes:
-        return 0.0
-    first = next(iter(sizes.values()))
-    return float(norm(torch.stack([size.to(first.device, torch.float32) for size in sizes.values()])))
 
 
 def _size(row: Row) -> Tensor:
@@ -299,12 +344,14 @@ def check_hooks(engine: Engine, clip: float | None) -> None:
         RuntimeError: a gradient is there already.
     """
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    sites, roster = engine.roster.sites, engine.roster
+    alone = [site.name for p, site in sites.items() if p not in roster.placements]
+    if alone and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(
-            f"step_in_backward() is refused with {distributed.get_world_size()} processes: gradients reach the "
-            f"hooks before they are averaged over them"
+            f"step_in_backward() is refused with {distributed.get_world_size()} processes for {', '.join(alone[:3])}: "
+            f"gradients reach the hooks before they are averaged over them. Shard the model with fully_shard(), whose "
+            f"gradients are"
         )
-    sites = engine.roster.sites
     full = [site.name for p, site in sites.items() if p.grad is not None and not isinstance(p.grad, TakenUp)]
     if full:
         raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")

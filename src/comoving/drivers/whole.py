@@ -8,7 +8,7 @@ from torch import Tensor
 from ..batches import Owner
 from ..engine import Engine
 from ..state import WINDOW
-from . import gradients
+from .dealt import step_dealt
 from .dense import step_dense
 from .guard import Guard
 from .resume import WHOLE, Resume
@@ -85,7 +85,8 @@ class Whole:
             if p in blocked:
                 self._step_blocks(p, guard.gradient(p), done)
         if dealt:
-            self._step_dealt(dealt, done)
+            step_dealt(engine, guard, dealt, guard.gradient)
+            done.update(dict.fromkeys(dealt, WHOLE))
         idle = [p for p in group["params"] if p.grad is None and p in self._owner.state]
         for p in idle:
             if engine.waiting(p):
@@ -95,21 +96,6 @@ class Whole:
             self._steps += 1
             engine.sorting.idle(idle, self._steps)
         self._step_dense(group, [row.p for row in rows if row.kind.site.plain], done)
-
-    def _step_dealt(self, params: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
-        """Parameters that processes share, each stepped by one of them: those of this one, with all their entries."""
-        from ..distributed.dealing import deal  # noqa: PLC0415  (torch's DTensor takes its time)
-
-        engine, guard = self.engine, self.guard
-        for given in deal(params, engine.roster, guard.gradient, engine.lent):
-            norms = gradients.norms(given)
-            rows = [engine.row(p) for p in given if p not in engine.roster.blocked]
-            for which in engine.sorted_out(rows):
-                with guard.undo(which):
-                    engine.step(which, given.__getitem__, norms)
-            for p in given.keys() & engine.roster.blocked:
-                self._step_blocks(p, given[p], done)
-        done.update(dict.fromkeys(params, WHOLE))
 
     def _step_blocks(self, p: Tensor, gradient: Tensor, done: dict[Tensor, frozenset[str]]) -> None:
         written = set(done.get(p, WHOLE))
