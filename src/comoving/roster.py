@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -113,31 +114,18 @@ class Roster:
                 f"budget={self.budget!r} is refused: {', '.join(site.name for site in sites[:3])} are sharded over "
                 f"processes, which would share it out differently; give rank, codec and moments instead"
             )
-        params = [p for _, p in pairs]
-        if group["side"] == "auto":
-            sides: dict[Tensor, Side] = {}
-            for p, spread in spreads.items():
-                if (side := placement.other_side(spread)) is not None:
-                    sides[p] = side
-            turned = dict(zip(params, self._decide(pairs, given, group, sides), strict=True))
-            sides = {p: side for p, side in sides.items() if placement.shared_out(turned[p], group, spreads[p])}
-            sites = self._decide(pairs, given, group, sides)
         self.placements |= spreads
-        found = dict(zip(params, sites, strict=True))
-        for p, spread in spreads.items():
-            load = self._loads.setdefault(spread.group, [0.0] * len(spread.pieces))
-            found[p] = placement.placed(found[p], group, spread, load)
-        return [*found.values()]
+        params, again = [p for _, p in pairs], partial(self._decide, pairs, given, group)
+        return placement.place_all(params, sites, group, spreads, again, self._loads)
 
     def here(self, p: Tensor) -> Tensor:
         """What is here of a parameter."""
-        x: Any = p
-        return x.to_local() if p in self.placements else p
+        return self.placements[p].here(p) if p in self.placements else p
 
     def gradient(self, p: Tensor) -> Tensor:
         """What is here of a parameter's gradient, which has one."""
-        g: Any = p.grad
-        return g.to_local() if p in self.placements else g
+        assert p.grad is not None
+        return self.placements[p].here(p.grad) if p in self.placements else p.grad
 
     def stepped_here(self, p: Tensor) -> bool:
         """Whether this process steps a parameter, or what is here of it, and has its state."""

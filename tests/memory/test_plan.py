@@ -218,10 +218,12 @@ def test_fsdp_shares_what_has_rows() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(48, 16, bias=False), nn.Linear(16, 48, bias=False)])})
     alone, shared = (comoving.plan(model, "galore", 4, fsdp=n) for n in (1, 5))
     assert (shared.weights, shared.gradients) == (4 * (4 * 48 + 10 * 16),) * 2  # of 16 rows 4, of 48 rows 10
-    # The first has its frame on the rows: core 4 x 48; the second on the columns: core 48 x 4.
+    # Alone the first has its frame on the rows: core 4 x 48; the second on the columns: core 48 x 4.
     assert alone.state["moments"] == 2 * 4 * (4 * 48 + 48 * 4)
-    assert shared.state["moments"] == 2 * 4 * (1 * 48 + 10 * 4)
-    assert shared.state["frames"] == 4 * (4 * 4 + 16 * 4)  # the second is whole on every rank
+    # Sharded both have it on the columns, which are not cut, and whole on every rank.
+    assert shared.state["moments"] == 2 * 4 * (4 * 4 + 10 * 4)
+    assert shared.state["frames"] == 4 * (48 * 4 + 16 * 4)
+    assert alone.wire == {}
     assert shared.communication == 4 * 4 * 48 * 16
     assert alone.communication == 0
 

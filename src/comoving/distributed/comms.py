@@ -20,8 +20,12 @@ class Traffic:
 
     def note(self, x: Tensor) -> None:
         """One tensor more."""
+        self.add(x.numel() * x.element_size())
+
+    def add(self, count: int) -> None:
+        """So many bytes more."""
         self.calls += 1
-        self.bytes += x.numel() * x.element_size()
+        self.bytes += count
 
 
 @dataclass(eq=False)

@@ -128,24 +128,25 @@ def _size(piece: Piece) -> int:
 class _Exchange:
     """Bytes from every process to every other one, on their way."""
 
-    def __init__(
-        self, parts: Sequence[Sequence[Tensor]], expected: Sequence[int], group: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, parts: Sequence[Sequence[Tensor]], expected: Sequence[int], spread: Spread) -> None:
         """Begin.
 
         Args:
             parts: what goes to each process.
             expected: how many bytes come from each.
-            group: of the processes.
+            spread: of one of the parameters: its group of processes.
         """
         given = [[_bytes_of(x) for x in own] for own in parts]
         counts = [sum(x.numel() for x in own) for own in given]
         flat = [x for own in given for x in own]
-        device = next((x.device for x in flat), torch.device("cpu"))
+        device = spread.comm_of_all.device
+        spread.comm_of_all.traffic.add(sum(counts) - counts[spread.rank])
         self._sent = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
         self._expected = list(expected)
         self._got = torch.empty(sum(expected), dtype=torch.uint8, device=device)
-        self._work = dist.all_to_all_single(self._got, self._sent, self._expected, counts, group=group, async_op=True)
+        self._work = dist.all_to_all_single(
+            self._got, self._sent, self._expected, counts, group=spread.group, async_op=True
+        )
 
     def wait(self) -> list[Tensor]:
         """What came from each process."""
@@ -194,7 +195,7 @@ class _Gathering:
             sum(2 * _size(share.spread.pieces[rank]) * share.p.element_size() for share in self._mine)
             for rank in range(len(first.pieces))
         ]
-        self._exchange = _Exchange(parts, expected, first.group)
+        self._exchange = _Exchange(parts, expected, first)
 
     def wait(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """Parameter -> weights and gradient, whole, of those that are stepped here."""
@@ -223,7 +224,7 @@ class _Scattering:
             sum(here(share.p).numel() * share.p.element_size() for share in shares if share.site.owner == rank)
             for rank in range(len(first.pieces))
         ]
-        self._exchange = _Exchange(parts, expected, first.group)
+        self._exchange = _Exchange(parts, expected, first)
 
     def wait(self) -> None:
         """Write what came into the parameters."""

@@ -1,6 +1,6 @@
 """How the entries of a parameter are spread over processes: what a DTensor says, in the engine's words."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -77,6 +77,11 @@ class Spread:
         assert self.mode is not None
         return Shards(self.group, self.mode, self.sizes, self.rank, torch.device(self.mesh.device_type))
 
+    def here(self, x: Tensor) -> Tensor:
+        """What is here of the parameter, or of its gradient."""
+        given: Any = x
+        return given.to_local()
+
     def sharded(self, x: Tensor, dim: int, shape: tuple[int, ...]) -> DTensor:
         """What is here of a tensor of this shape, whose dimension counts the mode, as one tensor of all processes."""
         placed = [Shard(dim) if isinstance(place, Shard) else place for place in self.placements]
@@ -106,13 +111,8 @@ def spread_of(p: Tensor, name: str) -> Spread | None:
     if len(cut) == 1:
         (dim,) = cut
         place: Any = placements[dim]
-        length, count = shape[place.dim], mesh.size(dim)
-        step = -(-length // count)
-        ends = [min(length, step * i) for i in range(count + 1)]
-        pieces = [
-            (*whole[: place.dim], slice(a, b), *whole[place.dim + 1 :]) for a, b in zip(ends, ends[1:], strict=False)
-        ]
-        return Spread(mesh, tuple(placements), shape, mesh.get_group(dim), mesh.get_local_rank(dim), tuple(pieces))
+        pieces = chunks(shape, place.dim, mesh.size(dim))
+        return Spread(mesh, tuple(placements), shape, mesh.get_group(dim), mesh.get_local_rank(dim), pieces)
     names = mesh.mesh_dim_names
     if names is None:
         raise ValueError(
@@ -125,6 +125,14 @@ def spread_of(p: Tensor, name: str) -> Spread | None:
     dist.all_gather_object(given, [(s.start, s.stop) for s in own], group=flat.get_group())
     pieces = [tuple(slice(a, b) for a, b in piece) for piece in given]
     return Spread(mesh, tuple(placements), shape, flat.get_group(), flat.get_local_rank(), tuple(pieces))
+
+
+def chunks(shape: tuple[int, ...], mode: int, count: int) -> tuple[Piece, ...]:
+    """What each of so many processes has of a tensor that is cut along a mode: ceil(d / count) entries, or the rest."""
+    step = -(-shape[mode] // count)
+    ends = [min(shape[mode], step * i) for i in range(count + 1)]
+    whole = [slice(0, d) for d in shape]
+    return tuple((*whole[:mode], slice(a, b), *whole[mode + 1 :]) for a, b in zip(ends[:-1], ends[1:], strict=True))
 
 
 def other_side(spread: Spread) -> Side | None:
@@ -175,6 +183,38 @@ def _by_entries(codec: Codec, mode: int, shape: tuple[int, ...], site: Site) -> 
 
 def _doubled(shape: tuple[int, ...], mode: int) -> tuple[int, ...]:
     return (*shape[:mode], 2 * shape[mode], *shape[mode + 1 :]) if mode < len(shape) else ()
+
+
+def place_all(
+    params: Sequence[Tensor],
+    sites: Sequence[Site],
+    group: Mapping[str, Any],
+    spreads: Mapping[Tensor, Spread],
+    decide: Callable[[Mapping[Tensor, Side]], list[Site]],
+    loads: dict[Any, list[float]],
+) -> list[Site]:
+    """The sites of parameters that processes share: who steps what, on the sides that are not cut where one may choose.
+
+    Args:
+        params: the parameters.
+        sites: what was decided about each, as if it were whole.
+        group: their hyper-parameters.
+        spreads: of those that are shared.
+        decide: what is decided about all of them with other sides for some.
+        loads: by groups of processes, how many entries each process steps for others so far; changed.
+    """
+    if group["side"] == "auto":
+        sides: dict[Tensor, Side] = {}
+        for p, spread in spreads.items():
+            if (side := other_side(spread)) is not None:
+                sides[p] = side
+        turned = dict(zip(params, decide(sides), strict=True))
+        sites = decide({p: side for p, side in sides.items() if shared_out(turned[p], group, spreads[p])})
+    found = dict(zip(params, sites, strict=True))
+    for p, spread in spreads.items():
+        load = loads.setdefault(spread.group, [0.0] * len(spread.pieces))
+        found[p] = placed(found[p], group, spread, load)
+    return [*found.values()]
 
 
 def placed(site: Site, group: Mapping[str, Any], spread: Spread, load: list[float]) -> Site:

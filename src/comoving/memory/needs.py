@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import state as slots
+from ..distributed.comms import Traffic
 from ..optimizer import LowRankOptimizer
 from ..sites import Site
 from .rehearsal import Rehearsal, rehearse
@@ -18,24 +19,28 @@ Cache = dict[Any, Rehearsal]
 
 @dataclass(frozen=True)
 class Needs:
-    """The most bytes that a step between refreshes, and one with a refresh, allocates; operations of both."""
+    """The most bytes that a step between refreshes, and one with a refresh, allocates; operations, and bytes sent."""
 
     step: int = 0
     refresh: int = 0
     step_flops: int = 0
     refresh_flops: int = 0
+    step_bytes: int = 0
+    refresh_bytes: int = 0
 
 
 NOTHING = Needs()
 
 
-def needs(optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache) -> Needs:
+def needs(
+    optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache, traffic: Traffic | None
+) -> Needs:
     """The needs of all parameters: one batch of alike ones at a time, but for dense ones that torch steps together.
 
     The first step counts as a refresh. With ``layerwise`` its order is that of the backward pass, and with several
-    ranks only shares are known: the state of all other parameters then counts as there.
+    ranks who steps what is not its own: the state of all other parameters then counts as there.
     """
-    step = refresh = step_flops = refresh_flops = bound = 0
+    step = refresh = step_flops = refresh_flops = bound = step_bytes = refresh_bytes = 0
     seen: dict[Tensor, tuple[Rehearsal, int]] = {}
     for group in optimizer.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
@@ -43,23 +48,26 @@ def needs(optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int,
             site = optimizer.sites[params[0]]
             key = device, len(params), kind_of(params[0], site, group)
             if key not in cache:
-                cache[key] = rehearse(optimizer, params, device)
-            found, share, times = cache[key], _share(site, ranks), len(alike) / len(params)
-            step = max(step, round(found.step * share))
-            refresh = max(refresh, round(found.refresh * share))
-            bound = max(bound, round((found.first - found.state) * share))
-            step_flops += round(times * found.step_flops / ranks)
-            refresh_flops += round(times * found.refresh_flops / ranks)
+                cache[key] = rehearse(optimizer, params, device, traffic)
+            found, times = cache[key], len(alike) / len(params)
+            own = times if site.owner is None else times / ranks
+            step, refresh = max(step, found.step), max(refresh, found.refresh)
+            bound = max(bound, found.first - found.state)
+            step_flops += round(own * found.step_flops)
+            refresh_flops += round(own * found.refresh_flops)
+            step_bytes += round(times * found.step_bytes)
+            refresh_bytes += round(times * found.refresh_bytes)
             seen |= dict.fromkeys(alike, (found, len(params)))
     exact = ranks == 1 and not layerwise
     first = _first_step(optimizer, seen) if exact else bound
-    return Needs(step, max(refresh, first), step_flops, refresh_flops)
+    return Needs(step, max(refresh, first), step_flops, refresh_flops, step_bytes, refresh_bytes)
 
 
 def kind_of(p: Tensor, site: Site, group: Mapping[str, Any]) -> Any:
     """What decides how a parameter is stepped: equal for parameters that are stepped alike."""
     options = tuple(str(group[key]) for key in sorted(group) if key not in {"params", "param_names", "reasons"})
-    alike = replace(site, name="", reason="", phase=0, index=0)  # codecs, too, may be each parameter's own
+    owner = None if site.owner is None else 0
+    alike = replace(site, name="", reason="", phase=0, index=0, owner=owner)  # codecs, too, may be each parameter's own
     return tuple(p.shape), p.dtype, alike, options
 
 
@@ -101,13 +109,5 @@ def _first_step(optimizer: LowRankOptimizer, seen: Mapping[Tensor, tuple[Rehears
 
 def _initial_bytes(p: Tensor, optimizer: LowRankOptimizer, group: Mapping[str, Any]) -> int:
     """Bytes of the state with which a parameter begins, before its first gradient is taken in."""
-    state = slots.initial_state(optimizer.sites[p], group, p, torch.device("meta"), optimizer.seed)
+    state = slots.initial_state(optimizer.sites[p].here, group, p, torch.device("meta"), optimizer.seed)
     return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
-
-
-def _share(site: Site, ranks: int) -> float:
-    """The share of a parameter's temporaries on one rank: its rows, and what is as large as the core."""
-    if ranks == 1 or site.plain:
-        return 1 / ranks
-    sizes = zip(site.ranks, site.view.shape, strict=True)
-    return min(1.0, 1 / ranks + min((r / d for r, d in sizes if r is not None), default=1.0))

@@ -20,13 +20,16 @@ from ..units import show_bytes
 from ..validate import check_choice, check_int
 from ..weights import DeferringLinear, codes_of
 from . import sharding
-from .needs import NOTHING, Cache, kind_of, needs
+from .needs import NOTHING, Cache, Needs, kind_of, needs
 from .shapes import Subject, subject
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATE = ("moments", "frames", "feedback", "finder", "preconditioner", "scalars")
 """The parts of the state: the rule's and the transport's moments; frames; what the residual keeps; the finder's memory;
 statistics of single modes and preconditioners; step counts, seeds, diagnostics, and what the cadence keeps."""
+WIRE = ("gradients", "weights", "dealt", "norms", "refreshes")
+"""What is on the wire: gradients; weights that FSDP gathers; weights and gradients of parameters that one rank steps
+for all, and new weights back; figures between refreshes; and what finds frames together."""
 _KINDS = {
     Kind.LINEAR: "moments",
     Kind.VARIANCE: "moments",
@@ -61,6 +64,8 @@ class Plan:
         communication: DDP's buckets, or the units that FSDP gathers and scatters.
         activations: an estimate; None where there was nothing to estimate it from.
         activations_formula: how, in symbols; or why not.
+        wire: bytes that a rank puts on the wire in a step, by what they are (:data:`WIRE`); a ring sends sums
+            2 (N - 1)/N times. Those of refreshes are divided by the period.
         step_flops: real operations of a step of the optimizer between refreshes.
         refresh_flops: those that refreshing every frame once adds.
         options: what was passed on to :func:`comoving.build`.
@@ -88,12 +93,18 @@ class Plan:
     activations_formula: str
     step_flops: int
     refresh_flops: int
+    wire: Mapping[str, int] = field(default_factory=lambda: {})
     options: Mapping[str, Any] = field(default_factory=lambda: {})
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state: what :func:`comoving.state_bytes` counts after the first step."""
         return sum(self.state.values())
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that a rank puts on the wire in a step."""
+        return sum(self.wire.values())
 
     @property
     def temporaries(self) -> int:
@@ -123,7 +134,12 @@ class Plan:
         """All of it as plain data, for JSON."""
         rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
         plain = asdict(self) | {"rank": rank, "options": {k: str(v) for k, v in self.options.items()}}
-        return plain | {"state_bytes": self.state_bytes, "peak_bytes": self.peak_bytes, "parts": self.parts()}
+        return plain | {
+            "state_bytes": self.state_bytes,
+            "peak_bytes": self.peak_bytes,
+            "wire_bytes": self.wire_bytes,
+            "parts": self.parts(),
+        }
 
     def __str__(self) -> str:
         lines = [(name, show_bytes(size)) for name, size in self.parts().items() if size]
@@ -162,9 +178,10 @@ def plan(
         sequence: tokens a sample, likewise.
         ddp: ranks of DistributedDataParallel: each holds everything, and in buckets of 25 MiB, which exist all at once,
             a copy of all gradients (none with ``gradient_as_bucket_view=True``, which this does not assume).
-        fsdp: ranks of fully_shard: see :func:`comoving.memory.sharding.state_on_rank`. Temporaries are shared out as
-            far as they follow the rows, an estimate. Gathered at once are the weights of the two largest units, the one
-            at work and the next; a unit's whole gradients are there twice, as computed and as the collective's input.
+        fsdp: ranks of fully_shard, which cuts the first dimension: see :mod:`comoving.distributed.placement` for what
+            each steps and holds. The plan is that of the first rank, which has the most rows, with the state of the
+            rank that steps most for others. Gathered at once are the weights of the two largest units, the one at work
+            and the next; a unit's whole gradients are there twice, as computed and as the collective's input.
         layerwise: parameters are stepped in the backward pass and their gradients freed: gradients of the largest one.
         checkpointing: whether layers keep their inputs alone for the backward pass.
         device: "cuda" or "cpu": on the CPU what is drawn on the host counts too, and torch steps dense parameters one
@@ -224,12 +241,14 @@ def drafted(
     """
     optimizer = build(recipe, model.module, rank=rank, **options)
     ranks = fsdp or 1
+    traffic = sharding.shard(optimizer, ranks) if ranks > 1 else None
     everything = list(model.module.parameters())
     trained = [p for p in everything if p.requires_grad]
     own = {p: sharding.shard_bytes(p, ranks) for p in everything}
     each = [own[p] for p in trained]
     gradients = max(each, default=0) if layerwise else sum(each)
-    work = NOTHING if cache is None else needs(optimizer, device, layerwise, ranks, cache)
+    work = NOTHING if cache is None else needs(optimizer, device, layerwise, ranks, cache, traffic)
+    dealt, lent = sharding.dealt_bytes(optimizer) if traffic is not None else (0, 0)
     itemsize = max((p.element_size() for p in trained if not p.is_complex()), default=4)
     activations, formula = None, "not estimated: give batch"
     if batch is not None and model.activations is None:
@@ -252,40 +271,48 @@ def drafted(
         projected=sum(p.numel() for p, site in optimizer.sites.items() if site.projected),
         weights=_weights(model.module, optimizer, ranks),
         gradients=gradients,
-        state=state_by_part(optimizer, ranks),
-        step_temporaries=work.step,
-        refresh_temporaries=work.refresh,
+        state=state_by_part(optimizer),
+        step_temporaries=work.step + lent,
+        refresh_temporaries=work.refresh + lent,
         communication=_communication(model.module, ddp, fsdp),
         activations=activations,
         activations_formula=formula,
+        wire=_wire(model.module, optimizer, work, dealt, ddp, fsdp),
         step_flops=work.step_flops,
         refresh_flops=work.refresh_flops,
         options=dict(options),
     )
 
 
-def state_by_part(optimizer: LowRankOptimizer, ranks: int = 1) -> dict[str, int]:
-    """The bytes of an optimizer's state between two steps by the names of :data:`STATE`, on one of so many ranks."""
-    total: dict[str, int] = dict.fromkeys(STATE, 0)
+def state_by_part(optimizer: LowRankOptimizer) -> dict[str, int]:
+    """The bytes of an optimizer's state between two steps by the names of :data:`STATE`.
+
+    Of sharded parameters those that are here, and of those that others step, what the rank has that steps most.
+    """
+    here: dict[str, int] = dict.fromkeys(STATE, 0)
+    owned: dict[int, dict[str, int]] = {}
     for group in optimizer.param_groups:
         known: dict[Any, dict[str, int]] = {}
         for p in group["params"]:
             if p.requires_grad:
-                key = kind_of(p, optimizer.sites[p], group)
+                site = optimizer.sites[p]
+                key = kind_of(p, site, group)
                 if key not in known:
-                    known[key] = _state_of(optimizer.sites[p], group, ranks)
+                    known[key] = _state_of(site.here, group)
+                total = here if site.owner is None else owned.setdefault(site.owner, dict.fromkeys(STATE, 0))
                 for name, size in known[key].items():
                     total[name] += size
-    return total
+    most = max(owned.values(), key=lambda own: sum(own.values()), default={})
+    return {name: size + most.get(name, 0) for name, size in here.items()}
 
 
-def _state_of(site: Site, group: Mapping[str, Any], ranks: int) -> dict[str, int]:
+def _state_of(site: Site, group: Mapping[str, Any]) -> dict[str, int]:
     """The bytes of one parameter's state by the names of :data:`STATE`."""
     kinds = _kinds(site, group)
     total: dict[str, int] = dict.fromkeys(STATE, 0)
     for name, spec in slots.layout(site, group).items():
         own = name.partition(".")[2] if site.blocks else name
-        total[kinds[own]] += sharding.state_on_rank(site, name, spec, kinds, ranks)
+        total[kinds[own]] += slots.spec_bytes(spec)
     return total
 
 
@@ -346,3 +373,23 @@ def _communication(module: nn.Module, ddp: int | None, fsdp: int | None) -> int:
         sizes = sorted((sharding.bytes_of(unit) for unit in sharding.units(module)), reverse=True)
         return sum(sizes[:2]) + 2 * max(sizes, default=0)
     return 0
+
+
+def _wire(
+    module: nn.Module, optimizer: LowRankOptimizer, work: Needs, dealt: int, ddp: int | None, fsdp: int | None
+) -> dict[str, int]:
+    """What a rank puts on the wire in a step, by the names of :data:`WIRE`."""
+    trained = sharding.bytes_of([p for p in module.parameters() if p.requires_grad])
+    if ddp is not None and ddp > 1:
+        return {"gradients": trained}
+    if fsdp is None or fsdp == 1:
+        return {}
+    period = min((group["refresh_every"] for group in optimizer.param_groups), default=1)
+    everything = sum(sharding.shard_bytes(p, fsdp) for p in module.parameters())
+    return {
+        "gradients": trained,
+        "weights": 2 * everything,
+        "dealt": dealt,
+        "norms": work.step_bytes,
+        "refreshes": work.refresh_bytes // period,
+    }

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..cadence import Cadence, When
 from ..cadence.base import Slots
 from ..codecs import Spec
+from ..distributed.comms import Traffic
 from ..optimizer import LowRankOptimizer
 from . import flops
 from .tracker import StorageTracker
@@ -31,6 +32,8 @@ class Rehearsal:
         refresh: likewise during a step with a refresh.
         step_flops: operations of a step between refreshes, a mean where some do more than others.
         refresh_flops: what a refresh adds.
+        step_bytes: bytes that a process sends in a step between refreshes, where parameters are shared; a mean.
+        refresh_bytes: what a refresh adds.
     """
 
     state: int
@@ -39,6 +42,8 @@ class Rehearsal:
     refresh: int
     step_flops: int
     refresh_flops: int
+    step_bytes: int = 0
+    refresh_bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +99,9 @@ class _Watcher(StorageTracker):
         return result
 
 
-def rehearse(optimizer: LowRankOptimizer, params: Sequence[Tensor], device: str) -> Rehearsal:
+def rehearse(
+    optimizer: LowRankOptimizer, params: Sequence[Tensor], device: str, traffic: Traffic | None = None
+) -> Rehearsal:
     """Step parameters of one group on the meta device, as if it were another.
 
     The step is the optimizer's own, :meth:`comoving.LowRankOptimizer.step`, with gradients for these parameters alone:
@@ -106,34 +113,38 @@ def rehearse(optimizer: LowRankOptimizer, params: Sequence[Tensor], device: str)
         params: of one group.
         device: "cpu" counts what is drawn on the host too, and steps dense parameters one by one; "cuda" neither, as
             torch's AdamW has it by default.
+        traffic: counts what is sent.
     """
+    traffic = Traffic() if traffic is None else traffic
     group = next(g for g in optimizer.param_groups if any(p is params[0] for p in g["params"]))
     watcher = _Watcher() if device == "cpu" else _Watcher("meta")
     period = _period(group)
     with _prepared(optimizer, group, params, device):
         present = watcher.watch(p.grad for p in params if p.grad is not None).watch(params).live
 
-        def step(every: int) -> tuple[int, int]:
+        def step(every: int) -> tuple[int, int, int]:
             group["refresh_every"] = every
             watcher.reset_peak()
-            before, watcher.flops = watcher.live, 0
+            before, watcher.flops, sent = watcher.live, 0, traffic.bytes
             with watcher:
                 optimizer.step()
-            return watcher.peak - before, watcher.flops
+            return watcher.peak - before, watcher.flops, traffic.bytes - sent
 
-        first, _ = step(1)
+        first = step(1)[0]
         state = watcher.live - present
         plain = [step(_NEVER) for _ in range(period)]
         moving = any(optimizer.sites[p].projected for p in params)
         turning = [step(1) for _ in range(period)] if moving else plain
-    mean = [sum(work for _, work in steps) // len(steps) for steps in (plain, turning)]
+    work, sent = ([sum(step[i] for step in steps) // len(steps) for steps in (plain, turning)] for i in (1, 2))
     return Rehearsal(
         state,
         first,
-        max(peak for peak, _ in plain),
-        max(peak for peak, _ in turning),
-        mean[0],
-        max(0, mean[1] - mean[0]),
+        max(step[0] for step in plain),
+        max(step[0] for step in turning),
+        work[0],
+        max(0, work[1] - work[0]),
+        sent[0],
+        max(0, sent[1] - sent[0]),
     )
 
 
@@ -155,18 +166,22 @@ def _prepared(
 ) -> Generator[None]:
     """Gradients, one phase, a cadence that waits to be called, and torch's choice of kernels; all of it undone."""
     sites = {p: optimizer.sites[p] for p in params}
+    whole = {p: optimizer.roster.placements.pop(p) for p, site in sites.items() if site.owner is not None}
     kept = {key: group[key] for key in ("cadence", "refresh_every", "foreach")}
     group["cadence"] = _Called(group["cadence"])
     for p, site in sites.items():
         p.grad = torch.empty_like(p)
-        optimizer.sites[p] = replace(site, phase=0)
+        optimizer.sites[p] = replace(site, phase=0, owner=None)  # whoever steps it
     if device != "cpu" and group["foreach"] is None and not group["fused"]:
         group["foreach"] = True
+    optimizer.engine.forget()
     try:
         yield
     finally:
         group.update(kept)
         optimizer.sites.update(sites)
+        optimizer.roster.placements |= whole
+        optimizer.engine.forget()
         for p in params:
             p.grad = None
             optimizer.state.pop(p, None)

@@ -47,6 +47,9 @@ def table(plan: Plan) -> Any:
     drawn.add_section()
     drawn.add_row("step", _operations(plan.step_flops), "", "operations of the optimizer between refreshes")
     drawn.add_row("refresh", _operations(plan.refresh_flops), "", "what refreshing every frame once adds")
+    if plan.wire:
+        kinds = ", ".join(f"{name} {show_bytes(size)}" for name, size in plan.wire.items() if size)
+        drawn.add_row("wire", show_bytes(plan.wire_bytes), "", f"sent by a rank in a step: {kinds}")
     return drawn
 
 

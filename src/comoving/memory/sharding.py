@@ -1,56 +1,142 @@
-"""What one of N ranks holds when a parameter is sharded along its first dimension."""
+"""A model that is shared by processes which are not there: what one of them has, and what it sends."""
 
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..codecs import Spec
+from ..distributed.comms import Traffic
+from ..distributed.placement import Spread, chunks, place_all
+from ..frames.base import Side
+from ..groups import decide
+from ..optimizer import LowRankOptimizer
 from ..sites import Site
-from ..state import spec_bytes
-
-_BY_ROWS = ("frame.0", "feedback.", "sparse.")
 
 
-def share(count: int, ranks: int) -> int:
-    """Rows of the largest shard: ceil(count / ranks)."""
-    return -(-count // ranks)
-
-
-def shard_bytes(p: Tensor, ranks: int) -> int:
-    """Bytes of a rank's rows of a parameter."""
-    rows = p.shape[0] if p.ndim else 1
-    return p.numel() // max(1, rows) * share(rows, ranks) * p.element_size()
-
-
-def state_on_rank(site: Site, name: str, spec: Spec, kinds: Mapping[str, str], ranks: int) -> int:
-    """Bytes of one slot on one rank.
-
-    A rank's rows of the parameter come with the same rows of everything that has them: a dense parameter's moments, the
-    feedback, the factor of mode 0, moments of a core whose first mode is whole. The first mode of a core that is
-    compressed there is dealt out too, since the sum of the ranks' contributions can be scattered over it. Factors of
-    other modes, statistics of single modes, a finder's memory and single numbers are whole on every rank. Blocks along
-    the first mode are dealt out whole.
+@dataclass(eq=False)
+class Absent:
+    """A comm of which the others are absent: it counts what would be sent, and has shapes in place of what came back.
 
     Args:
-        site: of the parameter.
-        name: of the slot, behind "<block>." for a block's.
-        spec: of the tensor as it is stored.
-        kinds: slot name -> what it is, by the part of the plan.
-        ranks: N.
+        traffic: counts.
+        split: the mode that is cut, None of replicas.
+        sizes: as for :class:`comoving.distributed.Shards`.
+        itemsize: bytes that a real number takes on the wire; None for its own.
     """
-    size = spec_bytes(spec)
-    if ranks == 1 or not spec.shape:
-        return size
-    own = name
-    if site.blocks:
-        number, _, own = name.partition(".")
-        if site.block_mode == 0:
-            return size if int(number) < share(site.blocks, ranks) else 0
-    sharded = site.plain or own.startswith(_BY_ROWS) or kinds.get(own) == "moments"
-    if not sharded:
-        return size
-    return prod(spec.shape[1:]) * share(spec.shape[0], ranks) * spec.dtype.itemsize
+
+    traffic: Traffic
+    split: int | None = None
+    sizes: tuple[int, ...] = ()
+    itemsize: int | None = None
+
+    alone = False
+
+    def joined(self, product: Tensor, over: Collection[int]) -> Tensor:
+        """The product."""
+        if self.split is None or self.split in over:
+            self._note(product)
+        return product
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """A tensor of the whole shape."""
+        if self.split is None:
+            return x
+        shape = list(x.shape)
+        shape[dim] = sum(self.sizes)
+        self.traffic.note(x)
+        return x.new_empty(shape)
+
+    def here(self, x: Tensor, dim: int) -> Tensor:
+        """The first entries."""
+        return x if self.split is None else x.narrow(dim, 0, self.sizes[0])
+
+    def length(self, here: int) -> int:
+        """That of all."""
+        return here if self.split is None else sum(self.sizes)
+
+    def largest(self, figure: Tensor) -> Tensor:
+        """The figure."""
+        self.traffic.note(figure)
+        return figure
+
+    def norm(self, norms: Tensor) -> Tensor:
+        """The norms."""
+        if self.split is not None:
+            self.traffic.note(norms)
+            self.traffic.note(norms)
+        return norms
+
+    def _note(self, x: Tensor) -> None:
+        reals = x.numel() * (2 if x.is_complex() else 1)
+        self.traffic.add(x.numel() * x.element_size() if self.itemsize is None else reals * self.itemsize)
+
+
+@dataclass(frozen=True, eq=False)
+class Imagined(Spread):
+    """A parameter that is sharded along its first dimension, of which this is the first of the processes."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @cached_property
+    def mode(self) -> int | None:
+        """The first."""
+        return 0
+
+    @cached_property
+    def comm(self) -> Any:
+        """Counts."""
+        return Absent(self.traffic, self.mode, self.sizes)
+
+    @cached_property
+    def comm_of_all(self) -> Any:
+        """Likewise."""
+        return Absent(self.traffic, 0, (0,))
+
+    def here(self, x: Tensor) -> Tensor:
+        """The first rows."""
+        return x[self.pieces[0]]
+
+
+def shard(optimizer: LowRankOptimizer, ranks: int) -> Traffic:
+    """Let an optimizer of parameters without data take them for sharded over so many processes, as fully_shard() does.
+
+    Raises:
+        ValueError: a budget.
+
+    Returns:
+        What counts what the first process sends, once the optimizer steps.
+    """
+    traffic, roster = Traffic(), optimizer.roster
+    if optimizer.budget is not None:
+        raise ValueError(f"budget={optimizer.budget!r} is refused for sharded parameters: give rank, codec and moments")
+    loads: dict[Any, list[float]] = {}
+    for group in optimizer.param_groups:
+        params: list[Tensor] = group["params"]
+        before = [optimizer.sites[p] for p in params]
+        spreads: dict[Tensor, Spread] = {
+            p: Imagined(cast("Any", None), (), tuple(p.shape), None, 0, chunks(tuple(p.shape), 0, ranks), traffic)
+            for p in params
+            if p.ndim
+        }
+        found = place_all(params, before, group, spreads, partial(_decided_again, params, before, group), loads)
+        roster.placements |= spreads
+        roster.sites |= zip(params, found, strict=True)
+    optimizer.engine.forget()
+    return traffic
+
+
+def _decided_again(
+    params: Sequence[Tensor], before: Sequence[Site], group: Mapping[str, Any], sides: Mapping[Tensor, Side]
+) -> list[Site]:
+    """The sites with other sides for some parameters, and codecs and phases as they were."""
+    pairs = [(site.name, p) for site, p in zip(before, params, strict=True)]
+    sites = decide(pairs, group, before[0].index, sides)
+    return [
+        replace(site, phase=old.phase, codec=old.codec, moments=old.moments)
+        for site, old in zip(sites, before, strict=True)
+    ]
 
 
 def units(module: nn.Module) -> list[list[Tensor]]:
@@ -70,3 +156,24 @@ def units(module: nn.Module) -> list[list[Tensor]]:
 def bytes_of(tensors: list[Tensor]) -> int:
     """Bytes of their entries."""
     return sum(p.numel() * p.element_size() for p in tensors)
+
+
+def shard_bytes(p: Tensor, ranks: int) -> int:
+    """Bytes of the first rank's rows of a parameter."""
+    rows = p.shape[0] if p.ndim else 1
+    return p.numel() // max(1, rows) * -(-rows // ranks) * p.element_size()
+
+
+def dealt_bytes(optimizer: LowRankOptimizer) -> tuple[int, int]:
+    """What one rank sends in a step for parameters that are dealt out, and what is there of others' in a round, about.
+
+    Weights and gradients of its rows go to the owners, and new weights of its own parameters come back to all rows.
+    """
+    sent = most = 0
+    for p, site in optimizer.sites.items():
+        if site.owner is not None:
+            rank = optimizer.roster.placements[p].rank
+            piece, whole = optimizer.roster.here(p).numel() * p.element_size(), p.numel() * p.element_size()
+            sent += whole - piece if site.owner == rank else 2 * piece
+            most = max(most, 2 * whole)
+    return sent, most
