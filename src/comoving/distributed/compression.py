@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from ..codecs.base import as_real
 from ..drivers.replicas import Replicas as Driver
@@ -94,7 +95,10 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
     optimizer.roster.exchange("residual", residuals)
     driver = optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, "compress()"))
     unused = model.find_unused_parameters and not model.static_graph
-    model.register_comm_hook(_Hook(optimizer, driver, process_group, sent.dense, unused), _hooked)
+    hook = _Hook(optimizer, driver, process_group, sent.dense, unused)
+    model.register_comm_hook(hook, _hooked)
+    if model.gradient_as_bucket_view:
+        hook.clearing = model.register_forward_pre_hook(hook.before_buckets_are_cut)
     return sent
 
 
@@ -117,8 +121,10 @@ class _Hook:
     group: dist.ProcessGroup
     traffic: Traffic
     unused: bool
+    clearing: RemovableHandle | None = None
     _agreed: bool = False
     _within: bool = False
+    _passes: int = 0
 
     def __call__(self, bucket: GradBucket) -> Future[Tensor]:
         """Take up what is projected, and average the rest."""
@@ -126,7 +132,7 @@ class _Hook:
         with torch.no_grad(), full_precision():
             if bucket.index() == 0:
                 self._begin()
-            both = [*zip(bucket.parameters(), bucket.gradients(), strict=True)]
+            both = _cut(bucket)
             for p, _ in both:
                 clear(p)
             projected = {p: g for p, g in both if p in sites and sites[p].projected}
@@ -148,8 +154,15 @@ class _Hook:
         # p.grad; what is queued from there comes last.
         _at_the_end(lambda: _at_the_end(self._end))
 
+    def before_buckets_are_cut(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        """Take away what stands for gradients once: after the first pass buckets are cut anew, with what is there."""
+        if self._passes and torch.is_grad_enabled() and self.clearing is not None:
+            self.driver.clear()
+            self.clearing.remove()
+
     def _end(self) -> None:
         self._within = False
+        self._passes += 1
         self.driver.leave_stand_ins()
 
     def _averaged(self, buffer: Tensor, dense: Sequence[Tensor], projected: Sequence[Tensor]) -> Future[Tensor]:
@@ -160,7 +173,7 @@ class _Hook:
             done: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
             done.set_result(buffer)
             return done
-        flat = as_real(torch.cat([g.reshape(-1) for g in dense]) if projected else buffer)
+        flat = as_real(torch.cat([g.reshape(-1) for g in dense])).flatten() if projected else as_real(buffer)
         flat.div_(dist.get_world_size(self.group))
         self.traffic.note(flat)
         work = dist.all_reduce(flat, group=self.group, async_op=True)
@@ -179,6 +192,24 @@ class _Hook:
 
 def _hooked(hook: _Hook, bucket: GradBucket) -> Future[Tensor]:
     return hook(bucket)
+
+
+def _cut(bucket: GradBucket) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter of a bucket with its gradient, a view of the buffer.
+
+    The bucket's own ``gradients()`` are right for contiguous real parameters only: it takes pairs of reals for as many
+    complex numbers, and gradients that lie as a transposed parameter does for contiguous ones.
+    """
+    params, buffer = bucket.parameters(), bucket.buffer()
+    if params and params[0].is_complex() and not buffer.is_complex():
+        buffer = torch.view_as_complex(buffer.view(-1, 2))
+    found, start = list[tuple[Tensor, Tensor]](), buffer.storage_offset()
+    for p in params:
+        filled = 1 + sum((d - 1) * s for d, s in zip(p.shape, p.stride(), strict=True)) == p.numel()
+        strides = p.stride() if filled else torch.empty(p.shape, device="meta").stride()
+        found.append((p, buffer.as_strided(p.shape, strides, start)))
+        start += p.numel()
+    return found
 
 
 def _at_the_end(call: Callable[[], None]) -> None:

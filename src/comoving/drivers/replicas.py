@@ -323,6 +323,10 @@ class Replicas(Whole):
         self._begun.clear()
         self._flags.clear()
         self._looked_at.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Take away what stands for gradients."""
         for p in self.engine.roster.sites:
             clear(p)
 
