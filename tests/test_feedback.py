@@ -5,15 +5,17 @@ from math import ceil, prod
 import pytest
 import torch
 
+from comoving import LowRankOptimizer
 from comoving.codecs import BFloat16, Full, Int4, Int8
 from comoving.finders import Exact, Power
-from comoving.residual import Feedback, Passage
+from comoving.residual import Cores, Feedback, Passage
 from contract.support import (
     CODECS,
     COMPLEX,
     DRAWN,
     REAL,
     TRANSPORTS,
+    Holder,
     close,
     feedback_error,
     feedback_of,
@@ -129,11 +131,61 @@ def test_the_lost_momentum_enters_raw(codec, lazy, dtype):
     passage = Passage(new, m_new, 0.8, 0.2, old, m, overlap, new.project(old.lift(m)))
     close(passage.lost(), (old.lift(m) - new.lift(m_new)).norm(), 1e-5)
     expected = g - new.lift(z) + 4.0 * (old.lift(m) - new.lift(m_new))
-    size = residual.keep(seen.dense.clone(), z, passage, True, state, codec)
+    size = residual.keep(seen.dense.clone(), Cores.only(z), passage, True, state, codec)
     close(size.double(), expected.norm(), 1e-6)
     then = 0.8 * m_new + 0.2 * z
     again = residual.restore(g, Passage(new, then, 0.8, 0.2, new, then), True, state, codec)
     assert (again.full() - g - expected).norm() <= residual.error(state, codec) * (1 + 1e-5) + 1e-12
+
+
+def run(p, optimizer, shape, dtype, steps=14):
+    """Steps of two gradients now and then, and decay rates that change."""
+    found = []
+    for t in range(steps):
+        optimizer.param_groups[0]["betas"] = (0.7 if t % 5 else 0.8, 0.95)
+        for i in range(2 if t % 4 == 2 else 1):
+            optimizer.absorb(p, randn(shape, dtype, 30 + 2 * t + i))
+        optimizer.apply(p)
+        found.append((feedback_of(optimizer, p), p.detach().clone(), frame_of(optimizer, p)))
+    return found
+
+
+@FIELDS
+@SHAPES
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("options", [{}, {"decay": 0.7}, {"window": 3}, {"momentum": False}], ids=str)
+def test_a_core_of_ones_own_is_what_momentum_shows_of_it(shape, ranks, transport, options, dtype):
+    """Over refreshes and windows, to rounding."""
+    parts = {"transport": transport, "refresh_every": 3, "eps": 1e-3}
+    plain, own = (
+        run(*lone(randn(shape, dtype), rank=ranks, residual=residual, **parts), shape, dtype)
+        for residual in (Feedback(**options), Feedback(**options, own=True))
+    )
+    for (e, w, f), (own_e, own_w, own_f) in zip(plain, own, strict=True):
+        close(own_e, e, 1e-12)
+        close(own_w, w, 1e-12)
+        for a, b in zip(own_f.factors, f.factors, strict=True):
+            assert (a is None) is (b is None)
+            if a is not None:
+                close(a, b, 1e-12)
+
+
+@FIELDS
+def test_batches_and_windows_with_a_core_of_ones_own(dtype):
+    """Several parameters at once, in windows of the backward pass that are clipped."""
+    found = []
+    for residual in (Feedback(), Feedback(own=True)):
+        model = Holder(*(randn((6, 9), dtype, i) for i in range(3)))
+        optimizer = LowRankOptimizer(model.parameters(), 0.01, 2, residual=residual, refresh_every=2, eps=1e-3)
+        optimizer.step_in_backward(accumulate=2, clip=3.0)
+        for t in range(12):
+            for i, p in enumerate(model.parameters()):
+                (randn((6, 9), dtype, 50 + 3 * t + i).conj() * p).sum().real.backward()
+            if t % 2:
+                optimizer.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------- codecs

@@ -82,7 +82,7 @@ OF_PARTS = {
     "lazy": LAZY,
     "polar": {"step: linalg/lapack.py:_svd": CONVERGED},
     "adaptive ranks": EIGH | {"refresh: ranks/reading.py:read": "ranks are the host's to choose"},
-    "blocks": {"step: engine.py:_blocks_of": "which blocks have a gradient"},
+    "blocks": {"step: engine.py:blocks_of": "which blocks have a gradient"},
 }  # fmt: skip
 ONCE = {
     "adaptive ranks": {"step: drivers/guard.py:stops": "what has changed its shape cannot be put back on the device"},

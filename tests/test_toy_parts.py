@@ -125,7 +125,7 @@ class Tenth(Inside):
     def restore(self, gradient, passage, opening, state, codec):
         return Operand(gradient + state["tenth"] if opening else gradient, rows=passage.rows)
 
-    def keep(self, dense, core, passage, opening, state, codec):
+    def keep(self, dense, cores, passage, opening, state, codec):
         state["tenth"] = (dense - passage.frame.lift(passage.frame.project(dense))) * 0.1
         return norm(state["tenth"], passage.rows)
 

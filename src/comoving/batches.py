@@ -139,6 +139,18 @@ class Alone:
         return [self.rows[0].state]
 
 
+def apart(which: Together, cell: Cell) -> list[tuple[Alone, Cell]]:
+    """The rows of a cell that is not committed yet, each by itself with its part of it."""
+    if not which.stacked:
+        return [(Alone(which.rows[0], shown=True), cell)]
+    kind, count = which.rows[0].kind, len(which.rows)
+    parts = {name: _rows_of(x, count, name in kind.shared or name == "step") for name, x in cell.flat().items()}
+    return [
+        (Alone(row, shown=True), Cell.of(kind, {name: listed[i] for name, listed in parts.items()}, 0, row.site.name))
+        for i, row in enumerate(which.rows)
+    ]
+
+
 class Gathered:
     """Some rows, copied together for one step."""
 

@@ -1,7 +1,7 @@
 """Cells: the state of a batch while it is stepped, in one compartment per role."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import Tensor
@@ -29,6 +29,7 @@ class Open:
         rest: the norm of what they have outside the frame, (*rows), where clipping asks for it.
         window: how many gradients there were, where a driver counts them.
         refreshed: whether the first of them brought a new frame to a weight whose change is deferred.
+        newest: what is used of the last of them alone, for a driver that sends it to others; in no state.
     """
 
     core: Tensor
@@ -36,6 +37,7 @@ class Open:
     rest: Tensor | None = None
     window: int | None = None
     refreshed: bool = False
+    newest: Tensor | None = None
 
 
 @dataclass
@@ -120,6 +122,11 @@ class Cell:
             found |= {name: x for name, x in own.items() if x is not None}
             found |= {REFRESHED: True} if self.open.refreshed else {}
         return found
+
+    def copy(self) -> "Cell":
+        """A cell of the same tensors, to be stepped where this one stays as it is."""
+        names = ("basis", "moments", "precondition", "finder", "cadence", "residual", "host")
+        return replace(self, **{name: dict(getattr(self, name)) for name in names})
 
     def check(self) -> None:
         """Raise where a part has put something beside the slots that it declares; moments are as they are stored.

@@ -45,6 +45,15 @@ class Comm(Protocol):
         """How many entries the mode that is split has, of which so many are here."""
         ...
 
+    def sent(self, core: Tensor, rows: int) -> Tensor:
+        """What others see of a core that each process has for itself, and sends them: as it is rounded on the way.
+
+        Args:
+            core: (*rows, ...), which may be what is returned.
+            rows: how many dimensions in front count rows.
+        """
+        ...
+
     def largest(self, figure: Tensor) -> Tensor:
         """The largest of real figures of all processes, entry by entry."""
         ...
@@ -74,6 +83,10 @@ class Local:
     def length(self, here: int) -> int:
         """What is here."""
         return here
+
+    def sent(self, core: Tensor, rows: int) -> Tensor:
+        """The core."""
+        return core
 
     def largest(self, figure: Tensor) -> Tensor:
         """The figure."""

@@ -1,7 +1,7 @@
 """The engine: rows and batches of all parameters, and the seven steps on them. Drivers feed it gradients."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -218,11 +218,19 @@ class Engine:
             self.settle()
 
     def absorbed(
-        self, which: Together, given: Sequence[Tensor], sizes: Sequence[Tensor] | None, rate: Tensor | None = None
+        self,
+        which: Together,
+        given: Sequence[Tensor],
+        sizes: Sequence[Tensor] | None,
+        rate: Tensor | None = None,
+        cell: Cell | None = None,
     ) -> tuple[Cell, Now]:
-        """Steps 1-4 of :meth:`advance`: a cell that is open, beside states as they were; and what the host decided."""
+        """Steps 1-4 of :meth:`advance`: a cell that is open, beside states as they were; and what the host decided.
+
+        The cell is made of the states, unless one is given that is open already, and takes up one more gradient.
+        """
         first, rows = which.rows[0], which.rows
-        cell, now = which.cell(), self.now(first)
+        cell, now = which.cell() if cell is None else cell, self.now(first)
         if rate is not None:
             cell.recorded, now = True, replace(now, lr=rate)
         sign = self.owner.param_groups[first.kind.number]["maximize"]
@@ -262,7 +270,7 @@ class Engine:
             written: the numbers of blocks whose weights and states are as they shall be; more are added.
         """
         with self._closed_if_failing(p, written):
-            parts = self._blocks_of(p, gradient, written)
+            parts = self.blocks_of(p, gradient, written)
             self._write_blocks(p, [*parts], parts, written)
 
     # --------------------------------------------------------------------------------------------------- in two halves
@@ -272,13 +280,13 @@ class Engine:
         site = self.roster.sites[p].here
         with self._closed_if_failing(p):
             if site.blocks:
-                parts = self._blocks_of(p, gradient, ())
+                parts = self.blocks_of(p, gradient, ())
             else:
                 sign = self.roster.group_of(p)["maximize"]
                 parts = {self.row(p): site.view.see(-gradient if sign else gradient)}
             taken = [(which, which.cell()) for which in self.sorted_out(parts)]
             for which, cell in taken:
-                absorb(cell, _laid(which, parts), None, self.now(which.rows[0]))
+                absorb(cell, laid(which, parts), None, self.now(which.rows[0]))
         for which, cell in taken:
             which.commit(cell)
         self.settle()
@@ -321,13 +329,31 @@ class Engine:
 
         Where the weights are the parameter's own storage, blocks are written one after the other; else all at the end.
         """
+
+        def opened() -> Iterator[tuple[Together, Cell, Now]]:
+            for which in self.sorted_out(rows):
+                cell, now = which.cell(), self.now(which.rows[0])
+                if parts is not None:
+                    absorb(cell, laid(which, parts), None, now)
+                yield which, cell, now
+
+        self.apply_blocks(p, rows, opened(), written)
+
+    def apply_blocks(
+        self, p: Tensor, rows: Sequence[Row], opened: Iterable[tuple[Together, Cell, Now]], written: set[str]
+    ) -> None:
+        """Steps 5-7 for blocks of a parameter with their open cells, which are committed.
+
+        Args:
+            p: the parameter.
+            rows: all of the blocks; in this order their seeds are drawn from.
+            opened: those that are stepped together, their cells, and what the host decided.
+            written: takes the numbers of blocks whose weights and states are as they shall be.
+        """
         site, group = self.roster.sites[p].here, self.roster.group_of(p)
         store, waiting = store_of(self.numbers(p), site), list[tuple[Together, Cell]]()
         weights: Sequence[Tensor] = group["frame"].split(store.weights)
-        for which in self.sorted_out(rows):
-            cell, now = which.cell(), self.now(which.rows[0])
-            if parts is not None:
-                absorb(cell, _laid(which, parts), None, now)
+        for which, cell, now in opened:
             own = [weights[int(row.block or 0) - _first_block(site)] for row in which.rows]
             stacked = torch.stack(own) if which.stacked else own[0]
             apply(cell, stacked, now)
@@ -344,15 +370,19 @@ class Engine:
         store.write(store.prepared(store.weights, [seeds[row] for row in rows if row in seeds]))
         for which, cell in waiting:
             which.commit(cell)
-        written.update(row.block or "" for row in rows)
+        written.update(row.block or "" for which, _ in waiting for row in which.rows)
 
-    def _blocks_of(self, p: Tensor, gradient: Tensor, but: Collection[str]) -> dict[Row, Tensor]:
-        """The blocks that a gradient is not zero in, with their parts of it, but for some of them."""
+    def blocks_of(self, p: Tensor, gradient: Tensor, but: Collection[str]) -> dict[Row, Tensor]:
+        """The blocks that a gradient is not zero in, with their parts of it, but for some of them.
+
+        Where several processes have one each, those that one of them is not zero in.
+        """
         site, group = self.roster.sites[p].here, self.roster.group_of(p)
         assert site.block_mode is not None
         seen = site.view.see(-gradient if group["maximize"] else gradient)
         parts: Sequence[Tensor] = group["frame"].split(seen)
-        live = seen.movedim(site.block_mode, 0).flatten(1).any(1).tolist()
+        live = seen.movedim(site.block_mode, 0).flatten(1).any(1)
+        live = (live if self.comm.alone else self.comm.largest(live.float())).tolist()
         first = _first_block(site)
         numbered = {str(first + b): part for b, (part, any_) in enumerate(zip(parts, live, strict=True)) if any_}
         return {self.row(p, b): part for b, part in numbered.items() if b not in but}
@@ -377,7 +407,7 @@ class Engine:
             raise
 
 
-def _laid(which: Together, parts: Mapping[Row, Tensor]) -> Tensor:
+def laid(which: Together, parts: Mapping[Row, Tensor]) -> Tensor:
     """The parts of a gradient that belong to these rows."""
     own = [parts[row] for row in which.rows]
     return torch.stack(own) if which.stacked else own[0]

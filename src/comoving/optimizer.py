@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 from weakref import proxy
 
 import torch
@@ -14,7 +14,7 @@ from . import diagnostics as error_control
 from . import state as slots
 from .cadence import Cadence, Every
 from .codecs import Codec, Full
-from .drivers import Backward, Guard, Whole
+from .drivers import Backward, Driver, Guard, Whole
 from .drivers.backward import Window, check_clip, check_hooks
 from .drivers.graphs import CudaRecorder, Graphs
 from .engine import Engine
@@ -36,6 +36,8 @@ from .sites import Site
 from .transport import Rotate, Transport
 from .validate import check_choice, check_float, check_int, names_unknown, plain
 from .views import Heads, ViewName
+
+_Driver = TypeVar("_Driver", bound=Driver)
 
 
 class LowRankOptimizer(Optimizer):
@@ -175,6 +177,8 @@ class LowRankOptimizer(Optimizer):
         self._complete = True
 
     _backward: Backward | None
+    _driver: Driver | None = None
+    """What brings gradients in place of ``p.grad``; see :meth:`driven_by`."""
 
     @property
     def sites(self) -> dict[Tensor, Site]:
@@ -233,6 +237,7 @@ class LowRankOptimizer(Optimizer):
         Raises:
             RuntimeError: no parameter is on a CUDA device.
         """
+        self._check_undriven("capture()")
         if not any(p.is_cuda for p in self.sites):
             raise RuntimeError("capture() records CUDA graphs: move the model to a CUDA device first")
         self.engine.replays = Graphs(self.engine, CudaRecorder())
@@ -267,7 +272,9 @@ class LowRankOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with full_precision():
-            if self._backward is not None:
+            if self._driver is not None:
+                self._driver.step()
+            elif self._backward is not None:
                 self._backward.finish()
             else:
                 self._whole.step()
@@ -359,6 +366,7 @@ class LowRankOptimizer(Optimizer):
         check_choice("norm", norm, ("exact", "running"))
         if clip is not None:
             check_float("clip", clip, 0.0, open_low=True)
+        self._check_undriven("step_in_backward()")
         if self._backward is not None:
             raise RuntimeError("already stepping in the backward pass; call step_after_backward() first")
         check_hooks(self.engine, clip)
@@ -386,7 +394,9 @@ class LowRankOptimizer(Optimizer):
         return None if self._backward is None else self._backward.window.norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; a window of :meth:`step_in_backward` is not emptied."""
+        """As torch's; a window of :meth:`step_in_backward` is not emptied, what another driver has taken up is left."""
+        if self._driver is not None:
+            self._driver.drop()
         if self._backward is not None:
             self._backward.clear()
         super().zero_grad(set_to_none)
@@ -398,6 +408,7 @@ class LowRankOptimizer(Optimizer):
         Raises:
             RuntimeError: while stepping in the backward pass.
         """
+        self._check_undriven("GradScaler")
         if self._backward is not None:
             raise RuntimeError(
                 "GradScaler is refused while stepping in the backward pass: it would unscale gradients, and look for "
@@ -416,6 +427,7 @@ class LowRankOptimizer(Optimizer):
             ValueError: an empty group, a duplicate parameter, or a hyper-parameter that does not fit.
             TypeError: an unknown hyper-parameter.
         """
+        self._check_undriven("add_param_group()")
         pairs, given = joining(param_group, self.defaults, self.sites)
         if self._backward is not None and self._backward.window.clip is not None:
             check_clip(self._backward.window.clip, self.defaults | given)
@@ -437,12 +449,52 @@ class LowRankOptimizer(Optimizer):
         Raises:
             IndexError: there is no such group.
         """
+        self._check_undriven("remove_param_group()")
         params = self.param_groups.pop(index)["params"]
         for p in params:
             self.state.pop(p, None)
         self.roster.remove(params, index)
         if self._backward is not None:
             self._backward.leave(params)
+
+    def driven_by(self, make: Callable[[Guard], _Driver]) -> _Driver:
+        """From now on ``step()`` is that of a driver which brings gradients of its own; a copy has none.
+
+        Args:
+            make: the driver, from what counts skipped steps.
+
+        Raises:
+            RuntimeError: there is one already, or gradients are taken up in the backward pass, or steps replayed.
+        """
+        self.check_undriven("another driver")
+        self._driver = driver = make(self._guard)
+        return driver
+
+    def check_undriven(self, what: str) -> None:
+        """Raise if gradients come otherwise than by ``p.grad``.
+
+        Args:
+            what: does not go with that.
+
+        Raises:
+            RuntimeError: they are taken up in the backward pass, replayed, or those of another driver.
+        """
+        self._check_undriven(what)
+        if self._backward is not None:
+            raise RuntimeError(f"{what} is refused after step_in_backward(): call step_after_backward() first")
+        if self.engine.replays is not None:
+            raise RuntimeError(f"{what} is refused after capture(): build the optimizer anew")
+
+    def _check_undriven(self, what: str) -> None:
+        if self._driver is not None:
+            raise RuntimeError(f"{what} is refused: gradients are those of {self._driver}, which takes no others")
+
+    def _check_settled(self) -> None:
+        if self._driver is not None and self._driver.waiting:
+            raise RuntimeError(
+                "gradients of the last backward pass wait for the step, and no state holds them: call step() first, or "
+                "zero_grad() to drop them"
+            )
 
     def limit(self) -> int | None:
         """The bytes that the budget allows the state of the projected parameters that are here; None without one."""
@@ -485,12 +537,16 @@ class LowRankOptimizer(Optimizer):
         """The state as tensors and plain data, parts as names and fields: loads with ``weights_only=True``.
 
         Later steps change nothing of it but the tensors of dense parameters, which are torch's AdamW's own.
+
+        Raises:
+            RuntimeError: another driver has taken up gradients, and waits for the step.
         """
         if self._backward is not None and self._backward.window.held:
             raise RuntimeError(
                 "state_dict() is refused in the middle of a window of step_in_backward(): the gradients of parameters "
                 "that one process steps for all are in no state. Call step() first"
             )
+        self._check_settled()
         packed = super().state_dict()
         lasting = self.engine.written_in_place()
         packed["state"] = {
@@ -513,6 +569,7 @@ class LowRankOptimizer(Optimizer):
             ValueError: a checkpoint of another recipe, other groups or other shapes, or no optimizer's; nothing has
                 changed then.
         """
+        self._check_settled()
         checkpoint.check_form(state_dict)
         saved = state_dict["param_groups"]
         keys = checkpoint.match_parameters(saved, self.param_groups)
@@ -562,7 +619,8 @@ class LowRankOptimizer(Optimizer):
         return of_this_process(states, self.roster)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a deep copy takes along: a window too, but for the hooks."""
+        """What a pickle or a deep copy takes along: a window too, but neither hooks nor another driver."""
+        self._check_settled()
         own = {name: getattr(self, name) for name in ("on_nonfinite", "seed", "budget", "stacked_entries")}
         own |= {"sites": self.sites, "index": self.roster.index, "fixed": self.roster.fixed}
         window = None if self._backward is None else self._backward.copied()

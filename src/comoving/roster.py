@@ -171,6 +171,32 @@ class Roster:
                 self.blocked.add(p)
         self._changed()
 
+    def exchange(self, role: str, parts: Sequence[Any]) -> None:
+        """Give every group another part of a role, before any of its parameters has a state.
+
+        Args:
+            role: of the parts.
+            parts: one a group.
+
+        Raises:
+            ValueError: the budget is too small for what they keep; nothing has changed then.
+        """
+        groups = self.owner.param_groups
+        before = [group[role] for group in groups]
+        for group, part in zip(groups, parts, strict=True):
+            group[role] = part
+        try:
+            sites = self.assigned(self.sites, self.group_of)
+        except ValueError:
+            for group, part in zip(groups, before, strict=True):
+                group[role] = part
+            raise
+        self.sites |= sites
+        for fixed, part in zip(self.fixed, parts, strict=True):
+            fixed[role] = part
+        self.forget_bytes()
+        self._changed()
+
     def remove(self, params: Sequence[Tensor], index: int) -> None:
         """Forget parameters whose group, of this number, was taken away."""
         for p in params:

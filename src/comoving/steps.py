@@ -29,7 +29,7 @@ from .frames import Frame, Modes
 from .frames import stored as stored_frame
 from .groups import update_scale
 from .linalg import asks_host, norm
-from .residual import Passage, Update
+from .residual import Cores, Passage, Update
 from .rules.base import averaged
 from .rules.turn import Turn, turned
 
@@ -117,17 +117,19 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
             passage = refresh(cell, restored, kept, now)  # 3
     own = restored.project(passage.frame, passage.overlap) if first else passage.frame.project(seen)  # 4
     total = restored.norm() if due and restored.core is not None and cell.figures is not None else None
-    z = own if cell.open is None else cell.open.core + own
-    kept = parts.residual.keep(restored.dense, z, passage, first, cell.residual, parts.codec)
+    sent = now.comm.sent(own, cell.rows)
+    z = sent if cell.open is None else cell.open.core + sent
+    cores = Cores(z, sent, None if sent is own else own - sent)
+    kept = parts.residual.keep(restored.dense, cores, passage, first, cell.residual, parts.codec)
     rest = _outside(kept, seen, own, None if cell.open is None else cell.open.rest, cell.rows) if now.clips else None
     if cell.figures is not None:
         given_size = norm(seen, cell.rows) if size is None else size
-        _measure(cell, passage, given_size, total, own, kept, first, now)
+        _measure(cell, passage, given_size, total, own, kept, cores.unsent, first, now)
     held = size if parts.residual.holds and first else None
     if cell.open is None:
-        cell.open = Open(z, held, rest, refreshed=due and kind.site.deferred)
+        cell.open = Open(z, held, rest, refreshed=due and kind.site.deferred, newest=sent)
     else:
-        cell.open = replace(cell.open, core=z, size=held, rest=rest)
+        cell.open = replace(cell.open, core=z, size=held, rest=rest, newest=sent)
     cell.encode(moved=due)
     cell.check()
 
@@ -237,6 +239,7 @@ def _measure(  # noqa: PLR0917
     total: Tensor | None,
     z: Tensor,
     kept: Tensor | None,
+    unsent: Tensor | None,
     first: bool,
     now: Now,
 ) -> None:
@@ -249,6 +252,8 @@ def _measure(  # noqa: PLR0917
         diagnostics.measure(cell.figures, size, inside)
         return
     lost, rounded = passage.reentry * passage.lost(), parts.residual.error(cell.residual, parts.codec, cell.rows)
+    if unsent is not None:
+        rounded = rounded + norm(unsent, cell.rows)
     size, inside, kept, lost, rounded = _of_all(now.comm, size, inside, kept, lost, rounded)
     total = None if total is None else now.comm.norm(total)
     diagnostics.measure_kept(cell.figures, size, total, inside, kept, rounded, lost, first)

@@ -170,6 +170,8 @@ RESIDUALS = [
     Feedback(lazy=False, decay=0.7, momentum=False),
     Feedback(decay=0.7, window=3),
     Feedback(lazy=False, decay=0.7),
+    Feedback(own=True),
+    Feedback(own=True, decay=0.7, window=3, momentum=False),
     Fira(),
     Fira(per="tensor", growth=None),
     Channel(),
@@ -235,13 +237,16 @@ def frame_of(optimizer, p, order=None):
 
 
 def feedback_of(optimizer, p):
-    """e = A - F (m/b + Y) from the slots that the feedback keeps, a tensor of its own."""
+    """e = A - F (m/b + Y), or A - F C, from the slots that the feedback keeps, a tensor of its own."""
     group, state = optimizer.param_groups[0], optimizer.state[p]
     shape, m = tuple(p.shape), state["moment.first"]
+    gradients = group["codec"].decode(stored(state, "feedback.gradients."), shape, m.dtype)
+    if group["residual"].own:
+        used = group["codec"].decode(stored(state, "feedback.used."), tuple(m.shape), m.dtype)
+        return gradients - frame_of(optimizer, p).lift(used)
     used = m * state["feedback.weight"]
     if group["residual"].lazy:
         used = used + group["codec"].decode(stored(state, "feedback.momenta."), tuple(m.shape), m.dtype)
-    gradients = group["codec"].decode(stored(state, "feedback.gradients."), shape, m.dtype)
     return gradients - frame_of(optimizer, p).lift(used)
 
 

@@ -126,9 +126,9 @@ class StrayGrowing(Growing):
 
 
 class StrayFeedback(Feedback):
-    def keep(self, dense, core, passage, opening, state, codec):
+    def keep(self, dense, cores, passage, opening, state, codec):
         state["stray"] = dense.clone()
-        return super().keep(dense, core, passage, opening, state, codec)
+        return super().keep(dense, cores, passage, opening, state, codec)
 
 
 STRAYS = {

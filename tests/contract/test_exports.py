@@ -57,7 +57,7 @@ ROLES = {
     "cadence": (cadence, CADENCES, set()),
     "transport": (transport, TRANSPORTS, {"Clock", "Overlap", "Slot"}),
     "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *POSITIVE], set()),
-    "residual": (residual, [*RESIDUALS, *MOVING], {"Passage", "Update"}),
+    "residual": (residual, [*RESIDUALS, *MOVING], {"Cores", "Passage", "Update"}),
     "precondition": (precondition, PRECONDITIONERS, set()),
     "rule": (rules, RULES, set()),
     "frame": (
@@ -201,6 +201,7 @@ def test_parts_are_frozen_values(part):
         (Sparse, "rule", Muon(), "elementwise"),
         (Sparse, "seed", -1, ">= 0"),
         (Feedback, "momentum", 2, "True, False"),
+        (Feedback, "own", 2, "True, False"),
         (Blocks, "mode", -1, ">= 0"),
         (BlockSelection, "inner", BlockSelection(), "fills a ModeFrame"),
         (Lazy, "threshold", 1.5, r"\[0, 1\]"),

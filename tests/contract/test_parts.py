@@ -8,7 +8,7 @@ import torch
 from comoving.clock import Clock
 from comoving.codecs import Full
 from comoving.frames import ModeFrame, Modes
-from comoving.residual import Feedback, Passage
+from comoving.residual import Cores, Feedback, Passage
 from comoving.rules import Adam
 from comoving.state import layout
 from comoving.transport import Keep
@@ -263,7 +263,9 @@ def check(residual, codec, shape, ranks, size, turned, dtype):
     core, moved = frame.project(g), frame.project(old.lift(m))
     turn = {"overlap": frame.overlap(old), "image": moved} if turned else {}
     dense = seen.dense.clone() if seen.dense is g else seen.dense
-    size_kept = residual.keep(dense, core, Passage(frame, moved, 0.8, 0.2, old, m, **turn, tick=1), True, state, codec)
+    size_kept = residual.keep(
+        dense, Cores.only(core), Passage(frame, moved, 0.8, 0.2, old, m, **turn, tick=1), True, state, codec
+    )
     assert torch.equal(g, before)
     assert (size_kept is not None) is residual.feeds
     returned = turned and getattr(residual, "momentum", False)
@@ -300,9 +302,10 @@ def test_a_buffer_that_keeps_part_of_what_the_frame_holds(residual, codec, shape
             before = g.clone()
             standing = Passage(frame, core, 0.0, 1.0, frame, core)
             dense = residual.restore(g, standing, i == 0, state, codec).dense
-            core = core + frame.project(dense if i == 0 else g)
+            z = frame.project(dense if i == 0 else g)
+            core = core + z
             standing = Passage(frame, core, 0.0, 1.0, frame, core)
-            outside = residual.keep(dense, core, standing, i == 0, state, codec)
+            outside = residual.keep(dense, Cores(core, z), standing, i == 0, state, codec)
             assert torch.equal(g, before)
             assert residual.feeds
             kept = kept + g

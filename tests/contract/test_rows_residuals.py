@@ -8,7 +8,7 @@ from comoving.codecs import Full, Int4, Int8
 from comoving.diagnostics import measure, measure_kept, overlap_defect
 from comoving.frames import ModeFrame
 from comoving.linalg import norm
-from comoving.residual import Channel, Feedback, Fira, Passage, Sign, Sparse, Update
+from comoving.residual import Channel, Cores, Feedback, Fira, Passage, Sign, Sparse, Update
 from comoving.rules import Lion, Scheduled
 from contract.support import COMPLEX, MOVING, REAL, RESIDUALS, core_of, randn, random_frame
 
@@ -73,7 +73,7 @@ class Run:
             if operand.core is not None:
                 z += operand.core if turned is None else turned.move(operand.core)
             core = z if core is None else core + z
-            kept = residual.keep(operand.dense, core, passage, opening, state, codec)
+            kept = residual.keep(operand.dense, Cores(core, z), passage, opening, state, codec)
             lost, rounded = passage.lost(), residual.error(state, codec, rows)
             assert (kept is not None) == residual.feeds
             assert lost.ndim == rows
@@ -176,7 +176,7 @@ def _absorbed(residual, g, frame, opening, state, rows, t):
     assert operand.rows == rows
     core = frame.project(operand.dense)
     state["core"] = core if opening else state["core"] + core
-    assert residual.keep(operand.dense, state["core"], passage, opening, state, Full()) is None
+    assert residual.keep(operand.dense, Cores(state["core"], core), passage, opening, state, Full()) is None
     assert torch.equal(g, given)
     return residual.size(state["core"], norm(operand.dense, rows), state)
 

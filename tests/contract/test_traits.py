@@ -10,7 +10,7 @@ from comoving.codecs import Full, Int8
 from comoving.frames import Cosines, Modes, Seeded, SparseModes, Trains
 from comoving.groups import _TRAITS
 from comoving.linalg import norm
-from comoving.residual import Channel, Passage, Update
+from comoving.residual import Channel, Cores, Passage, Update
 from comoving.slots import Kind
 from comoving.transport import Carry, Rotate
 from contract.support import (
@@ -204,7 +204,7 @@ class Kept:
         total = restored.full().clone()
         z = self.frame.project(total if opening else seen)
         self.core = z if opening else self.core + z
-        return residual.keep(restored.dense, self.core, self.passage(m), opening, state, self.codec), total
+        return residual.keep(restored.dense, Cores(self.core, z), self.passage(m), opening, state, self.codec), total
 
     def written(self):
         """The weights after an update, from zero."""

@@ -1,5 +1,8 @@
 """Several processes: what they tell one another, and who feeds the engine there."""
 
-from .comms import Replicas, Shards, Traffic
+from .agreement import agree
+from .comms import Replicas, Shards
+from .compression import Sent, compress
+from .traffic import Traffic
 
-__all__ = ["Replicas", "Shards", "Traffic"]
+__all__ = ["Replicas", "Sent", "Shards", "Traffic", "agree", "compress"]

@@ -7,25 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass
-class Traffic:
-    """What this process has put into sums and the like: how often, and how many bytes.
-
-    A ring sends each of them 2 (N - 1)/N times.
-    """
-
-    calls: int = 0
-    bytes: int = 0
-
-    def note(self, x: Tensor) -> None:
-        """One tensor more."""
-        self.add(x.numel() * x.element_size())
-
-    def add(self, count: int) -> None:
-        """So many bytes more."""
-        self.calls += 1
-        self.bytes += count
+from .traffic import Traffic
+from .wires import Wire
 
 
 @dataclass(eq=False)
@@ -36,11 +19,14 @@ class Replicas:
         group: of the processes; None for all of them.
         wire: what products are summed in; None for their own dtype. Complex ones are sent as real pairs.
         traffic: counts what is sent.
+        cores: how a driver sends cores, by which they are rounded before they are used; None where they stay as they
+            are.
     """
 
     group: dist.ProcessGroup | None = None
     wire: torch.dtype | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    cores: Wire | None = None
 
     alone, split = False, None
 
@@ -69,6 +55,10 @@ class Replicas:
     def length(self, here: int) -> int:
         """What is here."""
         return here
+
+    def sent(self, core: Tensor, rows: int) -> Tensor:
+        """The core, or what arrives of it."""
+        return core if self.cores is None else self.cores.sent(core, rows)
 
     def largest(self, figure: Tensor) -> Tensor:
         """The largest of all."""
@@ -129,6 +119,10 @@ class Shards:
     def length(self, here: int) -> int:
         """That of all."""
         return sum(self.sizes)
+
+    def sent(self, core: Tensor, rows: int) -> Tensor:
+        """The core."""
+        return core
 
     def largest(self, figure: Tensor) -> Tensor:
         """The largest of all."""

@@ -10,6 +10,21 @@ _NEW = {torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.a
 _ZEROS = {torch.ops.aten.zero_.default, torch.ops.aten._foreach_zero_.default}
 
 
+STEPPED = (
+    "freed, since step_in_backward() was called; what stands in p.grad has no numbers. To clip gradients by their norm "
+    "call optimizer.step_in_backward(clip=...) in place of clip_grad_norm_() (Lightning's gradient_clip_val is "
+    "switched off; a Hugging Face Trainer gets max_grad_norm=0 and a _get_grad_norm() that returns None); "
+    "optimizer.gradient_norm is the norm then. step_after_backward() goes back to gradients that stay"
+)
+SENT = (
+    "sent to the other processes as its core alone, since comoving.distributed.compress() was called; what stands in "
+    "p.grad has no numbers, and no process has the mean of the gradients. Leave out what reads them, clip_grad_norm_() "
+    "(Lightning's gradient_clip_val, a Hugging Face Trainer's max_grad_norm) and GradScaler among them, or train "
+    "without compress()"
+)
+"""Why a gradient is not there, and what to do about it."""
+
+
 class TakenUp(Tensor):
     """A tensor of a gradient's shape, dtype and device without its numbers, on which arithmetic raises.
 
@@ -20,15 +35,16 @@ class TakenUp(Tensor):
     """
 
     of: str
+    why: str
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"TakenUp({self.of!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TakenUp":
-        return stand_in(self, self.of)
+        return stand_in(self, self.of, self.why)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _made, (self.shape, self.dtype, self.device, self.of)
+        return _made, (self.shape, self.dtype, self.device, self.of, self.why)
 
     @classmethod
     def __torch_dispatch__(
@@ -49,24 +65,18 @@ class TakenUp(Tensor):
         if func in _NEW and own is not None:
             options = kwargs or {}
             dtype, device = options.get("dtype") or own.dtype, options.get("device") or own.device
-            return _made(own.shape, dtype, device, own.of)
-        name = own.of if own is not None else "a parameter"
-        raise RuntimeError(
-            f"{func}: the gradient of {name} was taken up inside backward() and freed, since step_in_backward() was "
-            f"called; what stands in p.grad has no numbers. To clip gradients by their norm call "
-            f"optimizer.step_in_backward(clip=...) in place of clip_grad_norm_() (Lightning's gradient_clip_val is "
-            f"switched off; a Hugging Face Trainer gets max_grad_norm=0 and a _get_grad_norm() that returns None); "
-            f"optimizer.gradient_norm is the norm then. step_after_backward() goes back to gradients that stay"
-        )
+            return _made(own.shape, dtype, device, own.of, own.why)
+        name, why = (own.of, own.why) if own is not None else ("a parameter", STEPPED)
+        raise RuntimeError(f"{func}: the gradient of {name} was taken up inside backward() and {why}")
 
 
-def stand_in(like: Tensor, name: str) -> TakenUp:
-    """What stands for the gradient of a parameter of this name."""
-    return _made(like.shape, like.dtype, like.device, name)
+def stand_in(like: Tensor, name: str, why: str = STEPPED) -> TakenUp:
+    """What stands for the gradient of a parameter of this name, and says this where it is asked for numbers."""
+    return _made(like.shape, like.dtype, like.device, name, why)
 
 
-def _made(shape: Sequence[int], dtype: torch.dtype, device: torch.device, of: str) -> TakenUp:
+def _made(shape: Sequence[int], dtype: torch.dtype, device: torch.device, of: str, why: str) -> TakenUp:
     number = torch.empty((), dtype=dtype, device=device).expand(shape)
     made: Any = Tensor._make_subclass(TakenUp, number)  # noqa: SLF001
-    made.of = of
+    made.of, made.why = of, why
     return made

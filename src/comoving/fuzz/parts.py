@@ -114,6 +114,7 @@ PRECONDITIONERS: tuple[Draw, ...] = (
 RESIDUALS: tuple[Draw, ...] = (
     lambda r: Feedback(_flag(r), r.choice((1.0, 0.7)), r.choice((None, 3)), _flag(r)),
     lambda r: Feedback(_flag(r)),
+    lambda r: Feedback(decay=r.choice((1.0, 0.7)), window=r.choice((None, 3)), momentum=_flag(r), own=True),
     lambda r: Fira(r.choice(("channel", "tensor")), r.choice((1.01, 1.01, 1.5, None))),
     lambda r: Channel(r.choice(("channel", "tensor")), r.choice((1.01, 1.01, 1.5, None))),
     lambda r: Sign(r.choice((1.0, 0.3))),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import state as slots
-from ..distributed.comms import Traffic
+from ..distributed.traffic import Traffic
 from ..optimizer import LowRankOptimizer
 from ..sites import Site
 from .rehearsal import Rehearsal, rehearse

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cadence import Cadence, When
 from ..cadence.base import Slots
 from ..codecs import Spec
-from ..distributed.comms import Traffic
+from ..distributed.traffic import Traffic
 from ..optimizer import LowRankOptimizer
 from . import flops
 from .tracker import StorageTracker

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..distributed.comms import Traffic
 from ..distributed.placement import Spread, chunks, place_all
+from ..distributed.traffic import Traffic
 from ..frames.base import Side
 from ..groups import decide
 from ..optimizer import LowRankOptimizer
@@ -55,6 +55,10 @@ class Absent:
     def length(self, here: int) -> int:
         """That of all."""
         return here if self.split is None else sum(self.sizes)
+
+    def sent(self, core: Tensor, rows: int) -> Tensor:
+        """The core."""
+        return core
 
     def largest(self, figure: Tensor) -> Tensor:
         """The figure."""

@@ -1,6 +1,6 @@
 """Residuals: what becomes of the part of the gradient that lies outside the frame."""
 
-from .base import Holding, Inside, Passage, Residual, Update
+from .base import Cores, Holding, Inside, Passage, Residual, Update
 from .channel import Channel
 from .discard import Discard
 from .feedback import Feedback
@@ -11,6 +11,7 @@ from .sparse import Sparse
 
 __all__ = [
     "Channel",
+    "Cores",
     "Discard",
     "Feedback",
     "Fira",

@@ -61,6 +61,26 @@ class Passage:
 
 
 @dataclass(frozen=True)
+class Cores:
+    """What the frame holds of the gradients of a step.
+
+    Args:
+        total: z of all gradients since the last step.
+        newest: what is used of the last of them alone.
+        unsent: its coordinates less ``newest``, where they were rounded on the way to other processes; None for zero.
+    """
+
+    total: Tensor
+    newest: Tensor
+    unsent: Tensor | None = None
+
+    @classmethod
+    def only(cls, core: Tensor) -> "Cores":
+        """Those of a step of one gradient."""
+        return cls(core, core)
+
+
+@dataclass(frozen=True)
 class Update:
     """Steps 6 and 7 of one parameter: w <- shrink w + factor F d, and what the residual wants beside it.
 
@@ -186,7 +206,7 @@ class Residual(Protocol):
         ...
 
     def keep(
-        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
+        self, dense: Tensor, cores: Cores, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Tensor | None:
         """Keep what of g~, and of the momentum that the change of frame loses, is outside the new frame.
 
@@ -195,7 +215,7 @@ class Residual(Protocol):
 
         Args:
             dense: the dense part of what :meth:`restore` returned; it may be overwritten.
-            core: z of all gradients since the last step.
+            cores: what the frame holds of the gradients.
             passage: what becomes of the momentum.
             opening: whether this is the first gradient since then.
             state: as in :meth:`restore`.
@@ -290,7 +310,7 @@ class Holding(Inside):
         return Operand(gradient, rows=passage.rows)
 
     def keep(
-        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
+        self, dense: Tensor, cores: Cores, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> None:
         """Hold the gradient; a sum is a new tensor, since the first may be the caller's."""
         state[HELD] = dense if opening else state[HELD] + dense

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..codecs import Codec, Spec
 from ..finders import Operand
-from .base import Inside, Passage
+from .base import Cores, Inside, Passage
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Discard(Inside):
         return Operand(gradient, rows=passage.rows)
 
     def keep(
-        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
+        self, dense: Tensor, cores: Cores, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> None:
         """Nothing."""
 

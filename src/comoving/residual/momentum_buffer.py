@@ -10,7 +10,7 @@ from ..codecs import Codec, Spec, store
 from ..finders import Operand
 from ..linalg import norm
 from ..validate import check_float
-from .base import Inside, Passage
+from .base import Cores, Inside, Passage
 
 _BUFFER = "feedback.momentum."
 
@@ -53,10 +53,10 @@ class MomentumBuffer(Inside):
         return Operand(codec.decode_onto(gradient, _stored(state)), rows=passage.rows)
 
     def keep(
-        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
+        self, dense: Tensor, cores: Cores, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> Tensor:
         """M; returns the norm of B outside the frame."""
-        frame, rows = passage.frame, passage.rows
+        frame, rows, core = passage.frame, passage.rows, cores.total
         # A later gradient of the window meets M instead of B: what the frame holds of it becomes mu z of all of them.
         surplus = core * (1 - self.decay) if opening else frame.project(dense).sub_(core, alpha=self.decay)
         frame.add_lift(dense, surplus, -1.0)

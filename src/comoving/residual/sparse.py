@@ -15,7 +15,7 @@ from ..linalg import each_row, norm
 from ..rules import Adam, Rule
 from ..slots import Kind, Slot
 from ..validate import check_choice, check_float, check_int
-from .base import HELD, Passage, Update
+from .base import HELD, Cores, Passage, Update
 
 _PREFIX, _INDICES, _DRAWS, _OLD = "sparse.", "sparse.indices", "sparse.draws", "held.indices"
 _KINDS = {Kind.LINEAR, Kind.VARIANCE, Kind.SCALAR}
@@ -133,13 +133,13 @@ class Sparse:
         return Operand(gradient, rows=passage.rows)
 
     def keep(
-        self, dense: Tensor, core: Tensor, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
+        self, dense: Tensor, cores: Cores, passage: Passage, opening: bool, state: dict[str, Tensor], codec: Codec
     ) -> None:
         """Where the frame comes first: choose Omega when it is due, and hold g on it."""
         if self.first:
             return
         if _OLD in state:
-            self._choose(dense - passage.frame.lift(core), state)
+            self._choose(dense - passage.frame.lift(cores.total), state)
         self._hold(dense, state)
 
     def size(self, core: Tensor, rest: Tensor, state: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,279 @@
+"""DistributedDataParallel sends the cores of projected parameters in place of their gradients."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from ..codecs.base import as_real
+from ..drivers.replicas import Replicas as Driver
+from ..drivers.replicas import clear
+from ..optimizer import LowRankOptimizer
+from ..precision import full_precision
+from ..precondition import Plain
+from ..residual import Discard, Feedback, Residual
+from ..validate import check_choice
+from .agreement import agree
+from .comms import Replicas
+from .traffic import Traffic
+from .wires import WIRES, Piece, Sending, WireName
+from .wires import wire as wire_of
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What this process has put into sums over all of them, since :func:`compress` was called.
+
+    Args:
+        cores: of projected parameters, with one number a bucket that says whether a gradient was bad.
+        frames: what frames were searched in, at refreshes.
+        dense: gradients of the other parameters.
+    """
+
+    cores: Traffic = field(default_factory=Traffic)
+    frames: Traffic = field(default_factory=Traffic)
+    dense: Traffic = field(default_factory=Traffic)
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return self.cores.bytes + self.frames.bytes + self.dense.bytes
+
+
+def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bfloat16") -> Sent:
+    """From now on let each process send the cores of its gradients in place of the gradients.
+
+    The training loop stays as it is: ``backward()``, ``step()``, ``zero_grad()``. Each process projects its own
+    gradient, with what it kept itself, into the frame that all share; what is stepped by is the mean of the cores, and
+    what a process's core does not hold, rounding on the way included, stays in its own feedback. Frames are searched
+    in the mean of the gradients, which no process sees: contractions with it are summed, n x r numbers a refresh.
+    Dense parameters and whole frames are averaged as ever. Until ``step()`` ``p.grad`` of a projected parameter holds a
+    :class:`comoving.drivers.taken.TakenUp`, a tensor without numbers.
+
+    :class:`comoving.residual.Feedback` becomes its own form, ``own=True``. At the first backward pass all processes
+    compare their optimizers (:func:`agree`). With ``on_nonfinite="skip"`` a bad gradient on one process skips the step
+    on all, with "raise" it raises on all; one number is read from the device a step.
+
+    Args:
+        model: a DistributedDataParallel.
+        optimizer: of its parameters; one without state, or with a state that was made under ``own=True``.
+        wire: of cores: "same", in their own dtype; "bfloat16"; "int8", in bytes with a float32 step every 128, a
+            quarter of float32. With the last two frames are searched in sums in bfloat16.
+
+    Returns:
+        A count of what is sent from now on.
+
+    Raises:
+        TypeError: another model or optimizer.
+        ValueError: a recipe, or a model, that cannot be compressed so, with the reason.
+        RuntimeError: a gradient is there already; stepping in the backward pass, or by recordings.
+    """
+    check_choice("wire", wire, WIRES)
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"compress() hooks into DistributedDataParallel, got a {type(model).__name__}: wrap the model in it first"
+        )
+    if not isinstance(cast("object", optimizer), LowRankOptimizer):
+        raise TypeError(f"compress() needs an optimizer of comoving, got a {type(optimizer).__name__}")
+    optimizer.check_undriven("compress()")
+    _check_model(model, optimizer)
+    residuals = [_residual(optimizer, number) for number in range(len(optimizer.param_groups))]
+    process_group = cast("dist.ProcessGroup", model.process_group)
+    cores, sent = wire_of(wire), Sent()
+    comm = Replicas(process_group, cores.products, sent.frames, cores)
+
+    def send(given: Sequence[tuple[Tensor, int]]) -> Sending:
+        return cores.start([Piece(core, rows) for core, rows in given], process_group, sent.cores)
+
+    optimizer.roster.exchange("residual", residuals)
+    driver = optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, "compress()"))
+    unused = model.find_unused_parameters and not model.static_graph
+    hook = _Hook(optimizer, driver, process_group, sent.dense, unused)
+    model.register_comm_hook(hook, _hooked)
+    if model.gradient_as_bucket_view:
+        hook.clearing = model.register_forward_pre_hook(hook.before_buckets_are_cut)
+    return sent
+
+
+@dataclass(eq=False)
+class _Hook:
+    """What DistributedDataParallel calls in the backward pass, with one bucket of gradients after the other.
+
+    It holds on to no model, which holds on to it where no collector of garbage sees it.
+
+    Args:
+        optimizer: compared with those of the other processes, once.
+        driver: takes gradients up.
+        group: the processes.
+        traffic: counts what is sent of dense parameters.
+        unused: whether some parameters may have no gradient on any process.
+    """
+
+    optimizer: LowRankOptimizer
+    driver: Driver
+    group: dist.ProcessGroup
+    traffic: Traffic
+    unused: bool
+    clearing: RemovableHandle | None = None
+    _agreed: bool = False
+    _within: bool = False
+    _passes: int = 0
+
+    def __call__(self, bucket: GradBucket) -> Future[Tensor]:
+        """Take up what is projected, and average the rest."""
+        sites = self.optimizer.sites
+        with torch.no_grad(), full_precision():
+            if bucket.index() == 0:
+                self._begin()
+            both = _cut(bucket)
+            for p, _ in both:
+                clear(p)
+            projected = {p: g for p, g in both if p in sites and sites[p].projected}
+            if projected:
+                self.driver.take(projected, self.unused)
+            return self._averaged(bucket.buffer(), [g for p, g in both if p not in projected], [*projected.values()])
+
+    def _begin(self) -> None:
+        """A backward pass begins to send; one that never came to its end has left nothing of use."""
+        if self._within:
+            self.driver.drop()
+        self._within = True
+        if not self._agreed:
+            agree(self.optimizer, self.group)
+            self._agreed = True
+        if not self.driver.waiting:
+            self.optimizer.roster.check()
+        # What is queued here comes before what DistributedDataParallel is about to queue, and that puts gradients into
+        # p.grad; what is queued from there comes last.
+        _at_the_end(lambda: _at_the_end(self._end))
+
+    def before_buckets_are_cut(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        """Take away what stands for gradients once: after the first pass buckets are cut anew, with what is there."""
+        if self._passes and torch.is_grad_enabled() and self.clearing is not None:
+            self.driver.clear()
+            self.clearing.remove()
+
+    def _end(self) -> None:
+        self._within = False
+        self._passes += 1
+        self.driver.leave_stand_ins()
+
+    def _averaged(self, buffer: Tensor, dense: Sequence[Tensor], projected: Sequence[Tensor]) -> Future[Tensor]:
+        """The buffer with means of the dense gradients, and zeros for the others."""
+        for g in projected:
+            g.zero_()
+        if not dense:
+            done: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+            done.set_result(buffer)
+            return done
+        flat = as_real(torch.cat([g.reshape(-1) for g in dense])).flatten() if projected else as_real(buffer)
+        flat.div_(dist.get_world_size(self.group))
+        self.traffic.note(flat)
+        work = dist.all_reduce(flat, group=self.group, async_op=True)
+        assert work is not None
+
+        def finish(_: Future[Any]) -> Tensor:
+            if projected:
+                means = flat.split([as_real(g).numel() for g in dense])
+                for g, mean in zip(dense, means, strict=True):
+                    own = as_real(g)
+                    own.copy_(mean.view(own.shape))
+            return buffer
+
+        return work.get_future().then(finish)
+
+
+def _hooked(hook: _Hook, bucket: GradBucket) -> Future[Tensor]:
+    return hook(bucket)
+
+
+def _cut(bucket: GradBucket) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter of a bucket with its gradient, a view of the buffer.
+
+    The bucket's own ``gradients()`` are right for contiguous real parameters only: it takes pairs of reals for as many
+    complex numbers, and gradients that lie as a transposed parameter does for contiguous ones.
+    """
+    params, buffer = bucket.parameters(), bucket.buffer()
+    if params and params[0].is_complex() and not buffer.is_complex():
+        buffer = torch.view_as_complex(buffer.view(-1, 2))
+    found, start = list[tuple[Tensor, Tensor]](), buffer.storage_offset()
+    for p in params:
+        filled = 1 + sum((d - 1) * s for d, s in zip(p.shape, p.stride(), strict=True)) == p.numel()
+        strides = p.stride() if filled else torch.empty(p.shape, device="meta").stride()
+        found.append((p, buffer.as_strided(p.shape, strides, start)))
+        start += p.numel()
+    return found
+
+
+def _at_the_end(call: Callable[[], None]) -> None:
+    """Call this when the backward pass is over, after what was queued before."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # noqa: SLF001  # pyright: ignore
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def _check_model(model: DistributedDataParallel, optimizer: LowRankOptimizer) -> None:
+    """Raise unless the model averages every gradient that the optimizer steps by, and this one can take it up."""
+    if model._comm_hooks:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        raise ValueError("this model has a communication hook already, and can have one only: wrap it anew")
+    if model.mixed_precision is not None:
+        raise ValueError("mixed_precision= of DistributedDataParallel is refused by compress(): use autocast instead")
+    present, ignored = set(model.module.parameters()), set(model.parameters_to_ignore)
+    left_out = {p for name, p in model.module.named_parameters() if name in ignored}
+    absent = [site.name for p, site in optimizer.sites.items() if p not in present or p in left_out]
+    if absent:
+        raise ValueError(
+            f"{', '.join(absent[:5])}: parameters of the optimizer that this model does not have, or does not average; "
+            f"build the optimizer of the model's own parameters"
+        )
+    coded = [site.name for site in optimizer.sites.values() if site.coded]
+    if coded:
+        raise ValueError(f"{', '.join(coded[:5])}: compress() takes no weights in codes: train them without it")
+    full = [site.name for p, site in optimizer.sites.items() if site.projected and p.grad is not None]
+    if full:
+        raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")
+    if not any(site.projected for site in optimizer.sites.values()):
+        raise ValueError("compress() sends cores of projected parameters, and this optimizer has none: lower rank=")
+
+
+def _residual(optimizer: LowRankOptimizer, number: int) -> Residual:
+    """The residual that a group gets.
+
+    Raises:
+        ValueError: a part that several processes with gradients of their own cannot share, or a state of another form.
+    """
+    group = optimizer.param_groups[number]
+    projected = [p for p in group["params"] if optimizer.sites[p].projected]
+    if not projected:
+        return group["residual"]
+    reason = None
+    if not group["finder"].joint:
+        reason = f"finder {group['finder']} sees more of a gradient than contractions with it: use Power()"
+    elif group["ranks"].adaptive:
+        reason = f"ranks {group['ranks']} are chosen by the spectrum of a gradient that no process has: use Fixed()"
+    elif group["precondition"] != Plain():
+        reason = f"precondition {group['precondition']} would have to see the mean of the gradients: use Plain()"
+    elif not isinstance(group["residual"], Discard | Feedback):
+        reason = f"residual {group['residual']} needs the mean of the gradients: use Feedback() or Discard()"
+    if reason is not None:
+        raise ValueError(f"compress() is refused for parameter group {number}: {reason}")
+    residual = _own(group["residual"])
+    stated = [optimizer.sites[p].name for p in projected if optimizer.state.get(p)]
+    if residual != group["residual"] and stated:
+        raise ValueError(
+            f"{', '.join(stated[:5])} has a state already, with feedback that is read off the momentum, which all "
+            f"processes share: build the optimizer with {residual}, or call compress() before the first step"
+        )
+    return residual
+
+
+def _own(residual: Residual) -> Residual:
+    return replace(residual, lazy=True, own=True) if isinstance(residual, Feedback) else residual
