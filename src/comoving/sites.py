@@ -17,11 +17,13 @@ class Shard:
         mode: of the parameter as it is stored, and as it is seen.
         sizes: how many entries of it each process has, in their order.
         rank: which of them this one is.
+        group: names them: what other processes share, by the same sizes, is not stepped together with it.
     """
 
     mode: int
     sizes: tuple[int, ...]
     rank: int
+    group: str = ""
 
     @property
     def start(self) -> int:

@@ -91,7 +91,7 @@ class Shared(Protocol):
 
 def deal(
     params: Sequence[Tensor], shared: Shared, gradient: Callable[[Tensor], Tensor], lent: dict[Tensor, Tensor]
-) -> Iterator[dict[Tensor, Tensor]]:
+) -> Generator[dict[Tensor, Tensor]]:
     """The rounds of parameters that one process each steps for all, one group of processes after the other.
 
     Args:
@@ -128,20 +128,18 @@ def _size(piece: Piece) -> int:
 class _Exchange:
     """Bytes from every process to every other one, on their way."""
 
-    def __init__(
-        self, parts: Sequence[Sequence[Tensor]], expected: Sequence[int], group: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, parts: Sequence[Sequence[Tensor]], expected: Sequence[int], share: Share) -> None:
         """Begin.
 
         Args:
             parts: what goes to each process.
             expected: how many bytes come from each.
-            group: of the processes.
+            share: one of those that are on their way: of which processes, on which device.
         """
         given = [[_bytes_of(x) for x in own] for own in parts]
         counts = [sum(x.numel() for x in own) for own in given]
         flat = [x for own in given for x in own]
-        device = next((x.device for x in flat), torch.device("cpu"))
+        device, group = share.p.device, share.spread.group
         self._sent = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
         self._expected = list(expected)
         self._got = torch.empty(sum(expected), dtype=torch.uint8, device=device)
@@ -194,7 +192,7 @@ class _Gathering:
             sum(2 * _size(share.spread.pieces[rank]) * share.p.element_size() for share in self._mine)
             for rank in range(len(first.pieces))
         ]
-        self._exchange = _Exchange(parts, expected, first.group)
+        self._exchange = _Exchange(parts, expected, shares[0])
 
     def wait(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """Parameter -> weights and gradient, whole, of those that are stepped here."""
@@ -223,7 +221,7 @@ class _Scattering:
             sum(here(share.p).numel() * share.p.element_size() for share in shares if share.site.owner == rank)
             for rank in range(len(first.pieces))
         ]
-        self._exchange = _Exchange(parts, expected, first.group)
+        self._exchange = _Exchange(parts, expected, shares[0])
 
     def wait(self) -> None:
         """Write what came into the parameters."""

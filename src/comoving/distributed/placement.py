@@ -192,8 +192,8 @@ def placed(site: Site, group: Mapping[str, Any], spread: Spread, load: list[floa
     if not spread.cut:
         return site
     if shared_out(site, group, spread):
-        assert spread.mode is not None
-        return replace(site, shard=Part(spread.mode, spread.sizes, spread.rank))
+        assert spread.mode is not None and spread.group is not None
+        return replace(site, shard=Part(spread.mode, spread.sizes, spread.rank, spread.group.group_name))
     if site.coded:
         raise ValueError(f"{site.name}: weights in codes cannot be sharded")
     owner = load.index(min(load))

@@ -1,6 +1,7 @@
 """The usual driver: a step of all parameters, by the gradients that they have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor
@@ -85,7 +86,7 @@ class Whole:
             if p in blocked:
                 self._step_blocks(p, guard.gradient(p), done)
         if dealt:
-            self._step_dealt(dealt, done)
+            self._step_dealt(group, dealt, done)
         idle = [p for p in group["params"] if p.grad is None and p in self._owner.state]
         for p in idle:
             if engine.waiting(p):
@@ -94,21 +95,24 @@ class Whole:
         if idle and self.guard.on_nonfinite == "skip":
             self._steps += 1
             engine.sorting.idle(idle, self._steps)
-        self._step_dense(group, [row.p for row in rows if row.kind.site.plain], done)
+        dense = [row.p for row in rows if row.kind.site.plain]
+        self._step_dense(group, {p: engine.roster.gradient(p) for p in dense}, done)
 
-    def _step_dealt(self, params: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
+    def _step_dealt(self, group: dict[str, Any], params: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
         """Parameters that processes share, each stepped by one of them: those of this one, with all their entries."""
         from ..distributed.dealing import deal  # noqa: PLC0415  (torch's DTensor takes its time)
 
         engine, guard = self.engine, self.guard
-        for given in deal(params, engine.roster, guard.gradient, engine.lent):
-            norms = gradients.norms(given)
-            rows = [engine.row(p) for p in given if p not in engine.roster.blocked]
-            for which in engine.sorted_out(rows):
-                with guard.undo(which):
-                    engine.step(which, given.__getitem__, norms)
-            for p in given.keys() & engine.roster.blocked:
-                self._step_blocks(p, given[p], done)
+        with closing(deal(params, engine.roster, guard.gradient, engine.lent)) as rounds:
+            for given in rounds:
+                norms = gradients.norms(given)
+                rows = [engine.row(p) for p in given if p not in engine.roster.blocked]
+                for which in engine.sorted_out(row for row in rows if not row.kind.site.plain):
+                    with guard.undo(which):
+                        engine.step(which, given.__getitem__, norms)
+                for p in given.keys() & engine.roster.blocked:
+                    self._step_blocks(p, given[p], done)
+                self._step_dense(group, {row.p: given[row.p] for row in rows if row.kind.site.plain}, done)
         done.update(dict.fromkeys(params, WHOLE))
 
     def _step_blocks(self, p: Tensor, gradient: Tensor, done: dict[Tensor, frozenset[str]]) -> None:
@@ -122,13 +126,14 @@ class Whole:
             raise
         done[p] = WHOLE
 
-    def _step_dense(self, group: dict[str, Any], dense: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
+    def _step_dense(
+        self, group: dict[str, Any], dense: Mapping[Tensor, Tensor], done: dict[Tensor, frozenset[str]]
+    ) -> None:
         for device in {p.device for p in dense}:
             here = [p for p in dense if p.device == device]
             states = [self.engine.row(p).state for p in here]
-            roster, weights = self.engine.roster, [self.engine.numbers(p) for p in here]
             with self.guard.undo_whole(here):
-                step_dense(weights, [roster.gradient(p) for p in here], states, group)
+                step_dense([self.engine.numbers(p) for p in here], [dense[p] for p in here], states, group)
             done.update(dict.fromkeys(here, WHOLE))
 
     def _check_closed(self) -> None:
