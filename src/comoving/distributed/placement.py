@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard  # pyright: ignore[reportPrivateUsage]
 
 from .. import state as slots
 from ..codecs import Codec
@@ -31,7 +32,8 @@ class Spread:
 
     Args:
         mesh: the parameter's own.
-        placements: one for each dimension of the mesh: ``Shard`` or ``Replicate``.
+        placements: one for each dimension of the mesh: ``Shard``, what FSDP makes of it over tensor parallelism, or
+            ``Replicate``.
         shape: of the whole parameter.
         group: the processes that have different entries; None where each has all.
         rank: of this process in the group.
@@ -53,18 +55,26 @@ class Spread:
     @cached_property
     def mode(self) -> int | None:
         """The only mode that is cut; None where several are."""
-        modes = {place.dim for place in self.placements if isinstance(place, Shard)}
-        return next(iter(modes)) if len(modes) == 1 and self._in_a_row(next(iter(modes))) else None
+        modes = {dim for dim in map(cut_along, self.placements) if dim is not None}
+        return next(iter(modes)) if len(modes) == 1 and self._tiles(next(iter(modes))) else None
 
-    def _in_a_row(self, mode: int) -> bool:
-        starts = [piece[mode].start for piece in self.pieces]
-        return starts == sorted(starts)
+    def _tiles(self, mode: int) -> bool:
+        parts = sorted((piece[mode].start, piece[mode].stop) for piece in self.pieces)
+        full = [(a, b) for a, b in parts if a < b] or [(0, 0)]
+        ends = [0, *(b for _, b in full)]
+        return [a for a, _ in full] == ends[:-1] and ends[-1] == self.shape[mode]
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """How many entries of the mode each process has."""
         assert self.mode is not None
         return tuple(piece[self.mode].stop - piece[self.mode].start for piece in self.pieces)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first entry of the mode that each process has, whatever their order."""
+        assert self.mode is not None
+        return tuple(piece[self.mode].start for piece in self.pieces)
 
     @cached_property
     def comm_of_all(self) -> Shards:
@@ -75,14 +85,29 @@ class Spread:
     def comm(self) -> Shards:
         """What joins products of the pieces."""
         assert self.mode is not None
-        return Shards(self.group, self.mode, self.sizes, self.rank)
+        return Shards(self.group, self.mode, self.sizes, self.rank, self.starts)
+
+    def placed(self, dim: int) -> list[Placement]:
+        """The placements of what is cut along this dimension as the parameter is along its mode."""
+        return [_moved(place, dim) for place in self.placements]
 
     def sharded(self, x: Tensor, dim: int, shape: tuple[int, ...]) -> DTensor:
         """What is here of a tensor of this shape, whose dimension counts the mode, as one tensor of all processes."""
-        placed = [Shard(dim) if isinstance(place, Shard) else place for place in self.placements]
+        placed = self.placed(dim)
         strides = torch.empty(shape, device="meta").stride()
         size = torch.Size(shape)
         return DTensor.from_local(x.contiguous(), self.mesh, placed, run_check=False, shape=size, stride=strides)
+
+
+def cut_along(place: Placement) -> int | None:
+    """The dimension that a placement cuts; None where it cuts none."""
+    return place.dim if isinstance(place, Shard | _StridedShard) else None
+
+
+def _moved(place: Placement, dim: int) -> Placement:
+    if isinstance(place, _StridedShard):
+        return _StridedShard(dim, split_factor=place.split_factor)
+    return Shard(dim) if isinstance(place, Shard) else place
 
 
 def spread_of(p: Tensor, name: str) -> Spread | None:
@@ -96,10 +121,10 @@ def spread_of(p: Tensor, name: str) -> Spread | None:
     if not isinstance(p, DTensor):
         return None
     mesh, placements, shape = p.device_mesh, p.placements, tuple(p.shape)
-    odd = [place for place in placements if not (isinstance(place, Shard) or place.is_replicate())]
+    odd = [place for place in placements if cut_along(place) is None and not place.is_replicate()]
     if odd:
         raise ValueError(f"{name} is placed as {odd[0]}, which is no parameter's: shard or replicate it")
-    cut = [i for i, place in enumerate(placements) if isinstance(place, Shard) and mesh.size(i) > 1]
+    cut = [i for i, place in enumerate(placements) if cut_along(place) is not None and mesh.size(i) > 1]
     whole = tuple(slice(0, d) for d in shape)
     if not cut:
         return Spread(mesh, tuple(placements), shape, None, 0, (whole,))
@@ -193,7 +218,7 @@ def placed(site: Site, group: Mapping[str, Any], spread: Spread, load: list[floa
         return site
     if shared_out(site, group, spread):
         assert spread.mode is not None and spread.group is not None
-        return replace(site, shard=Part(spread.mode, spread.sizes, spread.rank, spread.group.group_name))
+        return replace(site, shard=Part(spread.mode, spread.sizes, spread.rank, spread.starts, spread.group.group_name))
     if site.coded:
         raise ValueError(f"{site.name}: weights in codes cannot be sharded")
     owner = load.index(min(load))
