@@ -124,7 +124,7 @@ class Roster:
             sites = self._decide(pairs, given, group, sides)
         self.placements |= spreads
         found = dict(zip(params, sites, strict=True))
-        for p, spread in spreads.items():
+        for p, spread in sorted(spreads.items(), key=lambda pair: -pair[0].numel()):  # large ones first: loads even out
             load = self._loads.setdefault(spread.group, [0.0] * len(spread.pieces))
             found[p] = placement.placed(found[p], group, spread, load)
         return [*found.values()]

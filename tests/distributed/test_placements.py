@@ -29,7 +29,8 @@ CASES = {
     "HSDP without names": ([2, 2], None, {"*": [ALL, Shard(0)]}),
     "columns": ([2], None, dict.fromkeys(LONG, [Shard(1)])),
     "both": ([2, 2], ("dp", "tp"), dict.fromkeys(LONG, [Shard(0), Shard(1)])),
-    "rows twice": ([2, 2], ("dp", "tp"), dict.fromkeys(("tall", "twin", "bias"), [Shard(0), Shard(0)])),
+    "both without names": ([2, 2], None, dict.fromkeys(LONG, [Shard(0), Shard(1)])),
+    "rows twice": ([2, 2], ("dp", "tp"), {"*": [Shard(0), Shard(0)]}),
     "some of each": (
         [2, 2],
         ("dp", "tp"),
@@ -44,7 +45,7 @@ DEALT = {
     "rows": ({"kernel"}, {*LONG}, set()),
     "columns": ({*LONG}, {*LONG}, set()),
     "both": ({*LONG}, {*LONG}, {*LONG}),
-    "rows twice": (set(), {"tall", "twin"}, set()),
+    "rows twice": ({"kernel"}, {*LONG}, set()),
 }
 
 
@@ -177,16 +178,12 @@ def test_stochastic_rounding(recipe):
 
 def _rounded(rank):
     params = made({"a": (16, 8)}, {"*": [Shard(0)]}, mesh_of([2]), torch.bfloat16)
-    return stepped(params, "muon", {"rounding": "stochastic"})
-
-
-def _rounded_weights(rank):
-    return _rounded(rank)[0]
+    return stepped(params, "muon", {"rounding": "stochastic"})[0]
 
 
 def test_the_owner_of_a_parameter_rounds_as_one_process_does():
     weights, _ = stepped(made({"a": (16, 8)}, dtype=torch.bfloat16), "muon", {"rounding": "stochastic"})
-    for own in run(2, _rounded_weights):
+    for own in run(2, _rounded):
         assert torch.equal(own["a"], weights["a"])
 
 

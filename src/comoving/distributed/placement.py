@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ def spread_of(p: Tensor, name: str) -> Spread | None:
     A collective call where several dimensions of its mesh cut it.
 
     Raises:
-        ValueError: a sum that is still to be made, or several dimensions of a mesh without names.
+        ValueError: a sum that is still to be made.
     """
     if not isinstance(p, DTensor):
         return None
@@ -138,18 +139,34 @@ def spread_of(p: Tensor, name: str) -> Spread | None:
             (*whole[: place.dim], slice(a, b), *whole[place.dim + 1 :]) for a, b in zip(ends, ends[1:], strict=False)
         ]
         return Spread(mesh, tuple(placements), shape, mesh.get_group(dim), mesh.get_local_rank(dim), tuple(pieces))
-    names = mesh.mesh_dim_names
-    if names is None:
-        raise ValueError(
-            f"{name} is cut along several dimensions of a mesh without names: pass mesh_dim_names to init_device_mesh()"
-        )
-    flat = mesh[tuple(names[i] for i in cut)]._flatten()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    group = _group_of(mesh, tuple(cut))
     sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
-    own = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-    given: list[Any] = [None] * flat.size()
-    dist.all_gather_object(given, [(s.start, s.stop) for s in own], group=flat.get_group())
+    own = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    given: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(given, own, group=group)
     pieces = [tuple(slice(a, b) for a, b in piece) for piece in given]
-    return Spread(mesh, tuple(placements), shape, flat.get_group(), flat.get_local_rank(), tuple(pieces))
+    return Spread(mesh, tuple(placements), shape, group, dist.get_rank(group), tuple(pieces))
+
+
+_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[Any, dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def _group_of(mesh: DeviceMesh, dims: tuple[int, ...]) -> dist.ProcessGroup:
+    """The processes along several dimensions of a mesh, this one among them.
+
+    A group of our own: once a mesh was flattened, torch puts together by it what is cut along these dimensions, as if
+    it had been cut in one go, and unevenly cut parameters come out wrong.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    found = _GROUPS.setdefault(world, {})
+    if (mesh, dims) not in found:
+        rest = [i for i in range(mesh.ndim) if i not in dims]
+        rows = mesh.mesh.permute(*rest, *dims).reshape(-1, prod(mesh.size(i) for i in dims)).tolist()
+        (ranks,) = (row for row in rows if dist.get_rank() in row)
+        group: Any = dist.new_group(ranks, use_local_synchronization=True)
+        found[mesh, dims] = group
+    return found[mesh, dims]
 
 
 def other_side(spread: Spread) -> Side | None:
