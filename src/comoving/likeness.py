@@ -49,7 +49,8 @@ def pieces(sites: Sequence[Site], group: Mapping[str, Any], number: int) -> list
     alike: dict[Hashable, list[int]] = {}
     for place, site in enumerate(sites):
         own = slots.parts_of(site, group)
-        key, entries = likeness(site, own, number), prod(site.view.shape)
+        whole = replace(site, shard=None, owner=None)  # a refresh is at the same step however many processes share it
+        key, entries = likeness(whole, own, number), prod(site.view.shape)
         small = key is not None and entries <= SMALL and not (site.projected and one_by_one(own))
         alike.setdefault(key if small else place, []).append(place)
     cut: list[list[int]] = []

@@ -288,9 +288,9 @@ class LowRankOptimizer(Optimizer):
         Where anything raises, the parameter's state is as it was.
 
         Raises:
-            RuntimeError: a parameter that torch's AdamW steps.
-            ValueError: another optimizer's parameter, or one that was cast; a gradient of another layout, shape or
-                dtype.
+            RuntimeError: a parameter that torch's AdamW steps, or one process for all that share it.
+            ValueError: another optimizer's parameter, or one that was cast; a gradient of another layout, shape, dtype
+                or placement.
         """
         site = self._served(p)
         if gradient.layout is not torch.strided or gradient.shape != p.shape or gradient.dtype is not p.dtype:
@@ -298,6 +298,7 @@ class LowRankOptimizer(Optimizer):
                 f"the gradient of {site.name} must be dense, {p.dtype} and of shape {tuple(p.shape)}, got "
                 f"{gradient.layout}, {gradient.dtype} and {tuple(gradient.shape)}"
             )
+        gradient = self.roster.part_here(p, gradient)
         # The caller may clear its gradient before apply().
         copied = not site.projected or self.roster.group_of(p)["residual"].holds
         with full_precision():
@@ -325,6 +326,8 @@ class LowRankOptimizer(Optimizer):
         site = self.sites[p]
         if site.plain:
             raise RuntimeError(f"{site.name} is stepped by torch's AdamW: only step() serves it")
+        if site.owner is not None:
+            raise RuntimeError(f"{site.name} is stepped by one process for all that share it: only step() serves it")
         return site
 
     # ----------------------------------------------------------------------------------------------- the backward pass

@@ -127,6 +127,23 @@ class Roster:
         assert p.grad is not None
         return self.placements[p].here(p.grad) if p in self.placements else p.grad
 
+    def part_here(self, p: Tensor, gradient: Tensor) -> Tensor:
+        """What is here of a gradient that somebody brings for a parameter.
+
+        Raises:
+            ValueError: it is placed otherwise than the parameter.
+        """
+        spread = self.placements.get(p)
+        if spread is None:
+            return gradient
+        given: Any = gradient
+        if getattr(given, "placements", None) != spread.placements or given.device_mesh != spread.mesh:
+            raise ValueError(
+                f"the gradient of {self.sites[p].name} must be a DTensor that is placed as the parameter is, as "
+                f"{spread.placements}"
+            )
+        return given.to_local()
+
     def stepped_here(self, p: Tensor) -> bool:
         """Whether this process steps a parameter, or what is here of it, and has its state."""
         owner = self.sites[p].owner

@@ -15,18 +15,22 @@ class Shard:
 
     Args:
         mode: of the parameter as it is stored, and as it is seen.
-        sizes: how many entries of it each process has, in their order.
+        sizes: how many entries of it each process has.
         rank: which of them this one is.
+        starts: the first entry that each has.
+        group: names them: what other processes share, by the same sizes, is not stepped together with it.
     """
 
     mode: int
     sizes: tuple[int, ...]
     rank: int
+    starts: tuple[int, ...]
+    group: str
 
     @property
     def start(self) -> int:
         """The first entry that is here."""
-        return sum(self.sizes[: self.rank])
+        return self.starts[self.rank]
 
     @property
     def count(self) -> int:

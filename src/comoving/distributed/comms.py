@@ -79,6 +79,7 @@ class Shards:
         sizes: how many entries each has, by its rank in the group; some may have none.
         rank: of this process in the group.
         device: where its tensors are.
+        starts: the first entry that each has; None where they come one after the other.
         traffic: counts what is sent.
     """
 
@@ -87,6 +88,7 @@ class Shards:
     sizes: Sequence[int]
     rank: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    starts: Sequence[int] | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
     alone = False
@@ -110,11 +112,14 @@ class Shards:
         given = [torch.empty_like(sent) for _ in self.sizes]
         dist.all_gather(given, sent, group=self.group)
         own = [part[:size] for part, size in zip(given, self.sizes, strict=True)]
+        if self.starts is not None:
+            own = [own[i] for i in sorted(range(len(own)), key=self.starts.__getitem__)]
         return torch.cat(own).movedim(0, dim).contiguous()
 
     def here(self, x: Tensor, dim: int) -> Tensor:
         """The entries of this process."""
-        return x.narrow(dim, sum(self.sizes[: self.rank]), self.sizes[self.rank])
+        start = sum(self.sizes[: self.rank]) if self.starts is None else self.starts[self.rank]
+        return x.narrow(dim, start, self.sizes[self.rank])
 
     def length(self, here: int) -> int:
         """That of all."""

@@ -91,7 +91,7 @@ class Shared(Protocol):
 
 def deal(
     params: Sequence[Tensor], shared: Shared, gradient: Callable[[Tensor], Tensor], lent: dict[Tensor, Tensor]
-) -> Iterator[dict[Tensor, Tensor]]:
+) -> Generator[dict[Tensor, Tensor]]:
     """The rounds of parameters that one process each steps for all, one group of processes after the other.
 
     Args:

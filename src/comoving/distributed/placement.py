@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard  # pyright: ignore[reportPrivateUsage]
 
 from .. import state as slots
 from ..codecs import Codec
@@ -31,7 +33,8 @@ class Spread:
 
     Args:
         mesh: the parameter's own.
-        placements: one for each dimension of the mesh: ``Shard`` or ``Replicate``.
+        placements: one for each dimension of the mesh: ``Shard``, what FSDP makes of it over tensor parallelism, or
+            ``Replicate``.
         shape: of the whole parameter.
         group: the processes that have different entries; None where each has all.
         rank: of this process in the group.
@@ -53,18 +56,26 @@ class Spread:
     @cached_property
     def mode(self) -> int | None:
         """The only mode that is cut; None where several are."""
-        modes = {place.dim for place in self.placements if isinstance(place, Shard)}
-        return next(iter(modes)) if len(modes) == 1 and self._in_a_row(next(iter(modes))) else None
+        modes = {dim for dim in map(cut_along, self.placements) if dim is not None}
+        return next(iter(modes)) if len(modes) == 1 and self._tiles(next(iter(modes))) else None
 
-    def _in_a_row(self, mode: int) -> bool:
-        starts = [piece[mode].start for piece in self.pieces]
-        return starts == sorted(starts)
+    def _tiles(self, mode: int) -> bool:
+        parts = sorted((piece[mode].start, piece[mode].stop) for piece in self.pieces)
+        full = [(a, b) for a, b in parts if a < b] or [(0, 0)]
+        ends = [0, *(b for _, b in full)]
+        return [a for a, _ in full] == ends[:-1] and ends[-1] == self.shape[mode]
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """How many entries of the mode each process has."""
         assert self.mode is not None
         return tuple(piece[self.mode].stop - piece[self.mode].start for piece in self.pieces)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first entry of the mode that each process has, whatever their order."""
+        assert self.mode is not None
+        return tuple(piece[self.mode].start for piece in self.pieces)
 
     @cached_property
     def comm_of_all(self) -> Shards:
@@ -75,7 +86,11 @@ class Spread:
     def comm(self) -> Shards:
         """What joins products of the pieces."""
         assert self.mode is not None
-        return Shards(self.group, self.mode, self.sizes, self.rank, torch.device(self.mesh.device_type))
+        return Shards(self.group, self.mode, self.sizes, self.rank, torch.device(self.mesh.device_type), self.starts)
+
+    def placed(self, dim: int) -> list[Placement]:
+        """The placements of what is cut along this dimension as the parameter is along its mode."""
+        return [_moved(place, dim) for place in self.placements]
 
     def here(self, x: Tensor) -> Tensor:
         """What is here of the parameter, or of its gradient."""
@@ -84,10 +99,21 @@ class Spread:
 
     def sharded(self, x: Tensor, dim: int, shape: tuple[int, ...]) -> DTensor:
         """What is here of a tensor of this shape, whose dimension counts the mode, as one tensor of all processes."""
-        placed = [Shard(dim) if isinstance(place, Shard) else place for place in self.placements]
+        placed = self.placed(dim)
         strides = torch.empty(shape, device="meta").stride()
         size = torch.Size(shape)
         return DTensor.from_local(x.contiguous(), self.mesh, placed, run_check=False, shape=size, stride=strides)
+
+
+def cut_along(place: Placement) -> int | None:
+    """The dimension that a placement cuts; None where it cuts none."""
+    return place.dim if isinstance(place, Shard | _StridedShard) else None
+
+
+def _moved(place: Placement, dim: int) -> Placement:
+    if isinstance(place, _StridedShard):
+        return _StridedShard(dim, split_factor=place.split_factor)
+    return Shard(dim) if isinstance(place, Shard) else place
 
 
 def spread_of(p: Tensor, name: str) -> Spread | None:
@@ -96,15 +122,15 @@ def spread_of(p: Tensor, name: str) -> Spread | None:
     A collective call where several dimensions of its mesh cut it.
 
     Raises:
-        ValueError: a sum that is still to be made, or several dimensions of a mesh without names.
+        ValueError: a sum that is still to be made.
     """
     if not isinstance(p, DTensor):
         return None
     mesh, placements, shape = p.device_mesh, p.placements, tuple(p.shape)
-    odd = [place for place in placements if not (isinstance(place, Shard) or place.is_replicate())]
+    odd = [place for place in placements if cut_along(place) is None and not place.is_replicate()]
     if odd:
         raise ValueError(f"{name} is placed as {odd[0]}, which is no parameter's: shard or replicate it")
-    cut = [i for i, place in enumerate(placements) if isinstance(place, Shard) and mesh.size(i) > 1]
+    cut = [i for i, place in enumerate(placements) if cut_along(place) is not None and mesh.size(i) > 1]
     whole = tuple(slice(0, d) for d in shape)
     if not cut:
         return Spread(mesh, tuple(placements), shape, None, 0, (whole,))
@@ -113,18 +139,34 @@ def spread_of(p: Tensor, name: str) -> Spread | None:
         place: Any = placements[dim]
         pieces = chunks(shape, place.dim, mesh.size(dim))
         return Spread(mesh, tuple(placements), shape, mesh.get_group(dim), mesh.get_local_rank(dim), pieces)
-    names = mesh.mesh_dim_names
-    if names is None:
-        raise ValueError(
-            f"{name} is cut along several dimensions of a mesh without names: pass mesh_dim_names to init_device_mesh()"
-        )
-    flat = mesh[tuple(names[i] for i in cut)]._flatten()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    group = _group_of(mesh, tuple(cut))
     sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
-    own = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-    given: list[Any] = [None] * flat.size()
-    dist.all_gather_object(given, [(s.start, s.stop) for s in own], group=flat.get_group())
+    own = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    given: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(given, own, group=group)
     pieces = [tuple(slice(a, b) for a, b in piece) for piece in given]
-    return Spread(mesh, tuple(placements), shape, flat.get_group(), flat.get_local_rank(), tuple(pieces))
+    return Spread(mesh, tuple(placements), shape, group, dist.get_rank(group), tuple(pieces))
+
+
+_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[Any, dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def _group_of(mesh: DeviceMesh, dims: tuple[int, ...]) -> dist.ProcessGroup:
+    """The processes along several dimensions of a mesh, this one among them.
+
+    A group of our own: once a mesh was flattened, torch puts together by it what is cut along these dimensions, as if
+    it had been cut in one go, and unevenly cut parameters come out wrong.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    found = _GROUPS.setdefault(world, {})
+    if (mesh, dims) not in found:
+        rest = [i for i in range(mesh.ndim) if i not in dims]
+        rows = mesh.mesh.permute(*rest, *dims).reshape(-1, prod(mesh.size(i) for i in dims)).tolist()
+        (ranks,) = (row for row in rows if dist.get_rank() in row)
+        group: Any = dist.new_group(ranks, use_local_synchronization=True)
+        found[mesh, dims] = group
+    return found[mesh, dims]
 
 
 def chunks(shape: tuple[int, ...], mode: int, count: int) -> tuple[Piece, ...]:
@@ -211,7 +253,7 @@ def place_all(
         turned = dict(zip(params, decide(sides), strict=True))
         sites = decide({p: side for p, side in sides.items() if shared_out(turned[p], group, spreads[p])})
     found = dict(zip(params, sites, strict=True))
-    for p, spread in spreads.items():
+    for p, spread in sorted(spreads.items(), key=lambda pair: -pair[0].numel()):  # large ones first: loads even out
         load = loads.setdefault(spread.group, [0.0] * len(spread.pieces))
         found[p] = placed(found[p], group, spread, load)
     return [*found.values()]
@@ -233,7 +275,8 @@ def placed(site: Site, group: Mapping[str, Any], spread: Spread, load: list[floa
         return site
     if shared_out(site, group, spread):
         assert spread.mode is not None
-        return replace(site, shard=Part(spread.mode, spread.sizes, spread.rank))
+        name = "" if spread.group is None else spread.group.group_name
+        return replace(site, shard=Part(spread.mode, spread.sizes, spread.rank, spread.starts, name))
     if site.coded:
         raise ValueError(f"{site.name}: weights in codes cannot be sharded")
     owner = load.index(min(load))

@@ -6,13 +6,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from .. import state as slots
 from ..residual.base import HELD
 from ..rules.adam import FIRST, SECOND
 from ..sites import Site
-from .placement import Spread
+from .placement import Spread, cut_along
 
 _OF_TORCH = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 _SMALL = 256
@@ -111,13 +111,20 @@ def _told(state: Mapping[str, Any], owner: int, spread: Spread) -> dict[str, Any
     dist.broadcast_object_list(given, source, group=spread.group)
     found, large, names = given[0]
     device = torch.device(spread.mesh.device_type)
-    placed = [Shard(0) if isinstance(place, Shard) else Replicate() for place in spread.placements]
+    placed: list[Placement] = [Replicate()] * len(spread.placements)
+    # Along one dimension of the mesh: what is cut twice, unevenly, torch does not put together as it was.
+    placed[max(_cutting(spread), key=spread.mesh.size)] = Shard(0)
     for name, shape, dtype in large:
         x = state[name].contiguous() if mine else torch.empty(shape, dtype=dtype, device=device)
         real = torch.view_as_real(x) if x.is_complex() else x
         dist.broadcast(real, source, group=spread.group)
         found[name] = distribute_tensor(x, spread.mesh, placed, src_data_rank=None)
     return {name: found[name] for name in names}
+
+
+def _cutting(spread: Spread) -> list[int]:
+    """The dimensions of the mesh that cut a parameter."""
+    return [i for i, place in enumerate(spread.placements) if cut_along(place) is not None]
 
 
 def _is_large(x: Any) -> bool:
@@ -147,8 +154,7 @@ def _part(x: Any, dim: int | None, spread: Spread, start: int, count: int) -> An
     if dim is None:
         return x.full_tensor() if isinstance(x, DTensor) else x
     if isinstance(x, DTensor):
-        placed = [Shard(dim) if isinstance(place, Shard) else place for place in spread.placements]
-        if x.device_mesh == spread.mesh and list(x.placements) == placed:
+        if x.device_mesh == spread.mesh and list(x.placements) == spread.placed(dim):
             return x.to_local()
         x = x.full_tensor()
     return x.narrow(dim, start, count) if x.shape[dim] == sum(spread.sizes) else x

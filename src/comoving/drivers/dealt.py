@@ -1,11 +1,13 @@
 """Parameters that processes share and one of them steps for all."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from torch import Tensor
 
 from ..engine import Engine
 from . import gradients
+from .dense import step_dense
 from .guard import Guard
 
 
@@ -21,11 +23,16 @@ def step_dealt(engine: Engine, guard: Guard, params: Sequence[Tensor], gradient:
     from ..distributed.dealing import deal  # noqa: PLC0415  (torch's DTensor takes its time)
 
     blocked = engine.roster.blocked
-    for given in deal(params, engine.roster, gradient, engine.lent):
-        norms = gradients.norms(given)
-        for which in engine.sorted_out([engine.row(p) for p in given if p not in blocked]):
-            with guard.undo(which):
-                engine.step(which, given.__getitem__, norms)
-        for p in (p for p in given if p in blocked):
-            with guard.undo_whole([p]):
-                engine.step_blocks(p, given[p], set())
+    with closing(deal(params, engine.roster, gradient, engine.lent)) as rounds:
+        for given in rounds:
+            norms = gradients.norms(given)
+            rows = [engine.row(p) for p in given if p not in blocked]
+            for which in engine.sorted_out(row for row in rows if not row.kind.site.plain):
+                with guard.undo(which):
+                    engine.step(which, given.__getitem__, norms)
+            for p in (p for p in given if p in blocked):
+                with guard.undo_whole([p]):
+                    engine.step_blocks(p, given[p], set())
+            for row in (row for row in rows if row.kind.site.plain):
+                with guard.undo_whole([row.p]):
+                    step_dense([engine.numbers(row.p)], [given[row.p]], [row.state], engine.roster.group_of(row.p))

@@ -1,6 +1,6 @@
 """The usual driver: a step of all parameters, by the gradients that they have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -95,7 +95,8 @@ class Whole:
         if idle and self.guard.on_nonfinite == "skip":
             self._steps += 1
             engine.sorting.idle(idle, self._steps)
-        self._step_dense(group, [row.p for row in rows if row.kind.site.plain], done)
+        dense = [row.p for row in rows if row.kind.site.plain]
+        self._step_dense(group, {p: engine.roster.gradient(p) for p in dense}, done)
 
     def _step_blocks(self, p: Tensor, gradient: Tensor, done: dict[Tensor, frozenset[str]]) -> None:
         written = set(done.get(p, WHOLE))
@@ -108,13 +109,14 @@ class Whole:
             raise
         done[p] = WHOLE
 
-    def _step_dense(self, group: dict[str, Any], dense: Sequence[Tensor], done: dict[Tensor, frozenset[str]]) -> None:
+    def _step_dense(
+        self, group: dict[str, Any], dense: Mapping[Tensor, Tensor], done: dict[Tensor, frozenset[str]]
+    ) -> None:
         for device in {p.device for p in dense}:
             here = [p for p in dense if p.device == device]
             states = [self.engine.row(p).state for p in here]
-            roster, weights = self.engine.roster, [self.engine.numbers(p) for p in here]
             with self.guard.undo_whole(here):
-                step_dense(weights, [roster.gradient(p) for p in here], states, group)
+                step_dense([self.engine.numbers(p) for p in here], [dense[p] for p in here], states, group)
             done.update(dict.fromkeys(here, WHOLE))
 
     def _check_closed(self) -> None:
