@@ -143,8 +143,11 @@ def apart(which: Together, cell: Cell) -> list[tuple[Alone, Cell]]:
     """The rows of a cell that is not committed yet, each by itself with its part of it."""
     if not which.stacked:
         return [(Alone(which.rows[0], shown=True), cell)]
-    kind, count = which.rows[0].kind, len(which.rows)
-    parts = {name: _rows_of(x, count, name in kind.shared or name == "step") for name, x in cell.flat().items()}
+    kind, count, parts = which.rows[0].kind, len(which.rows), dict[str, Sequence[Any]]()
+    for name, x in cell.flat().items():
+        shared = isinstance(x, Tensor) and (name in kind.shared or name == "step")
+        # What is the same for all is the first row's, which its commit writes to.
+        parts[name] = [x.clone() for _ in range(count)] if shared else _rows_of(x, count, False)
     return [
         (Alone(row, shown=True), Cell.of(kind, {name: listed[i] for name, listed in parts.items()}, 0, row.site.name))
         for i, row in enumerate(which.rows)

@@ -97,8 +97,8 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
     unused = model.find_unused_parameters and not model.static_graph
     hook = _Hook(optimizer, driver, process_group, sent.dense, unused)
     model.register_comm_hook(hook, _hooked)
-    if model.gradient_as_bucket_view:
-        hook.clearing = model.register_forward_pre_hook(hook.before_buckets_are_cut)
+    if model.gradient_as_bucket_view or unused:
+        hook.clearing = model.register_forward_pre_hook(hook.before_a_pass)
     return sent
 
 
@@ -154,11 +154,15 @@ class _Hook:
         # p.grad; what is queued from there comes last.
         _at_the_end(lambda: _at_the_end(self._end))
 
-    def before_buckets_are_cut(self, _: nn.Module, given: tuple[Any, ...]) -> None:
-        """Take away what stands for gradients once: after the first pass buckets are cut anew, with what is there."""
-        if self._passes and torch.is_grad_enabled() and self.clearing is not None:
+    def before_a_pass(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        """Take away what stands for gradients where DistributedDataParallel is about to read it.
+
+        That is once, when buckets are cut anew after the first pass, and whenever a parameter may be unused.
+        """
+        if self._passes and torch.is_grad_enabled():
             self.driver.clear()
-            self.clearing.remove()
+            if not self.unused and self.clearing is not None:
+                self.clearing.remove()
 
     def _end(self) -> None:
         self._within = False
