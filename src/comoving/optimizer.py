@@ -507,6 +507,7 @@ class LowRankOptimizer(Optimizer):
                 changed then.
         """
         checkpoint.check_form(state_dict)
+        self.roster.adopt()
         saved = state_dict["param_groups"]
         keys = checkpoint.match_parameters(saved, self.param_groups)
         groups = checkpoint.load_groups(saved, self.param_groups, keys)
