@@ -49,9 +49,14 @@ def train(model, data, how="ddp", build=optimizer_of, **options):
     """One pass over data: batches of four a process."""
     here = int(os.environ["LOCAL_WORLD_SIZE"])  # torchrun's --nproc_per_node
     strategy = "ddp" if how == "ddp" else ModelParallelStrategy(data_parallel_size=here, tensor_parallel_size=1)
-    # With fsdp gradient_clip_val is refused: clip in configure_gradient_clipping by torch's clip_grad_norm_.
     trainer = lightning.Trainer(
-        max_epochs=1, strategy=strategy, devices=here, logger=False, enable_checkpointing=False, **options
+        max_epochs=1,
+        strategy=strategy,
+        devices=here,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        **options,
     )
     module = Module(model, how, build)
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))

@@ -43,13 +43,16 @@ def data_of(name):
 def on_cpu(module):
     """As on GPUs, but that accelerate knows FSDP there only."""
     import accelerate  # noqa: PLC0415
+    from accelerate.state import PartialState  # noqa: PLC0415
     from accelerate.utils import DistributedType  # noqa: PLC0415
 
     class OnCPU(accelerate.Accelerator):
         def __init__(self, cpu=True, fsdp_plugin=None, **options):
             super().__init__(cpu=cpu, fsdp_plugin=fsdp_plugin, **options)
+            kind = DistributedType.MULTI_CPU if fsdp_plugin is None else DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = kind  # from which every other state is made
             if fsdp_plugin is not None:
-                self.state.distributed_type, self.state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+                self.state.distributed_type, self.state.fsdp_plugin = kind, fsdp_plugin
 
     module.Accelerator = OnCPU
 
@@ -121,8 +124,7 @@ def plain_loop(name, recipe):
             model(input_ids=data[rows], labels=data[rows]).loss.backward()
         else:
             model(*(torch.stack(column) for column in zip(*(data[i] for i in rows), strict=True))).backward()
-        if name != "lightning":
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     return [p.detach() for p in model.parameters()]
@@ -148,3 +150,43 @@ def test_two_processes_train_as_a_plain_loop_does():
         for a, b, wanted in zip(own, other, plain, strict=True):
             assert torch.equal(a, b), case
             torch.testing.assert_close(a, wanted, rtol=0, atol=1e-4, msg=lambda text, case=case: f"{case}: {text}")
+
+
+def _resumed(rank, folder, how, recipe):
+    """The weights after six steps, and after three, a checkpoint, and three more of another start."""
+    warnings.simplefilter("ignore")
+    module = example("accelerate")
+    on_cpu(module)
+
+    def begun(seed):
+        torch.manual_seed(seed)
+        model, sharded = module.Model(), None
+        if how == "fsdp":
+            sharded = module.FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+            )
+        accelerator = module.Accelerator(fsdp_plugin=sharded)
+        return accelerator, *accelerator.prepare(model, built(recipe)(model))
+
+    def stepped(accelerator, model, optimizer):
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(3):
+            x = torch.randint(32, (4,), generator=generator)
+            optimizer.zero_grad()
+            accelerator.backward(model(x, x))
+            optimizer.step()
+        return [p.full_tensor() if how == "fsdp" else p.detach().clone() for p in model.parameters()]
+
+    first = begun(0)
+    stepped(*first)
+    first[0].save_state(folder)
+    expected, second = stepped(*first), begun(1)
+    second[0].load_state(folder)
+    return expected, stepped(*second)
+
+
+@pytest.mark.parametrize(("how", "recipe"), [("ddp", "comoving"), ("fsdp", "adamw")])
+def test_accelerate_resumes_from_its_checkpoint(tmp_path, how, recipe):
+    pytest.importorskip("accelerate")
+    for expected, found in run(2, _resumed, str(tmp_path / "state"), how, recipe):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
