@@ -133,7 +133,7 @@ def processes(found: dict[str, Any]) -> list[str]:
     ]
     whole = [line["contender"] for line in found["summary"] if line["status"] == "finished" and not line["compressed"]]
     if settings["compress"] and whole:
-        lines.append(f"{', '.join(whole)}: no low-rank optimizer of comoving, so gradients were sent uncompressed")
+        lines.append(f"{', '.join(whole)}: nothing is projected by comoving, so gradients were sent uncompressed")
     return lines
 
 

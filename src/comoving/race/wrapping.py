@@ -103,15 +103,16 @@ class Replicated(Several):
         super().__init__()
         self.compress = compress
         self.compressed = False
-        self.bytes: Callable[[int], int | None] = lambda steps: None
+        self.bytes: Callable[[int], int] = lambda steps: 0
 
     def trained(self, model: nn.Module, optimizer: Any) -> nn.Module:
         """The model in DistributedDataParallel, with our hook where gradients are compressed."""
         wrapped = nn.parallel.DistributedDataParallel(model)
         ours = isinstance(optimizer, LowRankOptimizer)
-        self.compressed = self.compress and ours and not all(site.plain for site in optimizer.sites.values())
+        self.compressed = self.compress and ours and any(site.projected for site in optimizer.sites.values())
         if self.compressed:
-            self.bytes = counted(hooked(wrapped, optimizer))
+            sent = hooked(wrapped, optimizer)
+            self.bytes = lambda steps: round(sent.bytes / max(1, steps))
         else:
             whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
             self.bytes = lambda steps: whole
@@ -173,12 +174,6 @@ def hooked(model: nn.parallel.DistributedDataParallel, optimizer: LowRankOptimiz
         return distributed.compress(model, optimizer)
     except ValueError as error:
         raise Refused(str(error)) from error
-
-
-def counted(hook: Any) -> Callable[[int], int | None]:
-    """The bytes a step that a hook has sent by the end of a run; None if it does not count."""
-    traffic = getattr(hook, "traffic", None)
-    return lambda steps: None if traffic is None else round(traffic.bytes / max(1, steps))
 
 
 def wrapping_of(run: RunSettings) -> Wrapping:
