@@ -120,7 +120,10 @@ class Replicated(Several):
 
     def facts(self, steps: int) -> dict[str, Any]:
         """Whether gradients were compressed, and the bytes that this process put into sums, a step."""
-        return {"wrapping": "ddp", "ranks": self.size, "compressed": self.compressed, "sent": self.bytes(steps)}
+        # Refreshed then is in the backward pass: a share of the optimizer's time it is no more.
+        unknown = {"refresh_share": None} if self.compressed else {}
+        own = {"wrapping": "ddp", "ranks": self.size, "compressed": self.compressed, "sent": self.bytes(steps)}
+        return own | unknown
 
 
 class Sharded(Several):
