@@ -134,8 +134,8 @@ def processes(found: dict[str, Any]) -> list[str]:
     whole = [line["contender"] for line in found["summary"] if line["status"] == "finished" and not line["compressed"]]
     if settings["compress"]:
         lines.append(
-            "compressed gradients are projected, and their frames refreshed, in the backward pass: that is in the time of "
-            "a step and not in that of the optimizer"
+            "compressed gradients are projected, and their frames refreshed, in the backward pass: that is in the time "
+            "of a step and not in that of the optimizer"
         )
     if settings["compress"] and whole:
         lines.append(f"{', '.join(whole)}: nothing is projected by comoving, so gradients were sent uncompressed")
