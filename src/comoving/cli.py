@@ -15,6 +15,7 @@ def application() -> Any:
     """The typer application. Built in a function so that importing this module needs no extra."""
     import typer  # noqa: PLC0415
 
+    from comoving.race import team  # noqa: PLC0415
     from comoving.race.command import execute, settings_from  # noqa: PLC0415
     from comoving.race.tasks import TASKS  # noqa: PLC0415
 
@@ -73,6 +74,15 @@ def application() -> Any:
         weight_decay: Annotated[float, typer.Option(help="Decoupled, for every contender.")] = 0.01,
         warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up. [default: a tenth]")] = None,
         validations: Annotated[int, typer.Option(help="Looks at the held-out data along a run.")] = 16,
+        ddp: Annotated[
+            bool, typer.Option("--ddp", help="The processes of torchrun train each run, each with the whole model.")
+        ] = False,
+        compress: Annotated[
+            bool, typer.Option("--compress", help="With --ddp, send the cores of projected gradients only.")
+        ] = False,
+        fsdp: Annotated[
+            bool, typer.Option("--fsdp", help="The processes of torchrun train each run, each with a shard of it.")
+        ] = False,
     ) -> None:
         """Train one real model with several optimizers side by side and compare what they reached."""
         settings = settings_from(
@@ -93,8 +103,10 @@ def application() -> Any:
             weight_decay=weight_decay,
             warmup=warmup,
             validations=validations,
+            compress=compress,
+            **team.launched(ddp, fsdp, ARGUMENTS),
         )
-        raise typer.Exit(execute(settings, shlex.join(["comoving", *ARGUMENTS])))
+        raise typer.Exit(execute(settings, team.typed(ARGUMENTS)))
 
     @app.command()
     def recipes(  # pyright: ignore[reportUnusedFunction]
@@ -277,8 +289,9 @@ def show(table: Any) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr and exit status 2."""
-    sys.stderr.write(f"comoving: {' '.join(message.split())}\n")
+    """One line on stderr, of several processes the first one's, and exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"comoving: {' '.join(message.split())}\n")
     raise SystemExit(BAD_INPUT)
 
 

@@ -574,6 +574,7 @@ class LowRankOptimizer(Optimizer):
         """
         self._check_settled()
         checkpoint.check_form(state_dict)
+        self.roster.adopt()
         saved = state_dict["param_groups"]
         keys = checkpoint.match_parameters(saved, self.param_groups)
         groups = checkpoint.load_groups(saved, self.param_groups, keys)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class Roster:
         self.fixed: list[dict[str, Any]] = []
         self.placements: dict[Tensor, Spread] = {}  # of parameters that processes share
         self._loads: dict[Any, list[float]] = {}  # how many entries each process steps for others
+        self._members: list[list[Tensor]] = []
         self._edited: dict[int, dict[str, Any]] = {}
         self._limit: int | None = None
         self._bytes: dict[Tensor, int] = {}
@@ -59,6 +61,7 @@ class Roster:
         """Take over what was decided for another optimizer, of which this is a copy."""
         self.sites, self.index, self.fixed = sites, index, fixed
         self.placements = _spreads([(site.name, p) for p, site in sites.items()], 0)
+        self._members = [list(group["params"]) for group in self.owner.param_groups]
         self.blocked = {p for p, site in sites.items() if site.blocks}
 
     # ------------------------------------------------------------------------------------------------------- deciding
@@ -170,6 +173,7 @@ class Roster:
     def place(self, params: Sequence[Tensor], sites: Sequence[Site], index: int) -> None:
         """Register the sites, with phases that spread the work of refreshes evenly."""
         group = self.owner.param_groups[index]
+        self._members.append(list(params))
         for key, value in checkpoint.unheard(group).items():
             group.setdefault(key, value)
         every = group["refresh_every"]
@@ -220,8 +224,60 @@ class Roster:
             del self.sites[p]
             self.placements.pop(p, None)
             self.blocked.discard(p)
-        del self.fixed[index]
+        del self.fixed[index], self._members[index]
         self.index = {p: i for i, group in enumerate(self.owner.param_groups) for p in group["params"]}
+        self.forget_bytes()
+        self._changed()
+
+    def adopt(self) -> None:
+        """Take up parameters that some tool has put into the places of others, as accelerate does when it shards.
+
+        Raises:
+            ValueError: they are of another shape or dtype, others in number, or what they replace was stepped already.
+        """
+        groups = self.owner.param_groups
+        taken: dict[Tensor, Tensor] = {}
+        for group, members in zip(groups, self._members, strict=True):
+            if len(group["params"]) != len(members):
+                raise ValueError("a parameter group has other parameters than it had: call add_param_group() instead")
+            if not all(map(is_, group["params"], members)):
+                taken |= {old: p for old, p in zip(members, group["params"], strict=True) if p is not old}
+        if not taken:
+            return
+        stepped = [self.sites[old].name for old in taken if self.owner.state.get(old)]
+        if stepped:
+            raise ValueError(
+                f"{', '.join(stepped[:5])}: another parameter has taken its place in the optimizer, and the state is "
+                f"that of the old one: shard or replace parameters before the first step and before loading a state"
+            )
+        sites: dict[Tensor, Site] = {}
+        for group, members in zip(groups, self._members, strict=True):
+            names: list[str | None] = group.get("param_names") or [None] * len(members)
+            anew: list[tuple[str | None, Tensor]] = []
+            for name, old in zip(names, members, strict=True):
+                if old in taken:
+                    self._check_as_built(taken[old], self.sites[old])
+                    anew.append((name, taken[old]))
+            decided = dict(zip([p for _, p in anew], self.decided(anew, group, group), strict=True))
+            for old in members:
+                site, p = self.sites[old], taken.get(old, old)
+                if p in decided:
+                    kept = {key: getattr(site, key) for key in ("name", "phase", "index", "codec", "moments")}
+                    site = replace(decided[p], **kept)
+                sites[p] = site
+        index = {taken.get(old, old): number for old, number in self.index.items()}
+        before = (self.sites, self.index)
+        self.sites, self.index = {p: sites[p] for p in index}, index
+        try:
+            self.sites = self.assigned(self.sites, self.group_of)
+        except ValueError:
+            self.sites, self.index = before
+            raise
+        for old in taken:
+            self.owner.state.pop(old, None)
+            self.placements.pop(old, None)
+        self._members = [list(group["params"]) for group in groups]
+        self.blocked = {p for p, site in self.sites.items() if site.blocks}
         self.forget_bytes()
         self._changed()
 
@@ -233,6 +289,7 @@ class Roster:
         Raises:
             ValueError, TypeError: such an edit, one to a value outside its interval, or parameters of another dtype.
         """
+        self.adopt()
         for p, site in self.sites.items():
             if not _kept(p, site):
                 self.check_kept(p)
@@ -262,9 +319,15 @@ class Roster:
 
     def check_kept(self, p: Tensor) -> None:
         """Raise unless a parameter is here, with the dtype and shape that its state was made for."""
+        if p not in self.sites:
+            self.adopt()
         site = self.sites.get(p)
         if site is None:
             raise ValueError(f"a parameter of shape {tuple(p.shape)} is none of this optimizer's")
+        self._check_as_built(p, site)
+
+    @staticmethod
+    def _check_as_built(p: Tensor, site: Site) -> None:
         if _kept(p, site):
             return
         now, then = ((p.dtype, tuple(p.shape)), (site.view.stored_dtype, site.view.stored_shape))

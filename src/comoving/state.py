@@ -368,6 +368,6 @@ def state_bytes(optimizer: Optimizer, projected: bool = False) -> int:
             continue
         for value in slots.values():
             if isinstance(value, Tensor):
-                storage = value.untyped_storage()
+                storage = getattr(value, "_local_tensor", value).untyped_storage()  # of a DTensor what is here
                 storages[id(storage) if storage.data_ptr() == 0 else storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

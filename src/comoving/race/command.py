@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from comoving.files import check_folder
-from comoving.race import contenders, report, sweep
+from comoving.race import contenders, report, sweep, team
 from comoving.race.bars import Bars
 from comoving.race.extras import require
 from comoving.race.settings import RaceSettings, RunSettings, SettingsError, parse_names, parse_rank, parse_rates
 from comoving.race.table import DASH, columns, remarks
 from comoving.race.tasks import TASKS
 
-INTERRUPTED = 130
+BAD_INPUT, INTERRUPTED = 2, 130
 LOG = logging.getLogger(__name__)
 
 
@@ -114,7 +114,7 @@ def show(found: sweep.Record, console: Any) -> None:
 
 
 def execute(settings: RaceSettings, command: str) -> int:
-    """Run the race and write table, ``results.json`` and report.
+    """Run the race and write table, ``results.json`` and report; of several processes the first one does.
 
     Returns:
         Exit status: 0, 1 if no contender finished, 130 if interrupted.
@@ -126,9 +126,27 @@ def execute(settings: RaceSettings, command: str) -> int:
     for module in ("rich.console", "matplotlib.figure"):
         require(module, "cli")
     check_folder(settings.out)
+    if not settings.wrapping:
+        return tell(sweep.Race(settings), command)
+    with team.joined(settings.device) as processes:
+        data = processes.load(settings)
+        if not processes.leads:
+            return processes.follow()
+        try:
+            status = tell(sweep.Race(settings, runner=processes.run, data=data), command)
+        except (SettingsError, OSError):  # between two runs; what is raised in one, this process cannot tell of
+            processes.dismiss(BAD_INPUT)
+            raise
+        if status != INTERRUPTED:  # as the others are then
+            processes.dismiss(status)
+        return status
+
+
+def tell(race: sweep.Race, command: str) -> int:
+    """Run the race, tell of its course, and write what came out; the exit status."""
+    settings = race.settings
     rich_console = require("rich.console", "cli")
     console = rich_console.Console(stderr=True)
-    race = sweep.Race(settings)
     bars = Bars(console)
     race.watcher = Watching(bars, settings.steps)
     started = time.monotonic()

@@ -334,7 +334,8 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterable[Tensor]:
             yield value
         else:
             for name in flatten()[0]:
-                yield from tensors_in(getattr(value, name), seen)
+                if isinstance(part := getattr(value, name), Tensor):  # a DTensor has its mesh there, too
+                    yield from tensors_in(part, seen)
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item, seen)
@@ -346,8 +347,11 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterable[Tensor]:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind ``tensors``, each storage once: a slice keeps the whole of what it was cut from."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    """Bytes of the storages behind ``tensors``, each storage once: a slice keeps the whole of what it was cut from.
+
+    Of a tensor that is sharded over processes what is in this one.
+    """
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(list(tensors))}
     return sum(storages.values())
 
 
@@ -355,5 +359,6 @@ def state_bytes(optimizer: Any, parameters: Iterable[Tensor] | None = None) -> i
     """Bytes of optimizer state, of all parameters or of ``parameters`` only; parameters and gradients do not count."""
     state = optimizer.state
     kept = list(state.values()) if parameters is None else [state[p] for p in parameters if p in state]
-    own = {p.untyped_storage().data_ptr() for group in optimizer.param_groups for p in group["params"]}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {p.untyped_storage().data_ptr() for p in tensors_in(trained)}
     return storage_bytes(t for t in tensors_in(kept) if t.untyped_storage().data_ptr() not in own)

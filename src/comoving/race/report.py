@@ -70,7 +70,9 @@ def page(found: dict[str, Any], curves: bytes, frontier: bytes) -> str:
 <body>
 <h1>Race: {html.escape(task["title"])}</h1>
 <p class="small">{settings["steps"]} steps of {settings["batch"]} samples, {seeds}, rank {settings["rank"]}; every
-contender from the same initialization on the same batches, each at the best of its rates. Lower is better.</p>
+contender from the same initialization on the same batches, each at the best of its rates{
+        f", trained by {settings['ranks']} processes" if settings["wrapping"] else ""
+    }. Lower is better.</p>
 {table(found)}
 {f"<ul>{notes}</ul>" if notes else ""}
 <h2>Curves</h2>

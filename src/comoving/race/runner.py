@@ -17,6 +17,7 @@ from comoving.race import contenders
 from comoving.race.contenders import Contender, Refused
 from comoving.race.settings import DTYPES, Rank, RunSettings
 from comoving.race.tasks import TASKS, Task
+from comoving.race.wrapping import wrapping_of
 
 SPIKE_WINDOW = 20
 SPIKE_EXCESS = 0.25
@@ -121,22 +122,21 @@ def initialize(task: Task, run: RunSettings) -> nn.Module:
     return model.to(run.device)
 
 
-def projected_weights(model: nn.Module, rank: Rank) -> list[Tensor]:
+def projected_weights(model: nn.Module, rank: Rank) -> list[str]:
     """The parameters that ``comoving.AdamW`` projects at ``rank``; the hidden weights where it projects none.
 
     One set for all contenders: only so can their state on it be compared, AdamW's too, which projects nothing.
     """
-    named = dict(model.named_parameters())
     try:
-        chosen: list[Tensor] = [named[row.parameter] for row in comoving.explain(model, rank).rows if row.projected]
+        chosen = [row.parameter for row in comoving.explain(model, rank).rows if row.projected]
     except ValueError:  # a rank that is meant for a foreign contender
         chosen = []
-    return chosen or list(contenders.hidden_weights(model).values())
+    return chosen or list(contenders.hidden_weights(model))
 
 
-def bytes_of_state(contender: Contender, optimizer: Any, model: nn.Module, rank: Rank) -> dict[str, int]:
-    """State in total and on projected parameters, and the bytes of the parameters each belongs to."""
-    projected = projected_weights(model, rank)
+def bytes_of_state(contender: Contender, optimizer: Any, model: nn.Module, names: list[str]) -> dict[str, int]:
+    """State in total and on projected parameters, and the bytes of the parameters each belongs to, in this process."""
+    projected = [model.get_parameter(name) for name in names]
     return {
         "state": comoving.state_bytes(optimizer) if contender.foreign is None else contenders.state_bytes(optimizer),
         "state_projected": contenders.state_bytes(optimizer, projected),
@@ -172,9 +172,12 @@ def train(run: RunSettings, task: Task | None = None, progress: Progress = lambd
 def race(run: RunSettings, task: Task, contender: Contender, progress: Progress) -> dict[str, Any]:
     """:func:`train` inside its fork of the global RNG."""
     device = torch.device(run.device)
+    wrapping = wrapping_of(run)
     model = initialize(task, run)
+    projected = projected_weights(model, run.rank)
     try:
-        optimizer = contender.build(model, run.rate, run.rank, run.weight_decay)
+        optimizer = contender.build(wrapping.sharded(model), run.rate, run.rank, run.weight_decay)
+        trained = wrapping.trained(model, optimizer)
     except Refused as reason:
         return {"status": "refused", "error": str(reason)}
     refresh, whole, stepping = Stopwatch(device), Stopwatch(device), Stopwatch(device)
@@ -196,9 +199,9 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
         with whole.timed():
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 set_rate(group, peak * rate_factor(step, run.steps, run.warmup))
-            batch = task.batch(run.batch, batches)
-            loss = task.loss(model, (move(batch[0], run), move(batch[1], run)))
-            losses.append(loss.item())
+            batch = wrapping.part(task.batch(run.batch, batches))
+            loss = task.loss(trained, (move(batch[0], run), move(batch[1], run)))
+            losses.append(wrapping.mean(loss))
             if math.isfinite(losses[-1]):
                 optimizer.zero_grad()
                 loss.backward()
@@ -235,5 +238,6 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
         "worst_step_ratio": max(settled) / statistics.median(settled),
         "refresh_share": refresh.seconds / stepping.seconds if measured else None,
         "peak_memory": peak_memory(device),
-        **bytes_of_state(contender, optimizer, model, run.rank),
+        **bytes_of_state(contender, optimizer, model, projected),
+        **wrapping.facts(len(losses)),
     }

@@ -12,6 +12,7 @@ import torch
 from comoving.race.tasks import TASKS, TaskInfo
 
 Rank = int | float | tuple[int | None, ...]
+WRAPPINGS = ("", "ddp", "fsdp")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -37,6 +38,7 @@ class RunSettings:
         text: corpus of the ``lm`` task ("" = CPython's standard library).
         validations: how many times the held-out set is looked at, the last time at the end.
         fingerprint: of the task's data and of the code that trains.
+        wrapping, ranks, compress: as in :class:`RaceSettings`.
     """
 
     task: str
@@ -53,6 +55,9 @@ class RunSettings:
     text: str
     validations: int
     fingerprint: str
+    wrapping: str = ""
+    ranks: int = 1
+    compress: bool = False
 
     @property
     def key(self) -> str:
@@ -63,6 +68,11 @@ class RunSettings:
 @dataclass(frozen=True)
 class RaceSettings:
     """A whole race. Empty or None means: the task's or the contender's own default.
+
+    Args:
+        wrapping: "ddp" or "fsdp", how the processes that train each run share its model; "" for one process.
+        ranks: how many they are.
+        compress: with "ddp", send cores of gradients instead of gradients.
 
     Raises:
         SettingsError: for a value outside its interval; nothing has run by then.
@@ -84,6 +94,9 @@ class RaceSettings:
     weight_decay: float = 0.01
     warmup: int | None = None
     validations: int = 16
+    wrapping: str = ""
+    ranks: int = 1
+    compress: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -110,6 +123,28 @@ class RaceSettings:
         if self.text and self.task != "lm":
             raise SettingsError(f"--text belongs to the lm task, not to {self.task}")
         check_device(self.device)
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        """Raise SettingsError unless the processes can share each run."""
+        if self.wrapping not in WRAPPINGS:
+            raise SettingsError(f"unknown wrapping {self.wrapping!r}; known: ddp, fsdp")
+        if self.compress and self.wrapping != "ddp":
+            raise SettingsError("--compress sends less of what --ddp sends: give both")
+        if not self.wrapping:
+            return
+        if self.jobs > 1:
+            raise SettingsError(
+                f"jobs is {self.jobs}; with --{self.wrapping} all processes train each run together: leave it out"
+            )
+        if ":" in self.device:
+            raise SettingsError(f"device is {self.device!r}; with --{self.wrapping} each process has one: give cuda")
+        batch = self.info.batch if self.batch is None else self.batch
+        if batch % self.ranks:
+            raise SettingsError(
+                f"a batch of {batch} samples cannot be split evenly over {self.ranks} processes: "
+                f"give --batch {-(-batch // self.ranks) * self.ranks}"
+            )
 
     @property
     def info(self) -> TaskInfo:
@@ -133,6 +168,9 @@ class RaceSettings:
             text=self.text,
             validations=self.validations,
             fingerprint=fingerprint,
+            wrapping=self.wrapping,
+            ranks=self.ranks,
+            compress=self.compress,
         )
 
 

@@ -33,6 +33,7 @@ ENDED = ("diverged", "refused", "failed")
 CODE = (
     "contenders.py",
     "runner.py",
+    "wrapping.py",
     "darcy.py",
     "allen_cahn.py",
     "tasks/__init__.py",
@@ -314,6 +315,7 @@ def summarize(entry: Entry, settings: RaceSettings, counted_per_step: int) -> Re
         "deviation": statistics.stdev(finals) if len(finals) > 1 else None,
         "mean_loss": mean(r["final_loss"] for r in records),
         **{k: records[0][k] for k in ("state", "state_projected", "parameters", "parameters_projected")},
+        **{k: records[0].get(k) for k in ("compressed", "sent") if settings.wrapping},
         "peak_memory": max(r["peak_memory"] for r in records),
         "optimizer_seconds": mean(r["optimizer_seconds"] for r in records),
         "step_seconds": mean(r["step_seconds"] for r in records),

@@ -106,6 +106,9 @@ def columns(found: dict[str, Any]) -> list[Column]:
         ),
         Column("step", "median time of a whole training step", lambda line: f"{line['step_seconds'] * 1e3:.0f} ms"),
     ]
+    if settings["wrapping"]:
+        meaning = "bytes that each process puts into sums of gradients, a step; – not counted"
+        chosen.append(Column("sent", meaning, lambda line: DASH if line.get("sent") is None else size(line["sent"])))
     if settings["target"] is not None:
         heading = f"to {settings['target']:g}"
         meaning = f"steps / {task['counted']} / seconds of training until a validation is at or below the target"
@@ -113,9 +116,35 @@ def columns(found: dict[str, Any]) -> list[Column]:
     return chosen
 
 
+WRAPPINGS = {
+    "ddp": "DistributedDataParallel, the whole model in each",
+    "fsdp": "fully_shard, a shard of the model in each",
+}
+
+
+def processes(found: dict[str, Any]) -> list[str]:
+    """How many trained each run together, and whose gradients were sent whole though compression was asked for."""
+    settings = found["settings"]
+    if not settings["wrapping"]:
+        return []
+    lines = [
+        f"{settings['ranks']} processes trained each run, with {WRAPPINGS[settings['wrapping']]} and an equal part of "
+        f"every batch; times, memory and state are those of the first one, in which all runs followed one another"
+    ]
+    whole = [line["contender"] for line in found["summary"] if line["status"] == "finished" and not line["compressed"]]
+    if settings["compress"]:
+        lines.append(
+            "compressed gradients are projected, and their frames refreshed, in the backward pass: that is in the time "
+            "of a step and not in that of the optimizer"
+        )
+    if settings["compress"] and whole:
+        lines.append(f"{', '.join(whole)}: nothing is projected by comoving, so gradients were sent uncompressed")
+    return lines
+
+
 def remarks(found: dict[str, Any]) -> list[str]:
     """What a reader must know beside the table: refusals, failures, extended sweeps, notes, doubtful timings."""
-    lines: list[str] = []
+    lines = processes(found)
     for line in found["summary"]:
         name = line["contender"]
         if line["status"] == "refused":
