@@ -175,6 +175,7 @@ class LowRankOptimizer(Optimizer):
         self._guard = Guard(self.engine, self.on_nonfinite)
         self._whole, self._backward = Whole(self.engine, self._guard), None
         self._complete = True
+        self._agreed: set[Tensor] = set()
 
     _backward: Backward | None
     _driver: Driver | None = None
@@ -271,6 +272,7 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._agree()
         with full_precision():
             if self._driver is not None:
                 self._driver.step()
@@ -279,6 +281,18 @@ class LowRankOptimizer(Optimizer):
             else:
                 self._whole.step()
         return loss
+
+    def _agree(self) -> None:
+        """Compare this optimizer, once, with those of the processes that share parameters."""
+        shared = {*self.roster.placements}
+        if shared == self._agreed:
+            return
+        from .distributed.agreement import agree  # noqa: PLC0415  (torch's processes take their time)
+
+        groups = {spread.group for spread in self.roster.placements.values() if spread.group is not None}
+        for group in groups:
+            agree(self, group)
+        self._agreed = shared
 
     @torch.no_grad()
     def absorb(self, p: Tensor, gradient: Tensor) -> None:
@@ -373,6 +387,7 @@ class LowRankOptimizer(Optimizer):
         if self._backward is not None:
             raise RuntimeError("already stepping in the backward pass; call step_after_backward() first")
         check_hooks(self.engine, clip)
+        self._agree()
         self._backward = Backward(self, self._guard, Window(accumulate, clip, norm == "exact"))
         self._backward.begin_running()
 

@@ -180,3 +180,26 @@ def _empty(rank):
 
 def test_parameters_without_entries():
     run(2, _empty)
+
+
+def _disagreeing(rank):
+    """What is said of a rate, a rank and a recipe that the second process has otherwise."""
+    found = {}
+    for name, options in {
+        "betas": {"betas": (0.9, 0.95)},
+        "refresh_every": {"refresh_every": 9},
+        "rule": {"rule": "lion"},
+    }.items():
+        params = sharded({"tall": (24, 10), "odd": (13, 11)})
+        optimizer = built(params, "comoving", STEADY | (options if rank else {}))
+        give(params, 0)
+        before = _snapshot(params, optimizer)
+        found[name] = _message(optimizer.step)
+        assert _same(before, _snapshot(params, optimizer))
+    return found
+
+
+def test_processes_that_disagree_raise_at_the_first_step_and_name_the_parameter():
+    for found in run(2, _disagreeing):
+        for name in ("betas", "refresh_every", "rule"):
+            assert f"disagree about {name}" in found[name] and "of tall" in found[name]

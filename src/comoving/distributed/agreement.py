@@ -51,7 +51,7 @@ def _described(optimizer: LowRankOptimizer) -> dict[str, Any]:
     }
     parameters: dict[str, Any] = {}
     for place, (p, site) in enumerate(optimizer.sites.items()):
-        state = optimizer.state.get(p, {})
+        state = optimizer.state.get(p, {}) if site.owner is None and not site.blocks else {}  # else only some have one
         steps = {name: x for name, x in state.items() if name.rpartition(".")[2] == "tick"}
         shape, dtype = list(site.view.stored_shape), str(site.view.stored_dtype)
         own = (place, shape, dtype, site.ranks, site.phase, steps, optimizer.roster.index[p])
