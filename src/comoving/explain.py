@@ -8,6 +8,7 @@ from torch import nn
 from .codecs import Codec
 from .frames.base import Rank
 from .groups import param_groups
+from .sites import Site
 from .state import current, layout, parts_of, spec_bytes
 
 
@@ -98,7 +99,8 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
     for group in optimizer.param_groups:
         for p in group["params"]:
             site = current(optimizer.sites[p], group, optimizer.state.get(p, {}))
-            size = sum(map(spec_bytes, layout(site, group).values())) if p.requires_grad else 0
+            here = p.requires_grad and optimizer.roster.stepped_here(p)
+            size = sum(map(spec_bytes, layout(site.here, group).values())) if here else 0
             own = parts_of(site, group)
             view = "torch" if site.plain else str(site.view.name if isinstance(site.view.name, str) else "heads")
             view += f", {site.blocks} blocks" if site.blocks else ""
@@ -109,13 +111,20 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
                     view,
                     site.ranks,
                     size,
-                    site.reason if p.requires_grad else "frozen",
+                    site.reason + _shared_text(site) if p.requires_grad else "frozen",
                     site.whole,
                     *((own["codec"], own["moments"]) if site.projected else (None, None)),
                     site.codec is not None or site.moments is not None,
                 )
             )
     return Explanation((*rows, *frozen))
+
+
+def _shared_text(site: Site) -> str:
+    """Who steps a parameter that processes share."""
+    if site.shard is not None:
+        return f"; {site.shard.count} of {sum(site.shard.sizes)} along mode {site.shard.mode} are here"
+    return "" if site.owner is None else f"; process {site.owner} of those that share it steps it"
 
 
 def _rank_text(row: Row) -> str:

@@ -203,3 +203,20 @@ def test_processes_that_disagree_raise_at_the_first_step_and_name_the_parameter(
     for found in run(2, _disagreeing):
         for name in ("betas", "refresh_every", "rule"):
             assert f"disagree about {name}" in found[name] and "of tall" in found[name]
+
+
+def _explained(rank):
+    params = sharded({"tall": (24, 10), "kernel": (16, 16, 16)})
+    optimizer = built(params, "comoving", STEADY)
+    give(params, 0)
+    optimizer.step()
+    found = comoving.explain(optimizer)
+    return {row.parameter: (row.why, row.bytes) for row in found.rows}, comoving.state_bytes(optimizer)
+
+
+def test_explain_says_who_steps_what():
+    for rank, (rows, size) in enumerate(run(2, _explained)):
+        assert "12 of 24 along mode 0 are here" in rows["tall"][0]
+        assert "process 0 of those that share it steps it" in rows["kernel"][0]
+        assert (rows["kernel"][1] == 0) is (rank == 1)
+        assert sum(bytes_ for _, bytes_ in rows.values()) == size

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from .. import state as slots
+from ..frames.stored import PREFIX
 from ..residual.base import HELD
 from ..rules.adam import FIRST, SECOND
 from ..sites import Site
@@ -134,15 +135,16 @@ def _is_large(x: Any) -> bool:
 def _cut(state: Mapping[str, Any], site: Site, group: Mapping[str, Any], spread: Spread) -> dict[str, Any]:
     shard, cut = site.shard, dimensions(site, group)
     assert shard is not None
-    if f"frame.{shard.mode}" in state:
+    if f"{PREFIX}{shard.mode}" in state:
         raise ValueError(
             f"{site.name}: its frame was saved along mode {shard.mode}, which is cut over processes here: build both "
             f"optimizers with the side that is not, side={'right' if shard.mode == 0 else 'left'!r}"
         )
     found: dict[str, Any] = {}
+    framed = any(name.startswith(PREFIX) for name in state)
     for name, x in state.items():
         dim = cut.get(name)
-        if dim is None and (name in _OF_TORCH or (name in {FIRST, SECOND} and "frame" not in " ".join(state))):
+        if dim is None and (name in _OF_TORCH or (name in {FIRST, SECOND} and not framed)):
             dim = shard.mode
         found[name] = _part(x, dim, spread, shard.start, shard.count)
     return found
