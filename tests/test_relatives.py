@@ -171,8 +171,9 @@ def test_a_window_after_an_empty_first_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL, COMPLEX], ids=str)
 @pytest.mark.parametrize("corrected", [False, True])
-def test_momentum(corrected, dtype):
-    rule = Momentum(corrected)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum(corrected, nesterov, dtype):
+    rule = Momentum(corrected, nesterov)
     state, m = {"moment.first": torch.zeros(3, 4, dtype=dtype)}, torch.zeros(3, 4, dtype=COMPLEX)
     for t in range(6):
         z = randn((3, 4), dtype, t)
@@ -182,7 +183,21 @@ def test_momentum(corrected, dtype):
         direction = rule.direction(state, clock, 1e-8)
         assert direction.dtype is dtype
         assert direction.data_ptr() != state["moment.first"].data_ptr()
-        close(direction.to(COMPLEX), m / (1 - 0.8 ** (t + 1)) if corrected else m, 1e-6)
+        ahead, weights = (0.8 * m + 0.2 * z, t + 2) if nesterov else (m, t + 1)
+        close(direction.to(COMPLEX), ahead / (1 - 0.8**weights) if corrected else ahead, 1e-6)
+
+
+@FIELDS
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_nesterov_is_that_of_torch(momentum, dtype):
+    p, q = (torch.nn.Parameter(randn((6, 8), dtype)) for _ in range(2))
+    rule, options = Momentum(nesterov=True), {"betas": (momentum, 0.999), "weight_decay": 0.0}
+    optimizer = LowRankOptimizer([p], 0.7 / (1 - momentum), 1.0, rule=rule, **options)
+    reference = torch.optim.SGD([q], 0.7, momentum, nesterov=momentum > 0)
+    for t in range(5):
+        step(optimizer, p, randn((6, 8), dtype, 10 + t))
+        step(reference, q, randn((6, 8), dtype, 10 + t))
+    close(p.detach(), q.detach(), 1e-12)
 
 
 def test_corrected_momentum_of_the_same_gradient_is_the_gradient():

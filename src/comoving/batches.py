@@ -128,7 +128,8 @@ class Alone:
         if self._shown:
             own = _apart(new, state)
             new = {name: _into(state.get(name), x) for name, x in own.items()}
-        slots.commit(state, new)
+        # In rows: torch sends whole states to other processes as they lie in memory, and last digits follow the layout.
+        slots.commit(state, {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in new.items()})
 
     def count(self) -> None:
         """One more tick."""

@@ -126,6 +126,8 @@ RULES = [
     Adam(),
     Momentum(),
     Momentum(corrected=True),
+    Momentum(nesterov=True),
+    Momentum(corrected=True, nesterov=True),
     Scheduled(),
     Scheduled(growth=0.9, decay=-0.8),
     Adafactor(),

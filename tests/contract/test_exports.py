@@ -130,6 +130,7 @@ def test_parts_are_frozen_values(part):
         (Factored, "floor", 0.0, r"\(0, inf\)"),
         (Factored, "clip", 0.0, r"\(0, inf\)"),
         (Momentum, "corrected", 2, "True, False"),
+        (Momentum, "nesterov", 2, "True, False"),
         (IncrementalSVD, "inertia", 1.0, r"\[0, 1\)"),
         (IncrementalSVD, "forgetting", 0.0, r"\(0, 1\]"),
         (IncrementalSVD, "forgetting", 1.1, r"\(0, 1\]"),

@@ -266,6 +266,7 @@ class Countable(Momentum):
 @pytest.mark.parametrize("rule", [*(rule for rule in EVERY if rule.timeless), Countable()], ids=str)
 @pytest.mark.parametrize("transport", [Keep(), Carry()], ids=str)
 def test_a_batch_is_compiled_to_the_same(rule, transport):
+    torch._dynamo.reset()  # one function is compiled for all cases, and only so often
     core, turn = (3, 5), compiled(backend="eager", fullgraph=True)
     batch, twin = (Core(rule, transport, core, (1,), torch.float64, 1) for _ in range(2))
     for t in range(2):

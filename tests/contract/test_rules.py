@@ -23,6 +23,8 @@ LEVELS = {
     Shampoo(decay=0.9, exponent=0.3, eps=1e-3, every=3, max_size=4, graft=False): None,
     Momentum(): None,
     Momentum(corrected=True): None,
+    Momentum(nesterov=True): None,
+    Momentum(corrected=True, nesterov=True): None,
 }
 """Rules whose directions have no unit size, as they are published."""
 

@@ -2,7 +2,9 @@
 
 from .agreement import agree
 from .comms import Replicas, Shards
-from .compression import Sent, compress
+from .compression import compress
+from .cores import Sent
+from .local import LocalSteps
 from .traffic import Traffic
 
-__all__ = ["Replicas", "Sent", "Shards", "Traffic", "agree", "compress"]
+__all__ = ["LocalSteps", "Replicas", "Sent", "Shards", "Traffic", "agree", "compress"]

@@ -1,7 +1,7 @@
 """DistributedDataParallel sends the cores of projected parameters in place of their gradients."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,34 +17,11 @@ from ..drivers.replicas import Replicas as Driver
 from ..drivers.replicas import clear
 from ..optimizer import LowRankOptimizer
 from ..precision import full_precision
-from ..precondition import Plain
-from ..residual import Discard, Feedback, Residual
 from ..validate import check_choice
 from .agreement import agree
-from .comms import Replicas
+from .cores import Sent, drive
 from .traffic import Traffic
-from .wires import WIRES, Piece, Sending, WireName
-from .wires import wire as wire_of
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What this process has put into sums over all of them, since :func:`compress` was called.
-
-    Args:
-        cores: of projected parameters, with one number a bucket that says whether a gradient was bad.
-        frames: what frames were searched in, at refreshes.
-        dense: gradients of the other parameters.
-    """
-
-    cores: Traffic = field(default_factory=Traffic)
-    frames: Traffic = field(default_factory=Traffic)
-    dense: Traffic = field(default_factory=Traffic)
-
-    @property
-    def bytes(self) -> int:
-        """Of all of them."""
-        return self.cores.bytes + self.frames.bytes + self.dense.bytes
+from .wires import WIRES, WireName
 
 
 def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bfloat16") -> Sent:
@@ -84,16 +61,8 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
         raise TypeError(f"compress() needs an optimizer of comoving, got a {type(optimizer).__name__}")
     optimizer.check_undriven("compress()")
     _check_model(model, optimizer)
-    residuals = [_residual(optimizer, number) for number in range(len(optimizer.param_groups))]
     process_group = cast("dist.ProcessGroup", model.process_group)
-    cores, sent = wire_of(wire), Sent()
-    comm = Replicas(process_group, cores.products, sent.frames, cores)
-
-    def send(given: Sequence[tuple[Tensor, int]]) -> Sending:
-        return cores.start([Piece(core, rows) for core, rows in given], process_group, sent.cores)
-
-    optimizer.roster.exchange("residual", residuals)
-    driver = optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, "compress()"))
+    driver, sent = drive(optimizer, wire, process_group, "compress()")
     unused = model.find_unused_parameters and not model.static_graph
     hook = _Hook(optimizer, driver, process_group, sent.dense, unused)
     model.register_comm_hook(hook, _hooked)
@@ -246,38 +215,3 @@ def _check_model(model: DistributedDataParallel, optimizer: LowRankOptimizer) ->
         raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")
     if not any(site.projected for site in optimizer.sites.values()):
         raise ValueError("compress() sends cores of projected parameters, and this optimizer has none: lower rank=")
-
-
-def _residual(optimizer: LowRankOptimizer, number: int) -> Residual:
-    """The residual that a group gets.
-
-    Raises:
-        ValueError: a part that several processes with gradients of their own cannot share, or a state of another form.
-    """
-    group = optimizer.param_groups[number]
-    projected = [p for p in group["params"] if optimizer.sites[p].projected]
-    if not projected:
-        return group["residual"]
-    reason = None
-    if not group["finder"].joint:
-        reason = f"finder {group['finder']} sees more of a gradient than contractions with it: use Power()"
-    elif group["ranks"].adaptive:
-        reason = f"ranks {group['ranks']} are chosen by the spectrum of a gradient that no process has: use Fixed()"
-    elif group["precondition"] != Plain():
-        reason = f"precondition {group['precondition']} would have to see the mean of the gradients: use Plain()"
-    elif not isinstance(group["residual"], Discard | Feedback):
-        reason = f"residual {group['residual']} needs the mean of the gradients: use Feedback() or Discard()"
-    if reason is not None:
-        raise ValueError(f"compress() is refused for parameter group {number}: {reason}")
-    residual = _own(group["residual"])
-    stated = [optimizer.sites[p].name for p in projected if optimizer.state.get(p)]
-    if residual != group["residual"] and stated:
-        raise ValueError(
-            f"{', '.join(stated[:5])} has a state already, with feedback that is read off the momentum, which all "
-            f"processes share: build the optimizer with {residual}, or call compress() before the first step"
-        )
-    return residual
-
-
-def _own(residual: Residual) -> Residual:
-    return replace(residual, lazy=True, own=True) if isinstance(residual, Feedback) else residual

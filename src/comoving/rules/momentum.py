@@ -10,17 +10,23 @@ from ..linalg import lerp
 from ..slots import Kind, Slot
 from ..validate import check_choice
 from .adam import FIRST
+from .passing import hand_over, taken
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """m <- b1 m + (1 - b1) z, and m is the direction.
+    """m <- b1 m + (1 - b1) z, and m is the direction; or b1 m + (1 - b1) z, of the new m, with ``nesterov``.
 
     It has the size of the gradients: entries of unit size are up to what preconditions them, as in Flora
     (arXiv 2402.03293), where Adafactor does.
 
+    With ``nesterov`` that is 1 - b1 times what torch's SGD with Nesterov's momentum steps by, since that sums gradients
+    where this averages them.
+
     Args:
-        corrected: divide m by 1 - b1^t, as Adam does, where plain averages start small.
+        corrected: divide the direction by the sum of its weights, as Adam does, where plain averages start small. That
+            is 1 - b1^t, and with ``nesterov`` 1 - b1^(t+1).
+        nesterov: look ahead by one average of the same gradient.
     """
 
     momentum = FIRST
@@ -34,9 +40,11 @@ class Momentum:
     batched: ClassVar[bool] = True
 
     corrected: bool = False
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         check_choice("corrected", self.corrected, (True, False))
+        check_choice("nesterov", self.nesterov, (True, False))
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m."""
@@ -49,7 +57,12 @@ class Momentum:
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The average."""
         state[FIRST] = lerp(state[FIRST], z, 1 - clock.beta1)
+        if self.nesterov:
+            hand_over(state, z)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
-        """m, or m / (1 - b1^t), a new tensor."""
-        return state[FIRST] / clock.weight1 if self.corrected else state[FIRST].clone()
+        """m, or what looks ahead of it; a new tensor."""
+        if not self.nesterov:
+            return state[FIRST] / clock.weight1 if self.corrected else state[FIRST].clone()
+        ahead = lerp(state[FIRST], taken(state), 1 - clock.beta1)
+        return ahead / (clock.beta1 * clock.weight1 + 1 - clock.beta1) if self.corrected else ahead

@@ -1,0 +1,96 @@
+"""An optimizer whose processes send one another cores: what it is driven by, what that counts, what it cannot share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..drivers.replicas import Replicas as Driver
+from ..optimizer import LowRankOptimizer
+from ..precondition import Plain
+from ..residual import Discard, Feedback, Residual
+from .comms import Replicas
+from .traffic import Traffic
+from .wires import Piece, Sending, WireName
+from .wires import wire as wire_of
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What this process has put into sums over all of them, since they send cores.
+
+    Args:
+        cores: of projected parameters, with one number a bucket that says whether a gradient was bad.
+        frames: what frames were searched in, at refreshes.
+        dense: gradients of the other parameters.
+    """
+
+    cores: Traffic = field(default_factory=Traffic)
+    frames: Traffic = field(default_factory=Traffic)
+    dense: Traffic = field(default_factory=Traffic)
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return self.cores.bytes + self.frames.bytes + self.dense.bytes
+
+
+def drive(
+    optimizer: LowRankOptimizer, wire: WireName, group: dist.ProcessGroup | None, called: str
+) -> tuple[Driver, Sent]:
+    """From now on ``step()`` is by the means of what the processes have given their drivers.
+
+    Args:
+        optimizer: whose :class:`comoving.residual.Feedback` becomes its own form, ``own=True``.
+        wire: of cores.
+        group: the processes; None for all of them.
+        called: the name of the driver in messages.
+
+    Raises:
+        ValueError: a recipe that several processes cannot share so, with the reason.
+    """
+    residuals = [_residual(optimizer, number, called) for number in range(len(optimizer.param_groups))]
+    cores, sent = wire_of(wire), Sent()
+    comm = Replicas(group, cores.products, sent.frames, cores)
+
+    def send(given: Sequence[tuple[Tensor, int]]) -> Sending:
+        return cores.start([Piece(core, rows) for core, rows in given], group, sent.cores)
+
+    optimizer.roster.exchange("residual", residuals)
+    return optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, called)), sent
+
+
+def _residual(optimizer: LowRankOptimizer, number: int, called: str) -> Residual:
+    """The residual that a group gets.
+
+    Raises:
+        ValueError: a part that several processes with gradients of their own cannot share, or a state of another form.
+    """
+    group = optimizer.param_groups[number]
+    projected = [p for p in group["params"] if optimizer.sites[p].projected]
+    if not projected:
+        return group["residual"]
+    reason = None
+    if not group["finder"].joint:
+        reason = f"finder {group['finder']} sees more of a gradient than contractions with it: use Power()"
+    elif group["ranks"].adaptive:
+        reason = f"ranks {group['ranks']} are chosen by the spectrum of a gradient that no process has: use Fixed()"
+    elif group["precondition"] != Plain():
+        reason = f"precondition {group['precondition']} would have to see the mean of the gradients: use Plain()"
+    elif not isinstance(group["residual"], Discard | Feedback):
+        reason = f"residual {group['residual']} needs the mean of the gradients: use Feedback() or Discard()"
+    if reason is not None:
+        raise ValueError(f"{called} is refused for parameter group {number}: {reason}")
+    residual = _own(group["residual"])
+    stated = [optimizer.sites[p].name for p in projected if optimizer.state.get(p)]
+    if residual != group["residual"] and stated:
+        raise ValueError(
+            f"{', '.join(stated[:5])} has a state already, with feedback that is read off the momentum, which all "
+            f"processes share: build the optimizer with {residual}, or call {called} before the first step"
+        )
+    return residual
+
+
+def _own(residual: Residual) -> Residual:
+    return replace(residual, lazy=True, own=True) if isinstance(residual, Feedback) else residual
