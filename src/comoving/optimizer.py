@@ -1,6 +1,6 @@
 """The optimizer: what is built, stepped, saved and loaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar, overload
 from weakref import proxy
@@ -558,6 +558,9 @@ class LowRankOptimizer(Optimizer):
         }
         if self.roster.placements:
             packed["state"] = self._of_all(packed)
+        if self._driver is not None:
+            own = zip(self.state, packed["state"].items(), strict=True)
+            packed["state"] = {key: self._driver.saved(p, state) for p, (key, state) in own}
         packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
         return packed
 
@@ -577,11 +580,12 @@ class LowRankOptimizer(Optimizer):
         saved = state_dict["param_groups"]
         keys = checkpoint.match_parameters(saved, self.param_groups)
         groups = checkpoint.load_groups(saved, self.param_groups, keys)
-        states: dict[Tensor, dict[str, Any]] = {
+        states: dict[Tensor, Any] = {
             p: state_dict["state"][key] for p, key in keys.items() if key in state_dict["state"]
         }
         if self.roster.placements:
             states = self._of_this_process(states)
+        states = {p: self._own(p, state) for p, state in states.items()}
         admitted = {
             p: checkpoint.admit(state, self.sites[p].here, groups[self.roster.index[p]], self.seed)
             for p, state in states.items()
@@ -620,6 +624,17 @@ class LowRankOptimizer(Optimizer):
         from .distributed.saving import of_this_process  # noqa: PLC0415  (torch's DTensor takes its time)
 
         return of_this_process(states, self.roster)
+
+    def _own(self, p: Tensor, state: dict[str, Any]) -> Mapping[str, Any]:
+        """A saved state with what this process keeps of what processes have kept each for itself; a collective call."""
+        if self._driver is not None:
+            return self._driver.loaded(p, state)
+        site, group = self.sites[p], self.roster.group_of(p)
+        if site.projected and checkpoint.copies_in(state, site, group):
+            from .distributed.copies import mean_of_copies  # noqa: PLC0415  (torch's DTensor takes its time)
+
+            return mean_of_copies(state, site, group)
+        return state
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along: a window too, but neither hooks nor another driver."""

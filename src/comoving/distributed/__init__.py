@@ -3,6 +3,7 @@
 from .agreement import agree
 from .comms import Replicas, Shards
 from .compression import Sent, compress
+from .loading import Planner, load
 from .traffic import Traffic
 
-__all__ = ["Replicas", "Sent", "Shards", "Traffic", "agree", "compress"]
+__all__ = ["Planner", "Replicas", "Sent", "Shards", "Traffic", "agree", "compress", "load"]

@@ -22,6 +22,7 @@ from ..residual import Discard, Feedback, Residual
 from ..validate import check_choice
 from .agreement import agree
 from .comms import Replicas
+from .copies import Copies
 from .traffic import Traffic
 from .wires import WIRES, Piece, Sending, WireName
 from .wires import wire as wire_of
@@ -93,7 +94,8 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
         return cores.start([Piece(core, rows) for core, rows in given], process_group, sent.cores)
 
     optimizer.roster.exchange("residual", residuals)
-    driver = optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, "compress()"))
+    copies = Copies(process_group)
+    driver = optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, copies, "compress()"))
     unused = model.find_unused_parameters and not model.static_graph
     hook = _Hook(optimizer, driver, process_group, sent.dense, unused)
     model.register_comm_hook(hook, _hooked)

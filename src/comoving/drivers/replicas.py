@@ -15,6 +15,7 @@ from ..codecs.base import as_real
 from ..comm import Comm
 from ..engine import Engine, laid
 from ..linalg import norm, trouble
+from ..sites import Site
 from ..steps import absorb
 from . import gradients
 from .guard import Guard
@@ -40,6 +41,18 @@ class Sends(Protocol):
 
     def __call__(self, cores: Sequence[tuple[Tensor, int]], /) -> Sending:
         """All of them, and nobody waits here."""
+        ...
+
+
+class Copies(Protocol):
+    """Of what processes keep each for itself, those of all of them in a checkpoint."""
+
+    def of_all(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state with all copies."""
+        ...
+
+    def of_this_process(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state with that of this process."""
         ...
 
 
@@ -95,13 +108,16 @@ class Replicas(Whole):
         guard: counts what was skipped.
         comm: what joins gradients where frames are searched.
         send: averages cores.
+        copies: of what differs from process to process, in checkpoints.
         called: the name of this driver in messages.
     """
 
-    def __init__(self, owner: Stepped, guard: Guard, comm: Comm, send: Sends, called: str) -> None:
+    def __init__(  # noqa: PLR0917
+        self, owner: Stepped, guard: Guard, comm: Comm, send: Sends, copies: Copies, called: str
+    ) -> None:
         super().__init__(owner.engine, guard)
         self._keeps = owner  # whose engine does not keep it alive, as hooks have to
-        self._send, self._called = send, called
+        self._send, self._copies, self._called = send, copies, called
         self.engine.comm = comm
         self._open: dict[Row, Open] = {}
         self._flags: list[tuple[Sending, int]] = []
@@ -118,6 +134,14 @@ class Replicas(Whole):
     def waiting(self) -> bool:
         """Whether gradients have been taken up since the last step."""
         return bool(self._open)
+
+    def saved(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A parameter's state, with what all processes keep each for itself."""
+        return self._copies.of_all(state, self.engine.roster.sites[p], self.engine.roster.group_of(p))
+
+    def loaded(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A parameter's state, with what this process keeps; a collective call."""
+        return self._copies.of_this_process(state, self.engine.roster.sites[p], self.engine.roster.group_of(p))
 
     # ------------------------------------------------------------------------------------------------------ taking up
 
@@ -303,14 +327,17 @@ class Replicas(Whole):
     def _check_sent(self) -> None:
         """Raise for gradients of projected parameters that only this process knows."""
         sites = self.engine.roster.sites
-        own = [
-            site.name for p, site in sites.items()
+        own = {
+            p: p.grad for p, site in sites.items()
             if site.projected and p.grad is not None and not isinstance(p.grad, TakenUp)
-        ]  # fmt: skip
-        if own:
+        }  # fmt: skip
+        if own and not self._open and not any(trouble(g.any()) for g in own.values()):
+            self.take(own, agree_on_idle=False)  # zeros, by which torch.distributed.checkpoint makes a state
+        elif own:
             raise RuntimeError(
-                f"{', '.join(own[:5])}: p.grad is this process's alone, since no backward pass has sent it. Let the "
-                f"last backward pass before step() be outside of no_sync(), and set no p.grad by hand"
+                f"{', '.join([sites[p].name for p in own][:5])}: p.grad is this process's alone, since no backward "
+                f"pass has sent it. Let the last backward pass before step() be outside of no_sync(), and set no "
+                f"p.grad by hand"
             )
 
     def drop(self) -> None:
