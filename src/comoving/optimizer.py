@@ -332,7 +332,9 @@ class LowRankOptimizer(Optimizer):
 
     # ----------------------------------------------------------------------------------------------- the backward pass
 
-    def step_in_backward(self, accumulate: int = 1, clip: float | None = None, norm: str = "exact") -> None:
+    def step_in_backward(
+        self, accumulate: int = 1, clip: float | None = None, norm: str = "exact", model: torch.nn.Module | None = None
+    ) -> None:
         """From now on take up each gradient inside ``backward()``, as soon as it is accumulated, and free it.
 
         The training loop stays as it is: ``accumulate`` times ``loss.backward()``, then ``step()``, then the
@@ -357,10 +359,14 @@ class LowRankOptimizer(Optimizer):
             norm: "exact" for the norm of this window; "running" for that of the last one that had gradients (the first
                 is not clipped), by which core and rest are multiplied just so. Where non-finite gradients were dropped
                 the norm does not fall.
+            model: the DistributedDataParallel that averages the gradients over processes; they are taken up at the end
+                of the backward pass then, once that is done. The model gets a communication hook. None for one
+                process, and for sharded parameters.
 
         Raises:
             ValueError: a value outside its interval; a residual or preconditioner that cannot be clipped so; several
-                processes, whose gradients would not be averaged yet.
+                processes, whose gradients would not be averaged yet, or a model that does not average them all.
+            TypeError: a model that is no DistributedDataParallel.
             RuntimeError: a gradient is there already, or this was called before. Later, inside ``backward()``: a
                 sparse or non-finite gradient (parameters that were reached before it have been stepped, but with exact
                 clipping; with ``on_nonfinite="skip"`` it alone is dropped), or more gradients than the window has.
@@ -372,8 +378,16 @@ class LowRankOptimizer(Optimizer):
         self._check_undriven("step_in_backward()")
         if self._backward is not None:
             raise RuntimeError("already stepping in the backward pass; call step_after_backward() first")
-        check_hooks(self.engine, clip)
-        self._backward = Backward(self, self._guard, Window(accumulate, clip, norm == "exact"))
+        check_hooks(self.engine, clip, model is not None)
+        window = Window(accumulate, clip, norm == "exact")
+        if model is not None:
+            from .distributed.averaging import averaging, take_averaged  # noqa: PLC0415  (it imports this)
+
+            ddp = averaging(model, self.sites)
+            self._backward = Backward(self, self._guard, window, averaged=True)
+            take_averaged(ddp, self._backward)
+        else:
+            self._backward = Backward(self, self._guard, window)
         self._backward.begin_running()
 
     def step_after_backward(self) -> None:
@@ -431,6 +445,11 @@ class LowRankOptimizer(Optimizer):
             TypeError: an unknown hyper-parameter.
         """
         self._check_undriven("add_param_group()")
+        if self._backward is not None and self._backward.averaged:
+            raise RuntimeError(
+                "add_param_group() is refused after step_in_backward(model=...), which averages no other parameters' "
+                "gradients: build the model and the optimizer anew"
+            )
         pairs, given = joining(param_group, self.defaults, self.sites)
         if self._backward is not None and self._backward.window.clip is not None:
             check_clip(self._backward.window.clip, self.defaults | given)
@@ -637,11 +656,11 @@ class LowRankOptimizer(Optimizer):
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a deep copy takes along: a window too, but neither hooks nor another driver."""
+        """What a pickle or a deep copy takes along: a window of one process too, but neither hooks nor a driver."""
         self._check_settled()
         own = {name: getattr(self, name) for name in ("on_nonfinite", "seed", "budget", "stacked_entries")}
         own |= {"sites": self.sites, "index": self.roster.index, "fixed": self.roster.fixed}
-        window = None if self._backward is None else self._backward.copied()
+        window = None if self._backward is None or self._backward.averaged else self._backward.copied()
         return super().__getstate__() | own | {"skipped": self._guard.skipped, "window": window}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
