@@ -74,6 +74,8 @@ def averaged(state: Mapping[str, Any], site: Site, group: Mapping[str, Any], cou
     group = parts_of(site, group)
     codec, site = stored_by(state, site, group), resized(site, group, ranks_in(site, group, state))
     stored = _schema(codec, site, group)
+    if not stored.keys() <= state.keys():
+        return found  # which does not fit, as is said where it is admitted
     for prefix, spec in _kept(site, group).items():
         own = {n.removeprefix(prefix): (state[n], s.seed) for n, s in stored.items() if n.startswith(prefix)}
         seeds = {name: x for name, (x, seed) in own.items() if seed}

@@ -95,10 +95,19 @@ class Backward:
                     self._hooks[p].append(p.register_post_accumulate_grad_hook(self._hook))
 
     def take_all(self) -> None:
-        """Take up all gradients that are there, the same on all processes; none after :meth:`remove`."""
-        for p in [*self._hooks]:
-            if p.grad is not None and not isinstance(p.grad, TakenUp):
+        """Take up all gradients that are there, the same on all processes; none after :meth:`remove`.
+
+        Where anything raises those that are left are dropped, as where a backward pass does not come to its end.
+        """
+        given = [p for p in self._hooks if p.grad is not None and not isinstance(p.grad, TakenUp)]
+        try:
+            for p in given:
                 self._hook(p)
+        except BaseException:
+            for p in given:
+                if not isinstance(p.grad, TakenUp):
+                    p.grad = None
+            raise
 
     def remove(self) -> None:
         """Leave gradients where they are from now on.
