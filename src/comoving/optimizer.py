@@ -1,6 +1,6 @@
 """The optimizer: what is built, stepped, saved and loaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar, overload
 from weakref import proxy
@@ -289,8 +289,8 @@ class LowRankOptimizer(Optimizer):
             return
         from .distributed.agreement import agree  # noqa: PLC0415  (torch's processes take their time)
 
-        groups = {spread.group for spread in self.roster.placements.values() if spread.group is not None}
-        for group in groups:
+        groups = [spread.group for spread in self.roster.placements.values() if spread.group is not None]
+        for group in dict.fromkeys(groups):  # in the same order everywhere
             agree(self, group)
         self._agreed = shared
 
@@ -346,7 +346,9 @@ class LowRankOptimizer(Optimizer):
 
     # ----------------------------------------------------------------------------------------------- the backward pass
 
-    def step_in_backward(self, accumulate: int = 1, clip: float | None = None, norm: str = "exact") -> None:
+    def step_in_backward(
+        self, accumulate: int = 1, clip: float | None = None, norm: str = "exact", model: torch.nn.Module | None = None
+    ) -> None:
         """From now on take up each gradient inside ``backward()``, as soon as it is accumulated, and free it.
 
         The training loop stays as it is: ``accumulate`` times ``loss.backward()``, then ``step()``, then the
@@ -371,10 +373,14 @@ class LowRankOptimizer(Optimizer):
             norm: "exact" for the norm of this window; "running" for that of the last one that had gradients (the first
                 is not clipped), by which core and rest are multiplied just so. Where non-finite gradients were dropped
                 the norm does not fall.
+            model: the DistributedDataParallel that averages the gradients over processes; they are taken up at the end
+                of the backward pass then, once that is done. The model gets a communication hook. None for one
+                process, and for sharded parameters.
 
         Raises:
             ValueError: a value outside its interval; a residual or preconditioner that cannot be clipped so; several
-                processes, whose gradients would not be averaged yet.
+                processes, whose gradients would not be averaged yet, or a model that does not average them all.
+            TypeError: a model that is no DistributedDataParallel.
             RuntimeError: a gradient is there already, or this was called before. Later, inside ``backward()``: a
                 sparse or non-finite gradient (parameters that were reached before it have been stepped, but with exact
                 clipping; with ``on_nonfinite="skip"`` it alone is dropped), or more gradients than the window has.
@@ -386,9 +392,17 @@ class LowRankOptimizer(Optimizer):
         self._check_undriven("step_in_backward()")
         if self._backward is not None:
             raise RuntimeError("already stepping in the backward pass; call step_after_backward() first")
-        check_hooks(self.engine, clip)
+        check_hooks(self.engine, clip, model is not None)
         self._agree()
-        self._backward = Backward(self, self._guard, Window(accumulate, clip, norm == "exact"))
+        window = Window(accumulate, clip, norm == "exact")
+        if model is not None:
+            from .distributed.averaging import averaging, take_averaged  # noqa: PLC0415  (it imports this)
+
+            ddp = averaging(model, self.sites)
+            self._backward = Backward(self, self._guard, window, averaged=True)
+            take_averaged(ddp, self._backward)
+        else:
+            self._backward = Backward(self, self._guard, window)
         self._backward.begin_running()
 
     def step_after_backward(self) -> None:
@@ -446,6 +460,11 @@ class LowRankOptimizer(Optimizer):
             TypeError: an unknown hyper-parameter.
         """
         self._check_undriven("add_param_group()")
+        if self._backward is not None and self._backward.averaged:
+            raise RuntimeError(
+                "add_param_group() is refused after step_in_backward(model=...), which averages no other parameters' "
+                "gradients: build the model and the optimizer anew"
+            )
         pairs, given = joining(param_group, self.defaults, self.sites)
         if self._backward is not None and self._backward.window.clip is not None:
             check_clip(self._backward.window.clip, self.defaults | given)
@@ -573,6 +592,9 @@ class LowRankOptimizer(Optimizer):
         }
         if self.roster.placements:
             packed["state"] = self._of_all(packed)
+        if self._driver is not None:
+            own = zip(self.state, packed["state"].items(), strict=True)
+            packed["state"] = {key: self._driver.saved(p, state) for p, (key, state) in own}
         packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
         return packed
 
@@ -593,11 +615,12 @@ class LowRankOptimizer(Optimizer):
         saved = state_dict["param_groups"]
         keys = checkpoint.match_parameters(saved, self.param_groups)
         groups = checkpoint.load_groups(saved, self.param_groups, keys)
-        states: dict[Tensor, dict[str, Any]] = {
+        states: dict[Tensor, Any] = {
             p: state_dict["state"][key] for p, key in keys.items() if key in state_dict["state"]
         }
         if self.roster.placements:
             states = self._of_this_process(states)
+        states = {p: self._own(p, state) for p, state in states.items()}
         admitted = {
             p: checkpoint.admit(state, self.sites[p].here, groups[self.roster.index[p]], self.seed)
             for p, state in states.items()
@@ -637,12 +660,23 @@ class LowRankOptimizer(Optimizer):
 
         return of_this_process(states, self.roster)
 
+    def _own(self, p: Tensor, state: dict[str, Any]) -> Mapping[str, Any]:
+        """A saved state with what this process keeps of what processes have kept each for itself; a collective call."""
+        if self._driver is not None:
+            return self._driver.loaded(p, state)
+        site, group = self.sites[p], self.roster.group_of(p)
+        if site.projected and checkpoint.copies_in(state, site, group):
+            from .distributed.copies import mean_of_copies  # noqa: PLC0415  (torch's DTensor takes its time)
+
+            return mean_of_copies(state, site, group)
+        return state
+
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a deep copy takes along: a window too, but neither hooks nor another driver."""
+        """What a pickle or a deep copy takes along: a window of one process too, but neither hooks nor a driver."""
         self._check_settled()
         own = {name: getattr(self, name) for name in ("on_nonfinite", "seed", "budget", "stacked_entries")}
         own |= {"sites": self.sites, "index": self.roster.index, "fixed": self.roster.fixed}
-        window = None if self._backward is None else self._backward.copied()
+        window = None if self._backward is None or self._backward.averaged else self._backward.copied()
         return super().__getstate__() | own | {"skipped": self._guard.skipped, "window": window}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,15 +1,19 @@
 """Checkpoints: files that a crash cannot break, what is in them, and what an optimizer makes of them."""
 
 from .convert import admit, owned
+from .copies import averaged, copies_in, kept_apart
 from .describe import describe, describe_group
 from .load import check_form, load_groups, match_parameters, unheard
 from .save import save
 
 __all__ = [
     "admit",
+    "averaged",
     "check_form",
+    "copies_in",
     "describe",
     "describe_group",
+    "kept_apart",
     "load_groups",
     "match_parameters",
     "owned",

@@ -9,6 +9,7 @@ from ..codecs import Codec, Full, Spec
 from ..ranks.assignment import LADDER
 from ..sites import Site
 from ..state import moments, packed, ranks_in, resized, unpacked, zeros
+from .copies import stored_by
 
 
 def recoded(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def _buffer(state: dict[str, Any], site: Site, group: Mapping[str, Any]) -> dict
         return group["residual"].schema(codec, site.view.shape, site.core_shape, site.view.dtype)
 
     here: Codec = group["codec"]
-    found = next((codec for codec in (here, *LADDER) if _stored_as(schema(codec), state)), here)
+    found = stored_by(state, site, group)
     if found == here:
         return state
     before, after = schema(found), schema(here)

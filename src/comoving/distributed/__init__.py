@@ -4,7 +4,18 @@ from .agreement import agree
 from .comms import Replicas, Shards
 from .compression import compress
 from .cores import Sent
+from .loading import Planner, load
 from .local import LocalSteps
 from .traffic import Traffic
 
-__all__ = ["LocalSteps", "Replicas", "Sent", "Shards", "Traffic", "agree", "compress"]
+__all__ = [
+    "LocalSteps",
+    "Planner",
+    "Replicas",
+    "Sent",
+    "Shards",
+    "Traffic",
+    "agree",
+    "compress",
+    "load",
+]

@@ -21,12 +21,16 @@ class Replicas:
         traffic: counts what is sent.
         cores: how a driver sends cores, by which they are rounded before they are used; None where they stay as they
             are.
+        keeps: whether the next cores are not sent yet.
+        earlier: what the next core is sent together with.
     """
 
     group: dist.ProcessGroup | None = None
     wire: torch.dtype | None = None
     traffic: Traffic = field(default_factory=Traffic)
     cores: Wire | None = None
+    keeps: bool = False
+    earlier: Tensor | None = None
 
     alone, split = False, None
 
@@ -57,8 +61,14 @@ class Replicas:
         return here
 
     def sent(self, core: Tensor, rows: int) -> Tensor:
-        """The core, or what arrives of it."""
-        return core if self.cores is None else self.cores.sent(core, rows)
+        """The core, or what arrives of it, beyond what was earlier."""
+        if self.cores is None or self.keeps:
+            return core
+        given = core if self.earlier is None else core + self.earlier
+        arriving = self.cores.sent(given, rows)
+        if self.earlier is None or arriving is given:
+            return core if arriving is given else arriving
+        return arriving - self.earlier
 
     def largest(self, figure: Tensor) -> Tensor:
         """The largest of all."""

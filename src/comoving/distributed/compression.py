@@ -1,6 +1,6 @@
 """DistributedDataParallel sends the cores of projected parameters in place of their gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,14 +17,16 @@ from ..drivers.replicas import Replicas as Driver
 from ..drivers.replicas import clear
 from ..optimizer import LowRankOptimizer
 from ..precision import full_precision
-from ..validate import check_choice
+from ..validate import check_choice, check_int
 from .agreement import agree
+from .copies import Copies
 from .cores import Sent, drive
+from .passes import after_averaging, check_averages, replicated
 from .traffic import Traffic
 from .wires import WIRES, WireName
 
 
-def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bfloat16") -> Sent:
+def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bfloat16", accumulate: int = 1) -> Sent:
     """From now on let each process send the cores of its gradients in place of the gradients.
 
     The training loop stays as it is: ``backward()``, ``step()``, ``zero_grad()``. Each process projects its own
@@ -43,6 +45,8 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
         optimizer: of its parameters; one without state, or with a state that was made under ``own=True``.
         wire: of cores: "same", in their own dtype; "bfloat16"; "int8", in bytes with a float32 step every 128, a
             quarter of float32. With the last two frames are searched in sums in bfloat16.
+        accumulate: backward passes in a window: all are taken up as cores, and their sum is sent in the last one, as
+            is that of the gradients of dense parameters. Then comes ``step()``.
 
     Returns:
         A count of what is sent from now on.
@@ -53,16 +57,14 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
         RuntimeError: a gradient is there already; stepping in the backward pass, or by recordings.
     """
     check_choice("wire", wire, WIRES)
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            f"compress() hooks into DistributedDataParallel, got a {type(model).__name__}: wrap the model in it first"
-        )
+    check_int("accumulate", accumulate, 1)
+    model = replicated(model, "compress()")
     if not isinstance(cast("object", optimizer), LowRankOptimizer):
         raise TypeError(f"compress() needs an optimizer of comoving, got a {type(optimizer).__name__}")
     optimizer.check_undriven("compress()")
     _check_model(model, optimizer)
     process_group = cast("dist.ProcessGroup", model.process_group)
-    driver, sent = drive(optimizer, wire, process_group, "compress()")
+    driver, sent = drive(optimizer, wire, process_group, Copies(process_group), "compress()", accumulate)
     unused = model.find_unused_parameters and not model.static_graph
     hook = _Hook(optimizer, driver, process_group, sent.dense, unused)
     model.register_comm_hook(hook, _hooked)
@@ -93,6 +95,7 @@ class _Hook:
     clearing: RemovableHandle | None = None
     _agreed: bool = False
     _within: bool = False
+    _sends: bool = True
     _passes: int = 0
 
     def __call__(self, bucket: GradBucket) -> Future[Tensor]:
@@ -106,22 +109,20 @@ class _Hook:
                 clear(p)
             projected = {p: g for p, g in both if p in sites and sites[p].projected}
             if projected:
-                self.driver.take(projected, self.unused)
+                self.driver.take(projected, self.unused, self._sends)
             return self._averaged(bucket.buffer(), [g for p, g in both if p not in projected], [*projected.values()])
 
     def _begin(self) -> None:
         """A backward pass begins to send; one that never came to its end has left nothing of use."""
         if self._within:
             self.driver.drop()
-        self._within = True
+        self._within, self._sends = True, self.driver.begin_pass()
         if not self._agreed:
             agree(self.optimizer, self.group)
             self._agreed = True
         if not self.driver.waiting:
             self.optimizer.roster.check()
-        # What is queued here comes before what DistributedDataParallel is about to queue, and that puts gradients into
-        # p.grad; what is queued from there comes last.
-        _at_the_end(lambda: _at_the_end(self._end))
+        after_averaging(self._end)
 
     def before_a_pass(self, _: nn.Module, given: tuple[Any, ...]) -> None:
         """Take away what stands for gradients where DistributedDataParallel is about to read it.
@@ -142,7 +143,7 @@ class _Hook:
         """The buffer with means of the dense gradients, and zeros for the others."""
         for g in projected:
             g.zero_()
-        if not dense:
+        if not dense or not self._sends:
             done: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
             done.set_result(buffer)
             return done
@@ -185,28 +186,14 @@ def _cut(bucket: GradBucket) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def _at_the_end(call: Callable[[], None]) -> None:
-    """Call this when the backward pass is over, after what was queued before."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # noqa: SLF001  # pyright: ignore
-
-
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
 def _check_model(model: DistributedDataParallel, optimizer: LowRankOptimizer) -> None:
     """Raise unless the model averages every gradient that the optimizer steps by, and this one can take it up."""
-    if model._comm_hooks:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        raise ValueError("this model has a communication hook already, and can have one only: wrap it anew")
+    check_averages(model, optimizer.sites)
     if model.mixed_precision is not None:
         raise ValueError("mixed_precision= of DistributedDataParallel is refused by compress(): use autocast instead")
-    present, ignored = set(model.module.parameters()), set(model.parameters_to_ignore)
-    left_out = {p for name, p in model.module.named_parameters() if name in ignored}
-    absent = [site.name for p, site in optimizer.sites.items() if p not in present or p in left_out]
-    if absent:
-        raise ValueError(
-            f"{', '.join(absent[:5])}: parameters of the optimizer that this model does not have, or does not average; "
-            f"build the optimizer of the model's own parameters"
-        )
     coded = [site.name for site in optimizer.sites.values() if site.coded]
     if coded:
         raise ValueError(f"{', '.join(coded[:5])}: compress() takes no weights in codes: train them without it")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 from torch import Tensor
 
+from ..drivers.replicas import Copies
 from ..drivers.replicas import Replicas as Driver
 from ..optimizer import LowRankOptimizer
 from ..precondition import Plain
@@ -37,7 +38,12 @@ class Sent:
 
 
 def drive(
-    optimizer: LowRankOptimizer, wire: WireName, group: dist.ProcessGroup | None, called: str
+    optimizer: LowRankOptimizer,
+    wire: WireName,
+    group: dist.ProcessGroup | None,
+    copies: Copies,
+    called: str,
+    accumulate: int = 1,
 ) -> tuple[Driver, Sent]:
     """From now on ``step()`` is by the means of what the processes have given their drivers.
 
@@ -45,7 +51,9 @@ def drive(
         optimizer: whose :class:`comoving.residual.Feedback` becomes its own form, ``own=True``.
         wire: of cores.
         group: the processes; None for all of them.
+        copies: of what differs from process to process, in checkpoints.
         called: the name of the driver in messages.
+        accumulate: how many gradients a core that is sent is made of.
 
     Raises:
         ValueError: a recipe that several processes cannot share so, with the reason.
@@ -58,7 +66,7 @@ def drive(
         return cores.start([Piece(core, rows) for core, rows in given], group, sent.cores)
 
     optimizer.roster.exchange("residual", residuals)
-    return optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, called)), sent
+    return optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, copies, accumulate, called)), sent
 
 
 def _residual(optimizer: LowRankOptimizer, number: int, called: str) -> Residual:

@@ -22,6 +22,7 @@ from ..validate import check_choice, check_float, check_int
 from ..weights import codes_of
 from .agreement import agree
 from .comms import Replicas
+from .copies import Apart
 from .cores import drive
 from .wires import WIRES, Floats, Piece, WireName
 
@@ -132,7 +133,7 @@ class LocalSteps:
             groups, lr, betas=(momentum, 0.999), weight_decay=0.0, rule=Momentum(nesterov=True),
             scale=1 / (1 - momentum), seed=seed,
         )  # fmt: skip
-        self._driver, self.sent = drive(self.outer, wire, group, "LocalSteps")
+        self._driver, self.sent = drive(self.outer, wire, group, Apart(), "LocalSteps")
         sites = self.outer.sites
         dense = [start for start, site in sites.items() if not site.projected]
         self._cores = _cut([start for start, site in sites.items() if site.projected])

@@ -73,10 +73,13 @@ class Backward:
         owner: the optimizer.
         guard: counts what was skipped.
         window: how gradients are gathered.
+        averaged: whether somebody calls :meth:`take_all` once gradients have been averaged over processes, who may
+            write to them afterwards; else they are taken up as soon as they are accumulated.
     """
 
-    def __init__(self, owner: Stepped, guard: Guard, window: Window) -> None:
+    def __init__(self, owner: Stepped, guard: Guard, window: Window, averaged: bool = False) -> None:
         self._owner = owner  # whose engine does not keep it alive, as hooks have to
+        self.averaged = averaged
         self.engine, self.guard, self.window = owner.engine, guard, window
         engine = self.engine
         self._hooks: dict[Tensor, list[RemovableHandle]] = {}
@@ -87,8 +90,24 @@ class Backward:
         """Take up the gradients of these parameters too."""
         for p in params:
             if p.requires_grad:
-                clearing = p.register_hook(unserializable_hook(partial(_clear, p)))
-                self._hooks[p] = [clearing, p.register_post_accumulate_grad_hook(self._hook)]
+                self._hooks[p] = [p.register_hook(unserializable_hook(partial(_clear, p)))]
+                if not self.averaged:
+                    self._hooks[p].append(p.register_post_accumulate_grad_hook(self._hook))
+
+    def take_all(self) -> None:
+        """Take up all gradients that are there, the same on all processes; none after :meth:`remove`.
+
+        Where anything raises those that are left are dropped, as where a backward pass does not come to its end.
+        """
+        given = [p for p in self._hooks if p.grad is not None and not isinstance(p.grad, TakenUp)]
+        try:
+            for p in given:
+                self._hook(p)
+        except BaseException:
+            for p in given:
+                if not isinstance(p.grad, TakenUp):
+                    p.grad = None
+            raise
 
     def remove(self) -> None:
         """Leave gradients where they are from now on.
@@ -160,6 +179,8 @@ class Backward:
             window.checked = True
         gradients.check_layout([p], engine.roster.sites)
         gradient = engine.roster.gradient(p)
+        if self.averaged and (not site.projected or engine.roster.group_of(p)["residual"].holds):
+            gradient = gradient.clone()
         p.grad = None
         if not self._finite(gradient, p):
             window.incomplete = True
@@ -185,6 +206,12 @@ class Backward:
         for p in engine.roster.sites:
             given = p.grad
             if given is not None and not isinstance(given, TakenUp):  # set by hand
+                if self.averaged and given.any():
+                    raise RuntimeError(
+                        f"{engine.roster.sites[p].name}: p.grad is this process's alone, since no backward pass has "
+                        f"averaged it. Let the last backward pass before step() be outside of no_sync(), and set no "
+                        f"p.grad by hand"
+                    )
                 try:
                     self._take_up(p)
                 except BaseException:
@@ -336,8 +363,13 @@ def _clear(p: Tensor, _: Tensor | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def check_hooks(engine: Engine, clip: float | None) -> None:
+def check_hooks(engine: Engine, clip: float | None, averaged: bool) -> None:
     """Raise unless gradients can be taken up inside the backward pass.
+
+    Args:
+        engine: with the parameters.
+        clip: largest norm of their gradients.
+        averaged: whether they are taken up after they were averaged over processes.
 
     Raises:
         ValueError: several processes; a part that cannot be clipped so.
@@ -345,12 +377,12 @@ def check_hooks(engine: Engine, clip: float | None) -> None:
     """
     distributed = torch.distributed
     sites, roster = engine.roster.sites, engine.roster
-    alone = [site.name for p, site in sites.items() if p not in roster.placements]
+    alone = [site.name for p, site in sites.items() if p not in roster.placements and not averaged]
     if alone and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(
             f"step_in_backward() is refused with {distributed.get_world_size()} processes for {', '.join(alone[:3])}: "
-            f"gradients reach the hooks before they are averaged over them. Shard the model with fully_shard(), whose "
-            f"gradients are"
+            f"gradients reach the hooks before they are averaged over them. Pass the DistributedDataParallel that "
+            f"averages them, step_in_backward(model=...), or shard the model with fully_shard()"
         )
     full = [site.name for p, site in sites.items() if p.grad is not None and not isinstance(p.grad, TakenUp)]
     if full:

@@ -1,6 +1,9 @@
 """What the optimizer asks of a driver that brings gradients of its own."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
 
 
 class Driver(Protocol):
@@ -17,4 +20,12 @@ class Driver(Protocol):
 
     def drop(self) -> None:
         """Leave them: parameters and states stay as they are."""
+        ...
+
+    def saved(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A parameter's state as a checkpoint of all processes has it."""
+        ...
+
+    def loaded(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a parameter's state in a checkpoint is this process's."""
         ...

@@ -15,6 +15,7 @@ from ..codecs.base import as_real
 from ..comm import Comm
 from ..engine import Engine, laid
 from ..linalg import norm, trouble
+from ..sites import Site
 from ..steps import absorb
 from . import gradients
 from .guard import Guard
@@ -43,10 +44,34 @@ class Sends(Protocol):
         ...
 
 
+class Copies(Protocol):
+    """Of what processes keep each for itself, those of all of them in a checkpoint."""
+
+    def of_all(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state with all copies."""
+        ...
+
+    def of_this_process(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state with that of this process."""
+        ...
+
+
+class Joins(Comm, Protocol):
+    """A comm that rounds cores as they are sent."""
+
+    keeps: bool
+    """Whether the next ones are not sent yet."""
+    earlier: Tensor | None
+    """What the next one is sent together with."""
+
+
 class Stepped(Protocol):
     """An optimizer with an engine."""
 
     engine: Engine
+
+
+Part = tuple[Sending, int, int | None]
 
 
 @dataclass(eq=False)
@@ -56,13 +81,15 @@ class Open:
     Args:
         which: the rows.
         cell: theirs, which is not committed, with cores of this process alone.
-        sent: their cores, one a gradient: what averages them, and the place among what it averages.
-        part: which row of what was sent is theirs; None for all of it.
+        sent: their cores: what averages them, the place among what it averages, and which row of it is theirs, None
+            for all of it.
+        unsent: the sum of cores that were not sent yet.
     """
 
     which: Together
     cell: Cell
-    sent: list[tuple[Sending, int, int | None]] = field(default_factory=list[tuple[Sending, int, int | None]])
+    sent: list[Part] = field(default_factory=list[Part])
+    unsent: Tensor | None = None
 
     def core(self) -> Tensor:
         """The mean over all processes, of all gradients together."""
@@ -79,7 +106,12 @@ class Open:
         if not self.which.stacked:
             return [self]
         return [
-            Open(alone, cell, [(sending, place, i) for sending, place, _ in self.sent])
+            Open(
+                alone,
+                cell,
+                [(sending, place, i) for sending, place, _ in self.sent],
+                None if self.unsent is None else self.unsent[i],
+            )
             for i, (alone, cell) in enumerate(apart(self.which, self.cell))
         ]
 
@@ -95,14 +127,20 @@ class Replicas(Whole):
         guard: counts what was skipped.
         comm: what joins gradients where frames are searched.
         send: averages cores.
+        copies: of what differs from process to process, in checkpoints.
+        accumulate: how many backward passes send their cores together.
         called: the name of this driver in messages.
     """
 
-    def __init__(self, owner: Stepped, guard: Guard, comm: Comm, send: Sends, called: str) -> None:
+    def __init__(  # noqa: PLR0917
+        self, owner: Stepped, guard: Guard, comm: Joins, send: Sends, copies: Copies, accumulate: int, called: str
+    ) -> None:
         super().__init__(owner.engine, guard)
         self._keeps = owner  # whose engine does not keep it alive, as hooks have to
-        self._send, self._called = send, called
-        self.engine.comm = comm
+        self._send, self._copies, self._called = send, copies, called
+        self.engine.comm = self._comm = comm
+        self._accumulate, self._passes = accumulate, 0
+        self._bad_here: list[Tensor] = []
         self._open: dict[Row, Open] = {}
         self._flags: list[tuple[Sending, int]] = []
         self._looked_at: list[tuple[str, Tensor]] = []
@@ -119,22 +157,40 @@ class Replicas(Whole):
         """Whether gradients have been taken up since the last step."""
         return bool(self._open)
 
+    def saved(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A parameter's state, with what all processes keep each for itself."""
+        return self._copies.of_all(state, self.engine.roster.sites[p], self.engine.roster.group_of(p))
+
+    def loaded(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A parameter's state, with what this process keeps; a collective call."""
+        return self._copies.of_this_process(state, self.engine.roster.sites[p], self.engine.roster.group_of(p))
+
     # ------------------------------------------------------------------------------------------------------ taking up
 
-    def take(self, given: Mapping[Tensor, Tensor], agree_on_idle: bool) -> None:
-        """Steps 1-4 by gradients of this process; their cores are on their way then.
+    def begin_pass(self) -> bool:
+        """A backward pass begins; whether it ends a window, and sends."""
+        self._passes += 1
+        return self._passes % self._accumulate == 0
+
+    def take(self, given: Mapping[Tensor, Tensor], agree_on_idle: bool, send: bool = True) -> None:
+        """Steps 1-4 by gradients of this process; their cores are on their way then, or wait for those that follow.
 
         A gradient that is not finite counts as zero, and stops the next step on all processes.
 
         Args:
             given: parameter -> gradient, which may be overwritten afterwards.
             agree_on_idle: whether parameters whose gradients are zero on all processes are left as they are.
+            send: whether cores are sent, with those that wait.
         """
         engine, sites = self.engine, self.engine.roster.sites
         usable, bad = self._usable(given)
+        self._comm.keeps = not send
+        # Idle ones, too, have to be rounded as they are sent.
+        waiting = [row for row, own in self._open.items() if send and own.unsent is not None and row.p in given]
+        late = {row.p for row in waiting}
         if agree_on_idle:
             live = engine.comm.largest(torch.stack([g.any() for g in usable.values()]).float()).tolist()
-            usable = {p: g for (p, g), any_ in zip(usable.items(), live, strict=True) if any_}
+            usable = {p: g for (p, g), any_ in zip(usable.items(), live, strict=True) if any_ or p in late}
         state = engine.owner.state
         self._begun |= {p for p in usable if p not in state}
         parts: dict[Row, Tensor] = {}
@@ -142,18 +198,30 @@ class Replicas(Whole):
         for p, g in usable.items():
             if sites[p].blocks:
                 blocks = engine.blocks_of(p, g, ())
+                idle = [row for row in waiting if row.p is p and row not in blocks]
+                blocks |= {row: g.new_zeros(row.site.view.shape, dtype=row.site.view.dtype) for row in idle}
                 taken += self._absorbed([*blocks], lambda which, blocks=blocks: laid(which, blocks))
             else:
                 parts[engine.row(p)] = g
         taken += self._absorbed([*parts], lambda which: [parts[row] for row in which.rows])
-        cores = list[tuple[Tensor, int]]()
         for own in taken:
             assert own.cell.open is not None and own.cell.open.newest is not None
-            cores.append((own.cell.open.newest, own.which.stacked))
+            newest = own.cell.open.newest
+            own.unsent = newest if own.unsent is None else own.unsent + newest
+        self._bad_here.append(bad)
+        if send:
+            self._send_all(taken)
+        for own in taken:
+            self._open.update(dict.fromkeys(own.which.rows, own))
+
+    def _send_all(self, taken: Sequence[Open]) -> None:
+        """Send what waits, and whether a gradient was bad."""
+        cores = [(own.unsent, int(own.which.stacked)) for own in taken if own.unsent is not None]
+        bad = torch.stack([flag.to(self._bad_here[0].device) for flag in self._bad_here]).any()
         sending = self._send([*cores, (bad.float().view(1), 0)])
         for place, own in enumerate(taken):
             own.sent.append((sending, place, None))
-            self._open.update(dict.fromkeys(own.which.rows, own))
+            own.unsent = None
         self._flags.append((sending, len(cores)))
 
     def _usable(self, given: Mapping[Tensor, Tensor]) -> tuple[dict[Tensor, Tensor], Tensor]:
@@ -175,20 +243,23 @@ class Replicas(Whole):
             given: of rows that are stepped together, a list of gradients, or their parts of one as the view has it.
         """
         found: list[Open] = []
-        for which, cell, sent in [*self._again(rows), *self._first(rows)]:
-            given_here = given(which)
-            if isinstance(given_here, Tensor):
-                absorb(cell, given_here, None, self.engine.now(which.rows[0]))
-            else:
-                self.engine.absorbed(which, given_here, None, cell=cell)
-            found.append(Open(which, cell, sent))
+        for own in [*self._again(rows), *self._first(rows)]:
+            given_here, self._comm.earlier = given(own.which), own.unsent
+            try:
+                if isinstance(given_here, Tensor):
+                    absorb(own.cell, given_here, None, self.engine.now(own.which.rows[0]))
+                else:
+                    self.engine.absorbed(own.which, given_here, None, cell=own.cell)
+            finally:
+                self._comm.earlier = None
+            found.append(own)
         return found
 
-    def _first(self, rows: Sequence[Row]) -> list[tuple[Together, Cell, list[tuple[Sending, int, int | None]]]]:
+    def _first(self, rows: Sequence[Row]) -> list[Open]:
         new = [row for row in rows if row not in self._open]
-        return [(which, which.cell(), []) for which in self.engine.sorted_out(new)]
+        return [Open(which, which.cell()) for which in self.engine.sorted_out(new)]
 
-    def _again(self, rows: Sequence[Row]) -> list[tuple[Together, Cell, list[tuple[Sending, int, int | None]]]]:
+    def _again(self, rows: Sequence[Row]) -> list[Open]:
         """Rows that have absorbed a gradient before; those that were together by themselves where some are missing."""
         here, found = set(rows), list[Open]()
         for own in dict.fromkeys(self._open[row] for row in rows if row in self._open):
@@ -198,7 +269,7 @@ class Replicas(Whole):
             single = own.apart()
             self._open |= {row: one for one in single for row in one.which.rows}
             found += [one for one in single if one.which.rows[0] in here]
-        return [(own.which, own.cell.copy(), list(own.sent)) for own in found]
+        return [Open(own.which, own.cell.copy(), list(own.sent), own.unsent) for own in found]
 
     def leave_stand_ins(self) -> None:
         """Put into ``p.grad`` what stands for the gradients that were taken up."""
@@ -217,6 +288,11 @@ class Replicas(Whole):
         if not self._open:
             self.engine.roster.check()
         self._check_closed()
+        if self._passes % self._accumulate:
+            raise RuntimeError(
+                f"step() after {self._passes} backward passes, of which {self._accumulate} send their cores together: "
+                f"call backward() as often as compress(accumulate={self._accumulate}) says, or zero_grad() to drop them"
+            )
         self._check_sent()
         done = self._resume.by_the_same_gradients()
         self.forget()
@@ -303,14 +379,17 @@ class Replicas(Whole):
     def _check_sent(self) -> None:
         """Raise for gradients of projected parameters that only this process knows."""
         sites = self.engine.roster.sites
-        own = [
-            site.name for p, site in sites.items()
+        own = {
+            p: p.grad for p, site in sites.items()
             if site.projected and p.grad is not None and not isinstance(p.grad, TakenUp)
-        ]  # fmt: skip
-        if own:
+        }  # fmt: skip
+        if own and not self._open and not any(trouble(g.any()) for g in own.values()):
+            self.take(own, agree_on_idle=False)  # zeros, by which torch.distributed.checkpoint makes a state
+        elif own:
             raise RuntimeError(
-                f"{', '.join(own[:5])}: p.grad is this process's alone, since no backward pass has sent it. Let the "
-                f"last backward pass before step() be outside of no_sync(), and set no p.grad by hand"
+                f"{', '.join([sites[p].name for p in own][:5])}: p.grad is this process's alone, since no backward "
+                f"pass has sent it. Let the last backward pass before step() be outside of no_sync(), and set no "
+                f"p.grad by hand"
             )
 
     def drop(self) -> None:
@@ -326,6 +405,8 @@ class Replicas(Whole):
         self._begun.clear()
         self._flags.clear()
         self._looked_at.clear()
+        self._bad_here.clear()
+        self._passes = 0
         self.clear()
 
     def clear(self) -> None:

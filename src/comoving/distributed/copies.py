@@ -1,0 +1,96 @@
+"""What each process of :func:`comoving.distributed.compress` keeps for itself: of all of them in a checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ..checkpoint import averaged, copies_in, kept_apart
+from ..codecs.base import as_real
+from ..sites import Site
+
+
+class Copies:
+    """The copies of several processes, as tensors (copies, ...) of which each process has its own.
+
+    Args:
+        group: the processes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._meshes: dict[str, DeviceMesh] = {}
+
+    def of_all(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a parameter with what differs as a DTensor of all copies; nothing is sent."""
+        found = dict(state)
+        for name in kept_apart(state, site, group):
+            x: Tensor = state[name]
+            own = x[None].contiguous()
+            found[name] = DTensor.from_local(own, self._mesh(x.device.type), [Shard(0)], run_check=False)
+        return found
+
+    def _mesh(self, device: str) -> DeviceMesh:
+        if device not in self._meshes:
+            self._meshes[device] = DeviceMesh.from_group(self.group, device)
+        return self._meshes[device]
+
+    def of_this_process(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The state with the copy of this process, where there are as many; else with the mean of all.
+
+        A collective call where copies are DTensors.
+        """
+        count = copies_in(state, site, group)
+        if count != dist.get_world_size(self.group):
+            return mean_of_copies(state, site, group)
+        here, found = dist.get_rank(self.group), dict(state)
+        for name in kept_apart(state, site, group):
+            x = found[name]
+            found[name] = x.to_local()[0] if isinstance(x, DTensor) and _is_own(x) else _whole(x)[here]
+        return found
+
+
+class Apart:
+    """No copies: each process saves its own state, and loads that."""
+
+    def of_all(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
+        """That of this process."""
+        return dict(state)
+
+    def of_this_process(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The same."""
+        return dict(state)
+
+
+def mean_of_copies(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with the mean of all copies; as it is where there are none. A collective call of DTensors."""
+    count, kept = copies_in(state, site, group), kept_apart(state, site, group)
+    if not count:
+        return {name: _whole(x) for name, x in state.items()}
+    parts = [x for name, x in state.items() if name in kept and isinstance(x, DTensor)]
+    if not all(isinstance(state[name], DTensor) for name in kept) or not all(_is_row_of(x) for x in parts):
+        return averaged({name: _whole(x) for name, x in state.items()}, site, group, count, lambda total: total)
+    over = parts[0].device_mesh.get_group()
+
+    def sum_of(total: Tensor) -> Tensor:
+        dist.all_reduce(as_real(total), group=over)
+        return total
+
+    here = {name: x.to_local() if name in kept else _whole(x) for name, x in state.items()}
+    return averaged(here, site, group, count, sum_of)
+
+
+def _is_row_of(x: DTensor) -> bool:
+    return x.device_mesh.ndim == 1 and x.placements == (Shard(0),)
+
+
+def _is_own(x: DTensor) -> bool:
+    """Whether the copy of each process is here."""
+    return _is_row_of(x) and x.shape[0] == x.device_mesh.size() and x.to_local().shape[0] == 1
+
+
+def _whole(x: Any) -> Any:
+    return x.full_tensor() if isinstance(x, DTensor) else x
