@@ -1,7 +1,7 @@
 """DistributedDataParallel sends the cores of projected parameters in place of their gradients."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,11 +17,10 @@ from ..drivers.replicas import Replicas as Driver
 from ..drivers.replicas import clear
 from ..optimizer import LowRankOptimizer
 from ..precision import full_precision
-from ..precondition import Plain
-from ..residual import Discard, Feedback, Residual
 from ..validate import check_choice
 from .agreement import agree
 from .comms import Replicas
+from .compressible import own_residuals
 from .traffic import Traffic
 from .wires import WIRES, Piece, Sending, WireName
 from .wires import wire as wire_of
@@ -84,7 +83,7 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
         raise TypeError(f"compress() needs an optimizer of comoving, got a {type(optimizer).__name__}")
     optimizer.check_undriven("compress()")
     _check_model(model, optimizer)
-    residuals = [_residual(optimizer, number) for number in range(len(optimizer.param_groups))]
+    residuals = own_residuals(optimizer)
     process_group = cast("dist.ProcessGroup", model.process_group)
     cores, sent = wire_of(wire), Sent()
     comm = Replicas(process_group, cores.products, sent.frames, cores)
@@ -238,46 +237,6 @@ def _check_model(model: DistributedDataParallel, optimizer: LowRankOptimizer) ->
             f"{', '.join(absent[:5])}: parameters of the optimizer that this model does not have, or does not average; "
             f"build the optimizer of the model's own parameters"
         )
-    coded = [site.name for site in optimizer.sites.values() if site.coded]
-    if coded:
-        raise ValueError(f"{', '.join(coded[:5])}: compress() takes no weights in codes: train them without it")
     full = [site.name for p, site in optimizer.sites.items() if site.projected and p.grad is not None]
     if full:
         raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")
-    if not any(site.projected for site in optimizer.sites.values()):
-        raise ValueError("compress() sends cores of projected parameters, and this optimizer has none: lower rank=")
-
-
-def _residual(optimizer: LowRankOptimizer, number: int) -> Residual:
-    """The residual that a group gets.
-
-    Raises:
-        ValueError: a part that several processes with gradients of their own cannot share, or a state of another form.
-    """
-    group = optimizer.param_groups[number]
-    projected = [p for p in group["params"] if optimizer.sites[p].projected]
-    if not projected:
-        return group["residual"]
-    reason = None
-    if not group["finder"].joint:
-        reason = f"finder {group['finder']} sees more of a gradient than contractions with it: use Power()"
-    elif group["ranks"].adaptive:
-        reason = f"ranks {group['ranks']} are chosen by the spectrum of a gradient that no process has: use Fixed()"
-    elif group["precondition"] != Plain():
-        reason = f"precondition {group['precondition']} would have to see the mean of the gradients: use Plain()"
-    elif not isinstance(group["residual"], Discard | Feedback):
-        reason = f"residual {group['residual']} needs the mean of the gradients: use Feedback() or Discard()"
-    if reason is not None:
-        raise ValueError(f"compress() is refused for parameter group {number}: {reason}")
-    residual = _own(group["residual"])
-    stated = [optimizer.sites[p].name for p in projected if optimizer.state.get(p)]
-    if residual != group["residual"] and stated:
-        raise ValueError(
-            f"{', '.join(stated[:5])} has a state already, with feedback that is read off the momentum, which all "
-            f"processes share: build the optimizer with {residual}, or call compress() before the first step"
-        )
-    return residual
-
-
-def _own(residual: Residual) -> Residual:
-    return replace(residual, lazy=True, own=True) if isinstance(residual, Feedback) else residual
