@@ -143,6 +143,12 @@ def application() -> Any:
         sequence: Annotated[int | None, typer.Option(min=1, help="Tokens per sample, for activations.")] = None,
         ddp: Annotated[int | None, typer.Option(min=1, help="Ranks of DistributedDataParallel.")] = None,
         fsdp: Annotated[int | None, typer.Option(min=1, help="Ranks of fully_shard.")] = None,
+        compress: Annotated[
+            bool, typer.Option("--compress", help="DDP sends cores in place of gradients (docs/distributed.md).")
+        ] = False,
+        wire: Annotated[
+            str | None, typer.Option(help="Of cores: same, bfloat16 or int8; bfloat16 with --compress.")
+        ] = None,
         layerwise: Annotated[
             bool, typer.Option("--layerwise", help="Parameters are stepped in the backward pass, gradients freed.")
         ] = False,
@@ -161,6 +167,8 @@ def application() -> Any:
 
         if device not in {"cuda", "cpu"}:
             raise typer.BadParameter(f"device must be cuda or cpu, got {device!r}")
+        if wire is not None and not compress:
+            raise typer.BadParameter(f"--wire {wire} is of cores: add --compress")
         status = draft(
             model=model,
             recipe=recipe,
@@ -175,6 +183,7 @@ def application() -> Any:
             sequence=sequence,
             ddp=ddp,
             fsdp=fsdp,
+            compress=(wire or True) if compress else None,
             layerwise=layerwise,
             checkpointing=checkpointing,
             device=device,

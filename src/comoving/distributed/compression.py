@@ -20,7 +20,7 @@ from ..precision import full_precision
 from ..validate import check_choice, check_int
 from .agreement import agree
 from .copies import Copies
-from .cores import Sent, drive
+from .cores import Sent, check_cores, drive
 from .passes import after_averaging, check_averages, replicated
 from .traffic import Traffic
 from .wires import WIRES, WireName
@@ -194,11 +194,7 @@ def _check_model(model: DistributedDataParallel, optimizer: LowRankOptimizer) ->
     check_averages(model, optimizer.sites)
     if model.mixed_precision is not None:
         raise ValueError("mixed_precision= of DistributedDataParallel is refused by compress(): use autocast instead")
-    coded = [site.name for site in optimizer.sites.values() if site.coded]
-    if coded:
-        raise ValueError(f"{', '.join(coded[:5])}: compress() takes no weights in codes: train them without it")
+    check_cores(optimizer, "compress()")
     full = [site.name for p, site in optimizer.sites.items() if site.projected and p.grad is not None]
     if full:
         raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")
-    if not any(site.projected for site in optimizer.sites.values()):
-        raise ValueError("compress() sends cores of projected parameters, and this optimizer has none: lower rank=")

@@ -58,7 +58,7 @@ def drive(
     Raises:
         ValueError: a recipe that several processes cannot share so, with the reason.
     """
-    residuals = [_residual(optimizer, number, called) for number in range(len(optimizer.param_groups))]
+    residuals = own_residuals(optimizer, called)
     cores, sent = wire_of(wire), Sent()
     comm = Replicas(group, cores.products, sent.frames, cores)
 
@@ -67,6 +67,28 @@ def drive(
 
     optimizer.roster.exchange("residual", residuals)
     return optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, copies, accumulate, called)), sent
+
+
+def check_cores(optimizer: LowRankOptimizer, called: str) -> None:
+    """Raise unless there are cores to send.
+
+    Raises:
+        ValueError: weights in codes; nothing that is projected.
+    """
+    coded = [site.name for site in optimizer.sites.values() if site.coded]
+    if coded:
+        raise ValueError(f"{', '.join(coded[:5])}: {called} takes no weights in codes: train them without it")
+    if not any(site.projected for site in optimizer.sites.values()):
+        raise ValueError(f"{called} sends cores of projected parameters, and this optimizer has none: lower rank=")
+
+
+def own_residuals(optimizer: LowRankOptimizer, called: str) -> list[Residual]:
+    """The residual that each group gets.
+
+    Raises:
+        ValueError: as for :func:`drive`.
+    """
+    return [_residual(optimizer, number, called) for number in range(len(optimizer.param_groups))]
 
 
 def _residual(optimizer: LowRankOptimizer, number: int, called: str) -> Residual:

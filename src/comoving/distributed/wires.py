@@ -16,6 +16,8 @@ from .traffic import Traffic
 
 WireName = Literal["same", "bfloat16", "int8"]
 WIRES: tuple[str, ...] = get_args(WireName)
+_STEP = 4
+"""Bytes of the step of a block."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Wire(Protocol):
         """Average these over all processes, which bring as many of the same shapes; nobody waits here."""
         ...
 
+    def size(self, pieces: Sequence[Piece], count: int) -> int:
+        """Bytes of what :meth:`start` sends of them in each of ``count`` processes; tensors need no data for it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Floats:
@@ -94,8 +100,7 @@ class Floats:
 
     def start(self, pieces: Sequence[Piece], group: dist.ProcessGroup | None, traffic: Traffic) -> Sending:
         """One all-reduce."""
-        given = [as_real(piece.core) for piece in pieces]
-        dtype = self.products or reduce(torch.promote_types, [x.dtype for x in given])
+        given, dtype = [as_real(piece.core) for piece in pieces], self._dtype(pieces)
         flat = torch.cat([x.reshape(-1).to(dtype) for x in given])
         traffic.note(flat)
         work, count = dist.all_reduce(flat, group=group, async_op=True), dist.get_world_size(group)
@@ -106,6 +111,13 @@ class Floats:
             return [_as(mean, piece.core) for mean, piece in zip(means, pieces, strict=True)]
 
         return Sending(work, finish)
+
+    def size(self, pieces: Sequence[Piece], count: int) -> int:
+        """All numbers in one dtype."""
+        return sum(as_real(piece.core).numel() for piece in pieces) * self._dtype(pieces).itemsize
+
+    def _dtype(self, pieces: Sequence[Piece]) -> torch.dtype:
+        return self.products or reduce(torch.promote_types, [as_real(piece.core).dtype for piece in pieces])
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class Bytes:
         """An all-to-all now, and an all-gather in the end."""
         count, cut = dist.get_world_size(group), [self._cut(piece.core, piece.rows) for piece in pieces]
         sizes = [len(x) for x in cut]
-        share = -(-sum(sizes) // count)
+        share = _divided(sum(sizes), count)
         padding = cut[0].new_zeros(share * count - sum(sizes), self.block)
         given = self._encoded(torch.cat([*cut, padding]))
         traffic.note(given)
@@ -151,6 +163,14 @@ class Bytes:
             ]
 
         return Sending(work, finish)
+
+    def size(self, pieces: Sequence[Piece], count: int) -> int:
+        """Whole blocks, as many for each process to average."""
+        blocks = 0
+        for piece in pieces:
+            rows = prod(piece.core.shape[: piece.rows])
+            blocks += rows * _divided(as_real(piece.core).numel() // rows, self.block)
+        return _divided(blocks, count) * count * (self.block + _STEP)
 
     def _cut(self, core: Tensor, rows: int) -> Tensor:
         """(blocks, block) in float32, each row of the core filled up with zeros."""
@@ -177,8 +197,8 @@ class Bytes:
 
     def _decoded(self, given: Tensor) -> Tensor:
         """(blocks, block) in float32."""
-        codes, step = given[:, :-4].contiguous().view(torch.int8), given[:, -4:].contiguous().view(torch.float32)
-        return codes.float().mul_(step)
+        codes = given[:, :-_STEP].contiguous().view(torch.int8)
+        return codes.float().mul_(given[:, -_STEP:].contiguous().view(torch.float32))
 
 
 def wire(name: WireName) -> Wire:
@@ -186,6 +206,14 @@ def wire(name: WireName) -> Wire:
     return Bytes() if name == "int8" else Floats(torch.bfloat16 if name == "bfloat16" else None)
 
 
+def _divided(total: int, by: int) -> int:
+    """The quotient, rounded up."""
+    return -(-total // by)
+
+
 def _as(real: Tensor, like: Tensor) -> Tensor:
     """Pairs of reals as complex numbers where ``like`` has such."""
-    return torch.view_as_complex(real.contiguous()) if like.is_complex() else real
+    if not like.is_complex():
+        return real
+    # A part of a buffer may begin where no complex number can.
+    return torch.view_as_complex(real.clone() if real.storage_offset() % 2 else real.contiguous())

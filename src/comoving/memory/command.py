@@ -13,7 +13,7 @@ from ..race.settings import SettingsError, parse_rank
 from ..units import parse_bytes, show_bytes
 from . import report
 from .fit import Fit, fit
-from .plan import Plan, drafted, dtype_of
+from .plan import Plan, drafted, dtype_of, wire_named
 from .shapes import subject
 
 
@@ -50,6 +50,7 @@ def execute(
         sys.path.insert(0, os.getcwd())  # user code beside the shell's folder
     try:
         bound = None if limit is None else parse_bytes(limit)
+        settings["compress"] = wire_named(settings["compress"])
         model_known = subject(model, dtype_of(dtype))
         if bound is None:
             wanted = None if rank is None else parse_rank(rank)

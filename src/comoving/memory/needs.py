@@ -11,6 +11,7 @@ from .. import state as slots
 from ..distributed.traffic import Traffic
 from ..optimizer import LowRankOptimizer
 from ..sites import Site
+from .compressing import Compressing
 from .rehearsal import Rehearsal, rehearse
 
 Cache = dict[Any, Rehearsal]
@@ -33,33 +34,49 @@ NOTHING = Needs()
 
 
 def needs(
-    optimizer: LowRankOptimizer, device: str, layerwise: bool, ranks: int, cache: Cache, traffic: Traffic | None
+    optimizer: LowRankOptimizer,
+    device: str,
+    layerwise: bool,
+    ranks: int,
+    cache: Cache,
+    traffic: Traffic | None,
+    cores: Compressing | None = None,
 ) -> Needs:
     """The needs of all parameters: one batch of alike ones at a time, but for dense ones that torch steps together.
 
     The first step counts as a refresh. With ``layerwise`` its order is that of the backward pass, and with several
     ranks who steps what is not its own: the state of all other parameters then counts as there.
+
+    Where ``cores`` are sent, what all parameters keep open from the backward pass to the step is there at once, beside
+    what one batch needs more.
     """
+    traffic = traffic if cores is None else cores.traffic
+    waiting = waiting_refresh = waiting_first = 0.0
     step = refresh = step_flops = refresh_flops = bound = step_bytes = refresh_bytes = 0
     seen: dict[Tensor, tuple[Rehearsal, int]] = {}
     for group in optimizer.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
         for params, alike in _kinds(trained, optimizer, group, device, layerwise):
             site = optimizer.sites[params[0]]
-            key = device, len(params), kind_of(params[0], site, group)
+            key = device, len(params), kind_of(params[0], site, group), cores and (cores.wire, cores.ranks)
             if key not in cache:
-                cache[key] = rehearse(optimizer, params, device, traffic)
+                cache[key] = rehearse(optimizer, params, device, traffic, cores and cores.take)
             found, times = cache[key], len(alike) / len(params)
             own = times if site.owner is None else times / ranks
-            step, refresh = max(step, found.step), max(refresh, found.refresh)
-            bound = max(bound, found.first - found.state)
+            step, refresh = max(step, found.step - found.waiting), max(refresh, found.refresh - found.waiting_refresh)
+            bound = max(bound, found.first - (found.waiting_first if cores is not None else found.state))
+            waiting += times * found.waiting
+            waiting_refresh += times * (found.waiting_refresh - found.waiting) / group["refresh_every"]
+            if cores is not None:
+                waiting_first += times * (found.waiting_first - found.state)
             step_flops += round(own * found.step_flops)
             refresh_flops += round(own * found.refresh_flops)
             step_bytes += round(times * found.step_bytes)
             refresh_bytes += round(times * found.refresh_bytes)
             seen |= dict.fromkeys(alike, (found, len(params)))
-    exact = ranks == 1 and not layerwise
-    first = _first_step(optimizer, seen) if exact else bound
+    exact = ranks == 1 and not layerwise and cores is None
+    first = _first_step(optimizer, seen) if exact else bound + round(waiting_first)
+    step, refresh = step + round(waiting), refresh + round(waiting + waiting_refresh)
     return Needs(step, max(refresh, first), step_flops, refresh_flops, step_bytes, refresh_bytes)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from .. import state as slots
 from ..codecs import Full
 from ..diagnostics import SLOT
+from ..distributed.wires import WIRES, WireName
 from ..frames.base import Rank
 from ..optimizer import LowRankOptimizer
 from ..recipes import build, recipes
@@ -20,6 +21,7 @@ from ..units import show_bytes
 from ..validate import check_choice, check_int
 from ..weights import DeferringLinear, codes_of
 from . import sharding
+from .compressing import Compressing
 from .needs import NOTHING, Cache, Needs, kind_of, needs
 from .shapes import Subject, subject
 
@@ -27,9 +29,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 STATE = ("moments", "frames", "feedback", "finder", "preconditioner", "scalars")
 """The parts of the state: the rule's and the transport's moments; frames; what the residual keeps; the finder's memory;
 statistics of single modes and preconditioners; step counts, seeds, diagnostics, and what the cadence keeps."""
-WIRE = ("gradients", "weights", "dealt", "norms", "refreshes")
+WIRE = ("gradients", "weights", "dealt", "norms", "refreshes", "dense", "cores", "frames")
 """What is on the wire: gradients; weights that FSDP gathers; weights and gradients of parameters that one rank steps
-for all, and new weights back; figures between refreshes; and what finds frames together."""
+for all, and new weights back; figures between refreshes; and what finds frames together. Where cores are sent:
+gradients of dense parameters; cores, with what tells of bad gradients; and what frames are searched in."""
 _KINDS = {
     Kind.LINEAR: "moments",
     Kind.VARIANCE: "moments",
@@ -65,10 +68,11 @@ class Plan:
         activations: an estimate; None where there was nothing to estimate it from.
         activations_formula: how, in symbols; or why not.
         wire: bytes that a rank puts on the wire in a step, by what they are (:data:`WIRE`); a ring sends sums
-            2 (N - 1)/N times. Those of refreshes are divided by the period.
+            2 (N - 1)/N times. Those of refreshes and frames are divided by the period.
         step_flops: real operations of a step of the optimizer between refreshes.
         refresh_flops: those that refreshing every frame once adds.
         options: what was passed on to :func:`comoving.build`.
+        compress: the wire of :func:`comoving.distributed.compress`, or None where whole gradients are sent.
     """
 
     model: str
@@ -95,6 +99,7 @@ class Plan:
     refresh_flops: int
     wire: Mapping[str, int] = field(default_factory=lambda: {})
     options: Mapping[str, Any] = field(default_factory=lambda: {})
+    compress: WireName | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -158,6 +163,7 @@ def plan(
     sequence: int | None = None,
     ddp: int | None = None,
     fsdp: int | None = None,
+    compress: bool | WireName = False,
     layerwise: bool = False,
     checkpointing: bool = False,
     device: str = "cuda",
@@ -182,6 +188,10 @@ def plan(
             each steps and holds. The plan is that of the first rank, which has the most rows, with the state of the
             rank that steps most for others. Gathered at once are the weights of the two largest units, the one at work
             and the next; a unit's whole gradients are there twice, as computed and as the collective's input.
+        compress: whether DistributedDataParallel sends cores, as :func:`comoving.distributed.compress` lets it, or the
+            name of its wire; True is "bfloat16". Gradients are all there when the backward pass ends, and so is what
+            every projected parameter keeps open until the step: another copy of its feedback, and its core as it is, as
+            it is sent, and as it comes back. These are counted as temporaries.
         layerwise: parameters are stepped in the backward pass and their gradients freed: gradients of the largest one.
         checkpointing: whether layers keep their inputs alone for the backward pass.
         device: "cuda" or "cpu": on the CPU what is drawn on the host counts too, and torch steps dense parameters one
@@ -190,7 +200,8 @@ def plan(
         **options: passed on to :func:`comoving.build`: ``codec="int8"``, ``moments="int8"``, ``refresh_every=200`` ...
 
     Raises:
-        ValueError: an unknown model, recipe or dtype, both ``ddp`` and ``fsdp``, or numbers below 1.
+        ValueError: an unknown model, recipe, dtype or wire, both ``ddp`` and ``fsdp``, numbers below 1, or what
+            compress() refuses.
         TypeError: an unknown option.
         ImportError: a missing extra.
     """
@@ -202,7 +213,8 @@ def plan(
         raise ValueError(f"ddp={ddp} and fsdp={fsdp} are two ways to share one model: choose one")
     return drafted(
         subject(model, dtype_of(dtype)), recipe, rank, batch=batch, sequence=sequence, ddp=ddp, fsdp=fsdp,
-        layerwise=layerwise, checkpointing=checkpointing, device=device, options=options, cache={},
+        compress=wire_named(compress), layerwise=layerwise, checkpointing=checkpointing, device=device,
+        options=options, cache={},
     )  # fmt: skip
 
 
@@ -219,6 +231,19 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
+def wire_named(compress: bool | str | None) -> WireName | None:
+    """The wire that is meant by True or by its name; None for none.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if compress is None or compress is False:
+        return None
+    name = "bfloat16" if compress is True else compress
+    check_choice("compress", name, WIRES)
+    return cast("WireName", name)
+
+
 def drafted(
     model: Subject,
     recipe: str,
@@ -233,21 +258,27 @@ def drafted(
     device: str,
     options: Mapping[str, Any],
     cache: Cache | None,
+    compress: WireName | None = None,
 ) -> Plan:
     """:func:`plan` for a model without data.
 
     ``cache`` keeps what was rehearsed for the next plan of the same model; with None nothing is rehearsed, and
     temporaries and operations are 0.
     """
+    if compress is not None and ddp is None:
+        raise ValueError("compress is of DistributedDataParallel: give ddp, the number of ranks")
+    if compress is not None and layerwise:
+        raise ValueError("compress is refused with layerwise: it takes gradients up by itself, and steps after that")
     optimizer = build(recipe, model.module, rank=rank, **options)
     ranks = fsdp or 1
+    cores = None if compress is None or ddp is None else Compressing(optimizer, compress, ddp)
     traffic = sharding.shard(optimizer, ranks) if ranks > 1 else None
     everything = list(model.module.parameters())
     trained = [p for p in everything if p.requires_grad]
     own = {p: sharding.shard_bytes(p, ranks) for p in everything}
     each = [own[p] for p in trained]
     gradients = max(each, default=0) if layerwise else sum(each)
-    work = NOTHING if cache is None else needs(optimizer, device, layerwise, ranks, cache, traffic)
+    work = NOTHING if cache is None else needs(optimizer, device, layerwise, ranks, cache, traffic, cores)
     dealt, lent = sharding.dealt_bytes(optimizer) if traffic is not None else (0, 0)
     itemsize = max((p.element_size() for p in trained if not p.is_complex()), default=4)
     activations, formula = None, "not estimated: give batch"
@@ -277,10 +308,11 @@ def drafted(
         communication=_communication(model.module, ddp, fsdp),
         activations=activations,
         activations_formula=formula,
-        wire=_wire(model.module, optimizer, work, dealt, ddp, fsdp),
+        wire=_wire(model.module, optimizer, work, dealt, ddp, fsdp, cores),
         step_flops=work.step_flops,
         refresh_flops=work.refresh_flops,
         options=dict(options),
+        compress=compress,
     )
 
 
@@ -376,15 +408,23 @@ def _communication(module: nn.Module, ddp: int | None, fsdp: int | None) -> int:
 
 
 def _wire(
-    module: nn.Module, optimizer: LowRankOptimizer, work: Needs, dealt: int, ddp: int | None, fsdp: int | None
+    module: nn.Module,
+    optimizer: LowRankOptimizer,
+    work: Needs,
+    dealt: int,
+    ddp: int | None,
+    fsdp: int | None,
+    cores: Compressing | None,
 ) -> dict[str, int]:
     """What a rank puts on the wire in a step, by the names of :data:`WIRE`."""
     trained = sharding.bytes_of([p for p in module.parameters() if p.requires_grad])
+    period = min((group["refresh_every"] for group in optimizer.param_groups), default=1)
     if ddp is not None and ddp > 1:
-        return {"gradients": trained}
+        if cores is None:
+            return {"gradients": trained}
+        return cores.sent(module) | {"frames": work.step_bytes + work.refresh_bytes // period}
     if fsdp is None or fsdp == 1:
         return {}
-    period = min((group["refresh_every"] for group in optimizer.param_groups), default=1)
     everything = sum(sharding.shard_bytes(p, fsdp) for p in module.parameters())
     return {
         "gradients": trained,

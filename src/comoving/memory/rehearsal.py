@@ -1,6 +1,6 @@
 """A step without data: the optimizer's own code run on the meta device, with its storages and operations counted."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -34,6 +34,8 @@ class Rehearsal:
         refresh_flops: what a refresh adds.
         step_bytes: bytes that a process sends in a step between refreshes, where parameters are shared; a mean.
         refresh_bytes: what a refresh adds.
+        waiting: what of ``step`` stays from the backward pass to the step, where gradients are taken up before.
+        waiting_refresh, waiting_first: likewise of ``refresh`` and ``first``.
     """
 
     state: int
@@ -44,6 +46,9 @@ class Rehearsal:
     refresh_flops: int
     step_bytes: int = 0
     refresh_bytes: int = 0
+    waiting: int = 0
+    waiting_refresh: int = 0
+    waiting_first: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +105,11 @@ class _Watcher(StorageTracker):
 
 
 def rehearse(
-    optimizer: LowRankOptimizer, params: Sequence[Tensor], device: str, traffic: Traffic | None = None
+    optimizer: LowRankOptimizer,
+    params: Sequence[Tensor],
+    device: str,
+    traffic: Traffic | None = None,
+    take: Callable[[Mapping[Tensor, Tensor]], None] | None = None,
 ) -> Rehearsal:
     """Step parameters of one group on the meta device, as if it were another.
 
@@ -114,6 +123,7 @@ def rehearse(
         device: "cpu" counts what is drawn on the host too, and steps dense parameters one by one; "cuda" neither, as
             torch's AdamW has it by default.
         traffic: counts what is sent.
+        take: takes gradients of projected parameters up before the step.
     """
     traffic = Traffic() if traffic is None else traffic
     group = next(g for g in optimizer.param_groups if any(p is params[0] for p in g["params"]))
@@ -121,16 +131,24 @@ def rehearse(
     period = _period(group)
     with _prepared(optimizer, group, params, device):
         present = watcher.watch(p.grad for p in params if p.grad is not None).watch(params).live
+        given = dict[Tensor, Tensor]()
+        if take is not None:
+            given = {p: p.grad for p in params if p.grad is not None and optimizer.sites[p].projected}
+            for p in given:
+                p.grad = None
 
-        def step(every: int) -> tuple[int, int, int]:
+        def step(every: int) -> tuple[int, int, int, int]:
             group["refresh_every"] = every
             watcher.reset_peak()
             before, watcher.flops, sent = watcher.live, 0, traffic.bytes
-            with watcher:
+            with watcher, torch.no_grad():
+                if take is not None and given:
+                    take(given)
+                waiting = watcher.live - before
                 optimizer.step()
-            return watcher.peak - before, watcher.flops, traffic.bytes - sent
+            return watcher.peak - before, watcher.flops, traffic.bytes - sent, waiting
 
-        first = step(1)[0]
+        first, _, _, waiting_first = step(1)
         state = watcher.live - present
         plain = [step(_NEVER) for _ in range(period)]
         moving = any(optimizer.sites[p].projected for p in params)
@@ -145,6 +163,9 @@ def rehearse(
         max(0, work[1] - work[0]),
         sent[0],
         max(0, sent[1] - sent[0]),
+        max(step[3] for step in plain),
+        max(step[3] for step in turning),
+        waiting_first,
     )
 
 

@@ -28,7 +28,10 @@ def table(plan: Plan) -> Any:
     """The parts of a plan, their bytes and shares of the peak."""
     rich_table = require("rich.table", "cli")
     rank = "full rank" if plan.rank is None else f"rank {plan.rank}"
-    shared = f", one of {plan.ddp} DDP ranks" if plan.ddp else f", one of {plan.fsdp} FSDP ranks" if plan.fsdp else ""
+    sends = f" that send cores in {plan.compress!r}" if plan.compress else ""
+    shared = (
+        f", one of {plan.ddp} DDP ranks{sends}" if plan.ddp else f", one of {plan.fsdp} FSDP ranks" if plan.fsdp else ""
+    )
     drawn = rich_table.Table(
         title=f"{plan.model}, {plan.recipe}, {rank}, {plan.dtype}{shared}{', layerwise' if plan.layerwise else ''}",
         caption=f"activations: {plan.activations_formula}",
