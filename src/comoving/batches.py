@@ -129,7 +129,8 @@ class Alone:
             own = _apart(new, state)
             new = {name: _into(state.get(name), x) for name, x in own.items()}
         # In rows: torch sends whole states to other processes as they lie in memory, and last digits follow the layout.
-        slots.commit(state, {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in new.items()})
+        rows = {n: x.contiguous() for n, x in new.items() if isinstance(x, Tensor) and n not in slots.UNFINISHED}
+        slots.commit(state, new | rows)
 
     def count(self) -> None:
         """One more tick."""

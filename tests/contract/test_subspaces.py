@@ -41,6 +41,7 @@ class Axes:
 
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     fills = (ModeFrame,)
     inertia: float = 0.5
     decay: float = 0.9
@@ -134,6 +135,7 @@ class Newest(Memoryless):
 
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     fills = (Flat,)
     inertia: float = 0.0
 

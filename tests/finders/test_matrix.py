@@ -616,6 +616,7 @@ class Toy(Memoryless):
 
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     fills = (ModeFrame,)
     inertia: float = 0.5
 

@@ -49,7 +49,10 @@ class Guard:
             self.count(self._bad)
         elif trouble(roster.anywhere(bad)):
             culprits = gradients.nonfinite(given, roster.sites)
-            if trouble(roster.anywhere(bad.new_tensor(bool(culprits)))):
+            found = bool(culprits)
+            if roster.placements:
+                found = trouble(roster.anywhere(bad.new_tensor(found)))
+            if found:
                 gradients.refuse_nonfinite(", ".join(culprits) or "entries that another process has")
 
     def forget(self) -> None:
