@@ -587,7 +587,7 @@ class LowRankOptimizer(Optimizer):
         packed = super().state_dict()
         lasting = self.engine.written_in_place()
         packed["state"] = {
-            key: {name: self._saved(p, x, p in lasting) for name, x in state.items()}
+            key: {name: self._saved(p, name, x, p in lasting) for name, x in state.items()}
             for p, (key, state) in zip(self.state, packed["state"].items(), strict=True)
         }
         if self.roster.placements:
@@ -638,13 +638,14 @@ class LowRankOptimizer(Optimizer):
         self.engine.sorting.recount()
         self._whole.forget()
 
-    def _saved(self, p: Tensor, x: Any, lasting: bool) -> Any:
+    def _saved(self, p: Tensor, name: str, x: Any, lasting: bool) -> Any:
         """A slot as it is saved: in rows, since torch sends whole states to other processes as they lie in memory."""
         if not isinstance(x, Tensor):
             return x
         if lasting:
             return x.clone(memory_format=torch.contiguous_format)
-        return x if self.sites[p].plain else x.contiguous()
+        kept = self.sites[p].plain or name.rpartition(".")[2] in slots.UNFINISHED or name in slots.UNFINISHED
+        return x if kept else x.contiguous()
 
     def _of_all(self, packed: dict[str, Any]) -> dict[Any, dict[str, Any]]:
         """The packed state with tensors of all processes where they share a parameter; a collective call."""
