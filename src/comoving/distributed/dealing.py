@@ -71,6 +71,8 @@ class Dealer:
             try:
                 yield {p: gradient for p, (_, gradient) in whole.items()}
                 returning.append(_Scattering(now.shares, self._lent, self._here))
+                if len(returning) > 1:  # so that the weights of two rounds at most are on their way
+                    returning.pop(0).wait()
             finally:
                 for p in whole:
                     del self._lent[p]
@@ -162,7 +164,7 @@ def _bytes_of(x: Tensor) -> Tensor:
 
 def _from_bytes(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     real = dtype.to_real() if dtype.is_complex else dtype
-    values = x.clone().view(real)  # which is where its entries may lie
+    values = (x.clone() if x.storage_offset() % dtype.itemsize else x).view(real)  # where its entries may lie
     return torch.view_as_complex(values.view(*shape, 2)) if dtype.is_complex else values.view(shape)
 
 
