@@ -186,3 +186,19 @@ def test_working_precision_of_half_precision_parameters(residual):
     p.grad = torch.randn(24, 40).bfloat16()
     optimizer.step()
     assert {x.dtype for _, _, x in tensors(optimizer)} == {torch.float32}
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_what_is_stored_lies_in_rows(recipe):
+    """Torch sends whole states to other processes as they lie in memory."""
+    model = mixed(torch.float64)
+    options = {} if recipe == "adamw" else {"refresh_every": 2}
+    optimizer = build(recipe, model, 1e-2, **options)
+    step(model, optimizer, 5)
+    strided = {
+        f"{optimizer.sites[p].name}.{name}"
+        for p, state in optimizer.state.items()
+        for name, x in state.items()
+        if isinstance(x, torch.Tensor) and not (x.is_contiguous() or optimizer.sites[p].plain)
+    }
+    assert not strided

@@ -128,9 +128,7 @@ class Alone:
         if self._shown:
             own = _apart(new, state)
             new = {name: _into(state.get(name), x) for name, x in own.items()}
-        # In rows: torch sends whole states to other processes as they lie in memory, and last digits follow the layout.
-        rows = {n: x.contiguous() for n, x in new.items() if isinstance(x, Tensor) and n not in slots.UNFINISHED}
-        slots.commit(state, new | rows)
+        slots.commit(state, new)
 
     def count(self) -> None:
         """One more tick."""
@@ -185,8 +183,8 @@ class Gathered:
                 if _has_room(old, x):
                     targets.append(old)
                     values.append(x)
-                else:
-                    fresh[name] = x.clone() if isinstance(x, Tensor) else x  # which holds on to no mate
+                else:  # one that holds on to no mate
+                    fresh[name] = x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
             for name in [name for name in row.state if name not in new]:
                 del row.state[name]
             row.state.update(fresh)

@@ -284,15 +284,14 @@ class LowRankOptimizer(Optimizer):
 
     def _agree(self) -> None:
         """Compare this optimizer, once, with those of the processes that share parameters."""
-        shared = {*self.roster.placements}
-        if shared == self._agreed:
+        if self.roster.placements.keys() == self._agreed:
             return
         from .distributed.agreement import agree  # noqa: PLC0415  (torch's processes take their time)
 
-        groups = [spread.group for spread in self.roster.placements.values() if spread.group is not None]
-        for group in dict.fromkeys(groups):  # in the same order everywhere
-            agree(self, group)
-        self._agreed = shared
+        for group in self.roster.comms:
+            if group is not None:
+                agree(self, group)
+        self._agreed = {*self.roster.placements}
 
     @torch.no_grad()
     def absorb(self, p: Tensor, gradient: Tensor) -> None:
@@ -587,7 +586,7 @@ class LowRankOptimizer(Optimizer):
         packed = super().state_dict()
         lasting = self.engine.written_in_place()
         packed["state"] = {
-            key: {name: self._saved(p, name, x, p in lasting) for name, x in state.items()}
+            key: {name: x.clone() if p in lasting and isinstance(x, Tensor) else x for name, x in state.items()}
             for p, (key, state) in zip(self.state, packed["state"].items(), strict=True)
         }
         if self.roster.placements:
@@ -637,15 +636,6 @@ class LowRankOptimizer(Optimizer):
         self.engine.forget()
         self.engine.sorting.recount()
         self._whole.forget()
-
-    def _saved(self, p: Tensor, name: str, x: Any, lasting: bool) -> Any:
-        """A slot as it is saved: in rows, since torch sends whole states to other processes as they lie in memory."""
-        if not isinstance(x, Tensor):
-            return x
-        if lasting:
-            return x.clone(memory_format=torch.contiguous_format)
-        kept = self.sites[p].plain or name.rpartition(".")[2] in slots.UNFINISHED or name in slots.UNFINISHED
-        return x if kept else x.contiguous()
 
     def _of_all(self, packed: dict[str, Any]) -> dict[Any, dict[str, Any]]:
         """The packed state with tensors of all processes where they share a parameter; a collective call."""
