@@ -23,6 +23,7 @@ from .sites import Site
 from .weights import codes_of
 
 if TYPE_CHECKING:
+    from .comm import Comm
     from .distributed.placement import Spread
 
 _EDITABLE = ("lr", "betas", "eps", "weight_decay", "scale", "refresh_every", "maximize", "foreach", "fused")
@@ -47,6 +48,7 @@ class Roster:
         self.index: dict[Tensor, int] = {}
         self.fixed: list[dict[str, Any]] = []
         self.placements: dict[Tensor, Spread] = {}  # of parameters that processes share
+        self._comms: dict[Any, Comm] | None = None
         self._loads: dict[Any, list[float]] = {}  # how many entries each process steps for others
         self._members: list[list[Tensor]] = []
         self._edited: dict[int, dict[str, Any]] = {}
@@ -60,7 +62,7 @@ class Roster:
     def restore(self, sites: dict[Tensor, Site], index: dict[Tensor, int], fixed: list[dict[str, Any]]) -> None:
         """Take over what was decided for another optimizer, of which this is a copy."""
         self.sites, self.index, self.fixed = sites, index, fixed
-        self.placements = _spreads([(site.name, p) for p, site in sites.items()], 0)
+        self.placements, self._comms = _spreads([(site.name, p) for p, site in sites.items()], 0), None
         self._members = [list(group["params"]) for group in self.owner.param_groups]
         self.blocked = {p for p, site in sites.items() if site.blocks}
 
@@ -118,6 +120,7 @@ class Roster:
                 f"processes, which would share it out differently; give rank, codec and moments instead"
             )
         self.placements |= spreads
+        self._comms = None
         params, again = [p for _, p in pairs], partial(self._decide, pairs, given, group)
         return placement.place_all(params, sites, group, spreads, again, self._loads)
 
@@ -139,13 +142,12 @@ class Roster:
         spread = self.placements.get(p)
         if spread is None:
             return gradient
-        given: Any = gradient
-        if getattr(given, "placements", None) != spread.placements or given.device_mesh != spread.mesh:
+        if not spread.places(gradient):
             raise ValueError(
                 f"the gradient of {self.sites[p].name} must be a DTensor that is placed as the parameter is, as "
                 f"{spread.placements}"
             )
-        return given.to_local()
+        return spread.here(gradient)
 
     def stepped_here(self, p: Tensor) -> bool:
         """Whether this process steps a parameter, or what is here of it, and has its state."""
@@ -154,10 +156,20 @@ class Roster:
 
     def anywhere(self, flag: Tensor) -> Tensor:
         """Whether a flag is set in any process that shares parameters with this one."""
-        groups = {id(spread.group): spread.comm_of_all for spread in self.placements.values() if spread.cut}
-        for comm in groups.values():
-            flag = comm.largest(flag.float()) > 0
+        if self.placements:
+            for comm in self.comms.values():
+                flag = comm.largest(flag.float()) > 0
         return flag
+
+    @property
+    def comms(self) -> "Mapping[Any, Comm]":
+        """Group of processes that share parameters -> what they ask one another through, in the same order everywhere.
+
+        The group is None where there are no others, in a plan.
+        """
+        if self._comms is None:
+            self._comms = {spread.group: spread.comm_of_all for spread in self.placements.values() if spread.cut}
+        return self._comms
 
     def join(self, params: Sequence[Tensor], sites: Sequence[Site], group: Mapping[str, Any]) -> list[Site]:
         """The sites of parameters that are about to join, and those of all others, within the budget.
@@ -220,6 +232,7 @@ class Roster:
 
     def remove(self, params: Sequence[Tensor], index: int) -> None:
         """Forget parameters whose group, of this number, was taken away."""
+        self._comms = None
         for p in params:
             del self.sites[p]
             self.placements.pop(p, None)
@@ -273,6 +286,7 @@ class Roster:
         except ValueError:
             self.sites, self.index = before
             raise
+        self._comms = None
         for old in taken:
             self.owner.state.pop(old, None)
             self.placements.pop(old, None)

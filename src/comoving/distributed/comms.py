@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..comm import Local
 from .traffic import Traffic
 from .wires import Wire
 
 
 @dataclass(eq=False)
-class Replicas:
+class Replicas(Local):
     """Each of N processes has a gradient of its own, of the same weights; the gradient is their mean.
 
     Args:
@@ -32,7 +33,7 @@ class Replicas:
     keeps: bool = False
     earlier: Tensor | None = None
 
-    alone, split = False, None
+    alone = False
 
     @property
     def size(self) -> int:
@@ -48,18 +49,6 @@ class Replicas:
         mean = sent.to(real.dtype).div_(self.size)
         return torch.view_as_complex(mean) if product.is_complex() else mean
 
-    def whole(self, x: Tensor, dim: int) -> Tensor:
-        """x: nothing is split."""
-        return x
-
-    def here(self, x: Tensor, dim: int) -> Tensor:
-        """x."""
-        return x
-
-    def length(self, here: int) -> int:
-        """What is here."""
-        return here
-
     def sent(self, core: Tensor, rows: int) -> Tensor:
         """The core, or what arrives of it, beyond what was earlier."""
         if self.cores is None or self.keeps:
@@ -73,10 +62,6 @@ class Replicas:
     def largest(self, figure: Tensor) -> Tensor:
         """The largest of all."""
         return _largest(figure, self.group, self.traffic)
-
-    def norm(self, norms: Tensor) -> Tensor:
-        """Those of this process: its tensors are whole."""
-        return norms
 
 
 @dataclass(eq=False)

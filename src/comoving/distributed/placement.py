@@ -92,6 +92,10 @@ class Spread:
         """The placements of what is cut along this dimension as the parameter is along its mode."""
         return [_moved(place, dim) for place in self.placements]
 
+    def places(self, x: Tensor) -> bool:
+        """Whether a tensor is spread as the parameter is."""
+        return isinstance(x, DTensor) and x.placements == self.placements and x.device_mesh == self.mesh
+
     def here(self, x: Tensor) -> Tensor:
         """What is here of the parameter, or of its gradient."""
         given: Any = x

@@ -259,14 +259,14 @@ class Backward:
 
     def _total(self, sizes: Sequence[tuple[Tensor, Tensor]]) -> float:
         """The norm of all, by one reading of the device; where processes share parameters, with what they have."""
-        roster, own, shared = self.engine.roster, list[Tensor](), dict[int, list[Tensor]]()
-        comms = {id(spread.group): spread.comm_of_all for spread in roster.placements.values() if spread.cut}
+        roster, own, shared = self.engine.roster, list[Tensor](), dict[Any, list[Tensor]]()
         for p, size in sizes:
             spread = roster.placements.get(p)
-            (own if spread is None or not spread.cut else shared.setdefault(id(spread.group), [])).append(size)
-        for key, comm in comms.items():
-            given = shared.get(key, [])
-            here = norm(torch.stack(given)) if given else torch.zeros((), device=comm.device)
+            (own if spread is None or not spread.cut else shared.setdefault(spread.group, [])).append(size)
+        for group, comm in roster.comms.items():
+            given = shared.get(group, [])
+            device = next(p.device for p, spread in roster.placements.items() if spread.group == group)
+            here = norm(torch.stack(given)) if given else torch.zeros((), device=device)
             own.append(comm.norm(here.float()))
         if not own:
             return 0.0
