@@ -3,31 +3,31 @@
 python benchmarks/sharded_time.py --out benchmarks/results/sharded_time_cpu.json
 
 The matrices of LLaMA-60M at rank 1/4, cut along their rows over two processes (gloo, a core each, one thread), beside
-two processes that talk to nobody and have as many rows each for themselves: the same arithmetic, and the same load of
-the machine, since both kinds run in pairs, one step of the one and one of the other in turn. From a sharded step the
-time inside of collectives is taken off, which is measured by a clock around each of them: a process that waits for the
-other one waits there. Figures are of both processes' medians the larger one, and the mean with refreshes.
+two processes that talk to nobody and have as many rows each for themselves; where whole matrices are dealt out (Muon),
+half of the layers each. That is the same arithmetic, and the same load of the machine: both kinds run in pairs, one
+step of the one and one of the other in turn. From a sharded step the time inside of collectives is taken off, which is
+measured by a clock around each of them: a process that waits for the other one waits there. Figures are of both
+processes' medians the larger one, and of their means, refreshes included.
 """
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import comoving
+import gloo
+from comoving.race.host import machine, versions
 
 RECIPES = ("comoving", "galore", "ldadam", "muon", "adamw")
 LAYER = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]
@@ -50,30 +50,41 @@ class Clock:
             begin = time.perf_counter()
             work = call(*args, **options)
             self.seconds += time.perf_counter() - begin
-            if work is not None:
-                work.wait = self._timed(work.wait)
-            return work
+            return None if work is None else Waiting(self, work)
 
         return timed
 
 
-def drawn(shapes: list[tuple[int, int]], seed: int) -> list[Tensor]:
-    """Rows of this process."""
+class Waiting:
+    """A collective that is under way."""
+
+    def __init__(self, clock: Clock, work: Any) -> None:
+        self._clock, self._work = clock, work
+
+    def wait(self) -> None:
+        """Until it is done."""
+        begin = time.perf_counter()
+        self._work.wait()
+        self._clock.seconds += time.perf_counter() - begin
+
+
+def drawn(seed: int, whole: bool = False) -> list[Tensor]:
+    """Rows of this process, or half of the matrices, whole."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(m // 2, n, generator=generator) for m, n in shapes]
+    shapes = SHAPES[: len(SHAPES) // 2] if whole else [(m // 2, n) for m, n in SHAPES]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def measure(rank: int, folder: str, recipe: str, steps: int) -> None:
-    """Time both kinds in turn, in one of the two processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+def measure(rank: int, recipe: str, steps: int) -> dict[str, list[float]]:
+    """Seconds of both kinds in turn, and of communication, in one of the two processes; without the first step."""
     mesh, clock = init_device_mesh("cpu", (2,)), Clock()
 
     def sharded(x: Tensor) -> DTensor:
         return DTensor.from_local(x, mesh, [Shard(0)], run_check=False)
 
-    alone = [nn.Parameter(x) for x in drawn(SHAPES, rank)]
-    shared = [nn.Parameter(sharded(x)) for x in drawn(SHAPES, rank)]
+    dealt = recipe == "muon"
+    alone = [nn.Parameter(x) for x in drawn(rank, dealt)]
+    shared = [nn.Parameter(sharded(x)) for x in drawn(rank)]
     side = {} if recipe in {"muon", "adamw"} else {"side": "right"}
     optimizers = [
         comoving.build(recipe, [(f"layers.{i}.weight", p) for i, p in enumerate(params)], 1e-3, rank=0.25, **side)
@@ -82,8 +93,10 @@ def measure(rank: int, folder: str, recipe: str, steps: int) -> None:
     clock.watch()
     found: dict[str, list[float]] = {"alone": [], "sharded": [], "communication": []}
     for step in range(steps):
-        for p, q, g in zip(alone, shared, drawn(SHAPES, 100 + 2 * step + rank), strict=True):
-            p.grad, q.grad = g, sharded(g)
+        for p, g in zip(alone, drawn(100 + 2 * step + rank, dealt), strict=True):
+            p.grad = g
+        for p, g in zip(shared, drawn(100 + 2 * step + rank), strict=True):
+            p.grad = sharded(g)
         for kind in (
             ("alone", "sharded") if step % 2 else ("sharded", "alone")
         ):  # the second one finds gradients in cache
@@ -93,16 +106,12 @@ def measure(rank: int, folder: str, recipe: str, steps: int) -> None:
             found[kind].append(time.perf_counter() - begin)
             if kind == "sharded":
                 found["communication"].append(clock.seconds - inside)
-    Path(folder, f"{rank}.json").write_text(json.dumps({name: times[1:] for name, times in found.items()}))
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: times[1:] for name, times in found.items()}
 
 
 def figures(recipe: str, steps: int) -> dict[str, float | str]:
     """Of one recipe: milliseconds and ratios."""
-    with TemporaryDirectory() as folder:
-        mp.spawn(measure, (folder, recipe, steps), nprocs=2)
-        ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(2)]
+    ranks = gloo.run(2, measure, recipe, steps)
     line: dict[str, float | str] = {"recipe": recipe}
     for name, over in (("median", median), ("mean", mean)):
         alone = max(over(r["alone"]) for r in ranks)
@@ -125,8 +134,8 @@ def main() -> None:
         sys.stdout.write(shown + "\n")
     if arguments.out is not None:
         record = {
-            "command": "python " + " ".join(sys.argv), "torch": torch.__version__, "machine": platform.processor(),
-            "processes": 2, "shapes": "LLaMA-60M", "steps": arguments.steps - 1, "table": lines,
+            "command": " ".join(["python", *sys.argv]), "machine": machine("cpu", 2), "versions": versions(),
+            "shapes": "LLaMA-60M", "steps": arguments.steps - 1, "table": lines,
         }  # fmt: skip
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 

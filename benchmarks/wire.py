@@ -1,12 +1,14 @@
 """What crosses a network: bytes, modelled times, and losses.
 
     python benchmarks/wire.py bytes --out benchmarks/results/wire_bytes.json
+    python benchmarks/wire.py local --out benchmarks/results/wire_local.json
     python benchmarks/wire.py model --out benchmarks/results/wire_model.json
     python benchmarks/wire.py race --out benchmarks/results/wire_race.json
 
 "bytes" plans what compress() sends of LLaMA-1B's matrices, beside plain DistributedDataParallel, and counts in two
 processes what is really sent of two of them. "model" draws step times against bandwidth and ranks. "race" trains a
-small language model with four processes at equal bytes. Each has a --help.
+small language model with four processes at equal bytes. "local" sets momentum and feedback of local steps against each
+other. Each has a --help.
 """
 
 import argparse
@@ -17,11 +19,12 @@ from pathlib import Path
 import torch
 
 import wire_bytes
+import wire_local
 import wire_model
 import wire_race
 from comoving.race.host import machine, versions
 
-STUDIES = {"bytes": wire_bytes, "model": wire_model, "race": wire_race}
+STUDIES = {"bytes": wire_bytes, "local": wire_local, "model": wire_model, "race": wire_race}
 
 
 def main() -> None:
