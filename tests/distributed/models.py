@@ -63,3 +63,12 @@ def slots_of(optimizer):
         for name, x in optimizer.state[p].items()
         if isinstance(x, torch.Tensor) and not name.startswith(("feedback.", "error")) and "feedback." not in name
     }
+
+
+def raised(call, *args, **options):
+    """What it raises, as text."""
+    try:
+        call(*args, **options)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the test looks at it)
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

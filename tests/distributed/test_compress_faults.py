@@ -18,17 +18,8 @@ from comoving.ranks import Tolerance
 from comoving.residual import Feedback, Fira
 from comoving.transport import Carry
 from contract.support import close
-from distributed.models import Net, loss_of, optimizer_of, slots_of, weights_of, wrapped
+from distributed.models import Net, loss_of, optimizer_of, raised, slots_of, weights_of, wrapped
 from distributed.processes import run
-
-
-def raised(call, *args, **options):
-    """What it raises, as text."""
-    try:
-        call(*args, **options)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the test looks at it)
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def frozen(optimizer):

@@ -16,7 +16,7 @@ from comoving.distributed import LocalSteps, compress
 from comoving.residual import Feedback
 from comoving.rules import Momentum
 from contract.support import COMPLEX, close, feedback_of, randn
-from distributed.models import Net, loss_of, slots_of, weights_of, wrapped
+from distributed.models import Net, loss_of, raised, slots_of, weights_of, wrapped
 from distributed.processes import run
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -256,15 +256,6 @@ def test_the_example_trains_on_a_fraction_of_the_bytes():
 
 
 # ------------------------------------------------------------------------------------------------- faults and refusals
-
-
-def raised(call, *args, **options):
-    """What it raises, as text."""
-    try:
-        call(*args, **options)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the test looks at it)
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def _spoiled(rank, on_nonfinite, share, layer):
