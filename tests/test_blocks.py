@@ -154,6 +154,23 @@ def test_a_resumed_run_is_bitwise_the_same():
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_checkpoint_has_slots_for_experts_that_were_idle():
+    """So that its keys are those of a fresh optimizer that has stepped by zeros, as torch makes one have a state."""
+    model, asked = Mixture(), Mixture()
+    optimizer, fresh = mixture_optimizer(model, moments=Int8()), mixture_optimizer(asked, moments=Int8())
+    assert fresh.state_dict()["state"] == {}
+    train(model, optimizer, 0, 4)
+    for p in asked.parameters():
+        p.grad = torch.zeros_like(p)
+    fresh.step()
+    saved, other = optimizer.state_dict()["state"], fresh.state_dict()["state"]
+    assert {key: {*state} for key, state in saved.items()} == {key: {*state} for key, state in other.items()}
+    shapes = [
+        {name: x.shape for name, x in state[0].items() if isinstance(x, torch.Tensor)} for state in (saved, other)
+    ]
+    assert shapes[0] == shapes[1] and any(name.startswith("3.frame.") for name in shapes[0])
+
+
 def test_adamw_state_is_cut_into_blocks():
     model = Mixture()
     theirs = torch.optim.AdamW([("experts", model.experts)], lr=1e-2)

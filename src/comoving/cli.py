@@ -149,6 +149,10 @@ def application() -> Any:
         wire: Annotated[
             str | None, typer.Option(help="Of cores: same, bfloat16 or int8; bfloat16 with --compress.")
         ] = None,
+        wire_rank: Annotated[
+            str | None,
+            typer.Option(help="With --compress, of what is sent of whole frames (Muon): 64, or 0.1."),
+        ] = None,
         layerwise: Annotated[
             bool, typer.Option("--layerwise", help="Parameters are stepped in the backward pass, gradients freed.")
         ] = False,
@@ -169,6 +173,8 @@ def application() -> Any:
             raise typer.BadParameter(f"device must be cuda or cpu, got {device!r}")
         if wire is not None and not compress:
             raise typer.BadParameter(f"--wire {wire} is of cores: add --compress")
+        if wire_rank is not None and not compress:
+            raise typer.BadParameter(f"--wire-rank {wire_rank} is of cores: add --compress")
         status = draft(
             model=model,
             recipe=recipe,
@@ -184,6 +190,7 @@ def application() -> Any:
             ddp=ddp,
             fsdp=fsdp,
             compress=(wire or True) if compress else None,
+            wire_rank=wire_rank,
             layerwise=layerwise,
             checkpointing=checkpointing,
             device=device,

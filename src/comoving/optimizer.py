@@ -178,6 +178,7 @@ class LowRankOptimizer(Optimizer):
         self._agreed: set[Tensor] = set()
 
     _backward: Backward | None
+    _stepped = False
     _driver: Driver | None = None
     """What brings gradients in place of ``p.grad``; see :meth:`driven_by`."""
 
@@ -273,6 +274,7 @@ class LowRankOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._agree()
+        self._stepped = True
         with full_precision():
             if self._driver is not None:
                 self._driver.step()
@@ -589,11 +591,18 @@ class LowRankOptimizer(Optimizer):
             key: {name: x.clone() if p in lasting and isinstance(x, Tensor) else x for name, x in state.items()}
             for p, (key, state) in zip(self.state, packed["state"].items(), strict=True)
         }
+        ids = [key for group in packed["param_groups"] for key in group["params"]]
+        params = dict(zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True))
+        if self._stepped or self.state:
+            packed["state"] |= {
+                key: self._with_idle(p, packed["state"].get(key, {}))
+                for key, p in params.items()
+                if self.sites[p].blocks
+            }
         if self.roster.placements:
-            packed["state"] = self._of_all(packed)
+            packed["state"] = self._of_all(params, packed["state"])
         if self._driver is not None:
-            own = zip(self.state, packed["state"].items(), strict=True)
-            packed["state"] = {key: self._driver.saved(p, state) for p, (key, state) in own}
+            packed["state"] = {key: self._driver.saved(params[key], state) for key, state in packed["state"].items()}
         packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
         return packed
 
@@ -619,7 +628,8 @@ class LowRankOptimizer(Optimizer):
         }
         if self.roster.placements:
             states = self._of_this_process(states)
-        states = {p: self._own(p, state) for p, state in states.items()}
+        states = {p: checkpoint.without_idle(self._own(p, state), self.sites[p]) for p, state in states.items()}
+        states = {p: state for p, state in states.items() if state or not self.sites[p].blocks}
         admitted = {
             p: checkpoint.admit(state, self.sites[p].here, groups[self.roster.index[p]], self.seed)
             for p, state in states.items()
@@ -636,14 +646,22 @@ class LowRankOptimizer(Optimizer):
         self.engine.forget()
         self.engine.sorting.recount()
         self._whole.forget()
+        if self._driver is not None:
+            self._driver.adopt()
 
-    def _of_all(self, packed: dict[str, Any]) -> dict[Any, dict[str, Any]]:
-        """The packed state with tensors of all processes where they share a parameter; a collective call."""
+    def _with_idle(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state of blocks with slots for all of them, where this process steps them."""
+        site = self.sites[p].here
+        if not self.roster.stepped_here(p):
+            return state
+        scalars = self.engine.scalar_device(p, site)
+        return checkpoint.with_idle(state, site, self.roster.group_of(p), p.device, scalars, self.seed)
+
+    def _of_all(self, params: dict[Any, Tensor], states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+        """The states with tensors of all processes where they share a parameter; a collective call."""
         from .distributed.saving import of_all  # noqa: PLC0415  (torch's DTensor takes its time)
 
-        ids = [key for group in packed["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        return of_all(dict(zip(ids, params, strict=True)), packed["state"], self.roster)
+        return of_all(params, states, self.roster)
 
     def _of_this_process(self, states: dict[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
         """What this process keeps of states of whole parameters; a collective call."""
@@ -655,7 +673,7 @@ class LowRankOptimizer(Optimizer):
         """A saved state with what this process keeps of what processes have kept each for itself; a collective call."""
         if self._driver is not None:
             return self._driver.loaded(p, state)
-        site, group = self.sites[p], self.roster.group_of(p)
+        site, group, state = self.sites[p], self.roster.group_of(p), checkpoint.without_wire(state)
         if site.projected and checkpoint.copies_in(state, site, group):
             from .distributed.copies import mean_of_copies  # noqa: PLC0415  (torch's DTensor takes its time)
 

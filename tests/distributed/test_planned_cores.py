@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import comoving
-from comoving.distributed import compress
+from comoving.codecs import Int8
+from comoving.distributed import WireFrame, compress
+from comoving.finders import Exact
 from comoving.memory import measure
 from contract.support import COMPLEX, randn
 from distributed.models import wrapped
@@ -57,16 +60,23 @@ CASES = {
     "both sides": ("tucker-adam", Half, {"rank": 0.2}),
     "muon": ("comoving", Half, {"rank": 6, "rule": "muon", "moments": "int8"}),
     "experts": ("comoving", Experts, {"rank": 4, "frame": "blocks"}),
+    "whole": ("muon", Net, {}),
+    "whole experts": ("comoving", Experts, {"rank": 1.0, "rule": "muon", "frame": "blocks"}),
+}
+WHOLE = {
+    "whole": WireFrame(5, PERIOD),
+    "whole experts": WireFrame(0.25, PERIOD, "both", Exact(), Int8()),
 }
 
 
 SENT = [("default", "same"), ("default", "bfloat16"), ("default", "int8"), ("galore", "same"), ("both sides", "int8"),
-        ("muon", "bfloat16"), ("experts", "int8")]  # fmt: skip
+        ("muon", "bfloat16"), ("experts", "int8"), ("whole", "bfloat16"), ("whole", "int8"),
+        ("whole experts", "same")]  # fmt: skip
 
 
 def _options(name):
     recipe, net, options = CASES[name]
-    return recipe, net, options | {"refresh_every": PERIOD}
+    return recipe, net, options | ({} if recipe == "muon" else {"refresh_every": PERIOD})
 
 
 def _counted(rank):
@@ -77,7 +87,7 @@ def _counted(rank):
         torch.manual_seed(0)
         ddp = wrapped(net())
         optimizer = comoving.build(recipe, ddp.module, 1e-3, **options)
-        sent = compress(ddp, optimizer, wire)
+        sent = compress(ddp, optimizer, wire, whole=WHOLE.get(name))
         before = 0, 0, 0
         for t in range(2 * PERIOD):
             if t == PERIOD:
@@ -86,7 +96,11 @@ def _counted(rank):
             optimizer.step()
             optimizer.zero_grad()
         after = sent.dense.bytes, sent.cores.bytes, sent.frames.bytes
-        found[name, wire] = comoving.state_bytes(optimizer), [b - a for a, b in zip(before, after, strict=True)]
+        state = sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes
+                    for own in optimizer.state_dict()["state"].values() for key, x in own.items()
+                    if key.startswith("wire.") and isinstance(x, torch.Tensor))  # fmt: skip
+        state += comoving.state_bytes(optimizer)
+        found[name, wire] = state, [b - a for a, b in zip(before, after, strict=True)]
     return found
 
 
@@ -95,7 +109,7 @@ def test_a_plan_of_cores_is_what_is_sent():
     found = run(count, _counted)
     for (name, wire), (state, sent) in found[0].items():
         recipe, net, options = _options(name)
-        plan = comoving.plan(net(), recipe, ddp=count, compress=wire, device="cpu", **options)
+        plan = comoving.plan(net(), recipe, ddp=count, compress=wire, whole=WHOLE.get(name), device="cpu", **options)
         assert plan.state_bytes == state, (name, wire)
         dense, cores, frames = sent
         assert (plan.wire["dense"], plan.wire["cores"]) == (dense / PERIOD, cores / PERIOD), (name, wire)
@@ -155,6 +169,8 @@ def test_what_is_open_from_the_backward_pass_to_the_step_is_planned(name, wire):
     ("recipe", "options", "message"),
     [
         ("adamw", {}, "has none: lower rank="),
+        ("muon", {}, "whole=WireFrame"),
+        ("muon", {"compress": False, "whole": WireFrame()}, "give compress"),
         ("coap", {"rank": 4}, "sees more of a gradient than contractions"),
         ("comoving", {"rank": 4, "layerwise": True}, "refused with layerwise"),
         ("comoving", {"rank": 4, "ddp": None}, "give ddp"),

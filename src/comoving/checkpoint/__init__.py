@@ -1,12 +1,14 @@
 """Checkpoints: files that a crash cannot break, what is in them, and what an optimizer makes of them."""
 
 from .convert import admit, owned
-from .copies import averaged, copies_in, kept_apart
+from .copies import WIRE, averaged, copies_in, kept_apart, without_wire
 from .describe import describe, describe_group
+from .idle import with_idle, without_idle
 from .load import check_form, load_groups, match_parameters, unheard
 from .save import save
 
 __all__ = [
+    "WIRE",
     "admit",
     "averaged",
     "check_form",
@@ -19,4 +21,7 @@ __all__ = [
     "owned",
     "save",
     "unheard",
+    "with_idle",
+    "without_idle",
+    "without_wire",
 ]

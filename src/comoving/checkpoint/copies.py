@@ -13,8 +13,15 @@ from ..section import blocks_in
 from ..sites import Site
 from ..state import group_of_block, parts_of, ranks_in, resized
 
+WIRE = "wire."
+"""What the names of slots begin with that serve what is sent of a parameter, and not its steps."""
 Sum = Callable[[Tensor], Tensor]
 """The sum of what processes have, where each has some of the copies."""
+
+
+def without_wire(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that a parameter is stepped by."""
+    return {name: x for name, x in state.items() if not name.startswith(WIRE)}
 
 
 def kept_apart(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Spec]:

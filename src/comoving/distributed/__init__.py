@@ -7,6 +7,7 @@ from .cores import Sent
 from .loading import Planner, load
 from .local import LocalSteps
 from .traffic import Traffic
+from .wire_frames import WireFrame
 
 __all__ = [
     "LocalSteps",
@@ -15,6 +16,7 @@ __all__ = [
     "Sent",
     "Shards",
     "Traffic",
+    "WireFrame",
     "agree",
     "compress",
     "load",

@@ -19,22 +19,32 @@ from ..optimizer import LowRankOptimizer
 from ..precision import full_precision
 from ..validate import check_choice, check_int
 from .agreement import agree
+from .comms import Replicas
 from .copies import Copies
 from .cores import Sent, check_cores, drive
 from .passes import after_averaging, check_averages, replicated
 from .traffic import Traffic
+from .wire_frames import WireFrame, WireFrames
 from .wires import WIRES, WireName
+from .wires import wire as wire_of
 
 
-def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bfloat16", accumulate: int = 1) -> Sent:
+def compress(
+    model: nn.Module,
+    optimizer: LowRankOptimizer,
+    wire: WireName = "bfloat16",
+    accumulate: int = 1,
+    whole: WireFrame | None = None,
+) -> Sent:
     """From now on let each process send the cores of its gradients in place of the gradients.
 
     The training loop stays as it is: ``backward()``, ``step()``, ``zero_grad()``. Each process projects its own
     gradient, with what it kept itself, into the frame that all share; what is stepped by is the mean of the cores, and
     what a process's core does not hold, rounding on the way included, stays in its own feedback. Frames are searched
     in the mean of the gradients, which no process sees: contractions with it are summed, n x r numbers a refresh.
-    Dense parameters and whole frames are averaged as ever. Until ``step()`` ``p.grad`` of a projected parameter holds a
-    :class:`comoving.drivers.taken.TakenUp`, a tensor without numbers.
+    Dense parameters and whole frames are averaged as ever, the latter in frames of the wire's own where ``whole`` says
+    so. Until ``step()`` ``p.grad`` of a projected parameter holds a :class:`comoving.drivers.taken.TakenUp`, a tensor
+    without numbers.
 
     :class:`comoving.residual.Feedback` becomes its own form, ``own=True``. At the first backward pass all processes
     compare their optimizers (:func:`agree`). With ``on_nonfinite="skip"`` a bad gradient on one process skips the step
@@ -47,6 +57,8 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
             quarter of float32. With the last two frames are searched in sums in bfloat16.
         accumulate: backward passes in a window: all are taken up as cores, and their sum is sent in the last one, as
             is that of the gradients of dense parameters. Then comes ``step()``.
+        whole: how gradients are sent of parameters that the rule steps in a whole frame (Muon, Shampoo, SOAP); None for
+            as they are.
 
     Returns:
         A count of what is sent from now on.
@@ -62,11 +74,16 @@ def compress(model: nn.Module, optimizer: LowRankOptimizer, wire: WireName = "bf
     if not isinstance(cast("object", optimizer), LowRankOptimizer):
         raise TypeError(f"compress() needs an optimizer of comoving, got a {type(optimizer).__name__}")
     optimizer.check_undriven("compress()")
-    _check_model(model, optimizer)
+    _check_model(model, optimizer, whole)
     process_group = cast("dist.ProcessGroup", model.process_group)
-    driver, sent = drive(optimizer, wire, process_group, Copies(process_group), "compress()", accumulate)
+    copies = Copies(process_group)
+    driver, sent = drive(optimizer, wire, process_group, copies, "compress()", accumulate)
     unused = model.find_unused_parameters and not model.static_graph
     hook = _Hook(optimizer, driver, process_group, sent.dense, unused)
+    if whole is not None:
+        comm = Replicas(process_group, wire_of(wire).products, sent.frames)
+        frames = WireFrames(whole, optimizer.sites, optimizer.seed, wire_of(wire), comm, sent.cores, copies)
+        hook.frames = driver.beside = frames
     model.register_comm_hook(hook, _hooked)
     if model.gradient_as_bucket_view or unused:
         hook.clearing = model.register_forward_pre_hook(hook.before_a_pass)
@@ -92,6 +109,7 @@ class _Hook:
     group: dist.ProcessGroup
     traffic: Traffic
     unused: bool
+    frames: WireFrames | None = None
     clearing: RemovableHandle | None = None
     _agreed: bool = False
     _within: bool = False
@@ -110,12 +128,18 @@ class _Hook:
             projected = {p: g for p, g in both if p in sites and sites[p].projected}
             if projected:
                 self.driver.take(projected, self.unused, self._sends)
-            return self._averaged(bucket.buffer(), [g for p, g in both if p not in projected], [*projected.values()])
+            framed = {p: g for p, g in both if self._sends and self.frames is not None and p in self.frames}
+            if framed and self.frames is not None:
+                self.frames.take(framed, self.unused)
+            taken = projected | framed
+            return self._averaged(bucket.buffer(), [g for p, g in both if p not in taken], [*taken.values()])
 
     def _begin(self) -> None:
         """A backward pass begins to send; one that never came to its end has left nothing of use."""
         if self._within:
             self.driver.drop()
+            if self.frames is not None:
+                self.frames.drop()
         self._within, self._sends = True, self.driver.begin_pass()
         if not self._agreed:
             agree(self.optimizer, self.group)
@@ -137,24 +161,27 @@ class _Hook:
     def _end(self) -> None:
         self._within = False
         self._passes += 1
+        if self.frames is not None:
+            with torch.no_grad(), full_precision():
+                self.frames.finish()
         self.driver.leave_stand_ins()
 
-    def _averaged(self, buffer: Tensor, dense: Sequence[Tensor], projected: Sequence[Tensor]) -> Future[Tensor]:
+    def _averaged(self, buffer: Tensor, dense: Sequence[Tensor], taken: Sequence[Tensor]) -> Future[Tensor]:
         """The buffer with means of the dense gradients, and zeros for the others."""
-        for g in projected:
+        for g in taken:
             g.zero_()
         if not dense or not self._sends:
             done: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
             done.set_result(buffer)
             return done
-        flat = as_real(torch.cat([g.reshape(-1) for g in dense])).flatten() if projected else as_real(buffer)
+        flat = as_real(torch.cat([g.reshape(-1) for g in dense])).flatten() if taken else as_real(buffer)
         flat.div_(dist.get_world_size(self.group))
         self.traffic.note(flat)
         work = dist.all_reduce(flat, group=self.group, async_op=True)
         assert work is not None
 
         def finish(_: Future[Any]) -> Tensor:
-            if projected:
+            if taken:
                 means = flat.split([as_real(g).numel() for g in dense])
                 for g, mean in zip(dense, means, strict=True):
                     own = as_real(g)
@@ -189,12 +216,12 @@ def _cut(bucket: GradBucket) -> list[tuple[Tensor, Tensor]]:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def _check_model(model: DistributedDataParallel, optimizer: LowRankOptimizer) -> None:
+def _check_model(model: DistributedDataParallel, optimizer: LowRankOptimizer, whole: WireFrame | None) -> None:
     """Raise unless the model averages every gradient that the optimizer steps by, and this one can take it up."""
     check_averages(model, optimizer.sites)
     if model.mixed_precision is not None:
         raise ValueError("mixed_precision= of DistributedDataParallel is refused by compress(): use autocast instead")
-    check_cores(optimizer, "compress()")
+    check_cores(optimizer, "compress()", whole)
     full = [site.name for p, site in optimizer.sites.items() if site.projected and p.grad is not None]
     if full:
         raise RuntimeError(f"{', '.join(full[:5])} has a gradient already: call step() or zero_grad() first")

@@ -26,12 +26,26 @@ class Copies:
 
     def of_all(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a parameter with what differs as a DTensor of all copies; nothing is sent."""
-        found = dict(state)
-        for name in kept_apart(state, site, group):
-            x: Tensor = state[name]
-            own = x[None].contiguous()
-            found[name] = DTensor.from_local(own, self._mesh(x.device.type), [Shard(0)], run_check=False)
-        return found
+        return dict(state) | {name: self.joined(state[name]) for name in kept_apart(state, site, group)}
+
+    def joined(self, x: Tensor) -> DTensor:
+        """The tensors of all processes, (copies, ...), of which x is the one that is here; nothing is sent."""
+        return DTensor.from_local(x[None].contiguous(), self._mesh(x.device.type), [Shard(0)], run_check=False)
+
+    def own(self, x: Tensor, dims: int) -> list[Tensor]:
+        """The copy of this process, where x has as many copies as there are processes; else all copies that there are.
+
+        A collective call of DTensors.
+
+        Args:
+            x: with the copies in front, or one alone.
+            dims: how many dimensions one has.
+        """
+        if x.ndim <= dims:
+            return [whole(x)]
+        if x.shape[0] != dist.get_world_size(self.group):
+            return [*whole(x)]
+        return [x.to_local()[0] if isinstance(x, DTensor) and _is_own(x) else whole(x)[dist.get_rank(self.group)]]
 
     def _mesh(self, device: str) -> DeviceMesh:
         if device not in self._meshes:
@@ -46,11 +60,8 @@ class Copies:
         count = copies_in(state, site, group)
         if count != dist.get_world_size(self.group):
             return mean_of_copies(state, site, group)
-        here, found = dist.get_rank(self.group), dict(state)
-        for name in kept_apart(state, site, group):
-            x = found[name]
-            found[name] = x.to_local()[0] if isinstance(x, DTensor) and _is_own(x) else _whole(x)[here]
-        return found
+        kept = kept_apart(state, site, group)
+        return dict(state) | {name: self.own(state[name], len(spec.shape))[0] for name, spec in kept.items()}
 
 
 class Apart:
@@ -69,17 +80,17 @@ def mean_of_copies(state: Mapping[str, Any], site: Site, group: Mapping[str, Any
     """The state with the mean of all copies; as it is where there are none. A collective call of DTensors."""
     count, kept = copies_in(state, site, group), kept_apart(state, site, group)
     if not count:
-        return {name: _whole(x) for name, x in state.items()}
+        return {name: whole(x) for name, x in state.items()}
     parts = [x for name, x in state.items() if name in kept and isinstance(x, DTensor)]
     if not all(isinstance(state[name], DTensor) for name in kept) or not all(_is_row_of(x) for x in parts):
-        return averaged({name: _whole(x) for name, x in state.items()}, site, group, count, lambda total: total)
+        return averaged({name: whole(x) for name, x in state.items()}, site, group, count, lambda total: total)
     over = parts[0].device_mesh.get_group()
 
     def sum_of(total: Tensor) -> Tensor:
         dist.all_reduce(as_real(total), group=over)
         return total
 
-    here = {name: x.to_local() if name in kept else _whole(x) for name, x in state.items()}
+    here = {name: x.to_local() if name in kept else whole(x) for name, x in state.items()}
     return averaged(here, site, group, count, sum_of)
 
 
@@ -92,5 +103,6 @@ def _is_own(x: DTensor) -> bool:
     return _is_row_of(x) and x.shape[0] == x.device_mesh.size() and x.to_local().shape[0] == 1
 
 
-def _whole(x: Any) -> Any:
+def whole(x: Any) -> Any:
+    """A DTensor as one tensor, by a collective call; anything else as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -13,6 +13,7 @@ from ..precondition import Plain
 from ..residual import Discard, Feedback, Residual
 from .comms import Replicas
 from .traffic import Traffic
+from .wire_frames import WireFrame
 from .wires import Piece, Sending, WireName
 from .wires import wire as wire_of
 
@@ -22,7 +23,8 @@ class Sent:
     """What this process has put into sums over all of them, since they send cores.
 
     Args:
-        cores: of projected parameters, with one number a bucket that says whether a gradient was bad.
+        cores: of projected parameters, and of whole frames where :class:`comoving.distributed.WireFrame` says so, with
+            numbers that say whether a gradient was bad: one a bucket, and one for each parameter with a whole frame.
         frames: what frames were searched in, at refreshes.
         dense: gradients of the other parameters.
     """
@@ -69,8 +71,13 @@ def drive(
     return optimizer.driven_by(lambda guard: Driver(optimizer, guard, comm, send, copies, accumulate, called)), sent
 
 
-def check_cores(optimizer: LowRankOptimizer, called: str) -> None:
+def check_cores(optimizer: LowRankOptimizer, called: str, whole: WireFrame | None = None) -> None:
     """Raise unless there are cores to send.
+
+    Args:
+        optimizer: any.
+        called: the name of what sends them, in messages.
+        whole: how gradients of whole frames are sent; None for as they are.
 
     Raises:
         ValueError: weights in codes; nothing that is projected.
@@ -78,8 +85,20 @@ def check_cores(optimizer: LowRankOptimizer, called: str) -> None:
     coded = [site.name for site in optimizer.sites.values() if site.coded]
     if coded:
         raise ValueError(f"{', '.join(coded[:5])}: {called} takes no weights in codes: train them without it")
-    if not any(site.projected for site in optimizer.sites.values()):
-        raise ValueError(f"{called} sends cores of projected parameters, and this optimizer has none: lower rank=")
+    sites = optimizer.sites.values()
+    if whole is not None and not any(map(whole.serves, sites)):
+        raise ValueError(
+            f"{called}: {whole} is of gradients of whole frames, and this optimizer has no parameter in a whole frame "
+            f"of more directions than that"
+        )
+    if whole is not None or any(site.projected for site in sites):
+        return
+    if any(site.whole for site in sites):
+        raise ValueError(
+            f"{called} sends cores of projected parameters, and this optimizer has whole frames only: give "
+            f"whole=WireFrame(rank=...), of a rank below those of the parameters, to send cores of their gradients"
+        )
+    raise ValueError(f"{called} sends cores of projected parameters, and this optimizer has none: lower rank=")
 
 
 def own_residuals(optimizer: LowRankOptimizer, called: str) -> list[Residual]:

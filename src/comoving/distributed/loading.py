@@ -10,9 +10,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor, Shard, empty
 
+from ..checkpoint import WIRE
 from ..diagnostics import SLOT
 
-_KEPT = ".feedback."
+_KEPT = (".feedback.", f".{WIRE}error.")
 
 
 class Planner(DefaultLoadPlanner):
@@ -49,7 +50,7 @@ def _fit(own: MutableMapping[str, Any], path: str, metadata: Metadata) -> None:
             _fit(value, name, metadata)  # pyright: ignore[reportUnknownArgumentType]
             continue
         saved = metadata.state_dict_metadata.get(name)
-        kept = _KEPT in name or name.endswith(f".{SLOT}")
+        kept = any(part in name for part in _KEPT) or name.endswith(f".{SLOT}")
         if kept and isinstance(value, Tensor) and isinstance(saved, TensorStorageMetadata):
             own[key] = _fitting(value, saved.size)
 

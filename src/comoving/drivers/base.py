@@ -27,5 +27,9 @@ class Driver(Protocol):
         ...
 
     def loaded(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What of a parameter's state in a checkpoint is this process's."""
+        """What of a parameter's state in a checkpoint is this process's; nothing of the driver's own changes yet."""
+        ...
+
+    def adopt(self) -> None:
+        """Everything is loaded: from now on go by it."""
         ...

@@ -11,6 +11,7 @@ from torch.utils.hooks import unserializable_hook
 
 from ..batches import Row, Together, apart
 from ..cell import Cell
+from ..checkpoint import without_wire
 from ..codecs.base import as_real
 from ..comm import Comm
 from ..engine import Engine, laid
@@ -53,6 +54,22 @@ class Copies(Protocol):
 
     def of_this_process(self, state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> Mapping[str, Any]:
         """The state with that of this process."""
+        ...
+
+
+class Beside(Protocol):
+    """What else of a parameter belongs into a checkpoint."""
+
+    def saved(self, p: Tensor, /) -> Mapping[str, Any]:
+        """Its slots."""
+        ...
+
+    def loaded(self, p: Tensor, state: Mapping[str, Any], /) -> None:
+        """Take note of them, and change nothing."""
+        ...
+
+    def adopt(self) -> None:
+        """Go by them."""
         ...
 
 
@@ -132,6 +149,8 @@ class Replicas(Whole):
         called: the name of this driver in messages.
     """
 
+    beside: Beside | None = None
+
     def __init__(  # noqa: PLR0917
         self, owner: Stepped, guard: Guard, comm: Joins, send: Sends, copies: Copies, accumulate: int, called: str
     ) -> None:
@@ -159,11 +178,20 @@ class Replicas(Whole):
 
     def saved(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """A parameter's state, with what all processes keep each for itself."""
-        return self._copies.of_all(state, self.engine.roster.sites[p], self.engine.roster.group_of(p))
+        own = self._copies.of_all(state, self.engine.roster.sites[p], self.engine.roster.group_of(p))
+        return own if self.beside is None else {**own, **self.beside.saved(p)}
 
     def loaded(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """A parameter's state, with what this process keeps; a collective call."""
-        return self._copies.of_this_process(state, self.engine.roster.sites[p], self.engine.roster.group_of(p))
+        if self.beside is not None:
+            self.beside.loaded(p, state)
+        state, roster = without_wire(state), self.engine.roster
+        return self._copies.of_this_process(state, roster.sites[p], roster.group_of(p))
+
+    def adopt(self) -> None:
+        """Go by what was loaded."""
+        if self.beside is not None:
+            self.beside.adopt()
 
     # ------------------------------------------------------------------------------------------------------ taking up
 

@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from ..distributed.wire_frames import WireFrame
 from ..files import check_folder, write_bytes, write_json
 from ..race.extras import require
 from ..race.settings import SettingsError, parse_rank
@@ -51,6 +52,8 @@ def execute(
     try:
         bound = None if limit is None else parse_bytes(limit)
         settings["compress"] = wire_named(settings["compress"])
+        wire_rank = settings.pop("wire_rank", None)
+        settings["whole"] = None if wire_rank is None else WireFrame(cast("float", parse_rank(wire_rank)))
         model_known = subject(model, dtype_of(dtype))
         if bound is None:
             wanted = None if rank is None else parse_rank(rank)

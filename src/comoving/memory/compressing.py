@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from ..distributed.copies import Apart
 from ..distributed.cores import check_cores, own_residuals
 from ..distributed.traffic import Traffic
+from ..distributed.wire_frames import ERROR, WireFrame
 from ..distributed.wires import Piece, WireName
 from ..distributed.wires import wire as wire_of
 from ..drivers.replicas import Replicas
 from ..optimizer import LowRankOptimizer
+from ..sites import Site
+from ..state import spec_bytes
+from .rehearsal import Watcher
 from .sharding import Absent, bytes_of
 
 _BUCKETS = (2**20, 25 * 2**20)
@@ -43,6 +47,7 @@ class Compressing:
         optimizer: becomes so.
         wire: of cores.
         ranks: how many processes there are.
+        whole: how gradients of whole frames are sent.
         traffic: counts what frames are searched in, once the optimizer steps.
 
     Raises:
@@ -52,17 +57,21 @@ class Compressing:
     optimizer: LowRankOptimizer
     wire: WireName
     ranks: int
+    whole: WireFrame | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        check_cores(self.optimizer, "compress()")
+        check_cores(self.optimizer, "compress()", self.whole)
         self.optimizer.roster.exchange("residual", own_residuals(self.optimizer, "compress()"))
         self._cores = wire_of(self.wire)
-        products = self._cores.products
-        comm: Any = Absent(self.traffic, itemsize=None if products is None else products.itemsize)
+        comm = self._absent(self.traffic)
         self._driver = self.optimizer.driven_by(
             lambda guard: Replicas(self.optimizer, guard, comm, self._send, Apart(), 1, "compress()")
         )
+
+    def _absent(self, traffic: Traffic) -> Any:
+        products = self._cores.products
+        return Absent(traffic, itemsize=None if products is None else products.itemsize)
 
     def take(self, given: Mapping[Tensor, Tensor]) -> None:
         """Take up gradients of projected parameters."""
@@ -73,15 +82,52 @@ class Compressing:
         sites = self.optimizer.sites
         trained = [p for p in module.parameters() if p.requires_grad]
         projected = {p for p in trained if p in sites and sites[p].projected}
-        flag = Piece(torch.empty(1, device="meta"))
+        framed = {p for p in trained if p in self._framed}
         cores = 0
         for bucket in buckets(trained):
-            pieces = [
-                Piece(torch.empty(site.core_shape, dtype=site.view.dtype, device="meta"), 1 if site.blocks else 0)
-                for site in (sites[p] for p in bucket if p in projected)
-            ]
-            cores += self._cores.size([*pieces, flag], self.ranks) if pieces else 0
-        return {"dense": bytes_of([p for p in trained if p not in projected]), "cores": cores}
+            for those, one_flag in ((projected, True), (framed, False)):
+                pieces = [self._core(sites[p]) for p in bucket if p in those]
+                flags = Piece(torch.empty(1 if one_flag else len(pieces), device="meta"))
+                cores += self._cores.size([*pieces, flags], self.ranks) if pieces else 0
+        return {"dense": bytes_of([p for p in trained if p not in projected | framed]), "cores": cores}
+
+    @property
+    def _framed(self) -> dict[Tensor, Site]:
+        """The parameters that have a frame for the wire alone."""
+        whole = self.whole
+        return {} if whole is None else {p: site for p, site in self.optimizer.sites.items() if whole.serves(site)}
+
+    def _core(self, site: Site) -> Piece:
+        shape = site.core_shape if self.whole is None or site.projected else self.whole.core_shape(site)
+        return Piece(torch.empty(shape, dtype=site.view.dtype, device="meta"), 1 if site.blocks else 0)
+
+    def wire_state(self) -> dict[str, int]:
+        """Bytes of what is kept for the wire alone."""
+        found = {"frames": 0, "feedback": 0}
+        for site in self._framed.values():
+            assert self.whole is not None
+            for name, spec in self.whole.schema(site).items():
+                found["feedback" if ERROR in name else "frames"] += spec_bytes(spec)
+        return found
+
+    def wire_frames(self) -> int:
+        """Bytes that a process sends in a step, on the average, where frames for the wire alone are searched in."""
+        total = 0.0
+        for site in self._framed.values():
+            assert self.whole is not None
+            traffic = Traffic()
+            operand, frame = self.whole.imagined(site, self._absent(traffic))
+            with Watcher():
+                self.whole.finder.find(operand, frame, True, {})
+            total += traffic.bytes / self.whole.refresh_every
+        return round(total)
+
+    def wire_waiting(self) -> int:
+        """Bytes that wait for the end of the backward pass: errors anew, and cores as they are, sent, and come back."""
+        pieces = [self._core(site) for site in self._framed.values()]
+        cores = sum(bytes_of([piece.core]) for piece in pieces)
+        sent = self._cores.size(pieces, self.ranks) if pieces else 0
+        return self.wire_state()["feedback"] + 2 * cores + sent
 
     def _send(self, given: Sequence[tuple[Tensor, int]]) -> _Sending:
         """Buffers as large as those of the wire, and means that are there at once."""

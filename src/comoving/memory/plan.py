@@ -1,7 +1,7 @@
 """Bytes and operations of a training run, before it runs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from torch import nn
 from .. import state as slots
 from ..codecs import Full
 from ..diagnostics import SLOT
+from ..distributed.wire_frames import WireFrame
 from ..distributed.wires import WIRES, WireName
 from ..frames.base import Rank
 from ..optimizer import LowRankOptimizer
@@ -164,6 +165,7 @@ def plan(
     ddp: int | None = None,
     fsdp: int | None = None,
     compress: bool | WireName = False,
+    whole: WireFrame | None = None,
     layerwise: bool = False,
     checkpointing: bool = False,
     device: str = "cuda",
@@ -192,6 +194,7 @@ def plan(
             name of its wire; True is "bfloat16". Gradients are all there when the backward pass ends, and so is what
             every projected parameter keeps open until the step: another copy of its feedback, and its core as it is, as
             it is sent, and as it comes back. These are counted as temporaries.
+        whole: how compress() sends gradients of whole frames; None for as they are.
         layerwise: parameters are stepped in the backward pass and their gradients freed: gradients of the largest one.
         checkpointing: whether layers keep their inputs alone for the backward pass.
         device: "cuda" or "cpu": on the CPU what is drawn on the host counts too, and torch steps dense parameters one
@@ -213,7 +216,7 @@ def plan(
         raise ValueError(f"ddp={ddp} and fsdp={fsdp} are two ways to share one model: choose one")
     return drafted(
         subject(model, dtype_of(dtype)), recipe, rank, batch=batch, sequence=sequence, ddp=ddp, fsdp=fsdp,
-        compress=wire_named(compress), layerwise=layerwise, checkpointing=checkpointing, device=device,
+        compress=wire_named(compress), whole=whole, layerwise=layerwise, checkpointing=checkpointing, device=device,
         options=options, cache={},
     )  # fmt: skip
 
@@ -259,6 +262,7 @@ def drafted(
     options: Mapping[str, Any],
     cache: Cache | None,
     compress: WireName | None = None,
+    whole: WireFrame | None = None,
 ) -> Plan:
     """:func:`plan` for a model without data.
 
@@ -267,11 +271,13 @@ def drafted(
     """
     if compress is not None and ddp is None:
         raise ValueError("compress is of DistributedDataParallel: give ddp, the number of ranks")
+    if whole is not None and compress is None:
+        raise ValueError("whole is of what compress() sends: give compress, too")
     if compress is not None and layerwise:
         raise ValueError("compress is refused with layerwise: it takes gradients up by itself, and steps after that")
     optimizer = build(recipe, model.module, rank=rank, **options)
     ranks = fsdp or 1
-    cores = None if compress is None or ddp is None else Compressing(optimizer, compress, ddp)
+    cores = None if compress is None or ddp is None else Compressing(optimizer, compress, ddp, whole)
     traffic = sharding.shard(optimizer, ranks) if ranks > 1 else None
     everything = list(model.module.parameters())
     trained = [p for p in everything if p.requires_grad]
@@ -279,6 +285,10 @@ def drafted(
     each = [own[p] for p in trained]
     gradients = max(each, default=0) if layerwise else sum(each)
     work = NOTHING if cache is None else needs(optimizer, device, layerwise, ranks, cache, traffic, cores)
+    kept = {} if cores is None else cores.wire_state()
+    if cores is not None:
+        waiting = cores.wire_waiting()
+        work = replace(work, step=max(work.step, waiting), refresh=max(work.refresh, waiting))
     dealt, lent = sharding.dealt_bytes(optimizer) if traffic is not None else (0, 0)
     itemsize = max((p.element_size() for p in trained if not p.is_complex()), default=4)
     activations, formula = None, "not estimated: give batch"
@@ -302,7 +312,7 @@ def drafted(
         projected=sum(p.numel() for p, site in optimizer.sites.items() if site.projected),
         weights=_weights(model.module, optimizer, ranks),
         gradients=gradients,
-        state=state_by_part(optimizer),
+        state={name: size + kept.get(name, 0) for name, size in state_by_part(optimizer).items()},
         step_temporaries=work.step + lent,
         refresh_temporaries=work.refresh + lent,
         communication=_communication(model.module, ddp, fsdp),
@@ -422,7 +432,8 @@ def _wire(
     if ddp is not None and ddp > 1:
         if cores is None:
             return {"gradients": trained}
-        return cores.sent(module) | {"frames": work.step_bytes + work.refresh_bytes // period}
+        frames = work.step_bytes + work.refresh_bytes // period + cores.wire_frames()
+        return cores.sent(module) | {"frames": frames}
     if fsdp is None or fsdp == 1:
         return {}
     everything = sum(sharding.shard_bytes(p, fsdp) for p in module.parameters())

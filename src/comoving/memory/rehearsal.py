@@ -87,7 +87,7 @@ class _Called:
         return self.cadence.refreshed(slots, last, new, when)
 
 
-class _Watcher(StorageTracker):
+class Watcher(StorageTracker):
     """Follows storages, counts operations, and answers what the host asks of tensors without data: yes, or one."""
 
     flops = 0
@@ -127,7 +127,7 @@ def rehearse(
     """
     traffic = Traffic() if traffic is None else traffic
     group = next(g for g in optimizer.param_groups if any(p is params[0] for p in g["params"]))
-    watcher = _Watcher() if device == "cpu" else _Watcher("meta")
+    watcher = Watcher() if device == "cpu" else Watcher("meta")
     period = _period(group)
     with _prepared(optimizer, group, params, device):
         present = watcher.watch(p.grad for p in params if p.grad is not None).watch(params).live
