@@ -583,6 +583,7 @@ class LowRankOptimizer(Optimizer):
                 "that one process steps for all are in no state. Call step() first"
             )
         self._check_settled()
+        self.engine.searches.settle()
         packed = super().state_dict()
         lasting = self.engine.written_in_place()
         packed["state"] = {
@@ -609,6 +610,7 @@ class LowRankOptimizer(Optimizer):
                 changed then.
         """
         self._check_settled()
+        self.engine.searches.settle()
         checkpoint.check_form(state_dict)
         self.roster.adopt()
         saved = state_dict["param_groups"]
@@ -665,6 +667,7 @@ class LowRankOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along: a window of one process too, but neither hooks nor a driver."""
         self._check_settled()
+        self.engine.searches.settle()
         own = {name: getattr(self, name) for name in ("on_nonfinite", "seed", "budget", "stacked_entries")}
         own |= {"sites": self.sites, "index": self.roster.index, "fixed": self.roster.fixed}
         window = None if self._backward is None or self._backward.averaged else self._backward.copied()

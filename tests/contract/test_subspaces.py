@@ -42,6 +42,7 @@ class Axes:
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+    ahead: ClassVar[int] = 0
     fills = (ModeFrame,)
     inertia: float = 0.5
     decay: float = 0.9
@@ -136,6 +137,7 @@ class Newest(Memoryless):
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+    ahead: ClassVar[int] = 0
     fills = (Flat,)
     inertia: float = 0.0
 

@@ -28,9 +28,10 @@ class Amortized(Memoryless):
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = True
+    alone = False
+    joint = True
+    ahead = 0
     inertia: ClassVar[float] = 0.0
 
     iterations: int = 1
