@@ -145,7 +145,7 @@ def check_inner(inner: Any) -> None:
     Raises:
         ValueError: no finder, one of other frames, or one whose frames were searched some steps ago.
     """
-    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("schema", "observe", "find"))
+    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("schema", "observe", "find", "ahead"))
     if not finds or ModeFrame not in inner.fills:
         raise ValueError(f"inner must be a finder that fills a ModeFrame, got {inner!r}")
     if inner.ahead:
