@@ -468,6 +468,7 @@ def test_a_skipped_step_has_begun_its_search_all_the_same(bad):
             if t == bad:
                 m[0].grad[0, 0] = torch.nan
             o.step()
+            assert o.state[m[0]]["finder.due"] == {5: 6, 11: 12}.get(t, 0)
             u = o.state[m[0]]["frame.0"]
             torch.testing.assert_close(u.mH @ u, torch.eye(3, dtype=REAL), rtol=1e-9, atol=1e-9)
         assert o.skipped_steps == 1
@@ -477,16 +478,18 @@ def test_a_skipped_step_has_begun_its_search_all_the_same(bad):
 
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "elsewhere"])
 @pytest.mark.parametrize("transport", [Rotate(), Reset()], ids=str)
-def test_a_frame_that_was_searched_at_another_rank_is_not_used(later, transport):
+@pytest.mark.parametrize("saved", [4, 5])
+def test_a_frame_that_was_searched_at_another_rank_is_not_used(later, transport, saved):
+    """Saved before the step that uses it, or one step earlier: the loaded state is refreshed at once."""
     m = model([(12, 20)])
     optimizer = made(m, Delayed(by=3), 5, transport=transport)
-    run(m, optimizer, range(4))
+    run(m, optimizer, range(saved))
     assert optimizer.state[m[0]]["finder.due"] == 5
     other = made(m, Delayed(by=3), 5, rank=5, transport=transport)
     if later:
         shadowed(other)
     other.load_state_dict(through_file(optimizer.state_dict()))
-    for t in range(4, 12):
+    for t in range(saved, 12):
         run(m, other, [t])
         u = other.state[m[0]]["frame.0"]
         torch.testing.assert_close(u.mH @ u, torch.eye(5, dtype=REAL), rtol=1e-9, atol=1e-9)
