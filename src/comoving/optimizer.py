@@ -201,7 +201,10 @@ class LowRankOptimizer(Optimizer):
 
     @property
     def refresh_scope(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state."""
+        """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state.
+
+        Where frames are searched ahead (:class:`comoving.finders.Delayed`) also at the beginning of each search.
+        """
         return self.engine.refresh_scope
 
     @refresh_scope.setter

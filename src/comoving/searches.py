@@ -130,22 +130,26 @@ class Searches:
         """
         if not self._held:
             return
-        targets, values = list[Tensor](), list[Tensor]()
+        targets, values, found = list[Tensor](), list[Tensor](), dict[int, Memory]()
         for row in list(self._held if rows is None else rows):
             held = self._held.get(row)
             if held is None or (due is not None and row.state["tick"] < held.due and not due(row)):
                 continue
             del self._held[row]
-            if row.p in row.owner.state:
-                self._put(row, held, targets, values)
+            if row.p not in row.owner.state:
+                continue
+            if id(held.search) not in found:  # rows of a batch have one
+                found[id(held.search)] = held.search.found()
+            self._put(row, held.place, found[id(held.search)], targets, values)
         if targets:
             copy_into(targets, values)
 
-    def _put(self, row: Row, held: _Held, targets: list[Tensor], values: list[Tensor]) -> None:
+    def _put(self, row: Row, place: int | None, found: Memory, targets: list[Tensor], values: list[Tensor]) -> None:
+        """Put a row's part of what was found into its state, or among what is written into a batch's tensors."""
         state: Any = row.state
-        for name, x in held.search.found().items():
+        for name, x in found.items():
             old: Tensor | None = state.get(MEMORY + name)
-            one = x if held.place is None or x.ndim == 0 else x[held.place]  # rows share single numbers
+            one = x if place is None or x.ndim == 0 else x[place]  # rows share single numbers
             if old is None or old.shape != one.shape:
                 continue
             if self._shown(row):

@@ -69,7 +69,7 @@ FINDERS = [
     StreamingTucker(),
     StreamingTucker(decay=1.0, oversampling=2, newest=0.0, seed=1),
     Delayed(),
-    Delayed(Randomized(), by=2),
+    Delayed(Randomized()),
 ]
 CADENCES = [Every(), Growing(), Growing(base=1.0), Lazy(), Lazy(threshold=0.9, patience=2, growth=3)]
 BOND_FINDERS = [

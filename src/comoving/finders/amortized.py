@@ -1,7 +1,6 @@
 """One power iteration, of which the rule has already done the first half."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class Amortized(Memoryless):
     alone = False
     joint = True
     ahead = 0
-    inertia: ClassVar[float] = 0.0
+    inertia = 0.0
 
     iterations: int = 1
 
