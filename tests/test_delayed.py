@@ -514,6 +514,27 @@ def test_a_period_that_was_edited():
         run(m, optimizer, [12])
 
 
+@dataclass(frozen=True)
+class Stays(Power):
+    """Hands back the very factors that it was given."""
+
+    def find(self, operand, start, warm, memory):
+        return start
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "elsewhere"])
+def test_a_frame_to_come_shares_no_memory_with_the_one_in_use(later):
+    m = model([(12, 20)])
+    optimizer = made(m, Delayed(Stays()), 2)
+    if later:
+        shadowed(optimizer)
+    for t in range(6):
+        run(m, optimizer, [t])
+        state = optimizer.state_dict()["state"][0]
+        places = [x.data_ptr() for x in state.values() if isinstance(x, torch.Tensor)]
+        assert len(places) == len({*places})
+
+
 def test_nothing_is_begun_where_nothing_was_seen():
     """A first gradient of zeros: its frame is looked for again at the next step."""
     p = nn.Parameter(randn((12, 20), 0))
