@@ -9,6 +9,7 @@ from comoving.cadence import Growing, Lazy
 from comoving.codecs import Int4, Int8, RankOne
 from comoving.finders import (
     BlockSelection,
+    Delayed,
     Exact,
     IncrementalSVD,
     Nystroem,
@@ -55,6 +56,7 @@ PARTS = {
     "warm": {"finder": Exact(sweeps=1, sequential=True, warm=True)},
     "incremental": {"finder": IncrementalSVD()},
     "randomized": {"finder": Randomized()},
+    "delayed": {"finder": Delayed()},
     "nystroem": {"finder": Nystroem()},
     "slices": {"finder": Nystroem(columns="slices")},
     "sequential": {"finder": Randomized(sequential=True)},

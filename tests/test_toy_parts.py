@@ -47,6 +47,7 @@ class Coordinates:
     batched = True
     alone = False
     joint = True
+    ahead = 0
     fills = (ModeFrame,)
     inertia = 0.0
 

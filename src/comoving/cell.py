@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -17,6 +17,14 @@ from .sites import Site
 from .state import CADENCE, CORE, MEMORY, REFRESHED, REST, WINDOW
 
 _PRECONDITION = "precondition."
+
+
+class Search(Protocol):
+    """A search that was begun, and need not have come to its end."""
+
+    def found(self) -> dict[str, Tensor]:
+        """What it leaves in the finder's memory; the device waits for it, if it has to, and the host does not."""
+        ...
 
 
 @dataclass
@@ -62,6 +70,7 @@ class Cell:
         open: None before the first gradient.
         recorded: whether the step is recorded, to be replayed at other counts and rates.
         name: what its rows are called in messages.
+        search: of a frame to come, which this step has begun and which goes on elsewhere; in no state.
     """
 
     kind: Kind
@@ -79,6 +88,7 @@ class Cell:
     open: Open | None = None
     recorded: bool = False
     name: str = ""
+    search: Search | None = None
     _frame: Frame | None = None
     _stored: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 

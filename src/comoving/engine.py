@@ -21,6 +21,7 @@ from .ranks.adapting import Adapting
 from .roster import Roster
 from .rules.turn import Turn, turned
 from .schedule import SMALL
+from .searches import Searches
 from .section import blocks_in
 from .sites import Site
 from .sorting import Sorting, scheduled
@@ -71,10 +72,12 @@ class Engine:
         self.adapting = Adapting(roster)
         self.lent: dict[Tensor, Tensor] = {}  # for a step, parameter -> all of its numbers, where processes share it
         self.sorting = Sorting(owner)
+        self.searches = Searches(self.sorting.shows)
         self.forget()
 
     def forget(self) -> None:
         """What was decided about parameters has changed, or what their kinds follow from."""
+        self.searches.settle()
         self.sorting.forget(self.roster.sites)
         self._kinds: dict[tuple[Tensor, str | None], Kind] = {}
         self._alike: dict[Any, Kind] = {}
@@ -164,6 +167,7 @@ class Engine:
             clips=self.clips,
             turn=self.turn,
             comm=self.comm if site.shard is None else self.roster.placements[row.p].comm,
+            elsewhere=self.searches.on(self.numbers(row.p).device),
         )
 
     # ------------------------------------------------------------------------------------------------------- batches
@@ -185,6 +189,16 @@ class Engine:
         """How many of some parameters, alike but for their phases, are stepped together at most; 1 where none are."""
         kinds = Counter(kind for kind in map(self.kind, alike) if kind.stacks and kind.entries <= self.stacked_entries)
         return max((min(kind.most, count) for kind, count in kinds.items()), default=1)
+
+    def cell(self, which: Together) -> Cell:
+        """The state of rows for a step, with frames that were searched ahead and are used in it."""
+        self.searches.settle([row for row in which.rows if CORE not in row.state], self.due)
+        return which.cell()
+
+    def commit(self, which: Together, cell: Cell) -> None:
+        """Bring their states up to date with it; what it has begun to search is waited for when it is used."""
+        which.commit(cell)
+        self.searches.hold(which, cell)
 
     # ---------------------------------------------------------------------------------------------------- all at once
 
@@ -213,7 +227,7 @@ class Engine:
         with nullcontext() if which.stacked else self._closed_if_failing(which.rows[0].p):
             cell, now = self.absorbed(which, given, sizes, rate)
             self.applied(which, cell, now)
-        which.commit(cell)
+        self.commit(which, cell)
         if not which.stacked:
             self.settle()
 
@@ -230,7 +244,7 @@ class Engine:
         The cell is made of the states, unless one is given that is open already, and takes up one more gradient.
         """
         first, rows = which.rows[0], which.rows
-        cell, now = which.cell() if cell is None else cell, self.now(first)
+        cell, now = self.cell(which) if cell is None else cell, self.now(first)
         if rate is not None:
             cell.recorded, now = True, replace(now, lr=rate)
         sign = self.owner.param_groups[first.kind.number]["maximize"]
@@ -284,11 +298,11 @@ class Engine:
             else:
                 sign = self.roster.group_of(p)["maximize"]
                 parts = {self.row(p): site.view.see(-gradient if sign else gradient)}
-            taken = [(which, which.cell()) for which in self.sorted_out(parts)]
+            taken = [(which, self.cell(which)) for which in self.sorted_out(parts)]
             for which, cell in taken:
                 absorb(cell, laid(which, parts), None, self.now(which.rows[0]))
         for which, cell in taken:
-            which.commit(cell)
+            self.commit(which, cell)
         self.settle()
 
     def write(self, p: Tensor, written: set[str] | None = None) -> None:
@@ -302,9 +316,9 @@ class Engine:
             self._write_blocks(p, self.waiting(p), None, set() if written is None else written)
             return
         (which,) = self.sorted_out([self.row(p)])
-        cell = which.cell()
+        cell = self.cell(which)
         self._write(which.rows[0], cell, self.now(which.rows[0]))
-        which.commit(cell)
+        self.commit(which, cell)
 
     def settle(self) -> None:
         """What follows from steps 1-4 for other parameters, now that they cannot fail any more."""
@@ -332,7 +346,7 @@ class Engine:
 
         def opened() -> Iterator[tuple[Together, Cell, Now]]:
             for which in self.sorted_out(rows):
-                cell, now = which.cell(), self.now(which.rows[0])
+                cell, now = self.cell(which), self.now(which.rows[0])
                 if parts is not None:
                     absorb(cell, laid(which, parts), None, now)
                 yield which, cell, now
@@ -360,7 +374,7 @@ class Engine:
             if which.stacked:
                 copy_into(own, stacked.unbind())
             if store.shares:
-                which.commit(cell)
+                self.commit(which, cell)
                 written.update(row.block or "" for row in which.rows)
             else:
                 waiting.append((which, cell))
@@ -369,7 +383,7 @@ class Engine:
         seeds = {row: seed for which, cell in waiting for row, seed in _seeds(which, cell)}
         store.write(store.prepared(store.weights, [seeds[row] for row in rows if row in seeds]))
         for which, cell in waiting:
-            which.commit(cell)
+            self.commit(which, cell)
         written.update(row.block or "" for which, _ in waiting for row in which.rows)
 
     def blocks_of(self, p: Tensor, gradient: Tensor, but: Collection[str]) -> dict[Row, Tensor]:

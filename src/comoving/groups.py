@@ -46,7 +46,7 @@ _FOREIGN = {"params", "param_names", "name", "initial_lr", "gradient_norm", "val
 _TRAITS = {
     "rule": ("definite", "corrected", "linear", "elementwise", "timeless", "replays", "replaces", "total", "batched"),
     "transport": ("resizes", "projects", "restarts", "batched"), "precondition": ("replays", "batched"),
-    "frame": ("makes", "modal", "batched"), "finder": ("fills", "alone", "joint", "batched"),
+    "frame": ("makes", "modal", "batched"), "finder": ("fills", "alone", "joint", "ahead", "batched"),
     "cadence": ("compares", "alone", "batched"),
     "residual": ("holds", "feeds", "entrywise", "rescales", "replays", "bounded", "alone", "batched"),
     "codec": ("signed", "batched"), "moments": ("signed", "batched"), "bases": ("signed", "batched"),

@@ -120,8 +120,9 @@ class Kind:
     def replays(self) -> bool:
         """Whether a step between refreshes is the same operations with the same numbers each time.
 
-        Not where processes share the parameter, where seeds are drawn from on the host, where a finder takes note of
-        every gradient, where the host chooses ranks, and where weights are in codes or rounded stochastically.
+        Not where processes share the parameter, where seeds are drawn from on the host, where a finder remembers
+        anything (of every gradient, or a frame that it has searched ahead), where the host chooses ranks, and where
+        weights are in codes or rounded stochastically.
         """
         site, parts = self.site, self.parts
         if (

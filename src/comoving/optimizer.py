@@ -202,7 +202,10 @@ class LowRankOptimizer(Optimizer):
 
     @property
     def refresh_scope(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state."""
+        """Called at each refresh for a context to run it in: a timer or profiler range. Not part of the state.
+
+        Where frames are searched ahead (:class:`comoving.finders.Delayed`) also at the beginning of each search.
+        """
         return self.engine.refresh_scope
 
     @refresh_scope.setter
@@ -585,6 +588,7 @@ class LowRankOptimizer(Optimizer):
                 "that one process steps for all are in no state. Call step() first"
             )
         self._check_settled()
+        self.engine.searches.settle()
         packed = super().state_dict()
         lasting = self.engine.written_in_place()
         packed["state"] = {
@@ -618,6 +622,7 @@ class LowRankOptimizer(Optimizer):
                 changed then.
         """
         self._check_settled()
+        self.engine.searches.settle()
         checkpoint.check_form(state_dict)
         self.roster.adopt()
         saved = state_dict["param_groups"]
@@ -683,6 +688,7 @@ class LowRankOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along: a window of one process too, but neither hooks nor a driver."""
         self._check_settled()
+        self.engine.searches.settle()
         own = {name: getattr(self, name) for name in ("on_nonfinite", "seed", "budget", "stacked_entries")}
         own |= {"sites": self.sites, "index": self.roster.index, "fixed": self.roster.fixed}
         window = None if self._backward is None or self._backward.averaged else self._backward.copied()

@@ -37,6 +37,12 @@ def check_composition(group: Group) -> None:
             f"cadence {cadence} cannot compare frames of {frame}: it compares a "
             f"{' or '.join(kind.__name__ for kind in cadence.compares)}, the frame is a {makes.__name__}"
         )
+    if finder.ahead > group["refresh_every"]:
+        raise ValueError(
+            f"finder {finder} is refused with refresh_every={group['refresh_every']}: a search would have to begin "
+            f"before the frame of the last one is in use, from which it goes on; use by={group['refresh_every']} or "
+            f"less, or a longer period"
+        )
     if isinstance(residual, Sparse) and isinstance(group["transport"], Reset) and residual.statistics != "reset":
         raise ValueError(
             f"residual {residual} is refused: transport Reset() sets the rule's clock back at every refresh, and the "
@@ -164,6 +170,9 @@ _PROJECTED: tuple[Refusal, ...] = (
     ("ranks", lambda s, g: g["ranks"].adaptive and _slots_change_with_rank(s, g),
      "and rule {rule} has slots of another kind for long modes than for short ones: use ranks=Fixed(), a rule whose "
      "max_size is no less than any mode, or one_sided=False"),
+    ("ranks", lambda s, g: g["ranks"].adaptive and g["finder"].ahead > 0,
+     "and its next frame is searched ahead, before its ranks are chosen: use ranks=Fixed(), or a finder other than "
+     "Delayed()"),
     ("rule", lambda s, g: not g["frame"].modal and _by_modes(s, g),
      "and it keeps statistics of single modes of the core, while that of frame {frame} has none that could follow it"),
     ("scale", lambda s, g: g["scale"] == "spectral" and not _one_side_of_a_matrix(s),

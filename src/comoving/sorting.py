@@ -9,6 +9,7 @@ from torch import Tensor
 from . import state as slots
 from .batches import Alone, Batch, Gathered, Owner, Row, Together
 from .cadence import When
+from .finders.delayed import foreseen
 from .kind import Kind
 
 
@@ -32,6 +33,10 @@ class Sorting:
     def stacked(self) -> set[Tensor]:
         """The parameters that are in a batch that lasts, or of which blocks are."""
         return {row.p for row in self._batch_of}
+
+    def shows(self, row: Row) -> bool:
+        """Whether the state of a row shows its part of a batch's tensors."""
+        return row in self._batch_of
 
     def forget(self, present: Collection[Tensor]) -> None:
         """What rows have in common has changed; these parameters are still there."""
@@ -95,7 +100,7 @@ class Sorting:
             sorts.setdefault(kind.now(row.state, self._missed.get(row.p, 0)), []).append(row)
         alone = sorts.pop(None, [])
         for few in (rows[i : i + kind.most] for rows in sorts.values() for i in range(0, len(rows), kind.most)):
-            due = {row: None for row in few if kind.alone and scheduled(row, every)}
+            due = {row: None for row in few if kind.alone and (scheduled(row, every) or _begins(row, every))}
             rest = [row for row in few if row not in due] if due else few
             alone += due
             if len(rest) == 1:
@@ -129,6 +134,15 @@ class Sorting:
         for row in batch.rows:
             if self._batch_of.get(row) is batch:
                 del self._batch_of[row]
+
+
+def _begins(row: Row, every: int) -> bool:
+    """Whether the search for a later refresh begins at the next step of a row, which has none of its own."""
+    parts, state = row.kind.parts, row.state
+    if not parts.finder.ahead:
+        return False
+    own = {name: state[slots.CADENCE + name] for name in parts.cadence.schema()}
+    return foreseen(parts.finder, parts.cadence, own, When(state["tick"], every, row.site.phase))
 
 
 def scheduled(row: Row, every: int) -> bool:

@@ -14,7 +14,8 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,13 +26,15 @@ from .cadence import When
 from .cell import Cell, Open
 from .comm import Comm
 from .finders import Operand
-from .frames import Frame, Modes
+from .finders.delayed import DUE, announced, announcing, come, foreseen, is_awaited, of_each, searched
+from .frames import Frame, ModeFrame, Modes
 from .frames import stored as stored_frame
 from .groups import update_scale
 from .linalg import asks_host, norm
 from .residual import Cores, Passage, Update
 from .rules.base import averaged
 from .rules.turn import Turn, turned
+from .searches import Elsewhere, apart
 
 Adapt = Callable[[Cell, Tensor], Frame | None]
 """Before step 3, of a cell and its gradient: the cell gets the ranks of its new frame; returned is what is kept of the
@@ -53,6 +56,7 @@ class Now:
         clips: whether a window wants to know the norm of what its gradients have outside the frame.
         turn: step 5 of rules that do without the host's clock; it may be compiled.
         comm: joins what several processes see of a gradient.
+        elsewhere: who makes searches that are begun ahead; None where they are made at once.
     """
 
     lr: float | Tensor
@@ -69,12 +73,18 @@ class Now:
     clips: bool
     turn: Turn
     comm: Comm
+    elsewhere: Elsewhere | None = None
 
     def due(self, cell: Cell) -> bool:
         """Whether the next gradient brings a new frame; a loaded one of other ranks does not fit, and is at once."""
         if cell.frame.ranks != cell.kind.site.ranks:
             return True
         return cell.tick <= 0 or cell.kind.parts.cadence.due(cell.cadence, self.when(cell))
+
+    def begins(self, cell: Cell) -> bool:
+        """Whether the search for the next refresh begins at this step, whose own refresh has been made."""
+        parts = cell.kind.parts
+        return cell.tick >= 0 and foreseen(parts.finder, parts.cadence, cell.cadence, self.when(cell))
 
     def when(self, cell: Cell) -> When:
         """This step, as the cadence is asked about it."""
@@ -103,18 +113,25 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
         cell.decode()
         cell.t = cell.t.clone()  # transports may set it back
         parts.residual.renew(seen, cell.residual, parts.codec)
-    cell.finder = {name: x.clone() if due or x.ndim else x for name, x in cell.finder.items()}
+    cell.finder = {
+        name: x.clone() if (due or x.ndim) and not is_awaited(name) else x for name, x in cell.finder.items()
+    }
     seen = parts.residual.split(seen, cell.residual)
     size = size if seen is given else None
     parts.finder.observe(seen, cell.finder, cell.rows)
     restored = parts.residual.restore(seen, passage, first, cell.residual, parts.codec)  # 2
     if not now.comm.alone:
         restored = replace(restored, comm=now.comm)
+    looked_at: Operand | None = None
     if due:
         with now.scope():
             restored = restored.measured() if cell.figures is not None else restored
             kept = now.adapt(cell, seen) if now.adapt is not None else None
-            passage = refresh(cell, restored, kept, now)  # 3
+            looked_at = operand_of(cell, restored, now)
+            passage = refresh(cell, looked_at, kept, now)  # 3
+    if first and now.begins(cell):
+        with now.scope():
+            begin(cell, operand_of(cell, restored, now) if looked_at is None else looked_at, now)
     own = restored.project(passage.frame, passage.overlap) if first else passage.frame.project(seen)  # 4
     total = restored.norm() if due and restored.core is not None and cell.figures is not None else None
     sent = now.comm.sent(own, cell.rows)
@@ -134,7 +151,44 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
     cell.check()
 
 
-def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
+def operand_of(cell: Cell, seen: Operand, now: Now) -> Operand:
+    """What finders look at: the gradient and what the residual kept, mixed with the momentum where there is one.
+
+    Args:
+        cell: with its momentum decoded.
+        seen: the gradient and what the residual kept.
+        now: what the host decided.
+    """
+    rule, finder = cell.kind.parts.rule, cell.kind.parts.finder
+    if rule.momentum not in cell.moments:
+        return seen
+    frame, momentum = cell.frame, cell.moments[rule.momentum]
+    looked_at = replace(seen, past=(frame, momentum))
+    if finder.inertia > 0:
+        core = (averaged(rule, momentum, cell.clock(now.betas)) * finder.inertia).to(seen.dense.dtype)
+        looked_at = looked_at.mix(1 - finder.inertia, frame, core)
+    return looked_at
+
+
+def begin(cell: Cell, looked_at: Operand, now: Now) -> None:
+    """Begin the search for a frame that is used some steps from now, from the frame that is in use at this one.
+
+    Args:
+        cell: gets what was found into its memory, or the search where that goes on elsewhere.
+        looked_at: what a refresh at this step looks at.
+        now: what the host decided.
+    """
+    finder, start, memory = cell.kind.parts.finder, cast("ModeFrame", cell.frame), cell.finder
+    if now.elsewhere is not None and looked_at.comm.alone:
+        looked_at, start, reads = apart(looked_at, start)
+        work = partial(searched, finder, looked_at, start, memory)
+        cell.search = now.elsewhere(work, reads, looked_at.dense.device)
+    else:
+        cell.finder = memory | searched(finder, looked_at, start, memory)
+    cell.finder = cell.finder | {DUE: announcing(memory, cell.tick + finder.ahead)}
+
+
+def refresh(cell: Cell, looked_at: Operand, kept: Frame | None, now: Now) -> Passage:
     """Step 3: a new frame, searched from what is kept of the old one, and the moments in it.
 
     A first gradient of zeros shows nothing, and finders keep the random start. On the CPU it is looked for again at the
@@ -142,7 +196,7 @@ def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
 
     Args:
         cell: with its moments decoded.
-        seen: the gradient and what the residual kept.
+        looked_at: what the new frame shall capture.
         kept: what is kept of the old frame where its ranks change.
         now: what the host decided.
     """
@@ -151,21 +205,18 @@ def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
     old = cell.frame if rule.momentum in cell.moments else None
     # Rows are stacked only where each has a frame of these ranks already.
     stacked = cell.rows and old is not None
-    start = old if stacked else parts.frame.start(seen.dense, site.ranks, kept or old, now.seed)
-    looked_at = seen if old is None else replace(seen, past=(old, cell.moments[rule.momentum]))
-    if old is not None and parts.finder.inertia > 0:
-        core = (averaged(rule, cell.moments[rule.momentum], clock) * parts.finder.inertia).to(seen.dense.dtype)
-        looked_at = looked_at.mix(1 - parts.finder.inertia, old, core)
+    dense = looked_at.dense
+    start = old if stacked else parts.frame.start(dense, site.ranks, kept or old, now.seed)
     warm = cell.tick > 0 and old is not None and any(r is not None for r in old.ranks)
-    new: Frame = parts.finder.find(looked_at, start, warm, cell.finder)
+    new = _found(cell, looked_at, start, warm)
     cell.cadence |= parts.cadence.refreshed(cell.cadence, start if warm else None, new, now.when(cell))
-    if cell.tick <= 0 and asks_host(seen.dense) and not bool(now.comm.largest(seen.dense.any().float())):
+    if cell.tick <= 0 and asks_host(dense) and not bool(now.comm.largest(dense.any().float())):
         cell.tick = -1  # nothing was to be seen so far: look again at the next step
     basis = dict(cell.basis)
     new = stored_frame.put(kind.group, basis, new, old, site.view.shape, now.key)
     cell.turn(basis, new)
     if old is None:
-        cell.moments |= slots.first_moments(site, kind.group, seen.dense, cell.t.device)
+        cell.moments |= slots.first_moments(site, kind.group, dense, cell.t.device)
         return cell.standing(now.betas)
     overlap, momentum = new.overlap(old), cell.moments[rule.momentum]
     moved = parts.transport.move(cell.moments, rule.slots(tuple(momentum.shape[cell.rows :])), overlap, clock)
@@ -178,6 +229,21 @@ def refresh(cell: Cell, seen: Operand, kept: Frame | None, now: Now) -> Passage:
     image = moved[rule.momentum] if parts.transport.projects else overlap.move(momentum)
     decay, intake = rule.recursion(clock)
     return Passage(new, moved[rule.momentum], decay, intake, old, momentum, overlap, image, cell.tick, cell.rows)
+
+
+def _found(cell: Cell, looked_at: Operand, start: Any, warm: bool) -> Frame:
+    """The new frame: the one that was announced for this step, or what is found now."""
+    finder, memory = cell.kind.parts.finder, cell.finder
+    if not finder.ahead:
+        return finder.find(looked_at, start, warm, memory)
+    # One of other ranks than the frame's was never searched.
+    ready = announced(memory, cell.tick if warm and cell.frame.ranks == start.ranks else -1)
+    memory |= {DUE: announcing(memory, 0)}
+    known = come(memory, len(start.ranks)) if bool(ready.any()) else None
+    if known is not None and bool(ready.all()):
+        return known
+    found: ModeFrame = finder.find(looked_at, start, warm, memory)
+    return found if known is None else of_each(ready, known, found)
 
 
 def apply(cell: Cell, weights: Tensor, now: Now) -> None:

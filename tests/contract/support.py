@@ -14,6 +14,7 @@ from comoving.finders import (
     BlockSelection,
     Correlation,
     CosineSelection,
+    Delayed,
     Exact,
     IncrementalSVD,
     Nystroem,
@@ -67,6 +68,8 @@ FINDERS = [
     IncrementalSVD(),
     StreamingTucker(),
     StreamingTucker(decay=1.0, oversampling=2, newest=0.0, seed=1),
+    Delayed(),
+    Delayed(Randomized()),
 ]
 CADENCES = [Every(), Growing(), Growing(base=1.0), Lazy(), Lazy(threshold=0.9, patience=2, growth=3)]
 BOND_FINDERS = [

@@ -8,6 +8,7 @@ import torch
 from comoving.finders import (
     Amortized,
     CosineSelection,
+    Delayed,
     Exact,
     IncrementalSVD,
     Oja,
@@ -32,6 +33,7 @@ JOINT = [
     (Randomized(reads=3, oversampling=1), Modes()),
     (Randomized(sequential=True), Modes()),
     (IncrementalSVD(add=2), Modes()),
+    (Delayed(Exact()), Modes()),
     (CosineSelection(), Cosines()),
     (RandomProjection(), Seeded()),
 ]

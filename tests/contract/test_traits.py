@@ -287,6 +287,7 @@ ELSEWHERE = {
     "fills": "tests/finders/test_matrix.py, by what is refused",
     "makes": "likewise",
     "joint": "test_joint_finders.py",
+    "ahead": "test_delayed.py, by the step that uses what was searched",
     "entrywise": "tests/distributed/test_shards.py",
     "modal": "tests/frames/test_sparse.py, by what is refused",
     "signed": "test_rows_codecs.py",

@@ -10,7 +10,7 @@ from comoving import LowRankOptimizer
 from comoving.cadence import Lazy
 from comoving.codecs import Int8
 from comoving.distributed import compress
-from comoving.finders import Exact, Oja, Randomized
+from comoving.finders import Delayed, Exact, Oja, Randomized
 from comoving.residual import Discard, Feedback
 from comoving.rules import Momentum
 from comoving.transport import Carry
@@ -23,6 +23,7 @@ RECIPES = {
     "every step": {"refresh_every": 1, "transport": Carry()},
     "both sides": {"side": "both", "finder": Exact(), "transport": Carry()},
     "random": {"finder": Randomized(), "refresh_every": 2},
+    "delayed": {"finder": Delayed(), "refresh_every": 2},
     "momentum": {"rule": Momentum(), "finder": Oja()},
     "decays": {"residual": Feedback(decay=0.8, window=4), "cadence": Lazy()},
     "plain feedback": {"residual": Feedback(lazy=False, momentum=False)},

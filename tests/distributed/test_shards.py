@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import comoving
+from comoving.finders import Delayed
 from distributed.processes import run
 
 STEPS = 50
@@ -120,6 +121,7 @@ RECIPES = [
     ("galore", {"transport": "rotate"}),
     ("ldadam", {}),
     ("tucker-adam", {}),
+    ("tucker-adam", {"finder": Delayed(by=2)}),
     ("comoving", {}),
     ("muon", {}),
     ("soap", {}),
@@ -127,7 +129,11 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize(("name", "options"), RECIPES, ids=[name for name, _ in RECIPES])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    RECIPES,
+    ids=[f"{name}{' delayed' if 'finder' in options else ''}" for name, options in RECIPES],
+)
 def test_sharded_training_is_that_of_one_process(name, options, count):
     losses, weights, *_ = trained(partial(_recipe, name, options))
     for found, own, *_ in run(count, _work, name, options, "fsdp"):

@@ -617,6 +617,7 @@ class Toy(Memoryless):
     batched: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+    ahead: ClassVar[int] = 0
     fills = (ModeFrame,)
     inertia: float = 0.5
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ..codecs.base import as_real
+from ..finders.delayed import is_awaited
 from ..frames.stored import PREFIX
 from ..linalg import norm
 from ..linalg.entries import is_short
 from ..rounding import SEED
 from ..sites import Site
+from ..state import MEMORY
 
 
 def check_layout(params: Iterable[Tensor], sites: Mapping[Tensor, Site]) -> None:
@@ -111,11 +113,16 @@ def _draws_frame(name: str, state: Mapping[str, Any]) -> bool:
     return bool(dot) and last == "seed" and name.startswith(PREFIX) and not stored
 
 
+def _searched(name: str) -> bool:
+    """Whether a slot is one for a frame that is to come: a step that is skipped has looked for it at zeros."""
+    return name.startswith(MEMORY) and is_awaited(name.removeprefix(MEMORY))
+
+
 def _clones(state: Mapping[str, Any]) -> dict[str, Tensor]:
     # Ranks change only where the flag was read on the host. Seeds of rounding go on, as the count of steps does: to put
     # them back the host would have to wait for the flag at every step.
     return {
         name: value.clone()
         for name, value in state.items()
-        if isinstance(value, Tensor) and not name.startswith("ranks") and name != SEED
+        if isinstance(value, Tensor) and not name.startswith("ranks") and name != SEED and not _searched(name)
     }

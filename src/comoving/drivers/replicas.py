@@ -285,7 +285,7 @@ class Replicas(Whole):
 
     def _first(self, rows: Sequence[Row]) -> list[Open]:
         new = [row for row in rows if row not in self._open]
-        return [Open(which, which.cell()) for which in self.engine.sorted_out(new)]
+        return [Open(which, self.engine.cell(which)) for which in self.engine.sorted_out(new)]
 
     def _again(self, rows: Sequence[Row]) -> list[Open]:
         """Rows that have absorbed a gradient before; those that were together by themselves where some are missing."""
@@ -360,7 +360,7 @@ class Replicas(Whole):
                 continue
             cell = _with_core(own, core)
             engine.applied(own.which, cell, engine.now(own.which.rows[0]))
-            own.which.commit(cell)
+            engine.commit(own.which, cell)
             self._close(own.which.rows)
         for p, waiting in blocked.items():
             rows = sorted((row for own in waiting for row in own.which.rows), key=lambda row: int(row.block or 0))

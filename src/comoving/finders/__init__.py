@@ -18,6 +18,7 @@ from .base import Finder, Memory, Memoryless
 from .block_selection import BlockSelection
 from .correlation import Correlation
 from .cosine import CosineSelection
+from .delayed import Delayed
 from .exact import Exact
 from .incremental import IncrementalSVD
 from .nystroem import Nystroem
@@ -35,6 +36,7 @@ __all__ = [
     "BlockSelection",
     "Correlation",
     "CosineSelection",
+    "Delayed",
     "Exact",
     "Finder",
     "IncrementalSVD",

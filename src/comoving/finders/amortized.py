@@ -1,7 +1,6 @@
 """One power iteration, of which the rule has already done the first half."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,10 +27,11 @@ class Amortized(Memoryless):
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
-    inertia: ClassVar[float] = 0.0
+    batched = True
+    alone = False
+    joint = True
+    ahead = 0
+    inertia = 0.0
 
     iterations: int = 1
 

@@ -1,6 +1,6 @@
 """What the engine asks of a finder."""
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,15 +25,34 @@ class Finder(Protocol):
 
     """
 
-    batched: ClassVar[bool]
-    """Whether it serves operands with rows: each row's frame is the one that is found for it alone."""
-    alone: ClassVar[bool]
-    """Whether each frame is refreshed alone, at steps of its own: batches are stepped in between, and :meth:`find` sees
-    none."""
+    @property
+    def batched(self) -> bool:
+        """Whether it serves operands with rows: each row's frame is the one that is found for it alone."""
+        ...
 
-    joint: ClassVar[bool]
-    """Whether it sees nothing but what an operand's methods return, so that processes may have it together: they come
-    to the same frame, and none sends its gradient whole."""
+    @property
+    def alone(self) -> bool:
+        """Whether each frame is refreshed alone, at steps of its own.
+
+        Batches are stepped in between, and :meth:`find` sees none.
+        """
+        ...
+
+    @property
+    def joint(self) -> bool:
+        """Whether it sees nothing but what an operand's methods return, so that processes may have it together.
+
+        They come to the same frame, and none sends its gradient whole.
+        """
+        ...
+
+    @property
+    def ahead(self) -> int:
+        """How many steps before a refresh its frame is searched.
+
+        0 for all but :class:`comoving.finders.Delayed`, which has the slots where one waits.
+        """
+        ...
 
     @property
     def fills(self) -> tuple[type, ...]:
@@ -105,10 +124,6 @@ def unless_zero(x: Tensor, found: Tensor, start: Tensor, rows: int) -> Tensor:
 
 
 class _Filling(Protocol):
-    joint: ClassVar[bool]
-    """Whether it sees nothing but what an operand's methods return, so that processes may have it together: they come
-    to the same frame, and none sends its gradient whole."""
-
     @property
     def fills(self) -> tuple[type, ...]: ...  # noqa: D102
 
@@ -128,11 +143,13 @@ def check_inner(inner: Any) -> None:
     """Raise unless a finder may stand inside another one, of mode-wise frames.
 
     Raises:
-        ValueError: no finder, or one of other frames.
+        ValueError: no finder, one of other frames, or one whose frames were searched some steps ago.
     """
-    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("schema", "observe", "find"))
+    finds = not isinstance(inner, type) and all(hasattr(inner, name) for name in ("schema", "observe", "find", "ahead"))
     if not finds or ModeFrame not in inner.fills:
         raise ValueError(f"inner must be a finder that fills a ModeFrame, got {inner!r}")
+    if inner.ahead:
+        raise ValueError(f"inner must be a finder that finds its frames at once, got {inner!r}")
 
 
 DRAWS = "draws"

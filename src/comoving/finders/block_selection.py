@@ -1,7 +1,6 @@
 """The blocks of a Tucker core that hold the most energy."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,9 +25,10 @@ class BlockSelection:
     """
 
     fills = (SparseFrame,)
-    batched: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
+    batched = False
+    alone = False
+    joint = False
+    ahead = 0
 
     inner: Finder = field(default_factory=Power)
 

@@ -1,7 +1,6 @@
 """Gradient descent on what the frame loses, weighted by how far the momentum disagrees; COAP."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,9 +40,10 @@ class Correlation:
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
+    batched = True
+    alone = False
+    joint = False
+    ahead = 0
 
     rate: float = 0.1
     recalibrate: int = 5

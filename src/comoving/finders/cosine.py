@@ -1,7 +1,6 @@
 """The columns of the cosine transform that hold the most energy."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +26,10 @@ class CosineSelection(Memoryless):
     """
 
     fills = (CosineFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = True
+    alone = False
+    joint = True
+    ahead = 0
 
     inertia: float = 0.9
     norm: int = 2

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,9 +44,10 @@ class Exact(Memoryless):
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = True
+    alone = False
+    joint = True
+    ahead = 0
 
     inertia: float = 0.0
     sweeps: int = 0

@@ -1,7 +1,6 @@
 """Brand's incremental SVD: the frame and its singular values are carried from refresh to refresh."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,9 +43,10 @@ class IncrementalSVD:
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = True
+    alone = False
+    joint = True
+    ahead = 0
 
     inertia: float = 0.0
     forgetting: float = 0.9

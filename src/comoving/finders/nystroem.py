@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,9 +49,10 @@ class Nystroem:
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
+    batched = True
+    alone = False
+    joint = False
+    ahead = 0
 
     inertia: float = 0.9
     samples: int | float = 2.0

@@ -1,7 +1,7 @@
 """Warm block power iteration: a few matrix products and one small orthonormalization per mode."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ class Power(Memoryless):
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = True
+    alone = False
+    joint = True
+    ahead = 0
 
     inertia: float = 0.9
     iterations: int = 1

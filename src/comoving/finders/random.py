@@ -1,7 +1,6 @@
 """A new random frame at each refresh."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..frames import SeededFrame
 from .base import Memory, Memoryless, check_start
@@ -16,9 +15,10 @@ class RandomProjection(Memoryless):
     """
 
     fills = (SeededFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = True  # what is drawn is drawn row by row, and costs least where it is staggered
-    joint: ClassVar[bool] = True
+    batched = True
+    alone = True  # what is drawn is drawn row by row, and costs least where it is staggered
+    joint = True
+    ahead = 0
 
     @property
     def inertia(self) -> float:

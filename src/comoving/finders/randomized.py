@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,9 +42,10 @@ class Randomized:
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = True
+    alone = False
+    joint = True
+    ahead = 0
 
     inertia: float = 0.9
     oversampling: int = 8

@@ -1,7 +1,6 @@
 """Tucker factors from sketches that are kept up to date with every gradient."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,9 +44,10 @@ class StreamingTucker:
     """
 
     fills = (ModeFrame,)
-    batched: ClassVar[bool] = True
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
+    batched = True
+    alone = False
+    joint = False
+    ahead = 0
 
     decay: float = 0.9
     oversampling: int = 8

@@ -1,7 +1,6 @@
 """Finders of tensor-train frames: TT-SVD, randomized, and by increments."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,9 +29,10 @@ class TrainSVD(Memoryless):
     """
 
     fills = (BondFrame,)
-    batched: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = False
+    alone = False
+    joint = True
+    ahead = 0
 
     inertia: float = 0.0
     method: Method = "gram"
@@ -70,9 +70,10 @@ class TrainRandomized(Memoryless):
     """
 
     fills = (BondFrame,)
-    batched: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = False
+    alone = False
+    joint = True
+    ahead = 0
 
     inertia: float = 0.0
     oversampling: int = 8
@@ -127,9 +128,10 @@ class TrainIncrement(Memoryless):
     """
 
     fills = (BondFrame,)
-    batched: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
-    joint: ClassVar[bool] = True
+    batched = False
+    alone = False
+    joint = True
+    ahead = 0
 
     inertia: float = 0.0
     columns: int = 8

@@ -11,6 +11,7 @@ from ..finders import (
     BlockSelection,
     Correlation,
     CosineSelection,
+    Delayed,
     Exact,
     IncrementalSVD,
     Nystroem,
@@ -59,6 +60,11 @@ MODE_FINDERS: tuple[Draw, ...] = (
     lambda r: IncrementalSVD(r.choice(_MOMENTA), r.choice((0.5, 0.9, 1.0)), r.choice((1, 8))),
     lambda r: StreamingTucker(r.choice((0.5, 0.9, 1.0)), r.choice((0, 2, 8)), r.choice((0.0, 1.0))),
 )
+WHOLE_FINDERS: tuple[Draw, ...] = (
+    *MODE_FINDERS,
+    lambda r: Delayed(r.choice((Power(), Power(0.0), Exact(), Amortized(), Randomized())), r.choice((1, 1, 2, 3))),
+)
+"""With those that stand inside no other."""
 BOND_FINDERS: tuple[Draw, ...] = (
     lambda r: TrainSVD(r.choice(_MOMENTA), r.choice(("gram", "svd"))),
     lambda r: TrainRandomized(r.choice(_MOMENTA), r.choice((0, 8)), r.choice((1, 2))),
@@ -207,7 +213,7 @@ def _subspace(r: Random, modal: bool) -> tuple[Any, Any]:
         case "trees":
             return Trees(), r.choice(BOND_FINDERS)(r)
         case _:
-            return Modes(r.choice((2, 4, 8))), r.choice(MODE_FINDERS)(r)
+            return Modes(r.choice((2, 4, 8))), r.choice(WHOLE_FINDERS)(r)
 
 
 def shown(options: Mapping[str, Any]) -> str:

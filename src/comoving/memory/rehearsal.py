@@ -53,7 +53,7 @@ class Rehearsal:
 
 @dataclass(frozen=True, eq=False)
 class _Called:
-    """Stands for a cadence, with its slots and its work, but refreshes where the period is 1, and at no other step.
+    """Stands for a cadence, with its slots and its work, but refreshes at periods below a limit, and at no other step.
 
     It is equal to the cadence, which groups may not be edited to differ from.
     """
@@ -81,7 +81,7 @@ class _Called:
         return self.cadence.schema()
 
     def due(self, slots: Slots, when: When) -> bool:
-        return when.every == 1
+        return when.every < _NEVER
 
     def refreshed(self, slots: Slots, last: Any, new: Any, when: When) -> dict[str, Tensor]:
         return self.cadence.refreshed(slots, last, new, when)
@@ -138,7 +138,7 @@ def rehearse(
                 p.grad = None
 
         def step(every: int) -> tuple[int, int, int, int]:
-            group["refresh_every"] = every
+            group["refresh_every"] = max(every, group["finder"].ahead)  # none may be shorter
             watcher.reset_peak()
             before, watcher.flops, sent = watcher.live, 0, traffic.bytes
             with watcher, torch.no_grad():
