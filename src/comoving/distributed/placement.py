@@ -196,9 +196,9 @@ def shared_out(site: Site, group: Mapping[str, Any], spread: Spread) -> bool:
     block crosses a cut, or draws random numbers in the order of entries.
 
     Where a frame compresses that mode, all processes have the core, the sum of what their entries give, and step it
-    alike: codecs of moments may be any then. But it may have no more entries than are here of the parameter, in the
-    process that has most: moments of a larger one, N times there, take more than those of a sharded dense parameter, and
-    a sum of such cores costs about what dealing does.
+    alike: codecs of moments may be any then. But it may have no more entries than the process that has most of the
+    parameter: moments of a larger one, N times there, take more than those of a sharded dense parameter, and a sum of
+    such cores costs about what dealing does.
     """
     mode, view = spread.mode, site.view
     if mode is None or site.coded or not (view.name == "tensor" or (mode == 0 and view.name in {"matrix", "pairs"})):
