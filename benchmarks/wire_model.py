@@ -173,7 +173,10 @@ def _contenders(
             own = options if recipe == "comoving" else {"dtype": "bfloat16", "foreach": False}
             plan = comoving.plan(model, recipe, given.rank if recipe == "comoving" else None, fsdp=n, **own)
             gathered = (n - 1) * plan.wire["weights"] + (n - 1) / n * plan.wire["gradients"]
-            own_sums = 2 * (n - 1) / n * (plan.wire["norms"] + plan.wire["refreshes"]) + plan.wire["dealt"]
+            own_sums = (
+                2 * (n - 1) / n * (plan.wire["norms"] + plan.wire["cores"] + plan.wire["refreshes"])
+                + plan.wire["dealt"]
+            )
             layers = max(1, sum(1 for p in trained if p.ndim > 1) // 7)
             work = plan.step_flops + plan.refresh_flops / period
             calls = frame_calls if recipe == "comoving" else 0

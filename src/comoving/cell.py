@@ -9,7 +9,7 @@ from torch import Tensor
 from . import state as slots
 from .clock import Clock
 from .diagnostics import SLOT
-from .frames import Frame, ModeFrame
+from .frames import Frame, ModeFrame, SharedFrame
 from .frames import stored as stored_frame
 from .kind import Kind
 from .residual.base import HELD, HELD_NORM, Passage
@@ -188,12 +188,19 @@ class Cell:
     def load(self, like: Tensor | None) -> Frame:
         """The frame that is here; ``like`` is of the core's shape, for frames that do not store their directions."""
         if self._frame is None:
-            view = self.kind.site.view
+            view = self.kind.site.framed.view
             if self.kind.site.projected:
-                self._frame = stored_frame.load(self.kind.group, self.basis, view.shape, view.dtype, like)
+                self._frame = self.shared(stored_frame.load(self.kind.group, self.basis, view.shape, view.dtype, like))
             else:
                 self._frame = ModeFrame((None,) * len(view.shape))
         return self._frame
+
+    def shared(self, frame: Frame) -> Frame:
+        """The frame, as it lies on what is here of a tensor that processes share, along a mode that it compresses."""
+        if not self.kind.site.one_core:
+            return frame
+        assert isinstance(frame, ModeFrame)
+        return SharedFrame(frame.factors, self.kind.comm)
 
     def turn(self, basis: dict[str, Tensor], frame: Frame | None) -> None:
         """Put another frame in place of the one that is here."""

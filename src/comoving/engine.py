@@ -96,9 +96,12 @@ class Engine:
             if block is not None:
                 site, group = self.roster.sites[p].block(int(block)), slots.group_of_block(group)
             like = likeness(site, group, number)
-            own = Kind(site, group, number, like is not None)
+            own = Kind(site, group, number, like is not None, self._comm_of(p))
             self._kinds[key] = own if like is None else self._alike.setdefault((like, p.device), own)
         return self._kinds[key]
+
+    def _comm_of(self, p: Tensor) -> Comm:
+        return LOCAL if self.roster.sites[p].shard is None else self.roster.placements[p].comm
 
     def row(self, p: Tensor, block: str | None = None) -> Row:
         """A parameter, or one of its blocks, with the slots that exist before the first frame."""
@@ -166,7 +169,7 @@ class Engine:
             scope=self.refresh_scope,
             clips=self.clips,
             turn=self.turn,
-            comm=self.comm if site.shard is None else self.roster.placements[row.p].comm,
+            comm=self.comm if site.shard is None else row.kind.comm,
             elsewhere=self.searches.on(self.numbers(row.p).device),
         )
 

@@ -123,7 +123,8 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
 def _shared_text(site: Site) -> str:
     """Who steps a parameter that processes share."""
     if site.shard is not None:
-        return f"; {site.shard.count} of {sum(site.shard.sizes)} along mode {site.shard.mode} are here"
+        core = ", and all of its core" if site.one_core else ""
+        return f"; {site.shard.count} of {sum(site.shard.sizes)} along mode {site.shard.mode} are here{core}"
     return "" if site.owner is None else f"; process {site.owner} of those that share it steps it"
 
 

@@ -11,6 +11,7 @@ import torch
 from . import state as slots
 from .cadence import Cadence
 from .codecs import Codec
+from .comm import LOCAL, Comm
 from .finders import Finder
 from .frames import Layout
 from .frames import stored as stored_frame
@@ -58,12 +59,14 @@ class Kind:
             are read anew at every step (:class:`comoving.steps.Now`).
         number: of its parameter group.
         stacks: whether rows of this kind can be stepped together.
+        comm: joins what processes have that share it, and step it together.
     """
 
     site: Site
     group: Mapping[str, Any]
     number: int
     stacks: bool = False
+    comm: Comm = LOCAL
 
     @cached_property
     def parts(self) -> Parts:
@@ -83,7 +86,7 @@ class Kind:
         shape, dtype = site.view.shape, site.view.dtype
         found: dict[str, Iterable[str]] = dict.fromkeys(("finder", "cadence", "residual"), ())
         if site.projected:
-            found["finder"] = parts.finder.schema(shape, site.ranks, dtype)
+            found["finder"] = parts.finder.schema(site.framed.view.shape, site.ranks, dtype)
             found["cadence"] = parts.cadence.schema()
             found["residual"] = parts.residual.schema(parts.codec, shape, site.core_shape, dtype)
         found |= {"moments": self.moments, "precondition": parts.precondition.schema(shape, dtype)}
@@ -102,7 +105,8 @@ class Kind:
     def basis(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor of a frame of these ranks."""
         site = self.site
-        found = stored_frame.schema(self.group, site.view.shape, site.ranks, site.view.dtype) if site.projected else {}
+        shape, dtype = site.framed.view.shape, site.view.dtype
+        found = stored_frame.schema(self.group, shape, site.ranks, dtype) if site.projected else {}
         return {name: spec.shape for name, spec in found.items()}
 
     @cached_property

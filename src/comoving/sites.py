@@ -90,6 +90,16 @@ class Site:
         """The site of the whole parameter."""
         return self if self.shard is None else self.of_length(sum(self.shard.sizes))
 
+    @property
+    def one_core(self) -> bool:
+        """Whether a frame compresses the mode that is shared out: all processes have the same core then, and frames."""
+        return self.shard is not None and self.block_mode is None and self.ranks[self.shard.mode] is not None
+
+    @property
+    def framed(self) -> "Site":
+        """The site of what its frame and its core are of: of the whole parameter where all processes have them."""
+        return self.entire if self.one_core else self
+
     def of_length(self, count: int) -> "Site":
         """The site of so many entries of the mode that is shared out."""
         assert self.shard is not None
@@ -99,7 +109,7 @@ class Site:
 
         mode = self.shard.mode
         view = replace(self.view, stored_shape=cut(self.view.stored_shape, mode))
-        core = cut(self.core_shape, 0 if self.block_mode is not None else mode)
+        core = self.core_shape if self.one_core else cut(self.core_shape, 0 if self.block_mode is not None else mode)
         return replace(self, view=view, core_shape=core)
 
     @property

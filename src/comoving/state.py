@@ -68,7 +68,7 @@ def resized(site: Site, group: Mapping[str, Any], ranks: Ranks) -> Site:
     """The site with a frame of other ranks."""
     if ranks == site.ranks:
         return site
-    return replace(site, ranks=ranks, core_shape=group["frame"].core_shape(site.view.shape, ranks))
+    return replace(site, ranks=ranks, core_shape=group["frame"].core_shape(site.framed.view.shape, ranks))
 
 
 def current(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> Site:
@@ -85,7 +85,7 @@ def set_ranks(state: dict[str, Any], ranks: Ranks) -> None:
 
 def ranks_in(site: Site, group: Mapping[str, Any], state: Mapping[str, Any]) -> Ranks:
     """The ranks of the frame in the state; the site's own where neither frame nor moments, being coded, show them."""
-    said = stored_frame.ranks(state, site.view.shape)
+    said = stored_frame.ranks(state, site.framed.view.shape)
     if said is not None:
         return said
     momentum = state.get(group["rule"].momentum)
@@ -327,8 +327,9 @@ def layout(site: Site, group: Mapping[str, Any]) -> dict[str, Spec]:
     schema |= moments(site, group)
     schema |= group["precondition"].schema(shape, dtype)
     if site.projected:
-        schema |= stored_frame.schema(group, shape, site.ranks, dtype)
-        remembered = group["finder"].schema(shape, site.ranks, dtype)
+        framed = site.framed.view.shape
+        schema |= stored_frame.schema(group, framed, site.ranks, dtype)
+        remembered = group["finder"].schema(framed, site.ranks, dtype)
         schema |= prefixed(remembered, MEMORY) | prefixed(group["cadence"].schema(), CADENCE)
         schema |= group["residual"].schema(group["codec"], shape, site.core_shape, dtype)
         if group["diagnostics"]:

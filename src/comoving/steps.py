@@ -27,7 +27,7 @@ from .cell import Cell, Open
 from .comm import Comm
 from .finders import Operand
 from .finders.delayed import DUE, announced, announcing, come, foreseen, is_awaited, of_each, searched
-from .frames import Frame, ModeFrame, Modes
+from .frames import Frame, ModeFrame, Modes, SharedFrame
 from .frames import stored as stored_frame
 from .groups import update_scale
 from .linalg import asks_host, norm
@@ -35,6 +35,7 @@ from .residual import Cores, Passage, Update
 from .rules.base import averaged
 from .rules.turn import Turn, turned
 from .searches import Elsewhere, apart
+from .sites import Site
 
 Adapt = Callable[[Cell, Tensor], Frame | None]
 """Before step 3, of a cell and its gradient: the cell gets the ranks of its new frame; returned is what is kept of the
@@ -135,10 +136,13 @@ def absorb(cell: Cell, given: Tensor, size: Tensor | None, now: Now) -> None:
     own = restored.project(passage.frame, passage.overlap) if first else passage.frame.project(seen)  # 4
     total = restored.norm() if due and restored.core is not None and cell.figures is not None else None
     sent = now.comm.sent(own, cell.rows)
+    if kind.site.one_core and (cell.figures is not None or now.clips):
+        passage = replace(passage, comm=now.comm)
     z = sent if cell.open is None else cell.open.core + sent
     cores = Cores(z, sent, None if sent is own else own - sent)
     kept = parts.residual.keep(restored.dense, cores, passage, first, cell.residual, parts.codec)
-    rest = _outside(kept, seen, own, None if cell.open is None else cell.open.rest, cell.rows) if now.clips else None
+    before = None if cell.open is None else cell.open.rest
+    rest = _outside(kept, seen, own, before, passage) if now.clips else None
     if cell.figures is not None:
         given_size = norm(seen, cell.rows) if size is None else size
         _measure(cell, passage, given_size, total, own, kept, cores.unsent, first, now)
@@ -178,7 +182,8 @@ def begin(cell: Cell, looked_at: Operand, now: Now) -> None:
         looked_at: what a refresh at this step looks at.
         now: what the host decided.
     """
-    finder, start, memory = cell.kind.parts.finder, cast("ModeFrame", cell.frame), cell.finder
+    finder, memory = cell.kind.parts.finder, cell.finder
+    start = ModeFrame(cast("ModeFrame", cell.frame).factors)  # without those who share it
     if now.elsewhere is not None and looked_at.comm.alone:
         looked_at, start, reads = apart(looked_at, start)
         work = partial(searched, finder, looked_at, start, memory)
@@ -204,16 +209,18 @@ def refresh(cell: Cell, looked_at: Operand, kept: Frame | None, now: Now) -> Pas
     site, rule = kind.site, parts.rule
     old = cell.frame if rule.momentum in cell.moments else None
     # Rows are stacked only where each has a frame of these ranks already.
-    stacked = cell.rows and old is not None
     dense = looked_at.dense
-    start = old if stacked else parts.frame.start(dense, site.ranks, kept or old, now.seed)
+    if cell.rows and old is not None:
+        start = ModeFrame(old.factors) if isinstance(old, SharedFrame) else old
+    else:
+        start = parts.frame.start(_of_shape(dense, site), site.ranks, kept or old, now.seed)
     warm = cell.tick > 0 and old is not None and any(r is not None for r in old.ranks)
     new = _found(cell, looked_at, start, warm)
     cell.cadence |= parts.cadence.refreshed(cell.cadence, start if warm else None, new, now.when(cell))
     if cell.tick <= 0 and asks_host(dense) and not bool(now.comm.largest(dense.any().float())):
         cell.tick = -1  # nothing was to be seen so far: look again at the next step
     basis = dict(cell.basis)
-    new = stored_frame.put(kind.group, basis, new, old, site.view.shape, now.key)
+    new = cell.shared(stored_frame.put(kind.group, basis, new, old, site.framed.view.shape, now.key))
     cell.turn(basis, new)
     if old is None:
         cell.moments |= slots.first_moments(site, kind.group, dense, cell.t.device)
@@ -282,7 +289,12 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
     parts.residual.write(weights, update, cell.residual, parts.codec)  # 6, 7
 
 
-def _outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | None, rows: int) -> Tensor:
+def _of_shape(x: Tensor, site: Site) -> Tensor:
+    """x, or a tensor without numbers of its own, of the shape of what the frame is of, for a layout to look at."""
+    return x.new_empty(()).expand(x.shape[: x.ndim - len(site.ranks)] + site.framed.view.shape) if site.one_core else x
+
+
+def _outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | None, passage: Passage) -> Tensor:
     """The norm of what a window's gradients have outside the frame: what is kept, or a bound on what is dropped.
 
     Args:
@@ -290,11 +302,12 @@ def _outside(kept: Tensor | None, seen: Tensor, core: Tensor, before: Tensor | N
         seen: the last of them.
         core: its coordinates.
         before: the result of the gradients before it; None for the first.
-        rows: how many leading dimensions count rows.
+        passage: that of the momentum, which joins norms of what is here where all have the core.
     """
     if kept is not None:
         return kept
-    lost = (norm(seen, rows).square() - norm(core, rows).square()).clamp_min_(0).sqrt_()
+    rows, size = passage.rows, passage.comm.norm(norm(seen, passage.rows))
+    lost = (size.square() - norm(core, rows).square()).clamp_min_(0).sqrt_()
     return lost if before is None else lost + before
 
 
@@ -313,14 +326,21 @@ def _measure(  # noqa: PLR0917
     parts = cell.kind.parts
     assert cell.figures is not None
     cell.figures, inside = cell.figures.clone(), norm(z, cell.rows)
+    one_core = cell.kind.site.one_core
     if kept is None:
-        size, inside = _of_all(now.comm, size, inside)
+        size, inside = (*_of_all(now.comm, size), inside) if one_core else _of_all(now.comm, size, inside)
         diagnostics.measure(cell.figures, size, inside)
         return
-    lost, rounded = passage.reentry * passage.lost(), parts.residual.error(cell.residual, parts.codec, cell.rows)
-    if unsent is not None:
-        rounded = rounded + norm(unsent, cell.rows)
-    size, inside, kept, lost, rounded = _of_all(now.comm, size, inside, kept, lost, rounded)
+    lost = passage.reentry * passage.lost()
+    if one_core:
+        entries, cores = parts.residual.errors(cell.residual, parts.codec, cell.rows)
+        size, entries = _of_all(now.comm, size, entries)
+        rounded = entries + cores
+    else:
+        rounded = parts.residual.error(cell.residual, parts.codec, cell.rows)
+        if unsent is not None:
+            rounded = rounded + norm(unsent, cell.rows)
+        size, inside, kept, lost, rounded = _of_all(now.comm, size, inside, kept, lost, rounded)
     total = None if total is None else now.comm.norm(total)
     diagnostics.measure_kept(cell.figures, size, total, inside, kept, rounded, lost, first)
 

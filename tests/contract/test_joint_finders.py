@@ -17,7 +17,7 @@ from comoving.finders import (
     Randomized,
     RandomProjection,
 )
-from comoving.frames import Cosines, Modes, Seeded
+from comoving.frames import Cosines, Modes, Seeded, SharedFrame
 from contract.support import BOND_FINDERS, COMPLEX, REAL, SUBSPACES, close, core_of, memory_of, randn, random_frame
 from contract.threads import Mean, Split, Table
 
@@ -42,6 +42,9 @@ CASES = {
     "second mode": ((7, 12), (3, None), 1),
     "tensor": ((6, 5, 9), (None, 3, 4), 0),
     "middle": ((5, 6, 9), (3, None, None), 1),
+    "compressed": ((12, 7), (3, None), 0),
+    "compressed last": ((5, 6, 9), (None, 2, 4), 2),
+    "all": ((6, 5, 9), (3, 2, 4), 1),
 }
 DTYPES = pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=["real", "complex"])
 
@@ -71,7 +74,11 @@ def test_a_frame_is_found_together(finder, layout, case, shared, dtype, count):
         x, w = terms[0]
         comms = [Split(table, r, mode, sizes) for r in range(count)]
         whole = Operand(x, 0.3, second, w)
-        own = [Operand(comm.here(x, mode), 0.3, second, comm.here(w, mode), comm=comm) for comm in comms]
+        if ranks[mode] is None:
+            own = [Operand(comm.here(x, mode), 0.3, second, comm.here(w, mode), comm=comm) for comm in comms]
+        else:
+            frames = [SharedFrame(second.factors, comm) for comm in comms]
+            own = [Operand(comm.here(x, mode), 0.3, f, w, comm=comm) for f, comm in zip(frames, comms, strict=True)]
 
     def found(operand):
         memory, frame = memory_of(finder, whole.dense, ranks), start

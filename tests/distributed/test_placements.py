@@ -42,10 +42,10 @@ CASES = {
 RECIPES = {"comoving": STEADY, "muon": {}, "adamw": {}}
 # What is dealt out rather than stepped by each process for itself, of comoving's, muon's and adamw's.
 DEALT = {
-    "rows": ({"kernel"}, {*LONG}, set()),
-    "columns": ({*LONG}, {*LONG}, set()),
+    "rows": (set(), {*LONG}, set()),
+    "columns": ({*LONG}, {*LONG}, set()),  # whose blocks of codes cross the cut
     "both": ({*LONG}, {*LONG}, {*LONG}),
-    "rows twice": ({"kernel"}, {*LONG}, set()),
+    "rows twice": (set(), {*LONG}, set()),
 }
 
 

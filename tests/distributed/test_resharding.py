@@ -17,14 +17,21 @@ from distributed.processes import run
 from distributed.test_shards import Net, inputs, sharded
 
 OPTIONS = {"side": "right", "refresh_every": 4}
-RECIPES = ["adamw", "galore", "comoving", "soap"]
+RECIPES = ["adamw", "galore", "comoving", "soap", "left"]
 BETAS = (0.908, 0.99)  # of ldadam: which group takes over those of a checkpoint is up to torch
+
+
+def _built(recipe, model, **options):
+    """Of "left", frames along the mode that is cut, at a rank at which four processes share the core."""
+    if recipe == "left":
+        recipe, options = "comoving", {"side": "left", "rank": 1 / 8} | options
+    return comoving.build(recipe, model, 1e-2, **{"rank": 0.25} | OPTIONS | options)
 
 
 def _trained(rank, recipe, folder, start, steps):
     """Load where there is something to be loaded, train, save; what the state is before and after, whole."""
     model = sharded(Net(), "fsdp")
-    optimizer = comoving.build(recipe, model, 1e-2, rank=0.25, **OPTIONS)
+    optimizer = _built(recipe, model)
     if start:
         saved = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.load(saved, checkpoint_id=f"{folder}/{start}")
@@ -75,7 +82,7 @@ def test_a_checkpoint_goes_from_one_process_to_two_to_four_to_one(recipe, tmp_pa
 def _full(rank, recipe, given, start, steps):
     """From a whole state on rank 0, or from none, to a whole state on rank 0."""
     model = sharded(Net(), "fsdp")
-    optimizer = comoving.build(recipe, model, 1e-2, rank=0.25, **OPTIONS)
+    optimizer = _built(recipe, model)
     if start:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         weights, state = given if rank == 0 else ({}, {})
@@ -98,12 +105,12 @@ def _losses(model, optimizer, start, steps):
     return losses
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "soap"])
+@pytest.mark.parametrize("recipe", ["left", "soap"])
 def test_a_whole_state_on_the_first_process_goes_to_one_process_and_to_all(recipe):
     losses, whole = run(2, _full, recipe, None, 0, 6)[0]
     expected = run(1, _full, recipe, None, 0, 12)[0][0]
     model = Net()
-    optimizer = comoving.build(recipe, model, 1e-2, rank=0.25, **OPTIONS)
+    optimizer = _built(recipe, model)
     set_model_state_dict(model, whole[0])
     set_optimizer_state_dict(model, optimizer, whole[1])
     alone = _losses(model, optimizer, 6, 6)
@@ -137,18 +144,32 @@ def test_the_state_of_a_sharded_adamw_is_taken_over():
             torch.testing.assert_close(weights[name], p.detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_frames_along_a_mode_that_is_cut_are_refused():
+def _saved(side):
     model = Net()
-    optimizer = comoving.build("ldadam", model, 1e-2, rank=0.25, side="left")
-    _losses(model, optimizer, 0, 1)
-    for message in run(2, _refused, optimizer.state_dict()):
-        assert "tall: its frame was saved along mode 0, which is cut" in message
+    optimizer = _built("ldadam", model, side=side)
+    _losses(model, optimizer, 0, 3)
+    return optimizer.state_dict()
 
 
-def _refused(rank, saved):
-    model = sharded(Net(), "fsdp")
-    optimizer = comoving.build("ldadam", model, 1e-2, rank=0.25, side="right")
-    saved["param_groups"] = optimizer.state_dict()["param_groups"]
+def _loaded(model, saved, side):
+    """An optimizer with its frames on this side, and the state of one that had them on the other."""
+    optimizer = _built("ldadam", model, side=side)
+    optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+    return optimizer
+
+
+def _from_the_other_side(rank, left, right):
+    """What is said of frames along the cut; and losses with frames that come to lie along it."""
     with pytest.raises(ValueError, match="cut") as error:
-        optimizer.load_state_dict(saved)
-    return str(error.value)
+        _loaded(sharded(Net(), "fsdp"), left, "right")
+    model = sharded(Net(), "fsdp")
+    return str(error.value), _losses(model, _loaded(model, right, "left"), 3, 6)
+
+
+def test_frames_go_from_the_side_that_is_not_cut_to_the_one_that_is_and_not_back():
+    left, right = _saved("left"), _saved("right")
+    model = Net()
+    expected = _losses(model, _loaded(model, right, "left"), 3, 6)
+    for message, losses in run(2, _from_the_other_side, left, right):
+        assert "tall: its frame was saved along mode 0, which is cut" in message
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-9, atol=1e-9)

@@ -82,3 +82,12 @@ def test_between_refreshes_little_is_sent(recipe):
     assert most[1] <= 24 * 8 * 12 + 4
     if recipe != "adamw":
         assert max(many) > most
+
+
+def test_between_refreshes_a_shared_core_is_sent_once():
+    """16 x 8 at rank 4: 4 x 8 numbers a matrix, in one sum for all of them; figures in four more, or none."""
+    for diagnostics, calls in ((True, 6), (False, 2)):
+        options = STEADY | {"refresh_every": 4, "side": "left", "diagnostics": diagnostics}
+        least = min(run(2, _sent, "comoving", 24, options)[0])
+        assert least[0] == calls
+        assert 24 * 32 * 8 <= least[1] <= 24 * (32 + diagnostics * 12) * 8 + 4

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 import comoving
+from comoving.codecs import Int8
 from comoving.ranks import Energy
 from distributed.placed import STEADY, assert_same, built, give, here, made, mesh_of, stepped, weights_of, where
 from distributed.processes import run
@@ -98,12 +99,14 @@ def _refusals(rank):
     give(params, 0)
     optimizer.step()
     give(params, 1)
-    before, p = _snapshot(params, optimizer), params["kernel"]
+    before, others = _snapshot(params, optimizer), sharded({"kernel": (10, 9, 8)})
+    owned, p = built(others, "muon", {}), others["kernel"]
+    give(others, 0)
     found["budget"] = _message(comoving.LowRankOptimizer, params.items(), budget="25%")
     partial = nn.Parameter(DTensor.from_local(torch.zeros(8, 4), mesh, [Partial()]))
     found["partial"] = _message(comoving.LowRankOptimizer, [("p", partial)])
-    found["absorb"] = _message(optimizer.absorb, p, p.grad)
-    found["apply"] = _message(optimizer.apply, p)
+    found["absorb"] = _message(owned.absorb, p, p.grad)
+    found["apply"] = _message(owned.apply, p)
     found["placed"] = _message(optimizer.absorb, params["tall"], params["tall"].grad.full_tensor())
     found["capture"] = _message(optimizer.capture)
     assert _same(before, _snapshot(params, optimizer))
@@ -206,8 +209,8 @@ def test_processes_that_disagree_raise_at_the_first_step_and_name_the_parameter(
 
 
 def _explained(rank):
-    params = sharded({"tall": (24, 10), "kernel": (16, 16, 16)})
-    optimizer = built(params, "comoving", STEADY)
+    params = sharded({"tall": (24, 10), "kernel": (16, 16, 16), "vector": (6,)})
+    optimizer = built(params, "comoving", STEADY | {"moments": Int8(rounding="stochastic")})
     give(params, 0)
     optimizer.step()
     found = comoving.explain(optimizer)
@@ -216,7 +219,8 @@ def _explained(rank):
 
 def test_explain_says_who_steps_what():
     for rank, (rows, size) in enumerate(run(2, _explained)):
-        assert "12 of 24 along mode 0 are here" in rows["tall"][0]
-        assert "process 0 of those that share it steps it" in rows["kernel"][0]
-        assert (rows["kernel"][1] == 0) is (rank == 1)
+        assert rows["vector"][0].endswith("; 3 of 6 along mode 0 are here")
+        assert rows["kernel"][0].endswith("; 8 of 16 along mode 0 are here, and all of its core")
+        assert "process 0 of those that share it steps it" in rows["tall"][0]
+        assert (rows["tall"][1] == 0) is (rank == 1)
         assert sum(bytes_ for _, bytes_ in rows.values()) == size

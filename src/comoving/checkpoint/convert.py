@@ -129,7 +129,7 @@ def owned(
 
 def _said(state: Mapping[str, Any], site: Site) -> Ranks | None:
     try:
-        return stored_frame.ranks(state, site.view.shape)
+        return stored_frame.ranks(state, site.framed.view.shape)
     except ValueError as error:
         raise ValueError(f"{site.name}: {error}") from None
 
@@ -171,12 +171,13 @@ def _renamed(saved: Mapping[str, Any], site: Site) -> dict[str, Any]:
     dense = FIRST in state and not any(name.startswith("frame.") for name in state)
     if not isinstance(state.get("step"), Tensor):
         state["step"] = torch.tensor(float(state.get("step", 0)))
-    if dense and not site.plain and tuple(state[FIRST].shape) == site.view.stored_shape:
+    view = site.framed.view
+    if dense and not site.plain and tuple(state[FIRST].shape) == view.stored_shape:
         if SECOND_MAX in state:
             raise ValueError(f"{site.name}: state of amsgrad has no meaning in a moving subspace")
-        state[FIRST] = site.view.see(state[FIRST])
+        state[FIRST] = view.see(state[FIRST])
         if SECOND in state:
-            state[SECOND] = _real_second(state[SECOND], site.view)
+            state[SECOND] = _real_second(state[SECOND], view)
     return state
 
 
@@ -211,7 +212,7 @@ def _real_second(v: Tensor, view: View) -> Tensor:
 
 def _check_movable(state: Mapping[str, Any], site: Site, group: Mapping[str, Any]) -> None:
     """Raise unless the state is a consistent frame of other ranks whose moments the transport can move here."""
-    layout, shape, momentum = group["frame"], site.view.shape, group["rule"].momentum
+    layout, shape, momentum = group["frame"], site.framed.view.shape, group["rule"].momentum
     frame = stored_frame.load(group, state, shape, site.view.dtype, state.get(momentum))
     core = layout.core_shape(shape, frame.ranks)
     framed = resized(site, group, frame.ranks)

@@ -193,7 +193,12 @@ def shared_out(site: Site, group: Mapping[str, Any], spread: Spread) -> bool:
     """Whether each process can step its own entries of a parameter, and find frames together with the others.
 
     Where no part looks at several entries along the mode that is cut, but for what an operand joins; and no codec's
-    block crosses a cut, or draws random numbers in the order of entries. Frames leave that mode whole.
+    block crosses a cut, or draws random numbers in the order of entries.
+
+    Where a frame compresses that mode, all processes have the core, the sum of what their entries give, and step it
+    alike: codecs of moments may be any then. But it may have no more entries than the process that has most of the
+    parameter: moments of a larger one, N times there, take more than those of a sharded dense parameter, and a sum of
+    such cores costs about what dealing does.
     """
     mode, view = spread.mode, site.view
     if mode is None or site.coded or not (view.name == "tensor" or (mode == 0 and view.name in {"matrix", "pairs"})):
@@ -203,18 +208,21 @@ def shared_out(site: Site, group: Mapping[str, Any], spread: Spread) -> bool:
     if site.blocks:
         return view.name == "tensor" and site.block_mode == mode
     parts = slots.parts_of(site, group)
-    codecs: list[Codec] = [parts["moments"], parts["codec"]] if site.projected else [parts["moments"]]
+    across = site.projected and site.ranks[mode] is not None
+    if across and prod(site.core_shape) * view.shape[mode] > prod(view.shape) * max(spread.sizes):
+        return False
+    codecs: list[Codec] = [*([] if across else [parts["moments"]]), *([parts["codec"]] if site.projected else [])]
     return (
         parts["rule"].elementwise
         and parts["precondition"] == Plain()
         and all(_by_entries(codec, mode, view.shape, site) for codec in codecs)
-        and (not site.projected or _frames_leave(mode, site, parts))
+        and (not site.projected or _found_together(parts))
     )
 
 
-def _frames_leave(mode: int, site: Site, parts: Mapping[str, Any]) -> bool:
-    """Whether frames leave a mode whole, and can be found by those who have some entries of it each."""
-    fixed = type(parts["frame"]) is Modes and site.ranks[mode] is None and not parts["ranks"].adaptive
+def _found_together(parts: Mapping[str, Any]) -> bool:
+    """Whether frames can be found by those who have some entries of one mode each."""
+    fixed = type(parts["frame"]) is Modes and not parts["ranks"].adaptive
     return fixed and parts["finder"].joint and parts["residual"].entrywise
 
 

@@ -88,7 +88,7 @@ def dimensions(site: Site, group: Mapping[str, Any]) -> dict[str, int]:
     found = {
         name: [a != b for a, b in sizes].index(True) for name, sizes in pairs.items() if any(a != b for a, b in sizes)
     }
-    return found | dict.fromkeys((slots.CORE, HELD), site.shard.mode)
+    return found | dict.fromkeys((HELD,) if site.one_core else (slots.CORE, HELD), site.shard.mode)
 
 
 def _joined(state: Mapping[str, Any], site: Site, group: Mapping[str, Any], spread: Spread) -> dict[str, Any]:
@@ -135,7 +135,8 @@ def _is_large(x: Any) -> bool:
 def _cut(state: Mapping[str, Any], site: Site, group: Mapping[str, Any], spread: Spread) -> dict[str, Any]:
     shard, cut = site.shard, dimensions(site, group)
     assert shard is not None
-    if f"{PREFIX}{shard.mode}" in state:
+    along = f"{PREFIX}{shard.mode}"
+    if not site.one_core and any(name == along or name.startswith(f"{along}.") for name in state):
         raise ValueError(
             f"{site.name}: its frame was saved along mode {shard.mode}, which is cut over processes here: build both "
             f"optimizers with the side that is not, side={'right' if shard.mode == 0 else 'left'!r}"
@@ -144,7 +145,8 @@ def _cut(state: Mapping[str, Any], site: Site, group: Mapping[str, Any], spread:
     framed = any(name.startswith(PREFIX) for name in state)
     for name, x in state.items():
         dim = cut.get(name)
-        if dim is None and (name in _OF_TORCH or (name in {FIRST, SECOND} and not framed)):
+        dense = name in _OF_TORCH or (name in {FIRST, SECOND} and not framed)
+        if dim is None and dense and not site.one_core:  # else a core, of which everyone has all
             dim = shard.mode
         found[name] = _part(x, dim, spread, shard.start, shard.count)
     return found

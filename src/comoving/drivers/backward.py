@@ -262,7 +262,8 @@ class Backward:
         roster, own, shared = self.engine.roster, list[Tensor](), dict[Any, list[Tensor]]()
         for p, size in sizes:
             spread = roster.placements.get(p)
-            (own if spread is None or not spread.cut else shared.setdefault(spread.group, [])).append(size)
+            alone = spread is None or not spread.cut or roster.sites[p].one_core  # then it is that of all already
+            (own if spread is None or alone else shared.setdefault(spread.group, [])).append(size)
         for group, comm in roster.comms.items():
             given = shared.get(group, [])
             device = next(p.device for p, spread in roster.placements.items() if spread.group == group)

@@ -83,14 +83,14 @@ class IncrementalSVD:
         self, operand: Operand, mode: int, u: Tensor, values: Tensor, warm: bool, count: int
     ) -> tuple[Tensor, Tensor]:
         (d, rank), lead = u.shape[-2:], operand.rows
-        basis, seen = u, unfold(operand.whole(operand.contract(mode, u)), mode, operand.order)
+        basis, seen = u, unfold(operand.whole(mode, operand.contract(mode, u)), mode, operand.order)
         add = min(self.add if warm else self.add + rank, d - rank)
         if add > 0:
             outside = to_unit(operand.sketch(mode, add, self.seed, count, mode), lead)
             for _ in range(2):  # then the basis seldom needs mending
                 outside = outside.sub_(u @ (u.mH @ outside))
             basis = reorthonormalize(torch.cat([u, orthonormalize(to_unit(outside, lead))], dim=-1))
-            new = operand.whole(operand.contract(mode, basis[..., rank:]))
+            new = operand.whole(mode, operand.contract(mode, basis[..., rank:]))
             seen = torch.cat([seen, unfold(new, mode, operand.order)], dim=-2)
         faded = self.forgetting * values
         tiny = torch.finfo(seen.dtype).tiny

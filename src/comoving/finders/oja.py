@@ -59,5 +59,5 @@ class Oja(Memoryless):
         size = operand.comm.largest(peak(z, operand.rows)).clamp_min(torch.finfo(z.dtype).tiny)
         z = z.div_(over(size, z))
         # z has an entry of size 1, or is zero.
-        energy = operand.size(z).square().clamp_min(1) / (self.rate * u.shape[-1])
+        energy = operand.size(mode, z).square().clamp_min(1) / (self.rate * u.shape[-1])
         return orthonormalize(operand.correlate(mode, z).div_(over(size, u)).div_(over(energy, u)).add_(u))

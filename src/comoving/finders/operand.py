@@ -11,7 +11,7 @@ from torch import Tensor
 from ..comm import LOCAL, Comm
 from ..decompositions import fibres
 from ..draws import gaussian
-from ..frames import Frame, ModeFrame, Overlap
+from ..frames import Frame, ModeFrame, Overlap, SharedFrame
 from ..linalg import all_but_one, correlate, gram, inner, largest, multilinear, norm, over
 
 
@@ -22,7 +22,8 @@ class Operand:
     Finders see it only through contractions, so that F w is not formed for a matrix with one compressed side, and so
     that processes that share it have one place to join what each of them has: x and w are this one's, and what
     :meth:`contract`, :meth:`correlate` and the like return is of the operand of all. Where its mode ``comm.split`` is
-    shared out, which no frame compresses then, so it is in what :meth:`contract` returns; all else is returned whole.
+    shared out, so it is in what :meth:`contract` returns for the other modes; all else is returned whole. Factors of
+    that mode are given whole, and so is w where F compresses it (:class:`comoving.frames.SharedFrame`).
 
     Args:
         dense: x of shape (*rows, d_1, ..., d_N).
@@ -53,7 +54,7 @@ class Operand:
 
     def measured(self) -> "Operand":
         """The same operand, with F^H x computed for all who ask for it later."""
-        if self.frame is None or self.inside is not None:
+        if self.frame is None or self.inside is not None or isinstance(self.frame, SharedFrame):
             return self
         return replace(self, inside=self.frame.project(self.dense))
 
@@ -61,6 +62,8 @@ class Operand:
         """|O| of what is here, real, (*rows), from |share x + F w|^2 = share^2 |x|^2 + 2 share Re<F^H x, w> + |w|^2."""
         if self.frame is None or self.core is None:
             return norm(self.dense, self.rows) * self.share
+        if isinstance(self.frame, SharedFrame):  # <F^H x, w> is nobody's own
+            return norm(self._formed, self.rows)
         inside = self.frame.project(self.dense) if self.inside is None else self.inside
         first, second = norm(self.dense, self.rows) * self.share, norm(self.core, self.rows)
         unit = torch.maximum(first, second).clamp_min(torch.finfo(first.dtype).tiny)  # squares leave float32's range
@@ -68,7 +71,10 @@ class Operand:
         return unit * ((first / unit).square() + (second / unit).square() + 2 * cross).clamp_min(0).sqrt()
 
     def project(self, frame: Frame, overlap: Overlap | None) -> Tensor:
-        """Coordinates F'^H O of what is here in a frame F', with its overlap with O's own, or None for the same."""
+        """Coordinates F'^H O of what is here in a frame F', with its overlap with O's own, or None for the same.
+
+        Those of all that processes have, the same everywhere, where F' compresses the mode that is split.
+        """
         z = frame.project(self.dense)
         if self.core is None:
             return z if self.share == 1.0 else z * self.share
@@ -101,7 +107,7 @@ class Operand:
     def contract(self, mode: int, factor: Tensor) -> Tensor:
         """O x_n factor^H, factor of shape (*rows, d_n, r): mode n becomes r long."""
         down: list[Tensor | None] = [None] * self.order
-        down[mode] = factor.mH
+        down[mode] = (self.comm.here(factor, -2) if mode == self.comm.split else factor).mH
         side = self._side
         if side is None or self.core is None:
             return self.comm.joined(multilinear(self._formed, down), (mode,))
@@ -113,23 +119,25 @@ class Operand:
         lifts[mode] = None if own is factor else factor.mH if own is None else factor.mH @ own
         return self.comm.joined(result.add_(multilinear(self.core, lifts)), (mode,))
 
-    def to_unit(self, product: Tensor) -> Tensor:
-        """What :meth:`contract` returned, in place, each row with a largest entry of 1, or part of a complex one."""
-        size = self.largest(product)
+    def to_unit(self, mode: int, product: Tensor) -> Tensor:
+        """What :meth:`contract` returned for a mode, in place, each row with a largest entry, or part, of 1."""
+        size = self.largest(mode, product)
         return product.div_(over(size.clamp_min(torch.finfo(product.dtype).tiny), product))
 
-    def largest(self, product: Tensor) -> Tensor:
-        """The largest |entry|, or part of a complex one, of a product that :meth:`contract` returned, real, (*rows)."""
-        return self.comm.largest(largest(product, self.rows))
+    def largest(self, mode: int, product: Tensor) -> Tensor:
+        """The largest |entry| of what :meth:`contract` returned for a mode, real, (*rows); of complex ones, part."""
+        here = largest(product, self.rows)
+        return here if mode == self.comm.split else self.comm.largest(here)
 
-    def size(self, product: Tensor) -> Tensor:
+    def size(self, mode: int, product: Tensor) -> Tensor:
         """The norm of such a product, real, (*rows)."""
-        return self.comm.norm(norm(product, self.rows))
+        here = norm(product, self.rows)
+        return here if mode == self.comm.split else self.comm.norm(here)
 
-    def whole(self, product: Tensor) -> Tensor:
+    def whole(self, mode: int, product: Tensor) -> Tensor:
         """Such a product with the entries of all processes."""
         split = self.comm.split
-        return product if split is None else self.comm.whole(product, split - self.order)
+        return product if split is None or mode == split else self.comm.whole(product, split - self.order)
 
     def columns(self, mode: int) -> int:
         """How many columns the unfolding O_(n) has."""
@@ -139,16 +147,17 @@ class Operand:
         """O_(n) W, (*rows, d_n, count), with Gaussian W, one for all rows, that is seeded from the integers."""
         shape, split = tuple(count if n == mode else d for n, d in enumerate(self.shape)), self.comm.split
         z = gaussian(shape, self.dense, *key)
-        return self.correlate(mode, z if split is None else self.comm.here(z, split - self.order))
+        return self.correlate(mode, z if split is None or mode == split else self.comm.here(z, split - self.order))
 
     def correlate(self, mode: int, z: Tensor) -> Tensor:
         """O_(n) Z_(n)^H, (*rows, d_n, r), for z of O's shape, or of one row's, but r long in mode n.
 
-        Of the mode that is split, which is another one, z has what is here.
+        Of the mode that is split, where it is another one, z has what is here.
         """
         side, others = self._side, [n for n in range(self.order) if n != mode]
         if side is None or self.core is None:
-            return self.comm.joined(correlate(self._formed, z, mode, self.order), others)
+            product = correlate(self._formed, z, mode, self.order)
+            return self.comm.whole(product, -2) if mode == self.comm.split else self.comm.joined(product, others)
         result = correlate(self.dense, z, mode, self.order)
         down = [u.mH if u is not None and n != mode else None for n, u in enumerate(side.factors)]
         if z.ndim < self.core.ndim:
@@ -195,7 +204,7 @@ class Operand:
 
     def _own_sketches(self, matrices: Sequence[Tensor | None], modes: tuple[int, ...]) -> dict[int, Tensor]:
         """Those of what is here."""
-        if not isinstance(self.frame, ModeFrame) or self.core is None:
+        if not isinstance(self.frame, ModeFrame) or isinstance(self.frame, SharedFrame) or self.core is None:
             return all_but_one(self._formed, matrices, modes)
         factors = self.frame.factors
         small = all_but_one(
@@ -214,9 +223,12 @@ class Operand:
 
     @property
     def _side(self) -> ModeFrame | None:
-        """The frame of the second term, if it compresses a single mode, so that products with F w are cheap."""
+        """The frame of the second term, if it compresses a single mode, so that products with F w are cheap.
+
+        None where processes have w whole, each of which would add it.
+        """
         frame = self.frame
-        if not isinstance(frame, ModeFrame):
+        if not isinstance(frame, ModeFrame) or isinstance(frame, SharedFrame):
             return None
         return frame if sum(u is not None for u in frame.factors) == 1 else None
 

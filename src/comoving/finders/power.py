@@ -70,7 +70,7 @@ class Power(Memoryless):
 
 def _iterate(operand: Operand, mode: int, u: Tensor, count: int) -> Tensor:
     for _ in range(count):
-        p = to_unit(operand.correlate(mode, operand.to_unit(operand.contract(mode, u))), operand.rows)
+        p = to_unit(operand.correlate(mode, operand.to_unit(mode, operand.contract(mode, u))), operand.rows)
         # The trace of u holds the directions that O leaves open.
         u = orthonormalize(p.add_(u, alpha=4 * torch.finfo(p.dtype).eps))
     return u

@@ -77,7 +77,7 @@ class Randomized:
             assert u is not None
             factors[n] = found = self._leading(operand, n, u, generator(self.seed, count, n))
             if self.sequential and waiting:
-                operand = Operand(operand.whole(operand.contract(n, found)), rows=operand.rows)
+                operand = Operand(operand.whole(n, operand.contract(n, found)), rows=operand.rows)
         return ModeFrame(tuple(factors))
 
     def _leading(self, operand: Operand, mode: int, start: Tensor, source: torch.Generator) -> Tensor:
@@ -92,11 +92,11 @@ class Randomized:
         for read in range(2, self.reads + 1):
             if read % 2 == 0:
                 basis = orthonormalize(y) if y.shape[-1] == width else leading_directions(y, 0, width, rows=rows)
-                small = operand.to_unit(operand.contract(mode, basis))
+                small = operand.to_unit(mode, operand.contract(mode, basis))
             else:
                 y = unit_size(operand.correlate(mode, small), rows)
         if self.reads % 2 == 0:
-            found = basis @ leading_directions(operand.whole(small), mode, rank, rows=rows)
+            found = basis @ leading_directions(operand.whole(mode, small), mode, rank, rows=rows)
         else:
             found = leading_directions(y, 0, rank, rows=rows)
         return unless_zero(y, found, start, rows)

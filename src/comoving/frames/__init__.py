@@ -6,6 +6,7 @@ from .bond import BondFrame
 from .modes import ModeFrame, Modes
 from .overlap import Overlap
 from .sampled import CosineFrame, Cosines, Seeded, SeededFrame
+from .shared import SharedFrame
 from .sparse import SparseFrame, SparseModes, SparseOverlap
 from .train import Trains
 from .tree import Trees
@@ -22,6 +23,7 @@ __all__ = [
     "Overlap",
     "Seeded",
     "SeededFrame",
+    "SharedFrame",
     "SparseFrame",
     "SparseModes",
     "SparseOverlap",

@@ -15,7 +15,8 @@ def unfold(x: Tensor, mode: int, order: int) -> Tensor:
     if order == 2:
         return x.mT if mode else x
     batch = x.shape[: x.ndim - order]
-    return x.movedim(x.ndim - order + mode, len(batch)).reshape(*batch, x.shape[x.ndim - order + mode], -1)
+    own, d = x.shape[len(batch) :], x.shape[len(batch) + mode]  # no -1 in shapes: where d is 0 it would say nothing
+    return x.movedim(len(batch) + mode, len(batch)).reshape(*batch, d, prod(own[:mode]) * prod(own[mode + 1 :]))
 
 
 def multilinear(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
@@ -57,15 +58,16 @@ def add_multilinear(
         assert last is not None
         if len(given) == 1 and n == 0:
             return (
-                out.view(out.shape[0], -1)
-                .addmm_(last, x.reshape(x.shape[0], -1), alpha=alpha, beta=beta)
+                out.view(out.shape[0], prod(out.shape[1:]))
+                .addmm_(last, x.reshape(x.shape[0], prod(x.shape[1:])), alpha=alpha, beta=beta)
                 .view(out.shape)
             )
         if n == order - 1:
             # All modes but the last, which is then the leading one of the rotated tensor: (d_N, k_1 ... k_{N-1}).
             lifted = _rotate_through(x, matrices, order - 1) if len(given) > 1 else None
-            left = x.reshape(-1, x.shape[-1]) if lifted is None else lifted.reshape(x.shape[-1], -1).mT
-            return out.view(-1, out.shape[-1]).addmm_(left, last.mT, alpha=alpha, beta=beta).view(out.shape)
+            before = prod(out.shape[:-1])
+            left = x.reshape(before, x.shape[-1]) if lifted is None else lifted.reshape(x.shape[-1], before).mT
+            return out.view(before, out.shape[-1]).addmm_(left, last.mT, alpha=alpha, beta=beta).view(out.shape)
     if beta != 1.0:
         out.mul_(beta)
     return out.add_(multilinear(x, matrices), alpha=alpha)
@@ -80,11 +82,13 @@ def _add_to_batch(out: Tensor, x: Tensor, matrices: Sequence[Tensor | None], alp
         count, n = out.shape[0], given[-1]
         if len(given) == 1 and n == 0:
             wide = x.reshape(count, x.shape[1], prod(x.shape[2:]))
-            return out.view(count, out.shape[1], -1).baddbmm_(last, wide, alpha=alpha, beta=beta).view(out.shape)
+            flat = out.view(count, out.shape[1], wide.shape[-1])
+            return flat.baddbmm_(last, wide, alpha=alpha, beta=beta).view(out.shape)
         if n == order - 1:
             lifted = _rotate_through(x, matrices, order - 1) if len(given) > 1 else None
-            left = (x if lifted is None else lifted.reshape(count, x.shape[-1], -1).mT).reshape(count, -1, x.shape[-1])
-            flat = out.view(count, -1, out.shape[-1])
+            before = prod(out.shape[1:-1])
+            left = x if lifted is None else lifted.reshape(count, x.shape[-1], before).mT
+            left, flat = left.reshape(count, before, x.shape[-1]), out.view(count, before, out.shape[-1])
             return flat.baddbmm_(left, last.mT, alpha=alpha, beta=beta).view(out.shape)
     if beta != 1.0:
         out.mul_(beta)
@@ -127,15 +131,15 @@ def _leave_one(
         y = x
         for m in reversed(second):  # the last axis, which comes out first: no transposed copy, and a wide product
             a, rest = matrices[m], y.shape[lead:-1]
-            flat = y.reshape(*batch, -1, y.shape[-1]).mT
-            y = (flat if a is None else a @ flat).reshape(*batch, -1, *rest)
+            flat = y.reshape(*batch, prod(rest), y.shape[-1]).mT
+            y = (flat if a is None else a @ flat).reshape(*batch, flat.shape[-2] if a is None else a.shape[-2], *rest)
         results |= _leave_one(y, matrices, [*second, *done], first, modes)
     if modes & set(second):
         y = x
         for axis, m in enumerate(first, lead + len(done)):
             a, before, d, after = matrices[m], y.shape[:axis], y.shape[axis], y.shape[axis + 1 :]
             if a is not None:
-                blocks = y.reshape(*batch, prod(before[lead:]), d, -1)
+                blocks = y.reshape(*batch, prod(before[lead:]), d, prod(after))
                 if blocks.shape[lead] == 1:
                     product = a @ blocks.squeeze(lead)
                 else:
@@ -154,8 +158,9 @@ def correlate(x: Tensor, z: Tensor, mode: int, order: int) -> Tensor:
     """X_(n) Z_(n)^H, of shape (*batch, d_n, r_n); x and z agree in every mode but n, one z may serve a batch of x."""
     if mode == order - 1:  # the last mode needs no transposed copy
         batch = x.shape[: x.ndim - order]
-        rows = x.reshape(*batch, -1, x.shape[-1])
-        return rows.mT @ z.reshape(*z.shape[: z.ndim - order], -1, z.shape[-1]).conj()
+        count = prod(x.shape[len(batch) : -1])
+        rows = x.reshape(*batch, count, x.shape[-1])
+        return rows.mT @ z.reshape(*z.shape[: z.ndim - order], count, z.shape[-1]).conj()
     return unfold(x, mode, order) @ unfold(z, mode, order).mH
 
 
@@ -164,13 +169,13 @@ def _one_mode(x: Tensor, matrices: Sequence[Tensor | None], mode: int) -> Tensor
     assert a is not None
     batch = x.shape[: x.ndim - order]
     shape = _shape_after(x, matrices)
-    d = x.shape[x.ndim - order + mode]
-    after = prod(x.shape[x.ndim - order + mode + 1 :])
+    own = x.shape[len(batch) :]
+    before, d, after = prod(own[:mode]), own[mode], prod(own[mode + 1 :])
     if after == 1:
-        return (x.reshape(*batch, -1, d) @ a.mT).reshape(shape)
+        return (x.reshape(*batch, before, d) @ a.mT).reshape(shape)
     if mode == 0:
         return (a @ x.reshape(*batch, d, after)).reshape(shape)
-    return (a.unsqueeze(-3) @ x.reshape(*batch, -1, d, after)).reshape(shape)
+    return (a.unsqueeze(-3) @ x.reshape(*batch, before, d, after)).reshape(shape)
 
 
 def _rotate_through(x: Tensor, matrices: Sequence[Tensor | None], count: int) -> Tensor:
@@ -183,7 +188,7 @@ def _rotate_through(x: Tensor, matrices: Sequence[Tensor | None], count: int) ->
     batch = x.shape[: x.ndim - order]
     sizes = list(x.shape[x.ndim - order :])
     for a in matrices[:count]:
-        flat = x.reshape(*batch, sizes[0], -1).mT
+        flat = x.reshape(*batch, sizes[0], prod(sizes[1:])).mT
         x = flat if a is None else flat @ a.mT
         sizes = [*sizes[1:], x.shape[-1]]
     return x.reshape(*batch, *sizes)

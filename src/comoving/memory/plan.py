@@ -32,7 +32,8 @@ STATE = ("moments", "frames", "feedback", "finder", "preconditioner", "scalars")
 statistics of single modes and preconditioners; step counts, seeds, diagnostics, and what the cadence keeps."""
 WIRE = ("gradients", "weights", "dealt", "norms", "refreshes", "dense", "cores", "frames")
 """What is on the wire: gradients; weights that FSDP gathers; weights and gradients of parameters that one rank steps
-for all, and new weights back; figures between refreshes; and what finds frames together. Where cores are sent:
+for all, and new weights back; figures between refreshes, and apart from them cores that are sums over ranks; and what
+finds frames together. Where cores are sent:
 gradients of dense parameters; cores, with what tells of bad gradients; and what frames are searched in."""
 _KINDS = {
     Kind.LINEAR: "moments",
@@ -436,11 +437,14 @@ def _wire(
         return cores.sent(module) | {"frames": frames}
     if fsdp is None or fsdp == 1:
         return {}
+    sites = [site for site in optimizer.sites.values() if site.one_core]
+    sums = sum(prod(site.core_shape) * site.view.dtype.itemsize for site in sites)
     everything = sum(sharding.shard_bytes(p, fsdp) for p in module.parameters())
     return {
         "gradients": trained,
         "weights": 2 * everything,
         "dealt": dealt,
-        "norms": work.step_bytes,
+        "norms": work.step_bytes - sums,
+        "cores": sums,
         "refreshes": work.refresh_bytes // period,
     }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..clock import Clock
 from ..codecs import Codec, Spec
+from ..comm import LOCAL, Comm
 from ..finders import Operand
 from ..frames import Frame, Overlap
 from ..linalg import inner, norm, pairs
@@ -29,6 +30,8 @@ class Passage:
         image: F'^H F m, what m' would be if nothing of m inside F' were dropped; None while the frame stands.
         tick: the number of finished steps.
         rows: how many dimensions in front of every tensor count the members of a batch, 0 or 1.
+        comm: joins norms of what processes have of tensors whose cores all of them have; one process's, which leaves
+            them as they are, where norms are joined later, or nobody asks.
     """
 
     frame: Frame
@@ -41,6 +44,7 @@ class Passage:
     image: Tensor | None = None
     tick: int = 0
     rows: int = 0
+    comm: Comm = LOCAL
 
     @property
     def reentry(self) -> float:
@@ -259,6 +263,17 @@ class Residual(Protocol):
         """An upper bound on the norm of what encoding lost, real, (*rows), or without dimensions where it is 0."""
         ...
 
+    def errors(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> tuple[Tensor, Tensor]:
+        """Two such bounds, whose sum is :meth:`error`: for tensors of the gradient's shape, and of the core's.
+
+        Asked of an ``entrywise`` residual, where a process has some of the former and all of the latter.
+        """
+        ...
+
+
+class _Bounding(Protocol):
+    def error(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> Tensor: ...  # noqa: D102
+
 
 class Inside:
     """What residuals share that choose nothing themselves, and write nothing but the lifted direction."""
@@ -275,6 +290,10 @@ class Inside:
     def replays(self) -> bool:
         """Always."""
         return True
+
+    def errors(self: "_Bounding", state: dict[str, Tensor], codec: Codec, rows: int = 0) -> tuple[Tensor, Tensor]:
+        """All of it is for what has the gradient's shape."""
+        return self.error(state, codec, rows), torch.zeros(())
 
     def renew(self, gradient: Tensor, state: dict[str, Tensor], codec: Codec) -> None:
         """Nothing is chosen."""

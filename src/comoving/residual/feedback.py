@@ -141,7 +141,7 @@ class Feedback(Inside):
                     passage.frame.add_lift(dense, passage.momentum, lost)
                 self._forget(core, state, codec, rows)
         state[_WEIGHT] = torch.full_like(state[_WEIGHT], 1 / passage.intake)
-        size = _store(codec, dense, state, _GRADIENTS, rows)
+        size = passage.comm.norm(_store(codec, dense, state, _GRADIENTS, rows))
         return _left(size, used, self._returned(passage), rows)
 
     def _keep_own(  # noqa: PLR0917
@@ -157,7 +157,8 @@ class Feedback(Inside):
             surplus = self._own(passage.old_momentum, state, codec, rows) * self._share(passage)
             passage.old_frame.add_lift(dense, surplus.sub_(passage.old_momentum, alpha=again), -1.0)
             used = used.add(passage.momentum, alpha=again)
-        size, returned = _store(codec, dense, state, _GRADIENTS, rows), self._returned(passage)
+        size = passage.comm.norm(_store(codec, dense, state, _GRADIENTS, rows))
+        returned = self._returned(passage)
         if returned is not None:
             inside = returned if inside is None else returned.add_(inside)
         left = _left(size, used, inside, rows)
@@ -193,10 +194,15 @@ class Feedback(Inside):
 
     def error(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> Tensor:
         """The codec's own bounds, of A and of Y or C."""
+        bound, more = self.errors(state, codec, rows)
+        return bound + more if self.lazy else bound
+
+    def errors(self, state: dict[str, Tensor], codec: Codec, rows: int = 0) -> tuple[Tensor, Tensor]:
+        """Of A, and of Y or C."""
         bound = codec.error(_stored(state, _GRADIENTS), rows)
         if not self.lazy:
-            return bound
-        return bound + codec.error(_stored(state, _USED if self.own else _MOMENTA), rows)
+            return bound, torch.zeros_like(bound)
+        return bound, codec.error(_stored(state, _USED if self.own else _MOMENTA), rows)
 
     def _share(self, passage: Passage) -> float:
         """d of this step: 0 where what is kept is dropped."""
