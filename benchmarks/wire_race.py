@@ -1,11 +1,15 @@
 """The race of the small language model with several processes at equal bytes.
 
-Contenders are comoving under plain DistributedDataParallel, comoving with compress(), and AdamW with torch's PowerSGD
-hook, of the rank at which it sends no more bytes a step than compress() does. Each trains at three rates around its own
-best one of a single process, over all seeds; what counts is the mean at its best rate.
+By default contenders are comoving under plain DistributedDataParallel, comoving with compress(), and AdamW with torch's
+PowerSGD hook, of the rank at which it sends no more bytes a step than compress() does; "muon" and "muon, frames" are
+Muon as it is, and with frames for the wire alone. Each trains at three rates around its own best one of a single
+process, over all seeds; what counts is the mean at its best rate. What is found is written after every rate, and the
+same command goes on from there.
 """
 
 import argparse
+import json
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
@@ -17,24 +21,36 @@ from torch.nn.parallel import DistributedDataParallel
 import comoving
 import gloo
 import powersgd
-from comoving.distributed import compress
+from comoving.distributed import WireFrame, compress
+from comoving.files import write_json
+from comoving.memory.plan import Plan
 from comoving.race.contenders import parse
 from comoving.race.runner import rate_factor, set_rate
 from comoving.race.tasks import TASKS, Task
 
 TASK = TASKS["lm"]
-PLAIN, CORES, RIVAL = "comoving", "comoving, compress", "adamw, PowerSGD"
-RATES = {PLAIN: TASK.rates["comoving"], CORES: TASK.rates["comoving"], RIVAL: TASK.rates["adamw"]}
+PLAIN, CORES, RIVAL, MUON, FRAMES = "comoving", "comoving, compress", "adamw, PowerSGD", "muon", "muon, frames"
+RATES = {
+    PLAIN: TASK.rates["comoving"],
+    CORES: TASK.rates["comoving"],
+    RIVAL: TASK.rates["adamw"],
+    MUON: TASK.rates["muon"],
+    FRAMES: TASK.rates["muon"],
+}
 STEPS_OF_RATES = (0.5, 1.0, 2.0)
+_BUCKET = 2**10
+"""Megabytes: torch's hook starts sums in callbacks, whose order gloo does not keep where there are several buckets."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Of this study."""
+    parser.add_argument("--contenders", nargs="+", default=[PLAIN, CORES, RIVAL], choices=[*RATES])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=TASK.steps)
     parser.add_argument("--batch", type=int, default=TASK.batch, help="windows a process")
     parser.add_argument("--rank", type=float, default=TASK.rank)
     parser.add_argument("--refresh-every", type=int, default=10)
+    parser.add_argument("--wire-rank", type=float, default=0.25, help="of frames for the wire alone")
     parser.add_argument("--wire", default="bfloat16", choices=("same", "bfloat16", "int8"))
     parser.add_argument("--warmup", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
@@ -44,42 +60,55 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """All runs, and the ratios."""
-    task = TASK.load()
-    module = task.model()
-    plan = comoving.plan(
-        module, "comoving", given.rank, ddp=given.processes, compress=given.wire, device="cpu",
-        refresh_every=given.refresh_every,
-    )  # fmt: skip
-    rank = powersgd.equal_rank(module.parameters(), plan.wire_bytes)
-    sizes = {
-        PLAIN: sum(p.numel() * p.element_size() for p in module.parameters()),
-        CORES: plan.wire_bytes,
-        RIVAL: powersgd.sent_bytes(module.parameters(), rank),
-    }
+    module = TASK.load().model()
+    sizes, rank = _planned(module, given)
     print(f"bytes a step: {sizes}; PowerSGD's rank is {rank}", flush=True)
+    partial = given.out.with_suffix(".partial.json")
+    settings = {name: value for name, value in vars(given).items() if name not in {"out", "contenders"}}
+    known: dict[str, Any] = json.loads(partial.read_text()) if partial.exists() else {}
+    if known.get("settings") != settings:
+        known = {"settings": settings, "runs": {}}
     found: dict[str, Any] = {}
-    for name, rate in RATES.items():
-        by_rate: dict[str, list[float]] = {}
-        counted = 0.0
+    for name in given.contenders:
+        runs: dict[str, Any] = known["runs"].setdefault(name, {})
         for factor in STEPS_OF_RATES:
-            results = gloo.run(given.processes, _trained, name, rate * factor, rank, vars(given))[0]
-            by_rate[f"{rate * factor:g}"], counted = results["losses"], results["bytes a step"]
-            print(f"{name} at {rate * factor:g}: {results}", flush=True)
-        best = min(by_rate, key=lambda r: mean(by_rate[r]))
+            rate = f"{RATES[name] * factor:g}"
+            if rate not in runs:
+                runs[rate] = gloo.run(given.processes, _trained, name, float(rate), rank, vars(given))[0]
+                write_json(partial, known)
+            print(f"{name} at {rate}: {runs[rate]}", flush=True)
+        best = min(runs, key=lambda rate, runs=runs: mean(runs[rate]["losses"]))
         found[name] = {
             "planned bytes a step": sizes[name],
-            "counted bytes a step": counted,
-            "losses by rate": by_rate,
-            "rate": best,
-            "loss": mean(by_rate[best]),
+            "counted bytes a step": runs[best]["bytes a step"],
+            "losses by rate": {rate: own["losses"] for rate, own in runs.items()},
+            "rate": float(best),
+            "loss": mean(runs[best]["losses"]),
         }
-    losses = {name: line["loss"] for name, line in found.items()}
-    return {
-        "PowerSGD's rank": rank,
-        "contenders": found,
-        "compressed / plain": losses[CORES] / losses[PLAIN],
-        "compressed / PowerSGD": losses[CORES] / losses[RIVAL],
-    }
+    partial.unlink()
+    return {"PowerSGD's rank": rank, "contenders": found, "ratios": _ratios(found)}
+
+
+def _planned(module: torch.nn.Module, given: argparse.Namespace) -> tuple[dict[str, int], int]:
+    """Bytes a step of each contender, and PowerSGD's rank."""
+
+    def planned(recipe: str, whole: WireFrame | None, **options: Any) -> Plan:
+        return comoving.plan(
+            module, recipe, ddp=given.processes, compress=given.wire, whole=whole, device="cpu", **options
+        )
+
+    cores = planned("comoving", None, rank=given.rank, refresh_every=given.refresh_every).wire_bytes
+    rank = powersgd.equal_rank(module.parameters(), cores)
+    whole = sum(p.numel() * p.element_size() for p in module.parameters())
+    rival = powersgd.sent_bytes(module.parameters(), rank)
+    framed = planned("muon", WireFrame(given.wire_rank, given.refresh_every)).wire_bytes
+    return {PLAIN: whole, CORES: cores, RIVAL: rival, MUON: whole, FRAMES: framed}, rank
+
+
+def _ratios(found: Mapping[str, Any]) -> dict[str, float]:
+    """Of final losses."""
+    pairs = ((CORES, PLAIN), (CORES, RIVAL), (FRAMES, MUON))
+    return {f"{a} / {b}": found[a]["loss"] / found[b]["loss"] for a, b in pairs if a in found and b in found}
 
 
 def _trained(rank: int, name: str, rate: float, hook_rank: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -96,10 +125,12 @@ def _one(
     rank: int, name: str, rate: float, hook_rank: int, given: argparse.Namespace, task: Task, seed: int
 ) -> tuple[float, float]:
     torch.manual_seed(seed)
-    ddp = DistributedDataParallel(task.model())
-    spec = "adamw" if name == RIVAL else f"comoving:refresh_every={given.refresh_every}"
+    ddp = DistributedDataParallel(task.model(), bucket_cap_mb=_BUCKET)
+    of_ours = f"comoving:refresh_every={given.refresh_every}"
+    spec = {RIVAL: "adamw", MUON: "muon", FRAMES: "muon"}.get(name, of_ours)
     optimizer = parse(spec).build(ddp.module, rate, given.rank, given.weight_decay)
-    sent = compress(ddp, optimizer, given.wire) if name == CORES else None
+    whole = WireFrame(given.wire_rank, given.refresh_every) if name == FRAMES else None
+    sent = compress(ddp, optimizer, given.wire, whole=whole) if name in {CORES, FRAMES} else None
     if name == RIVAL:
         start = given.powersgd_start
         state = PowerSGDState(None, matrix_approximation_rank=hook_rank, start_powerSGD_iter=start)  # pyright: ignore
