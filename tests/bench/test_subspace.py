@@ -19,7 +19,7 @@ from race.small import Small
 PARTS = {
     name
     for name in finders.__all__
-    if dataclasses.is_dataclass(getattr(finders, name)) and name not in {"Operand", "Memoryless"}
+    if dataclasses.is_dataclass(getattr(finders, name)) and name not in {"Operand", "Memoryless", "Delayed"}
 }
 
 

@@ -64,7 +64,16 @@ ROLES = {
     "frame": (
         frames,
         FRAMES,
-        {"ModeFrame", "BondFrame", "CosineFrame", "SeededFrame", "SparseFrame", "Overlap", "SparseOverlap"},
+        {
+            "ModeFrame",
+            "SharedFrame",
+            "BondFrame",
+            "CosineFrame",
+            "SeededFrame",
+            "SparseFrame",
+            "Overlap",
+            "SparseOverlap",
+        },
     ),
     "ranks": (ranks, RANKS, {"Reading"}),
 }
