@@ -244,13 +244,9 @@ ROUNDED = {("soap", "transposed"), ("shampoo-tucker", "expanded")}
 
 
 def following(recipe, dtype=torch.float64):
-    """Options under which signs and phases of a basis, which LAPACK draws from last digits, make no difference.
-
-    Moments follow the directions, not the coordinates; and no complex ones are rounded to a grid, which no phase keeps.
-    """
+    """Options under which last digits make no difference: no complex moments are rounded to a grid."""
     given = recipes()[recipe.split("+")[0]].options
-    options = {"transport": Rotate()} if isinstance(given.get("transport"), Keep) else {}
-    return options | ({"moments": Full(), "bases": Full()} if dtype.is_complex and "bases" in given else {})
+    return {"moments": Full(), "bases": Full()} if dtype.is_complex and "bases" in given else {}
 
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
@@ -395,7 +391,7 @@ def test_zero_gradients_at_zero_rate_create_all_slots_and_change_nothing(recipe,
 # ------------------------------------------------------------------------------------------------------ convergence
 
 # Reached from 1 after 300 steps, with the rate falling linearly to 0; two to three times what this seed measured, ten
-# where moments keep coordinates, whose signs LAPACK chooses, and nothing below what single precision resolves.
+# where moments keep coordinates as frames turn, and nothing below what single precision resolves.
 # With "keep", feedback returns in coordinates that the moments do not know, and is slower here than without.
 REACHED = {
     "adamw": 3e-5, "galore": 3e-3, "ldadam": 2e-3, "tensor-galore": 0.1, "tucker-adam": 5e-4, "comoving": 6e-3,

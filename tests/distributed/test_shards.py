@@ -117,8 +117,7 @@ def _work(rank, name, options, how):
 
 RECIPES = [
     ("adamw", {}),
-    # Its own transport keeps moments as they are: then they depend on the signs that a decomposition happens to return.
-    ("galore", {"transport": "rotate"}),
+    ("galore", {}),
     ("ldadam", {}),
     ("tucker-adam", {}),
     ("tucker-adam", {"finder": Delayed(by=2)}),

@@ -21,8 +21,6 @@ from comoving.rules import SOAP, Muon
 from comoving.views import Heads
 from comoving.weights import codes_of, quantize
 
-from .signs import settled
-
 STEPS = 12
 LR = 0.02
 REAL, COMPLEX = torch.float64, torch.complex128
@@ -69,8 +67,7 @@ def trace(run: Run) -> Trace:
         before = {name: _weights(p) for name, p in run.params.items()}
         rates = [group["lr"] for group in run.optimizer.param_groups]
         given = [{name: _masked(own[name][t], name, i, t, run) for i, name in enumerate(own)} for own in series]
-        with settled():
-            _step(run, given)
+        _step(run, given)
         of = {p: rate for rate, group in zip(rates, run.optimizer.param_groups, strict=True) for p in group["params"]}
         for name, p in run.params.items():
             change = (_weights(p) - before[name]) / of[p]

@@ -10,6 +10,10 @@ is replaced on the device, entry by entry of the batch, by coordinate vectors. T
 decomposition keeps: cheap beside it, and no NaN passes them. Torch itself waits inside of ``eigh`` and ``svd``, to see
 whether they converged; there is no other of either that would not, and none made of products takes less time than that.
 
+LAPACK's vectors come with signs, or complex phases, that last digits decide. What keeps numbers in the coordinates of
+one basis when the next one comes (GaLore's moments, say) would depend on them: so eigenvectors, and left singular
+vectors with the right ones beside them, have the signs of a convention, the same on every machine.
+
 Nothing else in this package calls LAPACK's decompositions (but ``cholesky_ex``, which says itself where it failed).
 All of them raise TypeError for half precision and integers, which LAPACK has no routines for.
 """
@@ -42,7 +46,8 @@ def asks_host(x: Tensor) -> bool:
 def eigh(hermitian: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a Hermitian matrix, of which the lower triangle is read.
 
-    Small matrices are decomposed in double the precision. Where all of LAPACK fails, the eigenvectors come from an SVD,
+    Each vector's product with the vector of cos(1), ..., cos(d) is real and not negative. Small matrices are decomposed
+    in double the precision. Where all of LAPACK fails, the eigenvectors come from an SVD,
     and at last they are the coordinate vectors, with the diagonal for eigenvalues.
 
     Args:
@@ -93,6 +98,7 @@ def qr_triangle(a: Tensor) -> Tensor:
 def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced A = U diag(s) V^H, s descending; U and V orthonormal whatever the rank of A.
 
+    The product of each column of U with the vector of cos(1), ..., cos(m) is real and not negative.
     Where LAPACK fails in both precisions, V holds the eigenvectors of A^H A, or U those of A A^H, whichever is smaller,
     and :func:`qr` of the product with A makes the other factor orthonormal (on the CPU).
 
@@ -182,6 +188,14 @@ def _largest(a: Tensor) -> Tensor:
     return a.abs().amax((-2, -1), keepdim=True)
 
 
+@torch.no_grad()
+def _phases(vectors: Tensor) -> Tensor:
+    """The sign, or complex phase, of each column's product with the fixed vector, (*batch, 1, columns)."""
+    fixed = torch.arange(1, vectors.shape[-2] + 1, device=vectors.device, dtype=vectors.dtype.to_real()).cos()
+    phases = (fixed.to(vectors.dtype).unsqueeze(0) @ vectors).sgn()
+    return torch.where(phases == 0, torch.ones_like(phases), phases)
+
+
 # ------------------------------------------------------------------------------------------------------ eigenvectors
 
 
@@ -191,6 +205,7 @@ def _eigh(hermitian: Tensor, dtype: torch.dtype, jitter: float = 0.0) -> Factors
         wave = torch.cos(torch.arange(h.shape[-1] ** 2, device=h.device, dtype=h.dtype.to_real()).square())
         h = h + (jitter * _largest(h)) * wave.reshape(h.shape[-2:]).to(dtype)
     values, vectors = torch.linalg.eigh(h)
+    vectors = vectors * _phases(vectors).conj()
     return values.to(hermitian.dtype.to_real()), vectors.to(hermitian.dtype)
 
 
@@ -206,6 +221,7 @@ def _eigh_by_svd(hermitian: Tensor) -> Factors:
     h = _whole(hermitian)
     wide = h.to(WIDE.get(h.dtype, h.dtype))
     vectors = torch.linalg.svd(wide).Vh.mH
+    vectors = vectors * _phases(vectors).conj()
     return _sorted((vectors.conj() * (wide @ vectors)).sum(-2), vectors, hermitian.dtype)
 
 
@@ -283,6 +299,8 @@ def _coordinates(a: Tensor) -> Factors:
 
 def _svd(a: Tensor, dtype: torch.dtype) -> Factors:
     u, s, vh = torch.linalg.svd(a.to(dtype), full_matrices=False)
+    phases = _phases(u)
+    u, vh = u * phases.conj(), vh * phases.mT
     return u.to(a.dtype), s.to(a.dtype.to_real()), vh.to(a.dtype)
 
 
