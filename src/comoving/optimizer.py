@@ -1,6 +1,6 @@
 """The optimizer: what is built, stepped, saved and loaded."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar, overload
 from weakref import proxy
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoint
 from . import diagnostics as error_control
 from . import state as slots
 from .cadence import Cadence, Every
 from .codecs import Codec, Full
+from .contents import Contents
 from .drivers import Backward, Driver, Guard, Whole
 from .drivers.backward import Window, check_clip, check_hooks
 from .drivers.graphs import CudaRecorder, Graphs
@@ -172,6 +172,7 @@ class LowRankOptimizer(Optimizer):
         me: LowRankOptimizer = proxy(self)  # a cycle would keep state alive until the collector comes
         self.roster = Roster(me, self.budget, lambda: me.engine.forget())  # noqa: PLW0108  (there is none so far)
         self.engine = Engine(me, self.roster, self.seed)
+        self._contents = Contents(me, self.roster, self.engine)
         self._guard = Guard(self.engine, self.on_nonfinite)
         self._whole, self._backward = Whole(self.engine, self._guard), None
         self._complete = True
@@ -589,26 +590,7 @@ class LowRankOptimizer(Optimizer):
             )
         self._check_settled()
         self.engine.searches.settle()
-        packed = super().state_dict()
-        lasting = self.engine.written_in_place()
-        packed["state"] = {
-            key: {name: x.clone() if p in lasting and isinstance(x, Tensor) else x for name, x in state.items()}
-            for p, (key, state) in zip(self.state, packed["state"].items(), strict=True)
-        }
-        ids = [key for group in packed["param_groups"] for key in group["params"]]
-        params = dict(zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True))
-        if self._stepped or self.state:
-            packed["state"] |= {
-                key: self._with_idle(p, packed["state"].get(key, {}))
-                for key, p in params.items()
-                if self.sites[p].blocks
-            }
-        if self.roster.placements:
-            packed["state"] = self._of_all(params, packed["state"])
-        if self._driver is not None:
-            packed["state"] = {key: self._driver.saved(params[key], state) for key, state in packed["state"].items()}
-        packed["param_groups"] = [checkpoint.describe_group(group) for group in packed["param_groups"]]
-        return packed
+        return self._contents.packed(super().state_dict(), self._driver, self._stepped or bool(self.state))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -623,67 +605,15 @@ class LowRankOptimizer(Optimizer):
         """
         self._check_settled()
         self.engine.searches.settle()
-        checkpoint.check_form(state_dict)
-        self.roster.adopt()
-        saved = state_dict["param_groups"]
-        keys = checkpoint.match_parameters(saved, self.param_groups)
-        groups = checkpoint.load_groups(saved, self.param_groups, keys)
-        states: dict[Tensor, Any] = {
-            p: state_dict["state"][key] for p, key in keys.items() if key in state_dict["state"]
-        }
-        if self.roster.placements:
-            states = self._of_this_process(states)
-        states = {p: checkpoint.without_idle(self._own(p, state), self.sites[p]) for p, state in states.items()}
-        states = {p: state for p, state in states.items() if state or not self.sites[p].blocks}
-        admitted = {
-            p: checkpoint.admit(state, self.sites[p].here, groups[self.roster.index[p]], self.seed)
-            for p, state in states.items()
-        }
-        self.roster.assign_loaded(admitted, groups)
+        admitted, groups = self._contents.admitted(state_dict, self._driver)
         packed = super().state_dict()["param_groups"]
         packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
         super().load_state_dict({"state": {}, "param_groups": packed})
-        for p, state in admitted.items():
-            site, group = self.sites[p].here, self.roster.group_of(p)
-            self.state[p] = checkpoint.owned(state, p, site, group, self.engine.scalar_device(p, site))
-        self.roster.forget_bytes()
-        self.engine.forget()
-        self.engine.sorting.recount()
+        self._contents.put(admitted)
         self._whole.forget()
         if self._driver is not None:
             self._driver.adopt()
-
-    def _with_idle(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The state of blocks with slots for all of them, where this process steps them."""
-        site = self.sites[p].here
-        if not self.roster.stepped_here(p):
-            return state
-        scalars = self.engine.scalar_device(p, site)
-        return checkpoint.with_idle(state, site, self.roster.group_of(p), p.device, scalars, self.seed)
-
-    def _of_all(self, params: dict[Any, Tensor], states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-        """The states with tensors of all processes where they share a parameter; a collective call."""
-        from .distributed.saving import of_all  # noqa: PLC0415  (torch's DTensor takes its time)
-
-        return of_all(params, states, self.roster)
-
-    def _of_this_process(self, states: dict[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-        """What this process keeps of states of whole parameters; a collective call."""
-        from .distributed.saving import of_this_process  # noqa: PLC0415  (torch's DTensor takes its time)
-
-        return of_this_process(states, self.roster)
-
-    def _own(self, p: Tensor, state: dict[str, Any]) -> Mapping[str, Any]:
-        """A saved state with what this process keeps of what processes have kept each for itself; a collective call."""
-        if self._driver is not None:
-            return self._driver.loaded(p, state)
-        site, group, state = self.sites[p], self.roster.group_of(p), checkpoint.without_wire(state)
-        if site.projected and checkpoint.copies_in(state, site, group):
-            from .distributed.copies import mean_of_copies  # noqa: PLC0415  (torch's DTensor takes its time)
-
-            return mean_of_copies(state, site, group)
-        return state
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along: a window of one process too, but neither hooks nor a driver."""
