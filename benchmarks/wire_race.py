@@ -1,10 +1,11 @@
 """The race of the small language model with several processes at equal bytes.
 
-By default contenders are comoving under plain DistributedDataParallel, comoving with compress(), and AdamW with torch's
-PowerSGD hook, of the rank at which it sends no more bytes a step than compress() does; "muon" and "muon, frames" are
-Muon as it is, and with frames for the wire alone. Each trains at three rates around its own best one of a single
-process, over all seeds; what counts is the mean at its best rate. What is found is written after every rate, and the
-same command goes on from there.
+By default contenders are comoving under plain DistributedDataParallel, comoving with compress(), and comoving and AdamW
+with torch's PowerSGD hook, of the rank at which it sends no more bytes a step than compress() does; "muon" and "muon,
+frames" are Muon as it is, and with frames for the wire alone. Each trains over all seeds at three rates around its own
+best one of a single process, and at others, twice or half as large, as long as the best one is the last on its side;
+what counts is the mean at the best rate. What is found is written after every rate, and the same command goes on from
+there.
 """
 
 import argparse
@@ -29,10 +30,12 @@ from comoving.race.runner import rate_factor, set_rate
 from comoving.race.tasks import TASKS, Task
 
 TASK = TASKS["lm"]
-PLAIN, CORES, RIVAL, MUON, FRAMES = "comoving", "comoving, compress", "adamw, PowerSGD", "muon", "muon, frames"
+PLAIN, CORES, MUON, FRAMES = "comoving", "comoving, compress", "muon", "muon, frames"
+HOOKED, RIVAL = "comoving, PowerSGD", "adamw, PowerSGD"
 RATES = {
     PLAIN: TASK.rates["comoving"],
     CORES: TASK.rates["comoving"],
+    HOOKED: TASK.rates["comoving"],
     RIVAL: TASK.rates["adamw"],
     MUON: TASK.rates["muon"],
     FRAMES: TASK.rates["muon"],
@@ -44,7 +47,7 @@ _BUCKET = 2**10
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Of this study."""
-    parser.add_argument("--contenders", nargs="+", default=[PLAIN, CORES, RIVAL], choices=[*RATES])
+    parser.add_argument("--contenders", nargs="+", default=[PLAIN, CORES, HOOKED, RIVAL], choices=[*RATES])
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=TASK.steps)
     parser.add_argument("--batch", type=int, default=TASK.batch, help="windows a process")
@@ -71,13 +74,17 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in given.contenders:
         runs: dict[str, Any] = known["runs"].setdefault(name, {})
-        for factor in STEPS_OF_RATES:
-            rate = f"{RATES[name] * factor:g}"
-            if rate not in runs:
-                runs[rate] = gloo.run(given.processes, _trained, name, float(rate), rank, vars(given))[0]
-                write_json(partial, known)
-            print(f"{name} at {rate}: {runs[rate]}", flush=True)
-        best = min(runs, key=lambda rate, runs=runs: mean(runs[rate]["losses"]))
+        due = [f"{RATES[name] * factor:g}" for factor in STEPS_OF_RATES]
+        while due:
+            for rate in due:
+                if rate not in runs:
+                    runs[rate] = gloo.run(given.processes, _trained, name, float(rate), rank, vars(given))[0]
+                    write_json(partial, known)
+                print(f"{name} at {rate}: {runs[rate]}", flush=True)
+            best = _best(runs)
+            outer = {min(runs, key=float): 0.5, max(runs, key=float): 2.0}
+            due = [f"{float(best) * outer[best]:g}"] if best in outer else []
+        best = _best(runs)
         found[name] = {
             "planned bytes a step": sizes[name],
             "counted bytes a step": runs[best]["bytes a step"],
@@ -87,6 +94,11 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         }
     partial.unlink()
     return {"PowerSGD's rank": rank, "contenders": found, "ratios": _ratios(found)}
+
+
+def _best(runs: Mapping[str, Any]) -> str:
+    """The rate of the least mean loss."""
+    return min(runs, key=lambda rate: mean(runs[rate]["losses"]))
 
 
 def _planned(module: torch.nn.Module, given: argparse.Namespace) -> tuple[dict[str, int], int]:
@@ -102,12 +114,12 @@ def _planned(module: torch.nn.Module, given: argparse.Namespace) -> tuple[dict[s
     whole = sum(p.numel() * p.element_size() for p in module.parameters())
     rival = powersgd.sent_bytes(module.parameters(), rank)
     framed = planned("muon", WireFrame(given.wire_rank, given.refresh_every)).wire_bytes
-    return {PLAIN: whole, CORES: cores, RIVAL: rival, MUON: whole, FRAMES: framed}, rank
+    return {PLAIN: whole, CORES: cores, HOOKED: rival, RIVAL: rival, MUON: whole, FRAMES: framed}, rank
 
 
 def _ratios(found: Mapping[str, Any]) -> dict[str, float]:
     """Of final losses."""
-    pairs = ((CORES, PLAIN), (CORES, RIVAL), (FRAMES, MUON))
+    pairs = ((CORES, PLAIN), (CORES, HOOKED), (CORES, RIVAL), (FRAMES, MUON))
     return {f"{a} / {b}": found[a]["loss"] / found[b]["loss"] for a, b in pairs if a in found and b in found}
 
 
@@ -131,7 +143,7 @@ def _one(
     optimizer = parse(spec).build(ddp.module, rate, given.rank, given.weight_decay)
     whole = WireFrame(given.wire_rank, given.refresh_every) if name == FRAMES else None
     sent = compress(ddp, optimizer, given.wire, whole=whole) if name in {CORES, FRAMES} else None
-    if name == RIVAL:
+    if name in {HOOKED, RIVAL}:
         start = given.powersgd_start
         state = PowerSGDState(None, matrix_approximation_rank=hook_rank, start_powerSGD_iter=start)  # pyright: ignore
         ddp.register_comm_hook(state, powerSGD_hook)
