@@ -633,6 +633,7 @@ class LowRankOptimizer(Optimizer):
         }
         if self.roster.placements:
             states = self._of_this_process(states)
+        found = {*states}
         states = {p: checkpoint.without_idle(self._own(p, state), self.sites[p]) for p, state in states.items()}
         states = {p: state for p, state in states.items() if state or not self.sites[p].blocks}
         admitted = {
@@ -652,7 +653,7 @@ class LowRankOptimizer(Optimizer):
         self.engine.sorting.recount()
         self._whole.forget()
         if self._driver is not None:
-            self._driver.adopt()
+            self._driver.adopt(found)
 
     def _with_idle(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """The state of blocks with slots for all of them, where this process steps them."""

@@ -177,7 +177,7 @@ def test_what_was_not_sent_is_kept(wire, codec, kept, arrived):
 # ---------------------------------------------------------------------------------------------------------- bad numbers
 
 
-def _spoiled(rank, skip):
+def _spoiled(rank, skip, which):
     ddp = wrapped(Mixed(), bucket_cap_mb=0.0005)
     optimizer = optimizer_of(ddp.module, on_nonfinite="skip" if skip else "raise")
     compress(ddp, optimizer, whole=WireFrame(RANK, EVERY))
@@ -185,7 +185,7 @@ def _spoiled(rank, skip):
     for t in range(4):
         given = gradients(ddp.module, t, rank)
         if t == 2 and rank == 1:
-            given[1][2, 3] = torch.nan
+            given[which].view(-1)[5] = torch.nan
         before = {name: p.detach().clone() for name, p in ddp.module.named_parameters()}
         lanes = {p: (lane.tick, dict(lane.state)) for p, lane in optimizer._driver.beside._lanes.items()}
         ddp(given).backward()
@@ -200,13 +200,57 @@ def _spoiled(rank, skip):
     return [*found, {name: p.detach() for name, p in ddp.module.named_parameters()}]
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_a_bad_gradient_on_one_process_is_seen_by_all(skip):
-    first, second = run(2, _spoiled, skip)
+@pytest.mark.parametrize(("skip", "which"), [(False, 1), (True, 1), (True, 4)])
+def test_a_bad_gradient_on_one_process_is_seen_by_all(skip, which):
+    first, second = run(2, _spoiled, skip, which)
     for said, kept, weights in (first, second):
         assert kept and all(w.isfinite().all() for w in weights.values())
         assert said == "nothing" if skip else "non-finite gradient in wide:" in said
     assert all(torch.equal(w, second[2][name]) for name, w in first[2].items())
+
+
+def _dropped(rank):
+    """What is there after a pass that is dropped, and what two passes before one step have left of their gradients."""
+    ddp = wrapped(Mixed())
+    optimizer = optimizer_of(ddp.module)
+    compress(ddp, optimizer, "same", whole=WireFrame(RANK, EVERY))
+    _trained(ddp, optimizer, rank, 0, 2)
+    before = _lanes(optimizer)
+    ddp(gradients(ddp.module, 2, rank)).backward()
+    waiting = optimizer.state_dict()["state"][1]
+    optimizer.zero_grad()
+    after = _lanes(optimizer)
+    stays = all(torch.equal(x, after[key]) for key, x in before.items())
+    stays = stays and waiting["wire.tick"] == 2
+    given = [gradients(ddp.module, t, rank) for t in (3, 4)]
+    for g in given:
+        ddp(g).backward()
+    arrived = {name: p.grad.clone() for name, p in ddp.module.named_parameters()}
+    optimizer.step()
+    left = {name: x - before[name, slot] for (name, slot), x in _lanes(optimizer).items() if "error" in slot}
+    names = dict(ddp.module.named_parameters())
+    total = {name: a + b for name, a, b in zip(names, *given, strict=True)}
+    return stays, {name: (total[name] - x, arrived[name]) for name, x in left.items()}
+
+
+def test_what_is_not_stepped_by_is_forgotten_and_passes_add_up():
+    first, second = run(2, _dropped)
+    assert first[0] and second[0]
+    for name, (sent, arrived) in first[1].items():
+        close((sent + second[1][name][0]) / 2, arrived, 1e-9)
+
+
+def _differing(rank, own):
+    ddp = wrapped(Mixed())
+    optimizer = optimizer_of(ddp.module)
+    compress(ddp, optimizer, **({"whole": WireFrame(RANK, EVERY)} | ({} if rank else own)))
+    return raised(lambda: ddp(gradients(ddp.module, 0, rank)).backward())
+
+
+@pytest.mark.parametrize("own", [{"wire": "int8"}, {"accumulate": 2}, {"whole": WireFrame(RANK + 1, EVERY)}])
+def test_processes_that_would_send_otherwise_are_told(own):
+    for said in run(2, _differing, own):
+        assert f"processes disagree about {next(iter(own))}" in said
 
 
 def _unused(rank):
@@ -306,6 +350,11 @@ def _alone(_, folder):
             else:
                 set_optimizer_state_dict(ddp, optimizer, kept)
             found[name, side] = _lanes(optimizer)
+    begun = optimizer.state_dict()
+    begun["state"] = {}
+    optimizer.load_state_dict(begun)
+    assert not any(x.any() for x in _lanes(optimizer).values())
+    set_optimizer_state_dict(ddp, optimizer, kept)
     plain = optimizer_of(Mixed())
     plain.load_state_dict(optimizer.state_dict())
     assert not any(key.startswith("wire.") for state in plain.state.values() for key in state)
