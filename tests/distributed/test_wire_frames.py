@@ -5,7 +5,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from comoving import LowRankOptimizer
@@ -343,22 +347,48 @@ def _alone(_, folder):
         for side in ("auto", "both"):
             ddp, optimizer = _built(1, codec, side)
             fresh = {"optimizer": get_optimizer_state_dict(ddp, optimizer)}
-            if side == "auto":
-                load(fresh, checkpoint_id=f"{folder}/{name}")
-                set_optimizer_state_dict(ddp, optimizer, fresh["optimizer"])
-                kept = fresh["optimizer"]
-            else:
-                set_optimizer_state_dict(ddp, optimizer, kept)
+            load(fresh, checkpoint_id=f"{folder}/{name}")
+            set_optimizer_state_dict(ddp, optimizer, fresh["optimizer"])
             found[name, side] = _lanes(optimizer)
     begun = optimizer.state_dict()
     begun["state"] = {}
     optimizer.load_state_dict(begun)
     assert not any(x.any() for x in _lanes(optimizer).values())
-    set_optimizer_state_dict(ddp, optimizer, kept)
+    set_optimizer_state_dict(ddp, optimizer, fresh["optimizer"])
     plain = optimizer_of(Mixed())
     plain.load_state_dict(optimizer.state_dict())
     assert not any(key.startswith("wire.") for state in plain.state.values() for key in state)
     return found
+
+
+def _between(rank, folder):
+    """What is taken over from a run without frames of the wire, from one process's tensors, and of another codec."""
+    plain = wrapped(Mixed())
+    optimizer = optimizer_of(plain.module)
+    _trained(plain, optimizer, rank, 0, 2)
+    dcp.save({"optimizer": get_optimizer_state_dict(plain, optimizer)}, checkpoint_id=folder)
+    ddp, own = _built(2, Full(), "auto")
+    _trained(ddp, own, rank, 0, 3)
+    before = _lanes(own)
+    first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    saved = get_optimizer_state_dict(ddp, own, options=first)
+    again, other = _built(2, Full(), "auto")
+    set_optimizer_state_dict(again, other, saved, options=first)
+    assert all(torch.equal(x, before[key]) for key, x in _lanes(other).items())
+    coded, third = _built(2, Int8(), "auto")
+    whole = StateDictOptions(full_state_dict=True)
+    said = raised(
+        set_optimizer_state_dict, coded, third, get_optimizer_state_dict(ddp, own, options=whole), options=whole
+    )
+    fresh = {"optimizer": get_optimizer_state_dict(ddp, own)}
+    load(fresh, checkpoint_id=folder)
+    set_optimizer_state_dict(ddp, own, fresh["optimizer"])
+    return said, not any(x.any() for x in _lanes(own).values()), own.state[ddp.module.tall]["tick"]
+
+
+def test_other_runs_checkpoints(tmp_path):
+    for said, anew, tick in run(2, _between, str(tmp_path)):
+        assert "stored by another codec" in said and anew and tick == 2
 
 
 def test_checkpoints_have_the_frames_and_every_process_s_error(tmp_path):

@@ -312,10 +312,10 @@ class WireFrames:
 
     def _error(self, p: Tensor, state: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
         site, codec = self._lanes[p].site, self.settings.codec
+        if {name for name in state if name.startswith(ERROR)} != {*specs}:
+            raise ValueError(f"{site.name}: the checkpoint's errors of the wire were stored by another codec")
         copies = dict[str, list[Tensor]]()
         for name, spec in specs.items():
-            if name not in state:
-                raise ValueError(f"{site.name}: the checkpoint's errors of the wire were stored by another codec")
             x = state[name]
             copies[name] = self.copies.own(x, len(spec.shape)) if self._differs(name, site) else [whole(x)]
             if any(one.shape != spec.shape or one.dtype != spec.dtype for one in copies[name]):
