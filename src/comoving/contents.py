@@ -72,8 +72,8 @@ class Contents:
 
     def admitted(
         self, given: dict[str, Any], driver: Driver | None
-    ) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]]]:
-        """The states, and the groups without their parameters, that a checkpoint comes to here.
+    ) -> tuple[dict[Tensor, dict[str, Any]], list[dict[str, Any]], set[Tensor]]:
+        """The states, and the groups without their parameters, that a checkpoint comes to; and of whom it has any.
 
         Raises:
             ValueError: a checkpoint of another recipe, other groups or other shapes, or no optimizer's; nothing has
@@ -89,6 +89,7 @@ class Contents:
             from .distributed.saving import of_this_process  # noqa: PLC0415  (torch's DTensor takes its time)
 
             states = of_this_process(states, roster)
+        found = {*states}
         states = {p: checkpoint.without_idle(self._own(p, own, driver), roster.sites[p]) for p, own in states.items()}
         states = {p: own for p, own in states.items() if own or not roster.sites[p].blocks}
         admitted = {
@@ -96,7 +97,7 @@ class Contents:
             for p, own in states.items()
         }
         roster.assign_loaded(admitted, groups)
-        return admitted, groups
+        return admitted, groups, found
 
     def _own(self, p: Tensor, state: dict[str, Any], driver: Driver | None) -> Mapping[str, Any]:
         """A saved state with what this process keeps of what processes have kept each for itself."""

@@ -605,7 +605,7 @@ class LowRankOptimizer(Optimizer):
         """
         self._check_settled()
         self.engine.searches.settle()
-        admitted, groups = self._contents.admitted(state_dict, self._driver)
+        admitted, groups, found = self._contents.admitted(state_dict, self._driver)
         packed = super().state_dict()["param_groups"]
         packed = [group | {"params": ids["params"]} for group, ids in zip(groups, packed, strict=True)]
         # Torch's own loading serves the groups and hooks; it would cast the state to the parameters' dtypes.
@@ -613,7 +613,7 @@ class LowRankOptimizer(Optimizer):
         self._contents.put(admitted)
         self._whole.forget()
         if self._driver is not None:
-            self._driver.adopt()
+            self._driver.adopt(found)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes along: a window of one process too, but neither hooks nor a driver."""

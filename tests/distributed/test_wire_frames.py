@@ -5,7 +5,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from comoving import LowRankOptimizer
@@ -177,7 +181,7 @@ def test_what_was_not_sent_is_kept(wire, codec, kept, arrived):
 # ---------------------------------------------------------------------------------------------------------- bad numbers
 
 
-def _spoiled(rank, skip):
+def _spoiled(rank, skip, which):
     ddp = wrapped(Mixed(), bucket_cap_mb=0.0005)
     optimizer = optimizer_of(ddp.module, on_nonfinite="skip" if skip else "raise")
     compress(ddp, optimizer, whole=WireFrame(RANK, EVERY))
@@ -185,7 +189,7 @@ def _spoiled(rank, skip):
     for t in range(4):
         given = gradients(ddp.module, t, rank)
         if t == 2 and rank == 1:
-            given[1][2, 3] = torch.nan
+            given[which].view(-1)[5] = torch.nan
         before = {name: p.detach().clone() for name, p in ddp.module.named_parameters()}
         lanes = {p: (lane.tick, dict(lane.state)) for p, lane in optimizer._driver.beside._lanes.items()}
         ddp(given).backward()
@@ -200,13 +204,57 @@ def _spoiled(rank, skip):
     return [*found, {name: p.detach() for name, p in ddp.module.named_parameters()}]
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_a_bad_gradient_on_one_process_is_seen_by_all(skip):
-    first, second = run(2, _spoiled, skip)
+@pytest.mark.parametrize(("skip", "which"), [(False, 1), (True, 1), (True, 4)])
+def test_a_bad_gradient_on_one_process_is_seen_by_all(skip, which):
+    first, second = run(2, _spoiled, skip, which)
     for said, kept, weights in (first, second):
         assert kept and all(w.isfinite().all() for w in weights.values())
         assert said == "nothing" if skip else "non-finite gradient in wide:" in said
     assert all(torch.equal(w, second[2][name]) for name, w in first[2].items())
+
+
+def _dropped(rank):
+    """What is there after a pass that is dropped, and what two passes before one step have left of their gradients."""
+    ddp = wrapped(Mixed())
+    optimizer = optimizer_of(ddp.module)
+    compress(ddp, optimizer, "same", whole=WireFrame(RANK, EVERY))
+    _trained(ddp, optimizer, rank, 0, 2)
+    before = _lanes(optimizer)
+    ddp(gradients(ddp.module, 2, rank)).backward()
+    waiting = optimizer.state_dict()["state"][1]
+    optimizer.zero_grad()
+    after = _lanes(optimizer)
+    stays = all(torch.equal(x, after[key]) for key, x in before.items())
+    stays = stays and waiting["wire.tick"] == 2
+    given = [gradients(ddp.module, t, rank) for t in (3, 4)]
+    for g in given:
+        ddp(g).backward()
+    arrived = {name: p.grad.clone() for name, p in ddp.module.named_parameters()}
+    optimizer.step()
+    left = {name: x - before[name, slot] for (name, slot), x in _lanes(optimizer).items() if "error" in slot}
+    names = dict(ddp.module.named_parameters())
+    total = {name: a + b for name, a, b in zip(names, *given, strict=True)}
+    return stays, {name: (total[name] - x, arrived[name]) for name, x in left.items()}
+
+
+def test_what_is_not_stepped_by_is_forgotten_and_passes_add_up():
+    first, second = run(2, _dropped)
+    assert first[0] and second[0]
+    for name, (sent, arrived) in first[1].items():
+        close((sent + second[1][name][0]) / 2, arrived, 1e-9)
+
+
+def _differing(rank, own):
+    ddp = wrapped(Mixed())
+    optimizer = optimizer_of(ddp.module)
+    compress(ddp, optimizer, **({"whole": WireFrame(RANK, EVERY)} | ({} if rank else own)))
+    return raised(lambda: ddp(gradients(ddp.module, 0, rank)).backward())
+
+
+@pytest.mark.parametrize("own", [{"wire": "int8"}, {"accumulate": 2}, {"whole": WireFrame(RANK + 1, EVERY)}])
+def test_processes_that_would_send_otherwise_are_told(own):
+    for said in run(2, _differing, own):
+        assert f"processes disagree about {next(iter(own))}" in said
 
 
 def _unused(rank):
@@ -299,17 +347,48 @@ def _alone(_, folder):
         for side in ("auto", "both"):
             ddp, optimizer = _built(1, codec, side)
             fresh = {"optimizer": get_optimizer_state_dict(ddp, optimizer)}
-            if side == "auto":
-                load(fresh, checkpoint_id=f"{folder}/{name}")
-                set_optimizer_state_dict(ddp, optimizer, fresh["optimizer"])
-                kept = fresh["optimizer"]
-            else:
-                set_optimizer_state_dict(ddp, optimizer, kept)
+            load(fresh, checkpoint_id=f"{folder}/{name}")
+            set_optimizer_state_dict(ddp, optimizer, fresh["optimizer"])
             found[name, side] = _lanes(optimizer)
+    begun = optimizer.state_dict()
+    begun["state"] = {}
+    optimizer.load_state_dict(begun)
+    assert not any(x.any() for x in _lanes(optimizer).values())
+    set_optimizer_state_dict(ddp, optimizer, fresh["optimizer"])
     plain = optimizer_of(Mixed())
     plain.load_state_dict(optimizer.state_dict())
     assert not any(key.startswith("wire.") for state in plain.state.values() for key in state)
     return found
+
+
+def _between(rank, folder):
+    """What is taken over from a run without frames of the wire, from one process's tensors, and of another codec."""
+    plain = wrapped(Mixed())
+    optimizer = optimizer_of(plain.module)
+    _trained(plain, optimizer, rank, 0, 2)
+    dcp.save({"optimizer": get_optimizer_state_dict(plain, optimizer)}, checkpoint_id=folder)
+    ddp, own = _built(2, Full(), "auto")
+    _trained(ddp, own, rank, 0, 3)
+    before = _lanes(own)
+    first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    saved = get_optimizer_state_dict(ddp, own, options=first)
+    again, other = _built(2, Full(), "auto")
+    set_optimizer_state_dict(again, other, saved, options=first)
+    assert all(torch.equal(x, before[key]) for key, x in _lanes(other).items())
+    coded, third = _built(2, Int8(), "auto")
+    whole = StateDictOptions(full_state_dict=True)
+    said = raised(
+        set_optimizer_state_dict, coded, third, get_optimizer_state_dict(ddp, own, options=whole), options=whole
+    )
+    fresh = {"optimizer": get_optimizer_state_dict(ddp, own)}
+    load(fresh, checkpoint_id=folder)
+    set_optimizer_state_dict(ddp, own, fresh["optimizer"])
+    return said, not any(x.any() for x in _lanes(own).values()), own.state[ddp.module.tall]["tick"]
+
+
+def test_other_runs_checkpoints(tmp_path):
+    for said, anew, tick in run(2, _between, str(tmp_path)):
+        assert "stored by another codec" in said and anew and tick == 2
 
 
 def test_checkpoints_have_the_frames_and_every_process_s_error(tmp_path):

@@ -1,7 +1,7 @@
 """What an optimizer takes over from a checkpoint: of which parameter each state is, and what of the groups holds on."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -107,13 +107,22 @@ def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int)
     differing = [
         f"{key}: saved {saved[key]!r}, here {describe(group[key])!r}"
         for key in _STRUCTURE
-        if key in saved and saved[key] != describe(group[key])
+        if key in saved and _listed(saved[key]) != _listed(describe(group[key]))
     ]
     if differing:
         raise ValueError(
             f"the checkpoint's group {index} comes from another recipe; build the optimizer with the recipe it was "
             f"saved from, or start with fresh state. " + "; ".join(differing)
         )
+
+
+def _listed(described: Any) -> Any:
+    """With lists for tuples, which torch's flattened checkpoints do not tell apart."""
+    if isinstance(described, Mapping):
+        return {key: _listed(value) for key, value in cast("Mapping[str, Any]", described).items()}
+    if isinstance(described, list | tuple):
+        return [_listed(value) for value in cast("Sequence[Any]", described)]
+    return described
 
 
 def unheard(group: Mapping[str, Any]) -> dict[str, Any]:

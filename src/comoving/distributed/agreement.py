@@ -12,7 +12,9 @@ _OF_A_PARAMETER = ("place", "shape", "dtype", "ranks", "phase", "steps", "group"
 _NOT_OF_A_GROUP = {"params", "param_names"}
 
 
-def agree(optimizer: LowRankOptimizer, group: dist.ProcessGroup | None = None) -> None:
+def agree(
+    optimizer: LowRankOptimizer, group: dist.ProcessGroup | None = None, settings: Mapping[str, Any] | None = None
+) -> None:
     """Raise on every process unless all have the same parameters, recipe and seed, and are at the same step.
 
     Names, shapes, dtypes, ranks, every hyper-parameter and the number of finished steps are compared with those of the
@@ -21,12 +23,13 @@ def agree(optimizer: LowRankOptimizer, group: dist.ProcessGroup | None = None) -
     Args:
         optimizer: that of this process.
         group: the processes; None for all of them.
+        settings: by name, plain data that has to be the same besides.
 
     Raises:
-        RuntimeError: naming a parameter, what differs of it, and both values.
+        RuntimeError: naming a parameter, or a setting, what differs of it, and both values.
     """
     given: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(given, _described(optimizer), group=group)
+    dist.all_gather_object(given, _described(optimizer, settings or {}), group=group)
     for rank, other in enumerate(given[1:], 1):
         differing = _difference(given[0], other)
         if differing is not None:
@@ -37,7 +40,7 @@ def agree(optimizer: LowRankOptimizer, group: dist.ProcessGroup | None = None) -
             )
 
 
-def _described(optimizer: LowRankOptimizer) -> dict[str, Any]:
+def _described(optimizer: LowRankOptimizer, more: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same, as plain data; groups once, not with each parameter."""
     groups = [
         {key: value for key, value in describe_group(group).items() if key not in _NOT_OF_A_GROUP}
@@ -48,6 +51,7 @@ def _described(optimizer: LowRankOptimizer) -> dict[str, Any]:
         "on_nonfinite": optimizer.on_nonfinite,
         "budget": optimizer.budget,
         "stacked_entries": optimizer.stacked_entries,
+        **more,
     }
     parameters: dict[str, Any] = {}
     for place, (p, site) in enumerate(optimizer.sites.items()):

@@ -1,6 +1,6 @@
 """DistributedDataParallel sends the cores of projected parameters in place of their gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,8 +47,8 @@ def compress(
     without numbers.
 
     :class:`comoving.residual.Feedback` becomes its own form, ``own=True``. At the first backward pass all processes
-    compare their optimizers (:func:`agree`). With ``on_nonfinite="skip"`` a bad gradient on one process skips the step
-    on all, with "raise" it raises on all; one number is read from the device a step.
+    compare their optimizers, and these arguments (:func:`agree`). With ``on_nonfinite="skip"`` a bad gradient on one
+    process skips the step on all, with "raise" it raises on all; one number is read from the device a step.
 
     Args:
         model: a DistributedDataParallel.
@@ -79,7 +79,8 @@ def compress(
     copies = Copies(process_group)
     driver, sent = drive(optimizer, wire, process_group, copies, "compress()", accumulate)
     unused = model.find_unused_parameters and not model.static_graph
-    hook = _Hook(optimizer, driver, process_group, sent.dense, unused)
+    settings = {"wire": wire, "accumulate": accumulate, "whole": repr(whole)}
+    hook = _Hook(optimizer, driver, process_group, sent.dense, unused, settings)
     if whole is not None:
         comm = Replicas(process_group, wire_of(wire).products, sent.frames)
         frames = WireFrames(whole, optimizer.sites, optimizer.seed, wire_of(wire), comm, sent.cores, copies)
@@ -102,6 +103,7 @@ class _Hook:
         group: the processes.
         traffic: counts what is sent of dense parameters.
         unused: whether some parameters may have no gradient on any process.
+        settings: those of compress(), compared likewise.
     """
 
     optimizer: LowRankOptimizer
@@ -109,6 +111,7 @@ class _Hook:
     group: dist.ProcessGroup
     traffic: Traffic
     unused: bool
+    settings: Mapping[str, Any]
     frames: WireFrames | None = None
     clearing: RemovableHandle | None = None
     _agreed: bool = False
@@ -137,12 +140,12 @@ class _Hook:
     def _begin(self) -> None:
         """A backward pass begins to send; one that never came to its end has left nothing of use."""
         if self._within:
-            self.driver.drop()
+            self.driver.leave()
             if self.frames is not None:
-                self.frames.drop()
+                self.frames.leave()
         self._within, self._sends = True, self.driver.begin_pass()
         if not self._agreed:
-            agree(self.optimizer, self.group)
+            agree(self.optimizer, self.group, self.settings)
             self._agreed = True
         if not self.driver.waiting:
             self.optimizer.roster.check()

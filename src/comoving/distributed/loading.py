@@ -20,8 +20,9 @@ class Planner(DefaultLoadPlanner):
     """Torch's planner of ``dcp.load``, for optimizers whose processes keep something each for itself.
 
     Where a checkpoint was saved by another number of processes than are there to load it, the state that is to be
-    filled gets tensors for what was saved, in place of those for as many copies as there would be now.
-    ``load_state_dict`` makes of them what each process shall have.
+    filled gets tensors for what was saved, in place of those for as many copies as there would be now. Likewise for
+    frames of the wire of other ranks; and what is there for the wire, and was not saved, is left out.
+    ``load_state_dict`` makes of it what each process shall have.
     """
 
     def set_up_planner(
@@ -44,15 +45,20 @@ def load(state_dict: dict[str, Any], **options: Any) -> None:
 
 
 def _fit(own: MutableMapping[str, Any], path: str, metadata: Metadata) -> None:
-    for key, value in own.items():
+    for key, value in [*own.items()]:
         name = f"{path}.{key}" if path else f"{key}"
         if isinstance(value, dict):
             _fit(value, name, metadata)  # pyright: ignore[reportUnknownArgumentType]
             continue
         saved = metadata.state_dict_metadata.get(name)
+        of_wire = f".{WIRE}" in name
+        if of_wire and saved is None:
+            del own[key]
         kept = any(part in name for part in _KEPT) or name.endswith(f".{SLOT}")
         if kept and isinstance(value, Tensor) and isinstance(saved, TensorStorageMetadata):
             own[key] = _fitting(value, saved.size)
+        elif of_wire and isinstance(value, Tensor) and isinstance(saved, TensorStorageMetadata):
+            own[key] = torch.empty(saved.size, dtype=value.dtype, device=value.device)
 
 
 def _fitting(x: Tensor, saved: torch.Size) -> Tensor:

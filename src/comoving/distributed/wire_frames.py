@@ -1,7 +1,7 @@
 """Frames for the wire alone: gradients of parameters with a whole frame are sent as cores, and arrive as gradients."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -104,7 +104,7 @@ _REAL = torch.float32
 
 @dataclass(eq=False)
 class _Lane:
-    """What is kept of one parameter.
+    """What is kept of one parameter; it is replaced as a whole.
 
     Args:
         site: the parameter's.
@@ -151,6 +151,8 @@ class WireFrames:
     traffic: Traffic
     copies: Copies
     _open: list[_Sent] = field(default_factory=list[_Sent], init=False)
+    _ahead: dict[Tensor, _Lane] = field(default_factory=dict[Tensor, _Lane], init=False)
+    """What the lanes become where the optimizer steps by what was sent."""
 
     def __post_init__(self) -> None:
         own = {p: site for p, site in self.sites.items() if self.settings.serves(site)}
@@ -190,7 +192,7 @@ class WireFrames:
             return
         pieces, frames, errors = list[Piece](), list[ModeFrame](), list[dict[str, Tensor]]()
         for p, g in usable.items():
-            piece, frame, error = self._projected(self._lanes[p], g)
+            piece, frame, error = self._projected(self._ahead.get(p, self._lanes[p]), g)
             pieces.append(piece)
             frames.append(frame)
             errors.append(error)
@@ -244,13 +246,23 @@ class WireFrames:
                 p.grad = value.to(p.dtype)
                 if bad is None:
                     frames = {WIRE + name: x.contiguous() for name, x in frame.tensors().items()}
-                    self._lanes[p].state = frames | error
-                    self._lanes[p].tick += 1
+                    lane = self._ahead.get(p, self._lanes[p])
+                    self._ahead[p] = replace(lane, state=frames | error, tick=lane.tick + 1)
                 elif bad[place]:
                     p.grad.fill_(torch.nan)
                 place += 1
 
+    def settle(self) -> None:
+        """The optimizer steps by the gradients that were made: what they leave is kept."""
+        self._lanes |= self._ahead
+        self._ahead.clear()
+
     def drop(self) -> None:
+        """It does not: what is kept stays as it was."""
+        self._ahead.clear()
+        self.leave()
+
+    def leave(self) -> None:
         """Forget what is on its way."""
         for own in self._open:
             own.sending.leave()
@@ -290,17 +302,20 @@ class WireFrames:
             lane.state |= {name: x.to(p.device, wanted[name].dtype) for name, x in frame.items()}
             lane.tick = int(state[_TICK])
 
-    def adopt(self) -> None:
-        """From now on go by what was loaded."""
-        self._lanes |= self._loaded
-        self._loaded = {}
+    def adopt(self, loaded: Collection[Tensor]) -> None:
+        """From now on go by what was loaded of these parameters; others begin anew."""
+        known, self._loaded = self._loaded, {}
+        self._lanes = {
+            p: known[p] if p in loaded else self._fresh(p, lane.site, lane.phase) for p, lane in self._lanes.items()
+        }
+        self._ahead.clear()
 
     def _error(self, p: Tensor, state: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
         site, codec = self._lanes[p].site, self.settings.codec
+        if {name for name in state if name.startswith(ERROR)} != {*specs}:
+            raise ValueError(f"{site.name}: the checkpoint's errors of the wire were stored by another codec")
         copies = dict[str, list[Tensor]]()
         for name, spec in specs.items():
-            if name not in state:
-                raise ValueError(f"{site.name}: the checkpoint's errors of the wire were stored by another codec")
             x = state[name]
             copies[name] = self.copies.own(x, len(spec.shape)) if self._differs(name, site) else [whole(x)]
             if any(one.shape != spec.shape or one.dtype != spec.dtype for one in copies[name]):

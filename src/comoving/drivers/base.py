@@ -1,6 +1,6 @@
 """What the optimizer asks of a driver that brings gradients of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -30,6 +30,6 @@ class Driver(Protocol):
         """What of a parameter's state in a checkpoint is this process's; nothing of the driver's own changes yet."""
         ...
 
-    def adopt(self) -> None:
-        """Everything is loaded: from now on go by it."""
+    def adopt(self, loaded: Collection[Tensor]) -> None:
+        """Everything is loaded, of these parameters: from now on go by it, and of others by nothing."""
         ...

@@ -68,8 +68,16 @@ class Beside(Protocol):
         """Take note of them, and change nothing."""
         ...
 
-    def adopt(self) -> None:
-        """Go by them."""
+    def adopt(self, loaded: Collection[Tensor], /) -> None:
+        """Go by what was loaded of these parameters, and of others by nothing."""
+        ...
+
+    def settle(self) -> None:
+        """The gradients that were sent are stepped by."""
+        ...
+
+    def drop(self) -> None:
+        """They are not: all is as it was before."""
         ...
 
 
@@ -188,10 +196,10 @@ class Replicas(Whole):
         state, roster = without_wire(state), self.engine.roster
         return self._copies.of_this_process(state, roster.sites[p], roster.group_of(p))
 
-    def adopt(self) -> None:
+    def adopt(self, loaded: Collection[Tensor]) -> None:
         """Go by what was loaded."""
         if self.beside is not None:
-            self.beside.adopt()
+            self.beside.adopt(loaded)
 
     # ------------------------------------------------------------------------------------------------------ taking up
 
@@ -332,6 +340,8 @@ class Replicas(Whole):
                 self.guard.count()
                 self.drop()
                 return
+            if self.beside is not None:
+                self.beside.settle()
             cores = {own: own.core() for own in self._open.values()}
             for group in groups:
                 ready = [p for p in group["params"] if p in dense and not (p in again and again[p] is WHOLE)]
@@ -422,6 +432,12 @@ class Replicas(Whole):
 
     def drop(self) -> None:
         """Forget the gradients; parameters and states are as they were."""
+        if self.beside is not None:
+            self.beside.drop()
+        self.leave()
+
+    def leave(self) -> None:
+        """Forget those that were taken up, and not what lies in ``p.grad``."""
         for sending, _ in self._flags:
             sending.leave()
         for p in self._begun:

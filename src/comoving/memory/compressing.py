@@ -123,11 +123,11 @@ class Compressing:
         return round(total)
 
     def wire_waiting(self) -> int:
-        """Bytes that wait for the end of the backward pass: errors anew, and cores as they are, sent, and come back."""
+        """Bytes besides at the end of the backward pass: errors and frames anew, cores as they are, sent, and back."""
         pieces = [self._core(site) for site in self._framed.values()]
         cores = sum(bytes_of([piece.core]) for piece in pieces)
         sent = self._cores.size(pieces, self.ranks) if pieces else 0
-        return self.wire_state()["feedback"] + 2 * cores + sent
+        return sum(self.wire_state().values()) + 2 * cores + sent
 
     def _send(self, given: Sequence[tuple[Tensor, int]]) -> _Sending:
         """Buffers as large as those of the wire, and means that are there at once."""
