@@ -171,6 +171,16 @@ def test_a_checkpoint_has_slots_for_experts_that_were_idle():
     assert shapes[0] == shapes[1] and any(name.startswith("3.frame.") for name in shapes[0])
 
 
+def test_a_checkpoint_of_more_experts_is_refused_though_the_others_were_idle():
+    model = Mixture()
+    optimizer = mixture_optimizer(model)
+    train(model, optimizer, 0, 2)  # never the last
+    fewer = Mixture()
+    fewer.experts = torch.nn.Parameter(fewer.experts.detach()[:3].clone())
+    with pytest.raises(ValueError, match="belongs to none of 3 blocks"):
+        mixture_optimizer(fewer).load_state_dict(optimizer.state_dict())
+
+
 def test_adamw_state_is_cut_into_blocks():
     model = Mixture()
     theirs = torch.optim.AdamW([("experts", model.experts)], lr=1e-2)

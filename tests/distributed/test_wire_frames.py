@@ -437,6 +437,11 @@ def test_settings_outside_their_interval_are_refused(options, error, message):
 
 
 def _refused(rank):
+    frozen = wrapped(Mixed())
+    frozen.module.tall.requires_grad_(False)
+    optimizer = optimizer_of(frozen.module)
+    compress(frozen, optimizer, whole=WireFrame(RANK))
+    assert {name for name, _ in _lanes(optimizer)} == {"experts", "wide", "waves"}
     ddp = wrapped(Net())
     muon = LowRankOptimizer(ddp.module.named_parameters(), 0.01, 1.0, rule=Muon())
     low = LowRankOptimizer(ddp.module.named_parameters(), 0.01, 3)

@@ -163,6 +163,23 @@ def test_what_fails_on_a_device_is_replaced_there(unseen, monkeypatch):
         close(((u * s.unsqueeze(-2)) @ vh).diagonal(dim1=1, dim2=2), a.diagonal(dim1=1, dim2=2))
 
 
+@EVERY
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (2, 5, 3)])
+@pytest.mark.parametrize("broken", [False, True])
+def test_vectors_have_the_signs_of_the_convention(shape, dtype, broken, monkeypatch):
+    a = randn(shape, dtype)
+    if broken:
+        true = torch.linalg.svd
+        monkeypatch.setattr(
+            torch.linalg, "svd", lambda *args, **options: [x * torch.nan for x in true(*args, **options)]
+        )
+    for vectors in (svd(a)[0], eigh(a @ a.mH)[1]):
+        seen = torch.arange(1, vectors.shape[-2] + 1, dtype=torch.float64).cos().to(dtype) @ vectors
+        assert (seen.real > 0).all()
+        if dtype.is_complex:
+            assert (seen.imag.abs() < 1e-5).all()
+
+
 @pytest.mark.parametrize("decompose", [eigh, qr, qr_triangle, svd, lambda x: pinv(x, 1e-3)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64], ids=str)
 def test_what_lapack_has_no_routine_for_is_refused(decompose, dtype):

@@ -41,8 +41,9 @@ def with_idle(
 
 
 def without_idle(state: Mapping[str, Any], site: Site) -> dict[str, Any]:
-    """The state of the blocks that have made a step."""
+    """The state of the blocks that have made a step; of blocks that the parameter does not have, for refusal, all."""
     if not site.blocks:
         return dict(state)
-    idle = {b for b in blocks_in(dict(state)) if not (state.get(f"{b}.tick", 1) or float(state.get(f"{b}.step", 1)))}
+    own = [b for b in blocks_in(dict(state)) if b.isdecimal() and int(b) < site.entire.blocks]
+    idle = {b for b in own if not (state.get(f"{b}.tick", 1) or float(state.get(f"{b}.step", 1)))}
     return {name: x for name, x in state.items() if name.partition(".")[0] not in idle}

@@ -155,7 +155,7 @@ class WireFrames:
     """What the lanes become where the optimizer steps by what was sent."""
 
     def __post_init__(self) -> None:
-        own = {p: site for p, site in self.sites.items() if self.settings.serves(site)}
+        own = {p: site for p, site in self.sites.items() if p.requires_grad and self.settings.serves(site)}
         every = self.settings.refresh_every
         self._lanes = {p: self._fresh(p, site, i % every) for i, (p, site) in enumerate(own.items())}
         self._loaded: dict[Tensor, _Lane] = {}

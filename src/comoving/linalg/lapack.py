@@ -299,9 +299,14 @@ def _coordinates(a: Tensor) -> Factors:
 
 def _svd(a: Tensor, dtype: torch.dtype) -> Factors:
     u, s, vh = torch.linalg.svd(a.to(dtype), full_matrices=False)
-    phases = _phases(u)
-    u, vh = u * phases.conj(), vh * phases.mT
+    u, vh = _signed(u, vh)
     return u.to(a.dtype), s.to(a.dtype.to_real()), vh.to(a.dtype)
+
+
+def _signed(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular vectors with the signs of the convention."""
+    phases = _phases(u)
+    return u * phases.conj(), vh * phases.mT
 
 
 def _is_svd(found: Factors) -> Figures:
@@ -313,7 +318,8 @@ def _is_svd(found: Factors) -> Figures:
 def _svd_by_eigh(a: Tensor) -> Factors:
     if a.shape[-2] < a.shape[-1]:
         v, s, uh = _svd_by_eigh(a.mH)
-        return uh.mH, s, v.mH
+        u, vh = _signed(uh.mH, v.mH)
+        return u, s, vh
     x = a.to(WIDE.get(a.dtype, a.dtype))
     size = _largest(x)
     x = x / torch.where(size == 0, 1, size)
@@ -324,7 +330,8 @@ def _svd_by_eigh(a: Tensor) -> Factors:
     phases = torch.where(lengths > torch.finfo(x.dtype).tiny, diagonal.sgn(), 1)
     ordered = lengths.sort(dim=-1, descending=True, stable=True)
     u, v = (y.gather(-1, ordered.indices.unsqueeze(-2).expand(y.shape)) for y in (q * phases.unsqueeze(-2), v))
-    return u.to(a.dtype), (ordered.values * size.squeeze(-1)).to(a.dtype.to_real()), v.mH.to(a.dtype)
+    u, vh = _signed(u, v.mH)
+    return u.to(a.dtype), (ordered.values * size.squeeze(-1)).to(a.dtype.to_real()), vh.to(a.dtype)
 
 
 def _svd_by_diagonal(a: Tensor) -> Factors:

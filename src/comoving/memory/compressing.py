@@ -94,8 +94,8 @@ class Compressing:
     @property
     def _framed(self) -> dict[Tensor, Site]:
         """The parameters that have a frame for the wire alone."""
-        whole = self.whole
-        return {} if whole is None else {p: site for p, site in self.optimizer.sites.items() if whole.serves(site)}
+        whole, sites = self.whole, self.optimizer.sites
+        return {} if whole is None else {p: site for p, site in sites.items() if p.requires_grad and whole.serves(site)}
 
     def _core(self, site: Site) -> Piece:
         shape = site.core_shape if self.whole is None or site.projected else self.whole.core_shape(site)
