@@ -24,7 +24,7 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint
     whole.mkdir()
     broken.mkdir()
     expected = run(2, _undisturbed, str(whole))[0]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
     script = Path(__file__).with_name("killed_rank.py")
     # Without, processes that gloo starts again find the addresses of those before them (torch 2.13).
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
