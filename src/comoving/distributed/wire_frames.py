@@ -163,9 +163,6 @@ class WireFrames:
     def __contains__(self, p: Tensor) -> bool:
         return p in self._lanes
 
-    def __len__(self) -> int:
-        return len(self._lanes)
-
     def _fresh(self, p: Tensor, site: Site, phase: int) -> _Lane:
         specs = self.settings.schema(site)
         state = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=p.device) for name, spec in specs.items()}
@@ -180,9 +177,8 @@ class WireFrames:
             given: parameter -> gradient of this process, which may be overwritten afterwards.
             agree_on_idle: whether parameters whose gradients are zero on all processes are left as they are.
         """
-        flags = {
-            p: ~(norm(g).isfinite() | as_real(g).sum().isfinite()) for p, g in given.items()
-        }  # a norm may overflow
+        # A norm may overflow.
+        flags = {p: ~(norm(g).isfinite() | as_real(g).sum().isfinite()) for p, g in given.items()}
         usable = {p: gradients.usable(g, flags[p]) for p, g in given.items()}
         if agree_on_idle:
             seen = [g.any() | flags[p] for p, g in usable.items()]
@@ -216,10 +212,11 @@ class WireFrames:
 
     def _frame(self, lane: _Lane) -> ModeFrame:
         """The frame so far, or directions drawn at random to search a first one from."""
-        ranks, like = self.settings.ranks(lane.site), next(x for name, x in lane.state.items() if _FRAME in name)
+        shape = _shape(lane.site)
         if lane.tick > 0:
-            return ModeFrame(tuple(lane.state.get(f"{_FRAME}{n}") for n in range(len(ranks))))
-        start = Modes().start(like.new_empty(_shape(lane.site)), ranks, None, self.seed + lane.site.index)
+            return ModeFrame(tuple(lane.state.get(f"{_FRAME}{n}") for n in range(len(shape))))
+        ranks, like = self.settings.ranks(lane.site), next(x for name, x in lane.state.items() if _FRAME in name)
+        start = Modes().start(like.new_empty(shape), ranks, None, self.seed + lane.site.index)
         lead = _lead(lane.site)
         return ModeFrame(tuple(None if u is None else u.expand(*lead, *u.shape) for u in start.factors))
 
