@@ -1,0 +1,55 @@
+"""Methods of full rank: rules in the whole frame."""
+
+from ..codecs import RankOne
+from ..rules import SOAP, Adafactor, Lion, Muon, Scheduled, Shampoo
+from .recipe import Recipe
+
+RECIPES = (
+    Recipe("adamw", "AdamW on every parameter: torch's own, |g|^2 for complex ones", "1711.05101", full_rank=True),
+    Recipe(
+        "muon",
+        "orthogonalized momentum with an update of RMS 0.2; one matrix per frequency for complex tensors",
+        "2502.16982",
+        dict(rule=Muon(bf16=True)),
+        full_rank=True,
+        relative_rate=4.0,
+    ),
+    Recipe(
+        "smmf",
+        "Adam whose moments are stored as rank-one matrices and signs",
+        "2412.08894",
+        dict(rule=Scheduled(), moments=RankOne()),
+        full_rank=True,
+        relative_rate=2.5,
+    ),
+    Recipe(
+        "lion",
+        "signs of interpolated momentum",
+        "2302.06675",
+        dict(rule=Lion(), betas=(0.9, 0.99)),
+        relative_rate=0.3,
+        full_rank=True,
+    ),
+    Recipe(
+        "adafactor",
+        "second moments as a product of the means of slices, clipped updates, momentum",
+        "1804.04235",
+        dict(rule=Adafactor(), betas=(0.9, 0.999)),
+        full_rank=True,
+    ),
+    Recipe(
+        "shampoo",
+        "Kronecker-factored preconditioning of every mode, updates of Adam's length",
+        "1802.09568; grafting as in 2309.06497",
+        dict(rule=Shampoo(every=10)),
+        full_rank=True,
+    ),
+    Recipe(
+        "soap",
+        "Adam in the slowly turning eigenbases of Shampoo's factors",
+        "2409.11321",
+        dict(rule=SOAP(), betas=(0.95, 0.95)),
+        full_rank=True,
+        relative_rate=3.0,
+    ),
+)
