@@ -62,7 +62,7 @@ def test_kinds_of_parameters():
 
 def test_the_head_is_what_the_model_says():
     reasons = choice(WithHead())
-    assert reasons["to_vocabulary.weight"] == reasons["to_vocabulary.bias"] == "output head"
+    assert (reasons["to_vocabulary.weight"], reasons["to_vocabulary.bias"]) == ("output head", "bias")
     assert reasons["last.weight"] == PROJECTED
 
 
@@ -230,7 +230,7 @@ def transformer(kind):
         (
             "llama-tied",
             {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
-            {"model.embed_tokens.weight": "output head"},
+            {"model.embed_tokens.weight": "embedding"},
         ),
         (
             "vit",
@@ -238,7 +238,7 @@ def transformer(kind):
             {
                 "classifier.weight": "output head, by its name",
                 "vit.embeddings.cls_token": "embedding, by its name",
-                "vit.embeddings.patch_embeddings.projection.weight": "embedding, by its name",
+                "vit.embeddings.patch_embeddings.projection.weight": "embedding of patches",
                 "vit.layernorm.weight": "norm",
             },
         ),
@@ -246,7 +246,7 @@ def transformer(kind):
             "gpt2",
             {"c_attn", "c_proj", "c_fc"},
             {
-                "transformer.wte.weight": "output head",
+                "transformer.wte.weight": "embedding",
                 "transformer.wpe.weight": "embedding",
                 "transformer.ln_f.weight": "norm",
             },
@@ -255,7 +255,7 @@ def transformer(kind):
             "bert",
             {"query", "key", "value", "dense"},
             {
-                "bert.embeddings.word_embeddings.weight": "output head",
+                "bert.embeddings.word_embeddings.weight": "embedding",
                 "bert.embeddings.position_embeddings.weight": "embedding",
                 "bert.embeddings.LayerNorm.weight": "norm",
             },

@@ -3,7 +3,7 @@
 from .adamw import AdamW
 from .checkpoint import save
 from .explain import explain
-from .groups import param_groups
+from .grouping import param_groups
 from .memory import Plan, plan
 from .optimizer import LowRankOptimizer
 from .recipes import Recipe, build, recipes

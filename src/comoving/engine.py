@@ -157,6 +157,7 @@ class Engine:
         adaptive = site.projected and row.kind.parts.ranks.adaptive
         return Now(
             lr=group["lr"],
+            rate=group["rate"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],

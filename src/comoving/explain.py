@@ -1,20 +1,26 @@
 """The choice of parameters as a table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from .codecs import Codec
+from .codecs import Codec, Full
 from .frames.base import Rank
-from .groups import param_groups
+from .grouping import param_groups
+from .parts import in_words
+from .ranks.limit import adamw_bytes
 from .sites import Site
 from .state import current, layout, parts_of, spec_bytes
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its name and shape, how it is seen, the shape of its core, the bytes of its state, and why.
+    """One parameter: its name, role and shape, how it is seen, its core's shape, the bytes of its state, and why.
+
+    ``rule`` says what turns gradients into updates, and how its moments are stored; ``rate`` is the factor of the
+    learning rate.
 
     ``whole`` is set where the optimizer's own rule steps it in the whole frame, as full-rank methods do. ``codec`` and
     ``moments`` store the residual's buffer and the moments of a projected parameter; ``assigned`` is set where a budget
@@ -31,6 +37,10 @@ class Row:
     codec: Codec | None = None
     moments: Codec | None = None
     assigned: bool = False
+    role: str = ""
+    rule: str = ""
+    rate: float = 1.0
+    adamw_bytes: int = 0
 
     @property
     def projected(self) -> bool:
@@ -49,24 +59,56 @@ class Explanation:
         """Bytes of state between two steps, all parameters together."""
         return sum(row.bytes for row in self.rows)
 
+    @property
+    def adamw_bytes(self) -> int:
+        """Bytes of the float32 state that torch's AdamW would keep for the same parameters."""
+        return sum(row.adamw_bytes for row in self.rows)
+
     def __str__(self) -> str:
-        assigned = any(r.assigned for r in self.rows)
-        head = ("parameter", "shape", "view", "rank", *(["buffer / moments"] if assigned else []), "state bytes", "why")
-        lines = [
-            (
-                r.parameter,
-                "x".join(map(str, r.shape)) or "scalar",
-                r.view,
-                _rank_text(r),
-                *([_codec_text(r)] if assigned else []),
-                f"{r.bytes:,}",
-                r.why,
-            )
-            for r in self.rows
-        ]
-        counted = f"{sum(r.projected for r in self.rows)} projected"
-        total = ("total", "", "", "", *([""] if assigned else []), f"{self.state_bytes:,}", counted)
-        return _table([head, *lines, total])
+        shown = [column for column in _COLUMNS if column.wanted(self.rows)]
+        lines = [tuple(column.text(row) for column in shown) for row in self.rows]
+        share = f", {self.state_bytes / self.adamw_bytes:.1%} of AdamW's state" if self.adamw_bytes else ""
+        totals = {
+            "parameter": "total",
+            "state bytes": f"{self.state_bytes:,}",
+            "why": f"{sum(r.projected for r in self.rows)} projected{share}",
+        }
+        total = tuple(totals.get(column.head, "") for column in shown)
+        return _table([tuple(column.head for column in shown), *lines, total])
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column, the text of a row in it, and whether rows have anything to say in it."""
+
+    head: str
+    text: Callable[[Row], str]
+    wanted: Callable[[Sequence[Row]], bool] = bool
+
+
+def _rank_text(row: Row) -> str:
+    if not row.projected:
+        return "whole" if row.whole else "dense"
+    return " x ".join("-" if r is None else str(r) for r in row.ranks)
+
+
+def _codec_text(row: Row) -> str:
+    """Of a projected parameter the codecs of buffer and moments."""
+    return " / ".join(type(codec).__name__ for codec in (row.codec, row.moments) if codec is not None)
+
+
+_COLUMNS = (
+    _Column("parameter", lambda row: row.parameter),
+    _Column("role", lambda row: row.role),
+    _Column("shape", lambda row: "x".join(map(str, row.shape)) or "scalar"),
+    _Column("view", lambda row: row.view),
+    _Column("rank", _rank_text),
+    _Column("rule", lambda row: row.rule, lambda rows: len({row.rule for row in rows if row.rule}) > 1),
+    _Column("rate", lambda row: f"{row.rate:.3g}", lambda rows: any(row.rate != 1 for row in rows)),
+    _Column("buffer / moments", _codec_text, lambda rows: any(row.assigned for row in rows)),
+    _Column("state bytes", lambda row: f"{row.bytes:,}"),
+    _Column("why", lambda row: row.why),
+)
 
 
 def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
@@ -115,9 +157,19 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
                     site.whole,
                     *((own["codec"], own["moments"]) if site.projected else (None, None)),
                     site.codec is not None or site.moments is not None,
+                    site.role,
+                    _rule_text(own),
+                    group["rate"],
+                    adamw_bytes([p]) if p.requires_grad else 0,
                 )
             )
     return Explanation((*rows, *frozen))
+
+
+def _rule_text(group: Mapping[str, Any]) -> str:
+    """The rule of a parameter, and the codec of its moments where that is not the plain one."""
+    codec = "" if isinstance(group["moments"], Full) else f", {type(group['moments']).__name__}"
+    return f"{in_words(group['rule'])}{codec}"
 
 
 def _shared_text(site: Site) -> str:
@@ -126,17 +178,6 @@ def _shared_text(site: Site) -> str:
         core = ", and all of its core" if site.one_core else ""
         return f"; {site.shard.count} of {sum(site.shard.sizes)} along mode {site.shard.mode} are here{core}"
     return "" if site.owner is None else f"; process {site.owner} of those that share it steps it"
-
-
-def _rank_text(row: Row) -> str:
-    if not row.projected:
-        return "whole" if row.whole else "dense"
-    return " x ".join("-" if r is None else str(r) for r in row.ranks)
-
-
-def _codec_text(row: Row) -> str:
-    """Of a projected parameter the codecs of buffer and moments."""
-    return " / ".join(type(codec).__name__ for codec in (row.codec, row.moments) if codec is not None)
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:

@@ -1,9 +1,7 @@
-"""Which parameters are projected, at what rank, seen as what, and why."""
+"""What a parameter group may hold, and what is decided about each of its parameters."""
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from math import prod, sqrt
 from typing import Any
 
@@ -12,27 +10,19 @@ from torch import Tensor, nn
 
 from .codecs import Full
 from .frames import Blocks
-from .frames.base import SIDES, Rank, Side
+from .frames.base import SIDES, Side
 from .frames.modes import check_rank
 from .precondition import Plain
 from .refusals import check_composition, check_site
 from .residual import MomentumBuffer
+from .roles import role_of
 from .rounding import ROUNDINGS
 from .rules import Adam
 from .sites import Site
 from .slots import Kind
-from .validate import check_choice, check_float, check_int, check_known, plain
-from .views import Heads, View, check_view
+from .validate import check_choice, check_float, check_int, check_known, plain, shown
+from .views import View, check_view
 from .weights import DeferringLinear, codes_of
-
-Selector = str | type[nn.Module]
-"""A glob pattern for parameter names ("*.attn.*"), or a module type."""
-
-_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|tok_emb|pos_emb|emb|[^.]*embed[^.]*|cls_token|pos_token)(\.|$)")
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|qa_outputs)(\.|$)|(^|\.)(heads?|classifier|score)\.(weight|bias)$|^(fc|output)\.(weight|bias)$"
-)
-_NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln|ln_[^.]*|bn\d*)(\.|$)", re.IGNORECASE)
 
 # Below this share of the largest projected tensor's size, a tensor has next to no state to save, and much to lose.
 _SMALLEST_SHARE = 1 / 128
@@ -63,6 +53,7 @@ def check_options(group: Mapping[str, Any]) -> None:
     if isinstance(group["lr"], Tensor):
         raise TypeError("lr must be a float; a tensor would have to be read from its device at every step")
     check_float("lr", group["lr"], 0.0)
+    check_float("rate", group["rate"], 0.0, open_low=True)
     if not isinstance(group["betas"], Sequence) or len(group["betas"]) != 2:
         raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
     check_float("betas[0]", group["betas"][0], 0.0, 1.0, open_high=True)
@@ -78,7 +69,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         check_choice(key, group[key], (True, False))
     for key in ("foreach", "fused"):
         check_choice(key, group[key], (True, False, None))
-    check_choice("select", group["select"], ("auto", "shape"))
+    check_choice("select", group["select"], ("auto", "shape", "all"))
     check_choice("rounding", group["rounding"], ROUNDINGS)
     roles = {
         "frame": ("ranks", "core_shape", "load", "start"), "finder": ("schema", "observe", "find", "inertia"),
@@ -195,8 +186,12 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         dense = replace(dense, rounded=rounded, coded=coded, deferred=deferred)
         modes, empty = sum(d > 1 for d in view.shape), 0 in view.shape
         modes = 0 if empty and not (modes > 1 and isinstance(group["frame"], Blocks)) else modes  # blocks refuse it
+        found = role_of(name, p)
+        dense = replace(dense, role=(group["roles"] or {}).get(name, found.role))
+        if group["select"] == "all" and (modes < 2 or group["rank"] == 1.0 and isinstance(group["rank"], float)):
+            return _whole(dense, "rank 1.0" if modes > 1 else "fewer than two modes", group)
         given = (group["reasons"] or {}).get(name)
-        reason = given or (dense_by_name(name) if name is not None and group["select"] == "auto" else None)
+        reason = given or (found.why_dense if name is not None and group["select"] == "auto" else None)
         if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
             at_full_rank = replace(dense, reason=reason or "rank 1.0")
             return at_full_rank if reason is not None or modes < 2 else _whole(dense, "rank 1.0", group)
@@ -260,153 +255,6 @@ def _reals(site: Site, group: Mapping[str, Any]) -> int:
     return moments * prod(site.core_shape) + field * sum(prod(spec.shape) for spec in frame.values())
 
 
-def dense_by_name(name: str) -> str | None:
-    """Why a parameter of this name stays dense, or None: embeddings, output heads, norms and biases do."""
-    if _HEAD.search(name):
-        return "output head, by its name"
-    if _EMBEDDING.search(name):
-        return "embedding, by its name"
-    if _NORM.search(name):
-        return "norm, by its name"
-    return "bias" if name == "bias" or name.endswith(".bias") else None
-
-
-def param_groups(
-    model: nn.Module,
-    rank: Rank = 0.25,
-    *,
-    dense: Selector | Iterable[Selector] = (),
-    project: Selector | Iterable[Selector] = (),
-    pairs: Selector | Iterable[Selector] = (),
-    experts: Selector | Iterable[Selector] = (),
-    heads: Mapping[Selector, Heads | int] | None = None,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Split a model's trainable parameters into projected and dense groups.
-
-    Embeddings (by module type, or name), output heads (what ``get_output_embeddings()`` returns, or by name; never
-    merely the last layer), norms, biases and everything else with fewer than two modes stay dense; so do, when the
-    optimizer is built, tensors that projection would not make smaller, or that have less than 1/128 of the largest
-    one's entries. A weight that is tied to an embedding or head is
-    one. Frozen parameters are left out.
-
-    Args:
-        model: the model.
-        rank: of the projected group.
-        dense: glob patterns or module types, or a single one, that stay dense in any case.
-        project: glob patterns or module types that are projected in any case; wins over ``dense``.
-        pairs: glob patterns or module types of projected parameters that store complex numbers as real pairs in a last
-            mode of 2; they get a group of their own with ``view="pairs"``.
-        experts: glob patterns or module types of projected parameters that stack the weights of experts along their
-            first mode: each expert has a frame of its own (:class:`comoving.frames.Blocks`).
-        heads: pattern or module type -> :class:`comoving.views.Heads`, or the rows of a head: attention weights whose
-            heads have frames of their own.
-        **options: more hyper-parameters for the projected groups.
-
-    Returns:
-        Groups for :class:`comoving.LowRankOptimizer`, with parameter names and the reasons for dense ones; none of them
-        empty.
-
-    Raises:
-        ValueError: a pattern that matches no parameter, a parameter that is to be seen in two ways, or a model without
-            trainable parameters.
-    """
-    given: Any = model
-    if not isinstance(given, nn.Module):
-        raise TypeError(f"param_groups() takes a module, got {_shown(given)}")
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not named:
-        raise ValueError(f"{type(model).__name__} has no trainable parameters")
-    places = _places(model)
-    special: list[tuple[list[str], dict[str, Any]]] = [(_chosen(model, places, _listed(pairs)), {"view": "pairs"})]
-    special.append((_chosen(model, places, _listed(experts)), {"frame": Blocks()}))
-    for selector, head in (heads or {}).items():
-        seen = Heads(head) if isinstance(head, int) else head
-        blocks = Blocks(0 if seen.side == "rows" else 1)
-        special.append((_chosen(model, places, (selector,)), {"view": seen, "frame": blocks}))
-    placed = [name for names, _ in special for name in names]
-    if len(set(placed)) < len(placed):
-        twice = sorted({name for name in placed if placed.count(name) > 1})
-        raise ValueError(f"{', '.join(twice)} can be seen in one way only: pairs, experts and heads overlap")
-    reasons = _split(model, places, _listed(dense), (*_listed(project), *placed))
-    plain = [pair for pair in named if pair[0] not in reasons and pair[0] not in placed]
-    projecting = {"rank": rank, "select": "shape", **options}
-    groups: list[dict[str, Any]] = [
-        {"params": plain, **projecting},
-        *({"params": [pair for pair in named if pair[0] in names], **projecting, **own} for names, own in special),
-        {"params": [pair for pair in named if pair[0] in reasons], "rank": 1.0, "reasons": reasons},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _listed(selectors: Selector | Iterable[Selector]) -> tuple[Selector, ...]:
-    """Selectors, or a single one."""
-    return (selectors,) if isinstance(selectors, str | type) else tuple(selectors)
-
-
-Places = dict[str, list[tuple[str, nn.Module]]]
-
-
-def _places(model: nn.Module) -> Places:
-    """Parameter name -> every full name and module that holds it; tied weights have several."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        for own, p in module.named_parameters(recurse=False):
-            owners.setdefault(id(p), []).append((f"{path}.{own}" if path else own, module))
-    return {name: owners[id(p)] for name, p in model.named_parameters()}
-
-
-def _chosen(model: nn.Module, places: Places, selectors: tuple[Selector, ...]) -> list[str]:
-    """Names of the parameters that any selector matches.
-
-    Raises:
-        ValueError: a selector that matches none.
-    """
-    unused = [s for s in selectors if not any(_matches(s, place) for own in places.values() for place in own)]
-    if unused:
-        raise ValueError(f"no parameter of {type(model).__name__} matches {', '.join(map(repr, unused))}")
-    return [name for name, own in places.items() if any(_matches(s, place) for s in selectors for place in own)]
-
-
-def _split(
-    model: nn.Module, places: Places, dense: tuple[Selector, ...], project: tuple[Selector, ...]
-) -> dict[str, str]:
-    """Name -> reason of each parameter that stays dense."""
-    kept, projected = _chosen(model, places, dense), _chosen(model, places, project)
-    head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
-    heads = {id(p) for p in _parameters_of(head())}
-    reasons: dict[str, str] = {}
-    for name, p in model.named_parameters():
-        if name in projected:
-            continue
-        why = "chosen to stay dense" if name in kept else _why_dense(places[name], is_head=id(p) in heads)
-        if why is not None:
-            reasons[name] = why
-    return reasons
-
-
-def _why_dense(places: Sequence[tuple[str, nn.Module]], is_head: bool) -> str | None:
-    if is_head:
-        return "output head"
-    if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module in places):
-        return "embedding"
-    if any("norm" in type(module).__name__.lower() for _, module in places):
-        return "norm"
-    return next(filter(None, (dense_by_name(name) for name, _ in places)), None)
-
-
-def _parameters_of(module: object) -> Iterator[Tensor]:
-    if isinstance(module, nn.Module):
-        yield from module.parameters()
-    elif isinstance(module, Tensor):
-        yield module
-
-
-def _matches(selector: Selector, place: tuple[str, nn.Module]) -> bool:
-    name, module = place
-    return fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(module, selector)
-
-
 def named(params: Iterable[Any]) -> list[tuple[str | None, Tensor]]:
     """Parameters, or (name, parameter) pairs, as pairs with the name None where none was given.
 
@@ -417,7 +265,7 @@ def named(params: Iterable[Any]) -> list[tuple[str | None, Tensor]]:
     for entry in [params] if isinstance(params, Tensor) else params_of(params):
         name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, entry)
         if not isinstance(p, torch.Tensor) or not isinstance(name, str | None):
-            raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {_shown(entry)}")
+            raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {shown(entry)}")
         pairs.append((name, p))
     return pairs
 
@@ -466,10 +314,5 @@ def params_of(params: Any) -> Iterable[Any]:
     if isinstance(params, Mapping):
         raise TypeError("an optimizer takes parameters or (name, parameter) pairs, got a mapping: pass its .items()")
     if not isinstance(params, Iterable) or isinstance(params, str):
-        raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {_shown(params)}")
+        raise TypeError(f"an optimizer takes parameters or (name, parameter) pairs, got {shown(params)}")
     return params  # pyright: ignore[reportUnknownVariableType]
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) < 60 else text[:57] + '...'}"

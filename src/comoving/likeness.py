@@ -28,7 +28,7 @@ def likeness(site: Site, group: Mapping[str, Any], number: int) -> Hashable:
     if (site.projected and group["ranks"].adaptive) or not all(group[role].batched for role in roles):
         return None
     phase = 0 if site.projected and one_by_one(group) else site.phase % group["refresh_every"]
-    return number, replace(site, name="", reason="", index=0, phase=phase, base=())
+    return number, replace(site, name="", reason="", role="hidden", index=0, phase=phase, base=())
 
 
 def one_by_one(group: Mapping[str, Any]) -> bool:

@@ -51,7 +51,7 @@ class LowRankOptimizer(Optimizer):
     4. z = F'^H g~; the residual part keeps what is lost;
     5. the rule turns z into a direction d in the core;
     6. lift: F' d, scaled; the residual part adds what it wants from outside the frame;
-    7. p <- (1 - lr weight_decay) p - lr scale F' d.
+    7. p <- (1 - lr weight_decay) p - lr rate scale F' d.
 
     Steps 1-4 are :meth:`absorb`, 5-7 :meth:`apply`. Dense real parameters are stepped by torch's own AdamW, bit for
     bit; dense complex ones by Adam in a whole frame, with |g|^2 as second moment, and so are dense bfloat16 ones that
@@ -84,8 +84,12 @@ class LowRankOptimizer(Optimizer):
         amsgrad, foreach, fused: for dense real parameters, as in torch; amsgrad is refused for others, fused for dense
             complex ones.
         diagnostics: measure and bound errors at every step; see :meth:`diagnostics`.
-        select: "auto" lets names decide what stays dense, "shape" ignores them.
+        select: "auto" lets names decide what stays dense; "shape" ignores them; with "all" nothing stays dense: what no
+            frame compresses, vectors and single numbers too, is stepped by the group's rule in the whole frame.
         reasons: parameter name -> why it stays dense, for those that shall.
+        roles: parameter name -> its role (:mod:`comoving.roles`); names and shapes say that of others.
+        rate: factor > 0 of the learning rate, but not of the weight decay lr weight_decay: what a role's rate is made
+            of, so that one schedule of ``lr`` serves all groups.
         rounding: "nearest" or "stochastic", how updates are rounded into bfloat16 parameters, projected or dense.
             Stochastic rounding is right in the mean, so that updates and weight decay far below the spacing of bfloat16
             survive without a float32 copy of the weights; see :mod:`comoving.rounding`. Dense parameters then have
@@ -142,6 +146,8 @@ class LowRankOptimizer(Optimizer):
         diagnostics: bool = True,
         select: str = "auto",
         reasons: dict[str, str] | None = None,
+        roles: dict[str, str] | None = None,
+        rate: float = 1.0,
         rounding: Rounding = "nearest",
         on_nonfinite: str = "raise",
         seed: int = 0,
@@ -155,7 +161,8 @@ class LowRankOptimizer(Optimizer):
             finder=finder, cadence=cadence, precondition=precondition, transport=transport, rule=rule,
             residual=residual, codec=codec, moments=moments, bases=bases, ranks=ranks, scale=scale,
             refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad, foreach=foreach, fused=fused,
-            diagnostics=diagnostics, select=select, reasons=reasons, rounding=rounding,
+            diagnostics=diagnostics, select=select, reasons=reasons, roles=roles, rate=rate,
+            rounding=rounding,
         )  # fmt: skip
         defaults = {key: plain(value) for key, value in defaults.items()}
         check_options(settled(defaults))

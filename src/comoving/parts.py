@@ -153,3 +153,11 @@ def _read(text: str) -> tuple[str | None, dict[str, Any]]:
     except (SyntaxError, ValueError):
         return None, {}
     return call.func.id, found
+
+
+def in_words(part: Any) -> str:
+    """A part without the fields that have their default value."""
+    if not hasattr(part, "__dataclass_fields__"):
+        return str(part)
+    set_fields = [f"{f.name}={getattr(part, f.name)!r}" for f in fields(part) if getattr(part, f.name) != f.default]
+    return f"{type(part).__name__}({', '.join(set_fields)})"

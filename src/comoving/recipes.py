@@ -8,17 +8,23 @@ import torch
 from torch import nn
 
 from .adamw import AdamW
+from .codecs import Full
+from .frames import Modes
 from .frames.base import Rank
-from .groups import param_groups, params_of
+from .grouping import param_groups, split_by_role
+from .groups import params_of
 from .methods import RECIPES, Recipe
 from .optimizer import LowRankOptimizer
 from .parts import part
+from .precondition import Plain
 from .residual import Discard, Feedback
+from .roles import TABLES, Role
+from .rules import Adam
 from .validate import check_known, nearest, plain
 
 _PROJECTING = {"finder", "cadence", "transport", "residual", "codec", "bases", "ranks", "budget", "scale", "+ef"}
 """What concerns projected parameters alone."""
-_CHOICE = ("dense", "project", "pairs", "experts", "heads")
+_CHOICE = ("dense", "project", "pairs", "experts", "heads", "rates")
 """What goes to :func:`comoving.param_groups`."""
 _SUFFIXES: dict[str, dict[str, Any]] = {"+ef": {"residual": Feedback()}}
 
@@ -46,8 +52,10 @@ def build(
         lr: learning rate.
         rank: of the projected parameters; None for the recipe's own, 0.25 for most; ignored by full-rank recipes.
         **options: more hyper-parameters, over the recipe's own; ``dense``, ``project``, ``pairs``,
-            ``experts`` and ``heads`` go to :func:`comoving.param_groups`. Parts may be given by name, such as
-            ``transport="rotate"``.
+            ``experts``, ``heads`` and ``rates`` go to :func:`comoving.param_groups`. Parts may be given by name:
+            ``transport="rotate"``. ``dense_moments`` is a codec of the moments of the embeddings and heads that the
+            recipe leaves to AdamW: "int8" or "int4" make an 8-bit or 4-bit AdamW of it (of vectors, norms and biases,
+            codes would save nothing). With "adamw" itself ``moments`` is of these too.
 
     Raises:
         ValueError: an unknown recipe or suffix, a suffix that would replace what makes the recipe, or a value outside
@@ -72,10 +80,12 @@ def build(
             f"{recipe!r} is refused: {name} is made by what it does outside the frame, residual {own}, and "
             f"{plus}{suffix} would put error feedback in its place; pass residual= if that is meant"
         )
-    check_known(options, [*_options(), *_CHOICE, "lr", "rank"])
+    check_known(options, [*_options(), *_CHOICE, "dense_moments", "lr", "rank"])
     choice = {key: options.pop(key) for key in _CHOICE if key in options}
     own_rank = plain(method.rank_for(rank))
+    dense_moments = options.pop("dense_moments", options.get("moments") if name == "adamw" else None)
     groups = _groups(model, 1.0 if own_rank is None else own_rank, choice)
+    groups = split_by_role(groups, _of_roles(method, part("moments", dense_moments)))
     given = {role: part(role, value) for role, value in options.items()}
     if method.full_rank:
         idle = sorted({*given, *(["+ef"] if plus else [])} & _PROJECTING)
@@ -84,6 +94,23 @@ def build(
     settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}
     kind = AdamW if name == "comoving" else LowRankOptimizer
     return kind(groups, lr, **settings)
+
+
+def _of_roles(method: Recipe, dense_moments: Any) -> dict[Role, dict[str, Any]]:
+    """What a recipe has for parameters that it does not project, by role.
+
+    Args:
+        method: the recipe.
+        dense_moments: a codec for the moments of those that get AdamW; None for torch's own.
+    """
+    whole: dict[str, Any] = {"rank": 1.0, "select": "all", "view": "tensor", "frame": Modes()}
+    adamw = {"rule": Adam(), "precondition": Plain(), "moments": dense_moments}
+    own: dict[Role, dict[str, Any]] = {}
+    if dense_moments is not None:
+        own |= {role: {**whole, **adamw} for role in TABLES}
+    for role, options in method.roles.items():
+        own[role] = {**whole, "moments": Full(), **options}
+    return own
 
 
 def _options() -> list[str]:

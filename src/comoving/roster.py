@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .comm import Comm
     from .distributed.placement import Spread
 
-_EDITABLE = ("lr", "betas", "eps", "weight_decay", "scale", "refresh_every", "maximize", "foreach", "fused")
+_EDITABLE = ("lr", "rate", "betas", "eps", "weight_decay", "scale", "refresh_every", "maximize", "foreach", "fused")
 """What may be edited in a group, and is checked when it was."""
 _PERIOD = "refresh_every"
 """What of it decides who is stepped together; rates are read anew at every step."""

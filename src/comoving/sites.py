@@ -5,6 +5,7 @@ from functools import cached_property
 from math import prod, sqrt
 
 from .codecs import Codec
+from .roles import Role
 from .schedule import at_once
 from .views import View
 
@@ -48,6 +49,7 @@ class Site:
         ranks: those of its first frame; all None for a dense parameter.
         core_shape: the shape of its coordinates; the view's for a dense parameter.
         reason: why it is projected or dense, in words.
+        role: what it does in the model; see :mod:`comoving.roles`.
         phase: at which steps, modulo the refresh period, its frame is refreshed.
         index: its place among all parameters, from which its random directions are seeded.
         block_mode: the mode of the view along which every slice has a frame of its own; None for one frame.
@@ -67,6 +69,7 @@ class Site:
     ranks: tuple[int | None, ...]
     core_shape: tuple[int, ...]
     reason: str
+    role: Role = "hidden"
     phase: int = 0
     index: int = 0
     block_mode: int | None = None

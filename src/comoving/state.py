@@ -45,7 +45,7 @@ MEMORY, CADENCE = "finder.", "cadence."
 # Hyper-parameters on which the sites and the shape of the state depend.
 FIXED = (
     "rank", "view", "side", "frame", "finder", "cadence", "precondition", "transport", "rule", "residual", "codec",
-    "moments", "bases", "amsgrad", "diagnostics", "select", "reasons", "ranks", "rounding",
+    "moments", "bases", "amsgrad", "diagnostics", "select", "reasons", "roles", "ranks", "rounding",
 )  # fmt: skip
 _CODED = (Kind.LINEAR, Kind.VARIANCE, Kind.COVARIANCE)
 """What the codec of moments stores; not in a set: hashes of an Enum take longer than the comparisons."""

@@ -47,8 +47,8 @@ class Now:
     """What the host decided for this step, read once.
 
     Args:
-        lr, betas, eps, weight_decay, scale, every: the group's rates and refresh period; of a step that is recorded
-            lr is a tensor without dimensions, on the parameters' device.
+        lr, rate, betas, eps, weight_decay, scale, every: the group's rates and refresh period; of a step that is
+            recorded lr is a tensor without dimensions, on the parameters' device.
         phase: at which steps, modulo the period, frames are refreshed.
         seed: of a first frame.
         key: what seeds of coded frames begin from.
@@ -61,6 +61,7 @@ class Now:
     """
 
     lr: float | Tensor
+    rate: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -277,7 +278,7 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
         _copy({slot.name for slot in slots.rule_slots(site, kind.group)}, cell, stored)
     turn = now.turn if rule.timeless else turned
     d = turn(rule, opened.core, cell.moments, clock, now.eps)  # 5
-    rate, shrink = -now.lr, 1 - now.lr * now.weight_decay if now.weight_decay else 1.0
+    rate, shrink = -now.rate * now.lr, 1 - now.lr * now.weight_decay if now.weight_decay else 1.0
     factor = rate * update_scale(site, now.scale)
     by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
     compressed = by_modes if isinstance(parts.frame, Modes) else None

@@ -86,3 +86,9 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         near = nearest(value, (c for c in choices if isinstance(c, str))) if isinstance(value, str) else ""
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{near}")
+
+
+def shown(value: object) -> str:
+    """A value in an error: its type, and not too much of it."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) < 60 else text[:57] + '...'}"

@@ -17,7 +17,7 @@ _STRUCTURE = (
 )  # fmt: skip
 # Neither hyper-parameters of ours nor a scheduler's marks: what torch's AdamW writes beside its own.
 _FOREIGN = {"capturable", "differentiable", "decoupled_weight_decay", "name"}
-_OURS = {*_STRUCTURE, "rank", "ranks", "select", "reasons", "diagnostics", "param_names", "params"}
+_OURS = {*_STRUCTURE, "rank", "ranks", "select", "reasons", "roles", "diagnostics", "param_names", "params"}
 
 
 def check_form(state_dict: object) -> None:

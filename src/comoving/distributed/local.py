@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..codecs.base import as_real
 from ..frames.base import Rank
 from ..frames.modes import check_rank
-from ..groups import param_groups
+from ..grouping import param_groups
 from ..linalg import trouble
 from ..optimizer import LowRankOptimizer
 from ..precision import full_precision

@@ -38,8 +38,8 @@ def step_dense(
         amsgrad=group["amsgrad"],
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
+        lr=group["lr"] * group["rate"],
+        weight_decay=group["weight_decay"] / group["rate"],  # they are multiplied, and decay knows no rate
         eps=group["eps"],
         maximize=group["maximize"],
         decoupled_weight_decay=True,

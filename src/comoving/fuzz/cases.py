@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..codecs import Full
 from ..frames import Blocks
-from ..groups import param_groups
+from ..grouping import param_groups
 from ..optimizer import LowRankOptimizer
 from ..recipes import Recipe, build, recipes
 from .gradients import STRUCTURES, sequence

@@ -190,7 +190,7 @@ def largest(optimizer: LowRankOptimizer, p: Tensor, old: Tensor, steps: int, abs
     if bound.none:
         return 0.0, bound.reason
     wide = torch.complex128 if new.is_complex() else torch.float64
-    lr, shrink = group["lr"], 1 - group["lr"] * group["weight_decay"]
+    lr, shrink = group["lr"] * group["rate"], 1 - group["lr"] * group["weight_decay"]
     change = torch.where(new == old, 0, (new.to(wide) - old.to(wide) * shrink) / lr)
     seen = torch.view_as_complex(change.contiguous()) if site.view.name == "pairs" else change.reshape(site.view.shape)
     rounding = torch.finfo(new.dtype).eps * float(new.abs().amax()) / lr

@@ -1,7 +1,7 @@
 """A recipe: a method as a composition of parts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from ..codecs import Spec
 from ..formula import StateFormula, formula_of
 from ..frames.base import Rank
 from ..optimizer import LowRankOptimizer
+from ..parts import in_words
+from ..roles import Role
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Recipe:
         full_rank: whether it ignores ``rank``.
         rank: that of the method where it has one of its own, which a user may still override; None for 0.25.
         state: the formula of its state where that is no polynomial of m, n and r.
+        roles: role -> options in place of those for parameters of this role, which no recipe projects; see
+            :mod:`comoving.roles`. Those that stay dense and are not given get AdamW.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Recipe:
     full_rank: bool = False
     rank: Rank | None = None
     state: str = ""
+    roles: Mapping[Role, Mapping[str, Any]] = field(default_factory=lambda: {})
 
     def rank_for(self, given: Rank | None) -> Rank | None:
         """The rank that projected parameters get: the given one, or its own; None where it has full rank."""
@@ -48,7 +53,7 @@ class Recipe:
     @property
     def parts(self) -> dict[str, str]:
         """Role -> part, in words, of what the recipe sets."""
-        return {role: _in_words(value) for role, value in self.options.items()}
+        return {role: in_words(value) for role, value in self.options.items()}
 
     def state_formula(self) -> StateFormula | None:
         """The state of an m x n matrix, m <= n, at rank r; None where it is no polynomial, or no matrix is taken."""
@@ -62,11 +67,3 @@ class Recipe:
             return formula_of(layout)
         except ValueError:
             return None
-
-
-def _in_words(part: Any) -> str:
-    """A part without the fields that have their default value."""
-    if not hasattr(part, "__dataclass_fields__"):
-        return str(part)
-    set_fields = [f"{f.name}={getattr(part, f.name)!r}" for f in fields(part) if getattr(part, f.name) != f.default]
-    return f"{type(part).__name__}({', '.join(set_fields)})"

@@ -160,7 +160,7 @@ def _asked(claim: Claim) -> Site:
 
 def _frontier_of(claim: Claim, anew: bool, known: dict[tuple[Any, ...], list[Option]]) -> list[Option]:
     """As :func:`frontier`; alike parameters share one."""
-    alike = replace(claim.site, name="", reason="", phase=0, index=0)
+    alike = replace(claim.site, name="", reason="", role="hidden", phase=0, index=0)
     key = (alike, id(claim.group), bool(claim.state), slots.RANKS in claim.state)
     if key not in known:
         known[key] = frontier(claim, anew)
