@@ -1,6 +1,6 @@
 """An optimizer by the name of its method."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -18,7 +18,7 @@ from .optimizer import LowRankOptimizer
 from .parts import part
 from .precondition import Plain
 from .residual import Discard, Feedback
-from .roles import TABLES, Role
+from .roles import PROJECTABLE, TABLES, Role, known_role
 from .rules import Adam
 from .validate import check_known, nearest, plain
 
@@ -26,6 +26,8 @@ _PROJECTING = {"finder", "cadence", "transport", "residual", "codec", "bases", "
 """What concerns projected parameters alone."""
 _CHOICE = ("dense", "project", "pairs", "experts", "heads", "rates")
 """What goes to :func:`comoving.param_groups`."""
+WHOLE: dict[str, Any] = {"rank": 1.0, "select": "all", "view": "tensor", "frame": Modes()}
+"""The options of what is stepped in the whole frame, whatever its shape."""
 _SUFFIXES: dict[str, dict[str, Any]] = {"+ef": {"residual": Feedback()}}
 
 
@@ -56,6 +58,7 @@ def build(
             ``transport="rotate"``. ``dense_moments`` is a codec of the moments of the embeddings and heads that the
             recipe leaves to AdamW: "int8" or "int4" make an 8-bit or 4-bit AdamW of it (of vectors, norms and biases,
             codes would save nothing). With "adamw" itself ``moments`` is of these too.
+            ``per_role``, role (:mod:`comoving.roles`) -> hyper-parameters of its parameters, over all others.
 
     Raises:
         ValueError: an unknown recipe or suffix, a suffix that would replace what makes the recipe, or a value outside
@@ -80,12 +83,12 @@ def build(
             f"{recipe!r} is refused: {name} is made by what it does outside the frame, residual {own}, and "
             f"{plus}{suffix} would put error feedback in its place; pass residual= if that is meant"
         )
-    check_known(options, [*_options(), *_CHOICE, "dense_moments", "lr", "rank"])
+    check_known(options, [*_options(), *_CHOICE, "dense_moments", "per_role", "lr", "rank"])
     choice = {key: options.pop(key) for key in _CHOICE if key in options}
     own_rank = plain(method.rank_for(rank))
     dense_moments = options.pop("dense_moments", options.get("moments") if name == "adamw" else None)
     groups = _groups(model, 1.0 if own_rank is None else own_rank, choice)
-    groups = split_by_role(groups, _of_roles(method, part("moments", dense_moments)))
+    groups = split_by_role(groups, _of_roles(method, part("moments", dense_moments), options.pop("per_role", None)))
     given = {role: part(role, value) for role, value in options.items()}
     if method.full_rank:
         idle = sorted({*given, *(["+ef"] if plus else [])} & _PROJECTING)
@@ -96,20 +99,31 @@ def build(
     return kind(groups, lr, **settings)
 
 
-def _of_roles(method: Recipe, dense_moments: Any) -> dict[Role, dict[str, Any]]:
-    """What a recipe has for parameters that it does not project, by role.
+def _of_roles(
+    method: Recipe, dense_moments: Any, given: Mapping[str, Mapping[str, Any]] | None
+) -> dict[Role, dict[str, Any]]:
+    """Role -> options of its parameters over those of the recipe.
 
     Args:
         method: the recipe.
         dense_moments: a codec for the moments of those that get AdamW; None for torch's own.
+        given: what the user wants of roles, over all else.
+
+    Raises:
+        ValueError: an unknown role.
+        TypeError: an unknown hyper-parameter.
     """
-    whole: dict[str, Any] = {"rank": 1.0, "select": "all", "view": "tensor", "frame": Modes()}
-    adamw = {"rule": Adam(), "precondition": Plain(), "moments": dense_moments}
+    adamw: dict[str, Any] = {"rule": Adam(), "precondition": Plain(), "moments": Full()}
     own: dict[Role, dict[str, Any]] = {}
     if dense_moments is not None:
-        own |= {role: {**whole, **adamw} for role in TABLES}
+        own |= {role: WHOLE | adamw | {"moments": dense_moments} for role in TABLES}
     for role, options in method.roles.items():
-        own[role] = {**whole, "moments": Full(), **options}
+        own[role] = {**WHOLE, **adamw, **options}
+    for name, options in (given or {}).items():
+        role = known_role(name, "per_role")
+        check_known(options, [*_options(), "lr", "rank"])
+        before = own.get(role, {} if role in PROJECTABLE else WHOLE | adamw)
+        own[role] = before | {key: part(key, plain(value)) for key, value in options.items()}
     return own
 
 

@@ -150,6 +150,21 @@ def roles_of(model: nn.Module) -> dict[str, Found]:
     }
 
 
+def known_role(role: str, where: str) -> Role:
+    """A role by its name.
+
+    Args:
+        role: its name.
+        where: the argument that it comes from, for the error.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if role not in ROLES:
+        raise ValueError(f"{where} has no role {role!r}{nearest(role, ROLES)}; roles are {', '.join(ROLES)}")
+    return role
+
+
 def check_rates(rates: Mapping[str, float] | None, present: Mapping[str, Any] | None = None) -> dict[Role, float]:
     """Factors of the learning rate by role, checked.
 
@@ -161,8 +176,7 @@ def check_rates(rates: Mapping[str, float] | None, present: Mapping[str, Any] | 
         ValueError: an unknown role, one that no parameter has, or a factor outside its interval.
     """
     for role, factor in (rates or {}).items():
-        if role not in ROLES:
-            raise ValueError(f"rates has no role {role!r}{nearest(role, ROLES)}; roles are {', '.join(ROLES)}")
+        known_role(role, "rates")
         if present is not None and role not in present:
             raise ValueError(
                 f"rates gives a factor for role {role!r}, which no parameter has; there are {', '.join(present)}"
