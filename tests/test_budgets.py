@@ -12,6 +12,7 @@ from torch import nn
 
 import comoving
 from comoving import AdamW, LowRankOptimizer, explain, state_bytes
+from comoving.allocation import _hull, frontier
 from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root
 from comoving.codecs.noise import noise
 from comoving.finders import Exact
@@ -265,7 +266,7 @@ def test_eight_bits_come_before_rank_and_finer_budgets_lose_less():
         losses.append(sum(loss_at(claim) for claim in claims))
         for claim in claims[:2]:  # the matrices; a core of rank 1 is no longer than a block
             asked = claim._replace(site=replace(claim.site, ranks=claim.site.base, codec=Full(), moments=Full()))
-            walk = assignments._hull(assignments.frontier(asked._replace(site=assignments._asked(asked))))
+            walk = _hull(frontier(assignments.options(asked._replace(site=assignments._asked(asked)))))
             assert (walk[0].ranks, walk[0].codec, walk[0].moments) == (claim.site.base, Full(), Full())
             lowered = [o for o in walk if o.ranks != claim.site.base and 1 not in o.ranks]
             assert lowered and all(ORDER.index(c) >= 2 for o in lowered for c in (o.codec, o.moments))

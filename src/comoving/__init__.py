@@ -2,6 +2,7 @@
 
 from .adamw import AdamW
 from .checkpoint import save
+from .default import Optimizer
 from .explain import explain
 from .grouping import param_groups
 from .memory import Plan, plan
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamW",
     "LowRankOptimizer",
+    "Optimizer",
     "Plan",
     "Recipe",
     "build",

@@ -188,9 +188,9 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
         modes = 0 if empty and not (modes > 1 and isinstance(group["frame"], Blocks)) else modes  # blocks refuse it
         found = role_of(name, p)
         dense = replace(dense, role=(group["roles"] or {}).get(name, found.role))
-        if group["select"] == "all" and (modes < 2 or group["rank"] == 1.0 and isinstance(group["rank"], float)):
-            return _whole(dense, "rank 1.0" if modes > 1 else "fewer than two modes", group)
         given = (group["reasons"] or {}).get(name)
+        if group["select"] == "all" and (modes < 2 or group["rank"] == 1.0 and isinstance(group["rank"], float)):
+            return _whole(dense, given or ("rank 1.0" if modes > 1 else "fewer than two modes"), group)
         reason = given or (found.why_dense if name is not None and group["select"] == "auto" else None)
         if reason is not None or group["rank"] == 1.0 and isinstance(group["rank"], float):
             at_full_rank = replace(dense, reason=reason or "rank 1.0")

@@ -17,25 +17,20 @@ relative to what is rounded (:func:`comoving.codecs.noise.noise`):
     rho_c = rho of the residual's buffer. Feedback that takes up (1 - E) of g + e has |e|^2 = (1 - E)/E |g|^2
 
 The options of a parameter are the ranks on a path from the asked ones down to the lowest (for one compressed mode: all
-notches; for several the mode that loses least energy per byte comes first), each with every pair of codecs. Their lower
-convex hull in (bytes, loss) is walked, over all parameters by loss per byte, until the budget is met; bytes that the
-last step leaves over are then spent where they save most.
-
-Guarantee: the sum of losses exceeds the least possible one, over all options that fit, by at most the loss of the last
-step. For the relaxed problem, in which a step may be taken in part, this walk is the optimum.
+notches; for several the mode that loses least energy per byte comes first), each with every pair of codecs. How they
+are shared out: :mod:`comoving.allocation`.
 """
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from heapq import heapify, heappop, heappush
 from math import log, prod
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import state as slots
+from ..allocation import Short, allocate, frontier
 from ..clock import Clock
 from ..codecs import BFloat16, Codec, Full, Int4, Int8
 from ..codecs.noise import noise
@@ -105,49 +100,18 @@ def assign(claims: Sequence[Claim], limit: int, anew: bool = True, whole: str = 
         return [claim.site for claim in claims]
     known: dict[tuple[Any, ...], list[Option]] = {}
     frontiers = [_frontier_of(claim, anew, known) for claim in claims]
-    hulls = [_hull(frontier) for frontier in frontiers]
-    at, total = [0] * len(claims), sum(hull[0].bytes for hull in hulls)
-    steps = [(_slope(hull, 0), i) for i, hull in enumerate(hulls) if len(hull) > 1]
-    heapify(steps)
-    while total > limit:
-        if not steps:
-            coarsest = " and the coarsest codecs" if any(c.site.codec or c.site.moments for c in claims) else ""
-            raise ValueError(
-                f"budget must be at least {total} bytes, what the lowest ranks{coarsest} of the projected parameters "
-                f"need, {total - limit} more than it allows, got {whole or limit}"
-            )
-        _, i = heappop(steps)
-        at[i] += 1
-        total += hulls[i][at[i]].bytes - hulls[i][at[i] - 1].bytes
-        if at[i] + 1 < len(hulls[i]):
-            heappush(steps, (_slope(hulls[i], at[i]), i))
-    chosen = _spent([hull[k] for hull, k in zip(hulls, at, strict=True)], frontiers, limit - total)
+    try:
+        chosen = allocate(frontiers, limit)
+    except Short as short:
+        coarsest = " and the coarsest codecs" if any(c.site.codec or c.site.moments for c in claims) else ""
+        raise ValueError(
+            f"budget must be at least {short.least} bytes, what the lowest ranks{coarsest} of the projected parameters "
+            f"need, {short.least - limit} more than it allows, got {whole or limit}"
+        ) from None
     return [
         replace(slots.resized(claim.site, claim.group, option.ranks), codec=option.codec, moments=option.moments)
         for claim, option in zip(claims, chosen, strict=True)
     ]
-
-
-def _spent(chosen: list[Option], frontiers: Sequence[Sequence[Option]], room: int) -> list[Option]:
-    """The options after bytes that are left over went, again and again, to whom they save the most loss."""
-    sizes = [[option.bytes for option in frontier] for frontier in frontiers]
-    while True:
-        offers = [
-            (option.loss - frontier[bisect_right(size, option.bytes + room) - 1].loss, -i)
-            for i, (option, frontier, size) in enumerate(zip(chosen, frontiers, sizes, strict=True))
-        ]
-        gain, place = max(offers, default=(0.0, 0))
-        if gain <= 0:
-            return chosen
-        i = -place
-        better = frontiers[i][bisect_right(sizes[i], chosen[i].bytes + room) - 1]
-        room -= better.bytes - chosen[i].bytes
-        chosen[i] = better
-
-
-def _slope(hull: Sequence[Option], k: int) -> float:
-    """Loss per byte of the step from the k-th option of a hull to the next."""
-    return (hull[k + 1].loss - hull[k].loss) / (hull[k].bytes - hull[k + 1].bytes)
 
 
 def _asked(claim: Claim) -> Site:
@@ -159,32 +123,12 @@ def _asked(claim: Claim) -> Site:
 
 
 def _frontier_of(claim: Claim, anew: bool, known: dict[tuple[Any, ...], list[Option]]) -> list[Option]:
-    """As :func:`frontier`; alike parameters share one."""
+    """The options worth having; alike parameters share one list."""
     alike = replace(claim.site, name="", reason="", role="hidden", phase=0, index=0)
     key = (alike, id(claim.group), bool(claim.state), slots.RANKS in claim.state)
     if key not in known:
-        known[key] = frontier(claim, anew)
+        known[key] = frontier(options(claim, anew))
     return known[key]
-
-
-def frontier(claim: Claim, anew: bool = True) -> list[Option]:
-    """The options that no other one betters in both bytes and loss, by rising bytes."""
-    best, least = list[Option](), float("inf")
-    for option in sorted(options(claim, anew), key=lambda o: (o.bytes, o.loss)):  # of equals the finest comes first
-        if option.loss < least:
-            best.append(option)
-            least = option.loss
-    return best
-
-
-def _hull(frontier: Sequence[Option]) -> list[Option]:
-    """The lower convex hull, from the least loss to the fewest bytes: every step costs more per byte than the last."""
-    hull = list[Option]()
-    for option in reversed(frontier):
-        while len(hull) > 1 and _slope([*hull[-2:], option], 0) >= _slope([*hull[-2:], option], 1):
-            hull.pop()
-        hull.append(option)
-    return hull
 
 
 def options(claim: Claim, anew: bool = True) -> list[Option]:
