@@ -5,6 +5,7 @@ weights: what differs between two runs differs in the engine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -168,8 +169,9 @@ def _options(recipe: str) -> dict[str, Any]:
     # These two stretch the interval by their own clock.
     every = {"q-galore": 2, "loqt": 3}.get(recipe, min(4, method.options.get("refresh_every", 4)))
     options["refresh_every"] = every
-    if recipe == "muon":
-        options["rule"] = Muon()  # iterates in the weights' precision: products in bfloat16 are each CPU's own
+    if isinstance(rule := method.options.get("rule"), Muon) and rule.bf16:
+        # Iterates in the weights' precision: products in bfloat16 are each CPU's own.
+        options["rule"] = replace(rule, bf16=False)
     if recipe == "soap":
         # The longer side's covariance is singular at first, and which basis its null space gets is each CPU's own.
         options["rule"] = SOAP(one_sided=True)
@@ -181,9 +183,10 @@ def _rank(recipe: str) -> int | None:
     return 3 if own is None else None
 
 
-def _own_rule(recipe: str, which: str) -> dict[str, Any]:
-    """The rule of this recipe, where :func:`_options` has put another in its place."""
-    return {"rule": comoving.recipes()[recipe].options["rule"]} if recipe == which else {}
+def _own_rule(recipe: str, kind: type) -> dict[str, Any]:
+    """The rule of this recipe, where it is of a kind for which :func:`_options` has put another in its place."""
+    rule = comoving.recipes()[recipe].options.get("rule")
+    return {"rule": rule} if isinstance(rule, kind) else {}
 
 
 def _layout(recipe: str) -> Any:
@@ -229,7 +232,7 @@ def tensors(recipe: str) -> Run:
     alike: dict[str, Any] = {"rank": (3, None, 3)} if modal else {}
     *first, other, bias = params.items()
     groups = [{"params": first, **alike}, {"params": [other, bias]}]
-    return Run(_build(recipe, groups, **_own_rule(recipe, "soap")), params)
+    return Run(_build(recipe, groups, **_own_rule(recipe, SOAP)), params)
 
 
 def experts(recipe: str) -> Run:
@@ -248,12 +251,12 @@ def heads(recipe: str) -> Run:
         {"params": rows, "frame": Blocks(0, _layout(recipe)), "view": Heads(12)},
         {"params": [columns], "frame": Blocks(1, _layout(recipe)), "view": Heads(12, "columns")},
     ]
-    return Run(_build(recipe, groups, **_own_rule(recipe, "soap")), params)
+    return Run(_build(recipe, groups, **_own_rule(recipe, SOAP)), params)
 
 
 def bf16(recipe: str) -> Run:
     """Parameters in bfloat16, into which updates are rounded stochastically."""
-    return _one_group(recipe, TALL, torch.bfloat16, 0.05, rounding="stochastic", **_own_rule(recipe, "muon"))
+    return _one_group(recipe, TALL, torch.bfloat16, 0.05, rounding="stochastic", **_own_rule(recipe, Muon))
 
 
 def backward(recipe: str) -> Run:

@@ -70,6 +70,23 @@ def test_muon(shape, dtype, options):
     follow("muon", start, reference, rule=Muon(**own), lr=0.03, weight_decay=0.1, eps=eps)
 
 
+@FIELDS
+@pytest.mark.parametrize("options", [{}, {"orth": "polar", "scale": "spectral"}], ids=str)
+def test_without_momentum_the_gradient_is_orthogonalized_and_nothing_is_kept(dtype, options):
+    """Not even beside a matrix: its state is the step count."""
+    start = randn((5, 8), dtype, 9)
+    reference = muon.Muon(start, 0.03, momentum=0.0, nesterov=False, weight_decay=0.1, eps=1e-7, **options)
+    rule = Muon(decay=0.0, method=options.get("orth", "newton-schulz"), scale=options.get("scale", "match"))
+    optimizer, p = follow("orthogonal-sgd", start, reference, rule=rule, lr=0.03, weight_decay=0.1, eps=1e-7)
+    assert optimizer.state[p].keys() == {"tick", "step"}
+    assert comoving.state_bytes(optimizer) == 4
+
+
+def test_a_rule_without_momentum_is_refused_in_a_frame():
+    with pytest.raises(ValueError, match=r"rule=Muon.* is refused: p0 is projected, and it keeps no momentum"):
+        comoving.LowRankOptimizer([("p0", torch.nn.Parameter(randn((6, 8), REAL)))], 0.1, 2, rule=Muon(decay=0.0))
+
+
 @pytest.mark.parametrize("over", ["auto", "flat"])
 def test_muon_sees_a_real_tensor_as_a_matrix(over):
     start = randn((4, 3, 5), REAL, 9)

@@ -15,6 +15,14 @@ RECIPES = (
         relative_rate=4.0,
     ),
     Recipe(
+        "orthogonal-sgd",
+        "the orthogonalized gradient with an update of RMS 0.2, without momentum or any other state",
+        "2202.07052",
+        dict(rule=Muon(decay=0.0, nesterov=False, bf16=True)),
+        full_rank=True,
+        relative_rate=12.0,
+    ),
+    Recipe(
         "smmf",
         "Adam whose moments are stored as rank-one matrices and signs",
         "2412.08894",

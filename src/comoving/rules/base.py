@@ -49,7 +49,10 @@ class Rule(Protocol):
 
     @property
     def momentum(self) -> str:
-        """The LINEAR slot that finders and error feedback look at."""
+        """The LINEAR slot that finders and error feedback look at.
+
+        A rule may have no such slot, and is then refused in frames that are not whole.
+        """
         ...
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:

@@ -32,7 +32,8 @@ class Muon:
     The momentum has z's dtype. Tensors are cut into matrices, all of them orthogonalized at once.
 
     Args:
-        decay: b in [0, 1); the group's betas do not count.
+        decay: b in [0, 1); the group's betas do not count. With b = 0 nothing is stored, and d = s orth(z): the
+            stochastic gradient descent with orthogonalized gradients of arXiv 2202.07052.
         nesterov: look one step ahead.
         ema: whether m is an average, or a sum. The direction is the same but for eps.
         method: "newton-schulz" takes ``steps`` iterations X <- a X + (b X X^H + c (X X^H)^2) X from X = x / max(|x|,
@@ -90,8 +91,8 @@ class Muon:
         return self.method == "newton-schulz"
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
-        """m."""
-        return (Slot(FIRST, Kind.LINEAR),)
+        """m; none where nothing of it is left after a step."""
+        return (Slot(FIRST, Kind.LINEAR),) if self.decay else ()
 
     def recursion(self, clock: Clock) -> tuple[float, float]:
         """(b, 1), or (b, 1 - b) for an average."""
@@ -100,6 +101,9 @@ class Muon:
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """m."""
         decay, intake = self.recursion(clock)
+        if not decay:
+            hand_over(state, z)
+            return
         m = state[FIRST] = (state[FIRST] * decay).add_(z, alpha=intake)
         hand_over(state, (z * intake).add_(m, alpha=decay) if self.nesterov else m)
 
