@@ -33,7 +33,7 @@ from comoving.finders import (
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker, Plain
 from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
 from comoving.slots import Kind
 from comoving.transport import Carry, Keep, Reset, Rotate, initial
 from references.algebra import basis
@@ -143,6 +143,8 @@ RULES = [
     Muon(scale="spectral", over="flat"),
     Columns(),
     Columns(along="right"),
+    Normalized(decay=0.9, passes=1, scale=0.5),
+    Normalized(decay=0.9, nesterov=True, passes=3, first="columns", threshold=0.3),
     Shampoo(),
     Shampoo(decay=0.9, exponent=0.3, eps=1e-3, every=3, max_size=4, graft=False),
     Shampoo(average=False, root="newton"),
@@ -150,7 +152,7 @@ RULES = [
     SOAP(decay=0.8, every=2, max_size=4),
     SOAP(every=3, one_sided=True),
 ]
-STATELESS = [Muon(decay=0.0), Muon(decay=0.0, method="polar")]
+STATELESS = [Muon(decay=0.0), Muon(decay=0.0, method="polar"), Normalized()]
 """Rules without a momentum, which are for whole frames."""
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 DRAWN = [
