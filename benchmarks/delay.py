@@ -23,7 +23,7 @@ from comoving.race.host import machine, versions
 from comoving.race.runner import rate_factor, set_rate
 from comoving.race.tasks import TASKS
 
-FINDERS = {"comoving": Power(exact_up_to=32), "galore": Exact(), "ldadam": Power(inertia=0.908, start="exact")}
+FINDERS = {"comoving-adamw": Power(exact_up_to=32), "galore": Exact(), "ldadam": Power(inertia=0.908, start="exact")}
 """Those of the recipes."""
 CASES = ((10, (1, 2, 10)), (1, (1,)), (50, (1,)))
 """Refresh periods, and by how many steps searches are ahead in each."""
@@ -32,7 +32,7 @@ CASES = ((10, (1, 2, 10)), (1, (1,)), (50, (1,)))
 def main() -> None:
     """Run all cases of one recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="comoving", choices=FINDERS)
+    parser.add_argument("--recipe", default="comoving-adamw", choices=FINDERS)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=TASKS["lm"].batch)
     parser.add_argument("--warmup", type=int, default=30)

@@ -113,7 +113,7 @@ class Run:
         rounds: int = 24,
     ) -> None:
         self.device, self.out, self.small, self.seconds = torch.device(device), out, small, seconds
-        self.recipes = sorted(comoving.recipes(), key="comoving".__ne__) if recipes is None else list(recipes)
+        self.recipes = sorted(comoving.recipes(), key="comoving-adamw".__ne__) if recipes is None else list(recipes)
         self.shapes: list[tuple[int, ...]] = [(64, 48), (96, 64)] if small else LLAMA * layers
         self.rank, self.rounds = (16, 4) if small else (256, rounds)
         self.steps = 4 if small else 8
@@ -619,14 +619,14 @@ def _ours(recipe: str, **options: Any) -> Maker:
 BASE = "torch fused adamw"
 CONTENDERS: dict[str, Maker] = {
     BASE: _torch("AdamW", fused=True),
-    "comoving": _ours("comoving"),
+    "comoving-adamw": _ours("comoving-adamw"),
     "torch muon": _torch("Muon", adjust_lr_fn="match_rms_adamw"),
     "bitsandbytes 8-bit adamw": _foreign("bitsandbytes.optim", "AdamW8bit"),
     "torchao 8-bit adamw": _foreign("torchao.optim", "AdamW8bit"),
     "muon": _ours("muon"),
     "adamw": _ours("adamw"),
     "adamw, 8 bits": _ours("adamw", moments="int8"),
-    "comoving, raise": _ours("comoving", on_nonfinite="raise"),
+    "comoving-adamw, raise": _ours("comoving-adamw", on_nonfinite="raise"),
     "tucker-adam": _ours("tucker-adam"),
     "apollo": _ours("apollo"),
     "lion": _ours("lion"),
@@ -637,7 +637,7 @@ CONTENDERS: dict[str, Maker] = {
 """Who is timed, in the order in which time is spent on their first step."""
 GRAPHED: dict[str, Maker] = {
     BASE: _torch("AdamW", fused=True, capturable=True),
-    "comoving": _ours("comoving", on_nonfinite="raise"),
+    "comoving-adamw": _ours("comoving-adamw", on_nonfinite="raise"),
     "torch muon": CONTENDERS["torch muon"],
     "adamw, 8 bits": _ours("adamw", moments="int8", on_nonfinite="raise"),
     "tucker-adam": _ours("tucker-adam", on_nonfinite="raise"),

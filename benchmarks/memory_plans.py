@@ -40,9 +40,9 @@ def rows() -> list[tuple[str, str, dict[str, Any]]]:
         ("8-bit GaLore", "galore", {"moments": "int8"}),
         ("Q-GaLore, weights in bf16", "q-galore", {}),
         (QUANTIZED, "q-galore", {}),
-        ("comoving", "comoving", {}),
-        ("comoving, 4 bits", "comoving", FOUR),
-        ("comoving, frames in 4 bits too", "comoving", LEAST),
+        ("comoving-adamw", "comoving-adamw", {}),
+        ("comoving-adamw, 4 bits", "comoving-adamw", FOUR),
+        ("comoving-adamw, frames in 4 bits too", "comoving-adamw", LEAST),
     ]
 
 
@@ -85,7 +85,7 @@ def shares() -> list[tuple[str, dict[str, float]]]:
         ("4 bits, frames too", LEAST),
     ):
         module = subject("llama-1b", torch.bfloat16).module
-        optimizer = comoving.build("comoving", module, 1e-3, 0.125, **options)
+        optimizer = comoving.build("comoving-adamw", module, 1e-3, 0.125, **options)
         projected = {p: site for p, site in optimizer.sites.items() if site.projected}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p in projected]

@@ -29,7 +29,7 @@ import comoving
 import gloo
 from comoving.race.host import machine, versions
 
-RECIPES = ("comoving", "galore", "ldadam", "muon", "adamw")
+RECIPES = ("comoving-adamw", "galore", "ldadam", "muon", "adamw")
 LAYER = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]
 SHAPES = LAYER * 8
 COLLECTIVES = ("all_reduce", "all_gather", "all_to_all_single", "broadcast")

@@ -139,7 +139,12 @@ def cpu_matrices(steps: int) -> dict[str, object]:
     plain = new()
     baseline = PlainLDAdam(plain.parameters(), lr=1e-3, rank=128)
     contenders["plain ldadam"] = (plain, lambda step: baseline.step())
-    for recipe, options in {"ldadam": {}, "comoving": {}, "tucker-adam": {}, "galore": {"refresh_every": 10}}.items():
+    for recipe, options in {
+        "ldadam": {},
+        "comoving-adamw": {},
+        "tucker-adam": {},
+        "galore": {"refresh_every": 10},
+    }.items():
         model = new()
         contenders[recipe] = (model, ours(recipe, model, 128, **options))
     dense = new()
@@ -163,7 +168,7 @@ def cpu_tensor(steps: int) -> dict[str, object]:
         "tensor-galore": (ours_model, ours("tensor-galore", ours_model, 0.25, refresh_every=10)),
     }
     model = new()
-    contenders["comoving"] = (model, ours("comoving", model, 0.25))
+    contenders["comoving-adamw"] = (model, ours("comoving-adamw", model, 0.25))
     figures = race(contenders, steps, "cpu")
     base = figures["neuralop tensor-galore"]["mean"]
     return {"shapes": [shape], "rank": 0.25, "figures": figures, "mean / neuralop": _ratios(figures, base)}
@@ -184,7 +189,7 @@ def cpu_codecs(steps: int) -> dict[str, object]:
     for kind, shapes, dtype, rank in kinds:
         models = {name: Weights(shapes, dtype, "cpu") for name in CODECS}
         contenders = {
-            f"{kind}, {name}": (model, ours("comoving", model, rank, moments=part("moments", CODECS[name])))
+            f"{kind}, {name}": (model, ours("comoving-adamw", model, rank, moments=part("moments", CODECS[name])))
             for name, model in models.items()
         }
         own = race(contenders, steps, "cpu")
@@ -204,7 +209,7 @@ def cpu_bases(steps: int) -> dict[str, object]:
     models = {name: Weights([(1024, 1024)], torch.float32, "cpu") for name in BASES}
     options = {"refresh_every": 10**6, "residual": part("residual", "feedback"), "codec": part("codec", "int8")}
     contenders = {
-        name: (model, ours("comoving", model, 256, bases=part("bases", BASES[name]), **options))
+        name: (model, ours("comoving-adamw", model, 256, bases=part("bases", BASES[name]), **options))
         for name, model in models.items()
     }
     figures = race(contenders, steps, "cpu")
@@ -395,13 +400,15 @@ def cpu_many(steps: int) -> dict[str, object]:
 
 def cpu_llama(steps: int) -> dict[str, object]:
     """The matrices of LLaMA-60M, none of which is small enough to be stacked."""
-    return _against_foreach(layers(8, 512, 1376), ("comoving", "tucker-adam", "galore", "muon", EIGHT_BITS), steps)
+    return _against_foreach(
+        layers(8, 512, 1376), ("comoving-adamw", "tucker-adam", "galore", "muon", EIGHT_BITS), steps
+    )
 
 
 def cpu_experts(steps: int) -> dict[str, object]:
     """64 experts in one tensor, with a frame each, all of them live."""
     shapes: list[tuple[int, ...]] = [(64, 64, 64)]
-    return _against_foreach(shapes, ("comoving", "tucker-adam"), steps, frame=Blocks())
+    return _against_foreach(shapes, ("comoving-adamw", "tucker-adam"), steps, frame=Blocks())
 
 
 def _against_foreach(
@@ -462,7 +469,7 @@ def cuda_llama(steps: int, device: str) -> dict[str, object]:
 
     makers: dict[str, Callable[[Weights], Stepper]] = {
         "torch fused adamw": fused,
-        "comoving": lambda m: ours("comoving", m, 256, on_nonfinite="skip"),
+        "comoving-adamw": lambda m: ours("comoving-adamw", m, 256, on_nonfinite="skip"),
         "ldadam": lambda m: ours("ldadam", m, 256),
         "galore": lambda m: ours("galore", m, 256),
         "galore-torch": lambda m: peer("galore_torch", m, 256),

@@ -2,7 +2,7 @@
 
     python benchmarks/study.py ablation --task lm --out out/ablation-lm
     python benchmarks/study.py frontier --task lm --out out/frontier-lm
-    python benchmarks/study.py seeds --task lm --at comoving@0.008 "comoving:moments=int8@0.008" --out out/ablation-lm
+    python benchmarks/study.py seeds --task lm --at comoving-adamw@0.008 --out out/ablation-lm
     python benchmarks/study.py collect --task lm --from out/frontier-lm out/frontier-lm-2 --out benchmarks/results/study
 
 "ablation" changes one choice of `comoving.AdamW`'s defaults at a time. "frontier" sets recipes and codecs against each
@@ -33,36 +33,36 @@ FACTOR = 2.0
 
 ABLATION = [
     "adamw",
-    "comoving",
-    "comoving:finder=power(inertia=0.9)",
-    "comoving:finder=exact(inertia=0.9)",
-    "comoving:finder=randomized(inertia=0.9)",
-    "comoving:finder=power(inertia=0.5, exact_up_to=32)",
-    "comoving:refresh_every=1",
-    "comoving:refresh_every=8",
-    "comoving:refresh_every=50",
-    "comoving:transport=keep",
-    "comoving:transport=reset",
-    "comoving:transport=carry",
-    "comoving:residual=discard",
-    "comoving:residual=fira",
-    "comoving:codec=full",
-    "comoving:moments=int8",
-    "comoving:scale=match",
-    "comoving:scale=0.2-match",
-    "comoving:rule=soap",
-    "comoving:rule=muon",
-    "comoving:rule=lion",
+    "comoving-adamw",
+    "comoving-adamw:finder=power(inertia=0.9)",
+    "comoving-adamw:finder=exact(inertia=0.9)",
+    "comoving-adamw:finder=randomized(inertia=0.9)",
+    "comoving-adamw:finder=power(inertia=0.5, exact_up_to=32)",
+    "comoving-adamw:refresh_every=1",
+    "comoving-adamw:refresh_every=8",
+    "comoving-adamw:refresh_every=50",
+    "comoving-adamw:transport=keep",
+    "comoving-adamw:transport=reset",
+    "comoving-adamw:transport=carry",
+    "comoving-adamw:residual=discard",
+    "comoving-adamw:residual=fira",
+    "comoving-adamw:codec=full",
+    "comoving-adamw:moments=int8",
+    "comoving-adamw:scale=match",
+    "comoving-adamw:scale=0.2-match",
+    "comoving-adamw:rule=soap",
+    "comoving-adamw:rule=muon",
+    "comoving-adamw:rule=lion",
 ]
 """Finder, its inertia, refresh period, transport, residual, codecs, scale, rule; one at a time."""
 RULES = [
-    "comoving:rule=soap",
-    "comoving:rule=soap;transport=rotate(statistics='keep')",
-    "comoving:rule=soap;transport=rotate(statistics='reset')",
-    "comoving:rule=muon",
-    "comoving:rule=muon;residual=discard",
-    "comoving:rule=lion",
-    "comoving:rule=adafactor",
+    "comoving-adamw:rule=soap",
+    "comoving-adamw:rule=soap;transport=rotate(statistics='keep')",
+    "comoving-adamw:rule=soap;transport=rotate(statistics='reset')",
+    "comoving-adamw:rule=muon",
+    "comoving-adamw:rule=muon;residual=discard",
+    "comoving-adamw:rule=lion",
+    "comoving-adamw:rule=adafactor",
 ]
 WHOLE = [
     *(f"muon:moments={codec}" for codec in ("full", "int8", "int4")),
@@ -72,7 +72,7 @@ WHOLE = [
 ]
 """Whole frames with a codec, the rivals of low rank at equal bytes."""
 MATRICES = [
-    *(f"comoving:rank={share};moments=int8;residual=fira" for share in (1 / 32, 1 / 8, 1 / 4)),
+    *(f"comoving-adamw:rank={share};moments=int8;residual=fira" for share in (1 / 32, 1 / 8, 1 / 4)),
     *(f"dion:rank={share};codec=int8;scale=0.2-match" for share in (1 / 8, 1 / 2)),
     *(f"fira:rank={share};moments=int8" for share in (1 / 32, 1 / 8)),
     *(f"{name}:rank=0.25" for name in ("galore", "ldadam", "fira", "apollo", "dion", "online-subspace-descent")),
@@ -80,23 +80,23 @@ MATRICES = [
     *(f"online-subspace-descent:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
     *(f"{name}:rank=0.25" for name in ("coap", "dct-adamw", "flora", "low-rank-soap", "frugal")),
     "apollo-mini:rank=1",
-    *(f"comoving:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};moments=int8;residual=discard" for share in (1 / 32, 1 / 8)),
-    *(f"comoving:rank={share};scale=match" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
-    *(f"comoving:rank={share};scale=match;residual=discard" for share in (1 / 32, 1 / 8)),
-    *(f"comoving:rank={share};rule=muon(bf16=True);scale=1.0" for share in (1 / 8, 1 / 2)),
-    *(f"comoving:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
+    *(f"comoving-adamw:rank={share}" for share in (1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving-adamw:rank={share};moments=int8" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving-adamw:rank={share};moments=int8;residual=discard" for share in (1 / 32, 1 / 8)),
+    *(f"comoving-adamw:rank={share};scale=match" for share in (1 / 32, 1 / 8, 1 / 4, 1 / 2)),
+    *(f"comoving-adamw:rank={share};scale=match;residual=discard" for share in (1 / 32, 1 / 8)),
+    *(f"comoving-adamw:rank={share};rule=muon(bf16=True);scale=1.0" for share in (1 / 8, 1 / 2)),
+    *(f"comoving-adamw:rank={share};rule=soap(one_sided=True)" for share in (1 / 8, 1 / 2)),
 ]
 SPARSE = "frame=sparse(density=0.25);finder=block_selection"
 TENSORS = [
-    *(f"comoving:rank={share}" for share in (0.01, 0.1, 0.3)),
-    "comoving:rank=0.3;moments=int8",
-    *(f"comoving:rank={share};residual=discard" for share in (0.01, 0.1)),
-    *(f"comoving:rank={share};residual=fira" for share in (0.01, 0.1)),
-    *(f"comoving:rank={share};{SPARSE};residual=discard" for share in (0.01, 0.1)),
-    *(f"comoving:rank={share};{SPARSE};residual=fira" for share in (0.01, 0.1)),
-    f"comoving:rank=0.1;{SPARSE}",
+    *(f"comoving-adamw:rank={share}" for share in (0.01, 0.1, 0.3)),
+    "comoving-adamw:rank=0.3;moments=int8",
+    *(f"comoving-adamw:rank={share};residual=discard" for share in (0.01, 0.1)),
+    *(f"comoving-adamw:rank={share};residual=fira" for share in (0.01, 0.1)),
+    *(f"comoving-adamw:rank={share};{SPARSE};residual=discard" for share in (0.01, 0.1)),
+    *(f"comoving-adamw:rank={share};{SPARSE};residual=fira" for share in (0.01, 0.1)),
+    f"comoving-adamw:rank=0.1;{SPARSE}",
     *(f"{name}:rank=0.1" for name in ("tensor-galore", "tensorgrad", "tucker-adam", "nystrom-tucker-adam")),
     *(f"{name}:rank=0.1" for name in ("low-rank-soap", "fira", "apollo", "online-subspace-descent", "ldadam")),
     *(f"{name}:rank=0.1" for name in ("tt-adam", "ht-adam")),
@@ -105,12 +105,12 @@ TENSORS = [
 
 DYNAMIC = "int8(table='dynamic')"
 CODECS = [
-    "comoving:moments=full;codec=full",
-    "comoving:moments=int8;codec=int8",
-    f"comoving:moments={DYNAMIC};codec={DYNAMIC}",
-    "comoving:moments=int4;codec=int4",
-    "comoving:moments=int8;codec=int8;bases=int8",
-    "comoving:moments=int4;codec=int4;bases=int4",
+    "comoving-adamw:moments=full;codec=full",
+    "comoving-adamw:moments=int8;codec=int8",
+    f"comoving-adamw:moments={DYNAMIC};codec={DYNAMIC}",
+    "comoving-adamw:moments=int4;codec=int4",
+    "comoving-adamw:moments=int8;codec=int8;bases=int8",
+    "comoving-adamw:moments=int4;codec=int4;bases=int4",
     *(f"muon:moments={codec}" for codec in ("full", "int8", DYNAMIC, "int4")),
 ]
 """Every number of the state in as many bits, for the default at its usual rank, and for Muon in the whole frame."""
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--climb", type=int, default=5, help="most runs in the search for a rate")
     parser.add_argument("--finalists", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--named", default="adamw,comoving", type=lambda text: text.split(","))
+    parser.add_argument("--named", default="adamw,comoving-adamw", type=lambda text: text.split(","))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--from", dest="places", type=Path, nargs="+", default=[], help="where collect looks")
     parser.add_argument("--name", default="frontier", help="what collect writes")
@@ -334,7 +334,7 @@ def main() -> None:
         return
     lists = {
         "ablation": ABLATION,
-        "rules": ["comoving", *RULES],
+        "rules": ["comoving-adamw", *RULES],
         "codecs": CODECS,
         "frontier": frontier(arguments.task),
     }

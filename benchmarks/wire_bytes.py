@@ -86,7 +86,7 @@ def _shares(plain: int, cores: int, frames: int) -> dict[str, Any]:
 
 def _plan(given: argparse.Namespace, model: Any, dtype: str, wire: Any) -> comoving.Plan:
     return comoving.plan(
-        model, "comoving", given.rank, dtype=dtype, ddp=given.processes, compress=wire, device="cpu",
+        model, "comoving-adamw", given.rank, dtype=dtype, ddp=given.processes, compress=wire, device="cpu",
         refresh_every=given.refresh_every,
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def _sent(rank: int, settings: dict[str, Any], dtype: str, wire: Any) -> dict[st
     given = argparse.Namespace(**settings)
     torch.manual_seed(0)
     ddp = DistributedDataParallel(_two(given, dtype))
-    optimizer = comoving.build("comoving", ddp.module, 1e-3, given.rank, refresh_every=given.refresh_every)
+    optimizer = comoving.build("comoving-adamw", ddp.module, 1e-3, given.rank, refresh_every=given.refresh_every)
     sent, before = compress(ddp, optimizer, wire), (0, 0)
     generator = torch.Generator().manual_seed(rank)
     for step in range(given.refresh_every + given.steps):

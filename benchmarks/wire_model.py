@@ -142,7 +142,7 @@ def _contenders(
     """What makes the load of each contender, by the number of ranks."""
     options = {"dtype": "bfloat16", "refresh_every": given.refresh_every}
     adamw = comoving.plan(model, "adamw", dtype="bfloat16", ddp=few, foreach=False)
-    cores = comoving.plan(model, "comoving", given.rank, ddp=few, compress=given.wire, **options)
+    cores = comoving.plan(model, "comoving-adamw", given.rank, ddp=few, compress=given.wire, **options)
     plain_calls = sum(1 for _ in buckets(trained))
     frame_calls = 2 * sum(1 for p in trained if p.ndim > 1) / given.refresh_every  # Power asks twice
     period = given.refresh_every
@@ -170,8 +170,8 @@ def _contenders(
 
     def sharded(recipe: str) -> Callable[[int], Load]:
         def make(n: int) -> Load:
-            own = options if recipe == "comoving" else {"dtype": "bfloat16", "foreach": False}
-            plan = comoving.plan(model, recipe, given.rank if recipe == "comoving" else None, fsdp=n, **own)
+            own = options if recipe == "comoving-adamw" else {"dtype": "bfloat16", "foreach": False}
+            plan = comoving.plan(model, recipe, given.rank if recipe == "comoving-adamw" else None, fsdp=n, **own)
             gathered = (n - 1) * plan.wire["weights"] + (n - 1) / n * plan.wire["gradients"]
             own_sums = (
                 2 * (n - 1) / n * (plan.wire["norms"] + plan.wire["cores"] + plan.wire["refreshes"])
@@ -179,7 +179,7 @@ def _contenders(
             )
             layers = max(1, sum(1 for p in trained if p.ndim > 1) // 7)
             work = plan.step_flops + plan.refresh_flops / period
-            calls = frame_calls if recipe == "comoving" else 0
+            calls = frame_calls if recipe == "comoving-adamw" else 0
             return Load(gathered, own_sums, 3 * layers, calls, 0, work, _moved(plan), True, plan.peak_bytes)
 
         return make
@@ -202,7 +202,7 @@ def _contenders(
         f"PowerSGD, rank {given.powersgd_rank}": hooked(given.powersgd_rank),
         EQUAL: hooked(equal),
         OURS: compressed,
-        OURS_SHARDED: sharded("comoving"),
+        OURS_SHARDED: sharded("comoving-adamw"),
     }
 
 

@@ -33,9 +33,9 @@ TASK = TASKS["lm"]
 PLAIN, CORES, MUON, FRAMES = "comoving", "comoving, compress", "muon", "muon, frames"
 HOOKED, RIVAL = "comoving, PowerSGD", "adamw, PowerSGD"
 RATES = {
-    PLAIN: TASK.rates["comoving"],
-    CORES: TASK.rates["comoving"],
-    HOOKED: TASK.rates["comoving"],
+    PLAIN: TASK.rates["comoving-adamw"],
+    CORES: TASK.rates["comoving-adamw"],
+    HOOKED: TASK.rates["comoving-adamw"],
     RIVAL: TASK.rates["adamw"],
     MUON: TASK.rates["muon"],
     FRAMES: TASK.rates["muon"],
@@ -109,7 +109,7 @@ def _planned(module: torch.nn.Module, given: argparse.Namespace) -> tuple[dict[s
             module, recipe, ddp=given.processes, compress=given.wire, whole=whole, device="cpu", **options
         )
 
-    cores = planned("comoving", None, rank=given.rank, refresh_every=given.refresh_every).wire_bytes
+    cores = planned("comoving-adamw", None, rank=given.rank, refresh_every=given.refresh_every).wire_bytes
     rank = powersgd.equal_rank(module.parameters(), cores)
     whole = sum(p.numel() * p.element_size() for p in module.parameters())
     rival = powersgd.sent_bytes(module.parameters(), rank)
@@ -138,7 +138,7 @@ def _one(
 ) -> tuple[float, float]:
     torch.manual_seed(seed)
     ddp = DistributedDataParallel(task.model(), bucket_cap_mb=_BUCKET)
-    of_ours = f"comoving:refresh_every={given.refresh_every}"
+    of_ours = f"comoving-adamw:refresh_every={given.refresh_every}"
     spec = {RIVAL: "adamw", MUON: "muon", FRAMES: "muon"}.get(name, of_ours)
     optimizer = parse(spec).build(ddp.module, rate, given.rank, given.weight_decay)
     whole = WireFrame(given.wire_rank, given.refresh_every) if name == FRAMES else None

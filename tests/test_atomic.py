@@ -355,7 +355,7 @@ def test_a_window_that_raises_at_its_end_is_closed_by_another_step(monkeypatch, 
 
     def build():
         model = Model()
-        optimizer = comoving.build("comoving", model, 1e-2)
+        optimizer = comoving.build("comoving-adamw", model, 1e-2)
         optimizer.step_in_backward(accumulate=2, clip=clip)
         return model, optimizer
 
@@ -379,7 +379,9 @@ def test_a_window_that_raises_at_its_end_is_closed_by_another_step(monkeypatch, 
 
 @pytest.mark.parametrize("place", [("residual", "keep"), ("rule", "direction")], ids="/".join)
 def test_a_gradient_set_by_hand_counts_once_however_often_its_step_is_tried(monkeypatch, place):
-    (model, optimizer), (twin, whole) = pairs = [(m, comoving.build("comoving", m, 1e-2)) for m in (Model(), Model())]
+    (model, optimizer), (twin, whole) = pairs = [
+        (m, comoving.build("comoving-adamw", m, 1e-2)) for m in (Model(), Model())
+    ]
     for m, o in pairs:
         o.step_in_backward()
         give(m, 0)

@@ -139,7 +139,7 @@ def test_no_gradient_survives_the_hook_and_full_ones_are_not_held():
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_a_parameter_without_all_gradients_of_the_window_is_stepped_at_its_end(clip):
     model = Net()
-    optimizer = build("comoving", model, lr=1e-2)
+    optimizer = build("comoving-adamw", model, lr=1e-2)
     optimizer.step_in_backward(accumulate=2, clip=clip)
     before = copy.deepcopy(model)
     loss_of(model, 0).backward()
@@ -159,7 +159,7 @@ def test_a_parameter_without_all_gradients_of_the_window_is_stepped_at_its_end(c
 
 def test_a_closure_fills_the_window():
     models = Net(), Net()
-    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers = [build("comoving-adamw", model, lr=1e-2) for model in models]
     optimizers[1].step_in_backward()
     for model, optimizer in zip(models, optimizers, strict=True):
 
@@ -186,7 +186,7 @@ def test_tied_weights_are_stepped_once():
 
 def test_experts_without_a_gradient_take_no_step():
     models = [nn.ParameterDict({"experts": nn.Parameter(torch.ones(3, 12, 16))}) for _ in range(2)]
-    optimizers = [build("comoving", m, lr=1e-2, experts=["experts"]) for m in models]
+    optimizers = [build("comoving-adamw", m, lr=1e-2, experts=["experts"]) for m in models]
     optimizers[1].step_in_backward(accumulate=2, clip=1e-3)
     for model, optimizer in zip(models, optimizers, strict=True):
         for t in range(3):
@@ -300,7 +300,7 @@ def test_the_running_norm_clips_by_the_last_window():
 @pytest.mark.parametrize("norm", ["exact", "running"])
 def test_a_loose_limit_changes_nothing(norm):
     models = Net(), Net()
-    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers = [build("comoving-adamw", model, lr=1e-2) for model in models]
     optimizers[1].step_in_backward(clip=1e6, norm=norm)
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, range(6))
@@ -310,7 +310,7 @@ def test_a_loose_limit_changes_nothing(norm):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "fira", "tensorgrad", "soap", "adamw"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "fira", "tensorgrad", "soap", "adamw"])
 @pytest.mark.parametrize(("clip", "norm"), [(None, "exact"), (0.3, "exact"), (0.3, "running")])
 def test_saving_in_the_middle_of_a_window_is_exact(recipe, clip, norm):
     def new():
@@ -342,7 +342,7 @@ def test_saving_in_the_middle_of_a_window_is_exact(recipe, clip, norm):
 
 def test_autocast_and_a_compiled_model():
     models = Net(), Net()
-    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers = [build("comoving-adamw", model, lr=1e-2) for model in models]
     optimizers[1].step_in_backward(accumulate=2, clip=0.5)
     optimizers[0].step_in_backward(accumulate=2, clip=0.5)
     ways = models[0], torch.compile(models[1], backend="aot_eager")
@@ -358,7 +358,7 @@ def test_autocast_and_a_compiled_model():
 def test_checkpointed_activations():
     """Without reentrance all is as ever; with it, gradients come in pieces where a weight is used twice."""
     models = Net(), Net()
-    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers = [build("comoving-adamw", model, lr=1e-2) for model in models]
     optimizers[1].step_in_backward()
     for model, optimizer in zip(models, optimizers, strict=True):
         for _ in range(3):
@@ -390,7 +390,7 @@ def test_checkpointed_activations():
     ],
 )
 def test_options_outside_their_interval(options, error, match):
-    optimizer = build("comoving", Net())
+    optimizer = build("comoving-adamw", Net())
     with pytest.raises(error, match=match):
         optimizer.step_in_backward(**options)
     optimizer.step_in_backward()
@@ -408,7 +408,7 @@ def test_what_cannot_be_clipped_afterwards(options):
 
 def test_gradients_that_are_there_already():
     model = Net()
-    optimizer = build("comoving", model)
+    optimizer = build("comoving-adamw", model)
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="embed.weight.* has a gradient already"):
         optimizer.step_in_backward()
@@ -421,7 +421,7 @@ def test_gradients_that_are_there_already():
 
 def test_more_backward_passes_than_the_window_has():
     model = Net()
-    optimizer = build("comoving", model)
+    optimizer = build("comoving-adamw", model)
     optimizer.step_in_backward()
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="got a gradient after it was stepped"):
@@ -430,7 +430,7 @@ def test_more_backward_passes_than_the_window_has():
 
 def test_a_gradient_that_is_not_finite():
     model = Net()
-    optimizer = build("comoving", model)
+    optimizer = build("comoving-adamw", model)
     optimizer.step_in_backward(clip=1.0)
     before = copy.deepcopy(model)
     with pytest.raises(RuntimeError, match="non-finite gradient in lm_head.weight: nothing was stepped"):
@@ -438,7 +438,7 @@ def test_a_gradient_that_is_not_finite():
     assert same(model, before)
 
     other = Net()
-    skipping = build("comoving", other, on_nonfinite="skip")
+    skipping = build("comoving-adamw", other, on_nonfinite="skip")
     skipping.step_in_backward(accumulate=2)
     train(other, skipping, range(2), accumulate=2)
     (loss_of(other, 0) / 2).backward()
@@ -462,7 +462,7 @@ def test_a_gradient_that_is_not_finite():
 
 def test_a_gradient_scaler_is_refused():
     model = Net()
-    optimizer = build("comoving", model)
+    optimizer = build("comoving-adamw", model)
     scaler = torch.amp.GradScaler("cpu")
     optimizer.step_in_backward()
     scaler.scale(loss_of(model, 0)).backward()
@@ -471,7 +471,7 @@ def test_a_gradient_scaler_is_refused():
 
 
 def test_several_processes_are_refused(monkeypatch):
-    optimizer = build("comoving", Net())
+    optimizer = build("comoving-adamw", Net())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="refused with 2 processes"):
@@ -483,7 +483,7 @@ def test_several_processes_are_refused(monkeypatch):
 
 def taken(accumulate=1, clip=None, **options):
     model = Net()
-    optimizer = build("comoving", model, lr=1e-2, **options)
+    optimizer = build("comoving-adamw", model, lr=1e-2, **options)
     optimizer.step_in_backward(accumulate, clip)
     loss_of(model, 0).backward()
     return model, optimizer
@@ -518,7 +518,7 @@ def test_a_hugging_face_trainer_is_told_what_to_do_and_then_trains(tmp_path):
     def started():
         torch.manual_seed(0)
         model = Scored(16, 12)
-        optimizer = build("comoving", model.named_parameters(), lr=1e-2)
+        optimizer = build("comoving-adamw", model.named_parameters(), lr=1e-2)
         optimizer.step_in_backward(accumulate=2, clip=0.1)
         return model, optimizer
 
@@ -574,7 +574,7 @@ def test_it_has_a_gradients_look_and_next_to_no_storage():
 def test_it_is_gone_before_the_next_gradient(clear, accumulate):
     """However gradients are cleared, between the passes of a window or not, training goes on as if they were None."""
     models = Net(), Net()
-    optimizers = [build("comoving", model, lr=1e-2) for model in models]
+    optimizers = [build("comoving-adamw", model, lr=1e-2) for model in models]
     optimizers[1].step_in_backward(accumulate)
     optimizers[0].step_in_backward(accumulate)
     for t in range(3):
@@ -598,7 +598,7 @@ def test_it_is_gone_before_the_next_gradient(clear, accumulate):
 def test_a_gradient_set_by_hand_takes_its_place():
     models = Net(), Net()
     for model in models:
-        optimizer = build("comoving", model, lr=1e-2)
+        optimizer = build("comoving-adamw", model, lr=1e-2)
         optimizer.step_in_backward(accumulate=2)
         loss_of(model, 0).backward()
         if model is models[0]:
@@ -660,7 +660,7 @@ def pickled(pair):
 @pytest.mark.parametrize(("clip", "norm"), [(None, "exact"), (0.3, "exact"), (0.3, "running")])
 def test_a_copy_steps_in_the_backward_pass_too(copied, clip, norm):
     model = Net()
-    optimizer = build("comoving", model, lr=1e-2)
+    optimizer = build("comoving-adamw", model, lr=1e-2)
     optimizer.step_in_backward(accumulate=2, clip=clip, norm=norm)
     train(model, optimizer, range(2), accumulate=2)
     loss_of(model, 1000).backward()
@@ -702,7 +702,7 @@ def test_a_group_that_cannot_be_clipped_does_not_join():
 
 def saved_in_a_window():
     model = Net()
-    optimizer = build("comoving", model, lr=1e-2)
+    optimizer = build("comoving-adamw", model, lr=1e-2)
     optimizer.step_in_backward(accumulate=2)
     loss_of(model, 0).backward()
     return model.state_dict(), optimizer.state_dict()
@@ -712,7 +712,7 @@ def test_an_open_window_is_not_forgotten_by_an_optimizer_that_steps_after_the_ba
     weights, state = saved_in_a_window()
     model = Net()
     model.load_state_dict(weights)
-    optimizer = build("comoving", model, lr=1e-2)
+    optimizer = build("comoving-adamw", model, lr=1e-2)
     optimizer.load_state_dict(state)
     loss_of(model, 1).backward()
     before = copy.deepcopy(model)
@@ -730,7 +730,7 @@ def test_a_window_that_began_without_a_limit_cannot_be_clipped():
     weights, state = saved_in_a_window()
     model = Net()
     model.load_state_dict(weights)
-    optimizer = build("comoving", model, lr=1e-2)
+    optimizer = build("comoving-adamw", model, lr=1e-2)
     optimizer.step_in_backward(accumulate=2, clip=1.0)
     optimizer.load_state_dict(state)
     with pytest.raises(RuntimeError, match="began without clip"):
@@ -748,7 +748,7 @@ def test_a_norm_that_overflows_does_not_stop_the_windows_after_it():
 
 
 def by_the_running_norm(model, **options):
-    optimizer = build("comoving", model, lr=1e-2, **options)
+    optimizer = build("comoving-adamw", model, lr=1e-2, **options)
     optimizer.step_in_backward(clip=0.1, norm="running")
     return optimizer
 
@@ -798,6 +798,6 @@ def test_going_back_to_a_checkpoint_before_the_first_norm():
 def test_two_optimizers_cannot_take_up_one_gradient():
     model = Net()
     for _ in range(2):
-        build("comoving", model, lr=1e-2).step_in_backward()
+        build("comoving-adamw", model, lr=1e-2).step_in_backward()
     with pytest.raises(RuntimeError, match="another optimizer"):
         loss_of(model, 0).backward()

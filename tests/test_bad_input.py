@@ -16,7 +16,7 @@ from comoving.residual import Discard, Feedback
 from comoving.transport import Carry, Keep, Reset, Rotate
 
 BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
-RECIPES = ["adamw", "galore", "ldadam", "tensor-galore", "tucker-adam", "comoving"]
+RECIPES = ["adamw", "galore", "ldadam", "tensor-galore", "tucker-adam", "comoving-adamw"]
 SCALED = ["fira", "fira(per='tensor')", "channel", "channel(per='tensor')"]
 TRANSPORTS = {"keep": Keep(), "reset": Reset(), "rotate": Rotate(), "carry": Carry()}
 

@@ -377,7 +377,9 @@ def test_codecs_of_bases_have_names_and_fields():
     assert part("bases", "int4(block=256)") == Int4(block=256)
     assert part("moments", "int8(table='dynamic', rounding='stochastic')") == DRAWN
     model = Holder(randn((24, 40), F32))
-    optimizer = comoving.build("comoving", model, rank=3, bases="int8", moments="int8(table='dynamic')", codec="int4")
+    optimizer = comoving.build(
+        "comoving-adamw", model, rank=3, bases="int8", moments="int8(table='dynamic')", codec="int4"
+    )
     (p,) = model.parameters()
     step(optimizer, p, randn((24, 40), F32))
     assert optimizer.state[p]["frame.0.codes"].dtype is torch.int8

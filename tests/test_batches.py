@@ -149,7 +149,7 @@ def test_a_slot_may_take_over_the_tensor_of_another():
 
 
 def test_later_steps_leave_what_was_given_out_as_it_was():
-    models, optimizers = pair("comoving", refresh_every=3)
+    models, optimizers = pair("comoving-adamw", refresh_every=3)
     kept = []
     for step in range(9):
         for m, o in zip(models, optimizers, strict=True):
@@ -216,7 +216,7 @@ def test_rows_that_missed_different_steps_have_counts_of_their_own(monkeypatch):
 
 def test_a_write_that_fails_leaves_all_rows_as_they_were(monkeypatch):
     m = model(torch.bfloat16, [(24, 16)] * 3)
-    optimizer = build("comoving", m, 1e-2, rounding="stochastic", refresh_every=3)
+    optimizer = build("comoving-adamw", m, 1e-2, rounding="stochastic", refresh_every=3)
     for step in range(4):
         give(m, step)
         optimizer.step()
@@ -272,7 +272,7 @@ def test_another_dict_of_states_counts():
 
 
 def test_rates_that_change_at_every_step_leave_batches_as_they_are():
-    models, (optimizer, _) = pair("comoving")
+    models, (optimizer, _) = pair("comoving-adamw")
     for step in range(4):
         give(models[0], step)
         optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
@@ -282,7 +282,7 @@ def test_rates_that_change_at_every_step_leave_batches_as_they_are():
     assert before and formed(optimizer) == before
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "galore", "muon"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "galore", "muon"])
 def test_checkpoints_do_not_know_of_batches(recipe):
     models, optimizers = pair(recipe)
     for step in range(5):
@@ -372,7 +372,7 @@ def test_experts_are_rows(finder, transport, options):
 
 def test_bfloat16_rounds_each_parameter_by_its_own_seed():
     models = model(torch.bfloat16), model(torch.bfloat16)
-    optimizers = [build("comoving", m, 1e-2, rounding="stochastic", refresh_every=3) for m in models]
+    optimizers = [build("comoving-adamw", m, 1e-2, rounding="stochastic", refresh_every=3) for m in models]
     optimizers[1].stacked_entries = 0
     for step in range(6):
         for m, o in zip(models, optimizers, strict=True):

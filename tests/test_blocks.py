@@ -109,7 +109,7 @@ class Mixture(nn.Module):
 
 def mixture_optimizer(model, **options):
     heads = {"qkv.weight": 8, "proj.weight": Heads(8, "columns")}
-    return comoving.build("comoving", model, 1e-2, rank=2, experts=["experts"], heads=heads, **options)
+    return comoving.build("comoving-adamw", model, 1e-2, rank=2, experts=["experts"], heads=heads, **options)
 
 
 def train(model, optimizer, first, last, idle=(3,)):

@@ -371,7 +371,7 @@ def test_the_table_shows_each_parameters_codecs():
 
 
 def test_contenders_of_a_race_can_have_assigned_codecs():
-    contender = contenders.parse("comoving:budget='25%';codec=auto;moments=auto")
+    contender = contenders.parse("comoving-adamw:budget='25%';codec=auto;moments=auto")
     optimizer = contender.build(Model(), 1e-3, 0.25, 0.0)
     assert optimizer.budget == 0.25
     assert any(site.codec != Full() for site in optimizer.sites.values() if site.projected)

@@ -24,6 +24,7 @@ IN_WORDS = {
     "tensorgrad": (
         "mr + 2 nr + 0.1 mn + 0.2 B mn", lambda m, n, r: 4 * (m * r + 2 * n * r) + 0.6 * m * n
     ),
+    "comoving": ("within budget=", lambda m, n, r: m * n * (1 + 4 / 2048) + 4 * 256),
 }  # fmt: skip
 """States that are no polynomials with whole numbers of entries."""
 
@@ -60,7 +61,7 @@ def known(name):
         ("tt-adam", "mr + nr + 2 r²"),
         ("flora", "nr + m + n"),
         ("dct-adamw", "2 nr + 1.016 B mn + 8 B r"),
-        ("comoving", "mr + 1.016 B mn + 3.047 B nr"),
+        ("comoving-adamw", "mr + 1.016 B mn + 3.047 B nr"),
     ],
 )
 def test_formulas(name, says):

@@ -136,10 +136,10 @@ def test_state_of_bf16_parameters_stays_fp32_when_loaded(recipe):
 
 def test_loading_copies():
     model = Mixed()
-    optimizer = make("comoving", model)
+    optimizer = make("comoving-adamw", model)
     train(model, optimizer, 0, 2)
     state = optimizer.state_dict()
-    other = make("comoving", copy.deepcopy(model))
+    other = make("comoving-adamw", copy.deepcopy(model))
     other.load_state_dict(state)
     before = copy.deepcopy(state)
     for slots in other.state.values():
@@ -205,7 +205,7 @@ def test_adamw_moments_are_carried_into_the_first_frame(named):
         torch.testing.assert_close(state[SECOND].double(), 0.999 * moved + 0.001 * z**2, atol=1e-7, rtol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "ldadam"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "ldadam"])
 def test_adamw_second_moment_keeps_its_size_on_noise(recipe):
     model = nn.Linear(48, 32, bias=False)
     source = torch.optim.AdamW(model.parameters(), 0.0, weight_decay=0.0, betas=(0.9, 0.99))
@@ -217,7 +217,7 @@ def test_adamw_second_moment_keeps_its_size_on_noise(recipe):
             optimizer.step()
 
     steps(source, 60)
-    optimizer = comoving.AdamW(model.parameters(), moments=Full()) if recipe == "comoving" else None
+    optimizer = comoving.AdamW(model.parameters(), moments=Full()) if recipe == "comoving-adamw" else None
     if optimizer is None:
         optimizer = LowRankOptimizer(model.parameters(), **recipes()["ldadam"].options)
     optimizer.load_state_dict(source.state_dict())
@@ -241,7 +241,7 @@ def test_amsgrad_checkpoint_is_refused_for_projected_parameters(complex_too):
     model = Mixed(complex_too=complex_too)
     source = torch_adamw(model, named=True, amsgrad=True)
     train(model, source, 0, 2)
-    refused(model, make("comoving", model), source.state_dict(), "amsgrad")
+    refused(model, make("comoving-adamw", model), source.state_dict(), "amsgrad")
 
 
 @pytest.mark.parametrize("rank", [0.25, 1.0])
@@ -350,7 +350,7 @@ def test_keep_refuses_another_rank(recipe):
     ("saved", "here", "message"),
     [
         ("galore", "ldadam", "another recipe.*transport.*Keep.*Rotate"),
-        ("comoving", "tucker-adam", "another recipe.*codec"),
+        ("comoving-adamw", "tucker-adam", "another recipe.*codec"),
         ("galore", "galore+ef", "another recipe.*residual"),
         ("adamw", "galore", "galore|recipe|cannot take moments"),
     ],
@@ -362,7 +362,7 @@ def test_another_recipe_is_refused(saved, here, message):
     refused(model, build(here, model, 1e-2), source.state_dict(), message)
 
 
-@pytest.mark.parametrize("recipe", ["adamw", "galore", "ldadam", "comoving"])
+@pytest.mark.parametrize("recipe", ["adamw", "galore", "ldadam", "comoving-adamw"])
 @pytest.mark.parametrize("change", [{"wide": (16, 32)}, {"wide": (20, 24)}, {"bias": 9}])
 def test_another_shape_is_refused_by_name(recipe, change):
     (name,) = change
@@ -372,7 +372,7 @@ def test_another_shape_is_refused_by_name(recipe, change):
     refused(model, make(recipe, model, rank=4), source.state_dict(), f"{name}.*shape")
 
 
-@pytest.mark.parametrize("recipe", ["adamw", "comoving"])
+@pytest.mark.parametrize("recipe", ["adamw", "comoving-adamw"])
 def test_other_names_are_refused(recipe):
     class Renamed(Mixed):
         def __init__(self):
@@ -397,7 +397,10 @@ def test_other_group_sizes_are_refused_without_names(split):
 
 def test_incomplete_state_is_refused():
     model = Mixed()
-    for recipe, first, second in (("tucker-adam", FIRST, SECOND), ("comoving", f"{FIRST}.codes", f"{SECOND}.codes")):
+    for recipe, first, second in (
+        ("tucker-adam", FIRST, SECOND),
+        ("comoving-adamw", f"{FIRST}.codes", f"{SECOND}.codes"),
+    ):
         source = make(recipe, model)
         train(model, source, 0, 2)
         state = copy.deepcopy(source.state_dict())
@@ -420,10 +423,10 @@ def test_groups_are_matched_by_name_in_any_order():
 
 def test_hyper_parameters_are_taken_over():
     model = Mixed()
-    source = make("comoving", model, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.2)
+    source = make("comoving-adamw", model, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.2)
     train(model, source, 0, 1)
     source.param_groups[0]["lr"] = 0.123
-    other = build("comoving", model, 1.0)
+    other = build("comoving-adamw", model, 1.0)
     other.load_state_dict(through_file(source.state_dict()))
     got = {key: other.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")}
     assert {**got, "betas": tuple(got["betas"])} == {
@@ -442,7 +445,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("recipe", ["comoving", "ldadam", "adamw"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "ldadam", "adamw"])
 def test_schedulers_work_and_resume(recipe, schedule):
     model = Mixed()
     optimizer = make(recipe, model)
@@ -461,7 +464,7 @@ def test_schedulers_work_and_resume(recipe, schedule):
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("recipe", ["comoving", "ldadam", "galore", "adamw"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "ldadam", "galore", "adamw"])
 def test_copies_of_model_and_optimizer_go_on_bitwise(recipe, how):
     model = Mixed()
     optimizer = make(recipe, model)
@@ -477,7 +480,7 @@ def test_copies_of_model_and_optimizer_go_on_bitwise(recipe, how):
 
 def test_copies_keep_the_settings_of_the_optimizer():
     model = Mixed()
-    optimizer = make("comoving", model, on_nonfinite="skip", seed=11)
+    optimizer = make("comoving-adamw", model, on_nonfinite="skip", seed=11)
     train(model, optimizer, 0, 1)
     model.wide.grad.fill_(torch.nan)
     optimizer.step()

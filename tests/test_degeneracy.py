@@ -115,7 +115,7 @@ def test_a_dense_complex_parameter_with_real_entries_is_the_real_one(dtype):
     assert not a.detach().imag.any()
 
 
-@pytest.mark.parametrize("recipe", ["galore", "ldadam", "tensor-galore", "tucker-adam", "comoving"])
+@pytest.mark.parametrize("recipe", ["galore", "ldadam", "tensor-galore", "tucker-adam", "comoving-adamw"])
 @pytest.mark.parametrize("dtype", [REAL, COMPLEX])
 @pytest.mark.parametrize("shape", [(5, 12), (12, 5)])
 def test_maximize_is_the_negated_gradient(recipe, shape, dtype):

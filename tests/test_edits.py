@@ -214,7 +214,7 @@ def test_skipping_a_step_that_would_change_ranks_changes_nothing():
 
 def test_pairs_in_a_mixed_model():
     model = nn.ParameterDict({"spec": torch.randn(16, 12, 8, 2), "matrix": torch.randn(24, 32)})
-    optimizer = comoving.build("comoving", model, 1e-2, rank=0.2, pairs=["spec"])
+    optimizer = comoving.build("comoving-adamw", model, 1e-2, rank=0.2, pairs=["spec"])
     sites = {site.name: site for site in optimizer.sites.values()}
     assert sites["spec"].view.name == "pairs"
     assert sites["spec"].view.shape == (16, 12, 8)

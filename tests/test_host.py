@@ -37,7 +37,7 @@ RAISING = {"step: drivers/guard.py:inspect": "one flag, so that nothing changes 
 PUT_BACK = {"step: drivers/gradients.py:__exit__": "the seed that the frame is drawn from is on the host"}
 
 OF_RECIPES = {
-    "comoving": EIGH,  # of modes up to 32
+    "comoving-adamw": EIGH,  # of modes up to 32
     "galore": EIGH, "galore+ef": EIGH, "q-galore": EIGH | LAZY, "loqt": EIGH, "fira": EIGH,
     "ldadam": EIGH, "online-subspace-descent": EIGH,  # the first frame
     "tensorgrad": EIGH, "tensor-galore": EIGH, "tensor-galore+ef": EIGH,
@@ -176,7 +176,7 @@ def test_the_default_waits_for_nothing_where_modes_are_long():
     with Pretend() as mode:
         model = nn.Module()
         model.weight = nn.Parameter(OnDevice(torch.randn(40, 36, generator=torch.Generator().manual_seed(0))))
-        optimizer = build("comoving", model, 1e-2, on_nonfinite="skip")
+        optimizer = build("comoving-adamw", model, 1e-2, on_nonfinite="skip")
         for _ in range(6):
             model.weight.grad = torch.randn(40, 36, device=DEVICE)
             optimizer.step()
@@ -209,7 +209,7 @@ def test_a_first_step_that_is_skipped_changes_no_weight_and_no_average(recipe):
         assert 0 < moved.amax() < 0.3
 
 
-@pytest.mark.parametrize("recipe", ["tucker-adam", "comoving", "apollo", "muon", "soap", "adamw", "lion"])
+@pytest.mark.parametrize("recipe", ["tucker-adam", "comoving-adamw", "apollo", "muon", "soap", "adamw", "lion"])
 def test_steps_are_those_of_the_cpu(recipe):
     on_host = Model(on=lambda x: x)
     other = build(recipe, on_host, 1e-2, on_nonfinite="skip")
@@ -228,7 +228,7 @@ def test_steps_are_those_of_the_cpu(recipe):
         assert apart.mean() < 2e-4, name  # of weights that have moved by some 1e-2
 
 
-@pytest.mark.parametrize("recipe", ["galore", "tucker-adam", "comoving", "coap"])
+@pytest.mark.parametrize("recipe", ["galore", "tucker-adam", "comoving-adamw", "coap"])
 def test_after_a_first_gradient_of_zeros_the_frame_comes_with_the_next_refresh(recipe):
     with Pretend() as mode:
         model = Model()

@@ -788,7 +788,7 @@ def test_policies_have_names():
     assert part("ranks", "tolerance(error=0.2)") == Tolerance(error=0.2)
     assert part("ranks", "Temperature(steps=5, curve='exponential')") == Temperature(steps=5, curve="exponential")
     assert part("ranks", "fixed") == Fixed()
-    optimizer = comoving.build("comoving", nn.Linear(32, 40), rank=8, ranks="energy(low=0.5)", budget=10**6)
+    optimizer = comoving.build("comoving-adamw", nn.Linear(32, 40), rank=8, ranks="energy(low=0.5)", budget=10**6)
     assert optimizer.param_groups[0]["ranks"] == Energy(low=0.5)
     assert through_file(optimizer.state_dict())["param_groups"][0]["ranks"]["part"] == "Energy"
 

@@ -153,7 +153,7 @@ def tucker_references(params, optimizer, ranks, **options):
 @FIELDS
 @TENSORS
 @pytest.mark.parametrize(
-    ("recipe", "transport"), [("tucker-adam", "rotate"), ("comoving", "rotate"), ("comoving", "carry")]
+    ("recipe", "transport"), [("tucker-adam", "rotate"), ("comoving-adamw", "rotate"), ("comoving-adamw", "carry")]
 )
 @pytest.mark.parametrize("scale", ["match", "0.2-match", 0.4])
 def test_update_aware(recipe, transport, shape, ranks, dtype, scale):
@@ -175,7 +175,7 @@ def test_update_aware(recipe, transport, shape, ranks, dtype, scale):
 @FIELDS
 @TENSORS
 def test_first_frame_is_three_power_iterations_from_a_seeded_start(shape, ranks, dtype):
-    params, optimizer = build("comoving", shape, dtype, rank=ranks, seed=5, finder=comoving.finders.Power(cold=3))
+    params, optimizer = build("comoving-adamw", shape, dtype, rank=ranks, seed=5, finder=comoving.finders.Power(cold=3))
     for p in params:
         p.grad = randn(shape, dtype, 3)
     optimizer.step()
@@ -192,7 +192,7 @@ def test_first_frame_is_three_power_iterations_from_a_seeded_start(shape, ranks,
 def test_comoving_in_eight_bits_stays_close(shape, ranks, dtype):
     """Eight bits round each entry of the feedback by 0.4% of the largest at most; the way differs by under 5%."""
     finder = Power(inertia=0.9)  # the references iterate in short modes too
-    params, optimizer = build("comoving", shape, dtype, rank=ranks, refresh_every=4, scale="match", finder=finder)
+    params, optimizer = build("comoving-adamw", shape, dtype, rank=ranks, refresh_every=4, scale="match", finder=finder)
     starts = [p.detach().clone() for p in params]
     references = tucker_references(params, optimizer, ranks, transport="rotate", scale="match")
     run(params, optimizer, references, tolerance=0.1)
@@ -241,8 +241,8 @@ def test_defaults_are_the_papers():
     assert group["galore"]["finder"].inertia == group["tensor-galore"]["finder"].inertia == 0.0
     assert group["adamw"]["rank"] == 1.0
     default = comoving.AdamW(model.parameters(), rank=2).param_groups[0]
-    assert {k: v for k, v in group["comoving"].items() if k in comoving.recipes()["comoving"].options} == {
-        k: default[k] for k in comoving.recipes()["comoving"].options
+    assert {k: v for k, v in group["comoving-adamw"].items() if k in comoving.recipes()["comoving-adamw"].options} == {
+        k: default[k] for k in comoving.recipes()["comoving-adamw"].options
     }
 
 

@@ -47,7 +47,7 @@ def test_parameters_that_replace_others_are_trained_as_these_would_have_been(opt
         model = made()
         first = model if named else model.parameters()
         given = options if named else {key: value for key, value in options.items() if key != "dense"}
-        return model, build("comoving", first, lr=1e-2, **given)
+        return model, build("comoving-adamw", first, lr=1e-2, **given)
 
     model, optimizer = begun()
     expected, reported = trained(model, optimizer), str(comoving.explain(optimizer))
@@ -60,13 +60,13 @@ def test_parameters_that_replace_others_are_trained_as_these_would_have_been(opt
 
 def test_a_state_may_be_loaded_and_a_copy_made_after_that():
     model, optimizer = made(), None
-    optimizer = build("comoving", model, lr=1e-2, rank=4)
+    optimizer = build("comoving-adamw", model, lr=1e-2, rank=4)
     trained(model, optimizer)
     saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     expected = trained(model, optimizer)
     other = made()
     other.load_state_dict(weights)
-    again = build("comoving", other, lr=1e-2, rank=4)
+    again = build("comoving-adamw", other, lr=1e-2, rank=4)
     replace(other, again)
     again.load_state_dict(saved)
     pair = copy.deepcopy((other, again))
@@ -76,7 +76,7 @@ def test_a_state_may_be_loaded_and_a_copy_made_after_that():
 
 def test_gradients_are_absorbed_for_them():
     model = made()
-    optimizer = build("comoving", model, lr=1e-2, rank=4)
+    optimizer = build("comoving-adamw", model, lr=1e-2, rank=4)
     replace(model, optimizer)
     p = model[1].weight
     before = p.detach().clone()
@@ -87,7 +87,7 @@ def test_gradients_are_absorbed_for_them():
 
 def test_what_cannot_be_taken_up_is_refused_and_changes_nothing():
     model = made()
-    optimizer = build("comoving", model, lr=1e-2, rank=4)
+    optimizer = build("comoving-adamw", model, lr=1e-2, rank=4)
     params = optimizer.param_groups[0]["params"]
     whole = list(params)
     params[0] = nn.Parameter(torch.zeros(3, 3))

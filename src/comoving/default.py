@@ -41,7 +41,7 @@ class Optimizer(LowRankOptimizer):
         rates: role -> factor of its learning rate, over the table's.
         betas, eps, weight_decay: as in AdamW, of parameters that get Adam; the decay, decoupled, is of matrices only,
             at ``lr`` itself.
-        rounding, on_nonfinite, seed, maximize: as for :class:`comoving.LowRankOptimizer`.
+        rounding, on_nonfinite, seed, maximize, foreach, fused: as for :class:`comoving.LowRankOptimizer`.
         table: the choices; None for those of this release.
 
     Raises:
@@ -65,10 +65,15 @@ class Optimizer(LowRankOptimizer):
         on_nonfinite: str = "raise",
         seed: int = 0,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         table: Table | None = None,
     ) -> None:
         members = members_of(params)
-        own: dict[str, Any] = dict(betas=betas, eps=eps, weight_decay=weight_decay, rounding=rounding)
+        own: dict[str, Any] = dict(
+            betas=betas, eps=eps, weight_decay=weight_decay, rounding=rounding, maximize=maximize
+        )
+        own |= dict(foreach=foreach, fused=fused)
         self._composer = Composer(
             measured() if table is None else table,
             parse_budget(plain(budget), least=0),
@@ -77,7 +82,7 @@ class Optimizer(LowRankOptimizer):
             UNDECAYED,
         )
         groups = self._composer.groups(members)
-        super().__init__(groups, lr, on_nonfinite=on_nonfinite, seed=seed, maximize=maximize, **own)
+        super().__init__(groups, lr, on_nonfinite=on_nonfinite, seed=seed, **own)
 
     @property
     def state_limit(self) -> int | None:
@@ -113,3 +118,5 @@ class Optimizer(LowRankOptimizer):
 _ITS_OWN = {"self", "params", "on_nonfinite", "seed", "budget"}
 _DEFAULTS = {n: p.default for n, p in signature(LowRankOptimizer.__init__).parameters.items() if n not in _ITS_OWN}
 """Every hyper-parameter of a group."""
+ARGUMENTS = tuple(name for name in signature(Optimizer.__init__).parameters if name not in {"self", "params", "lr"})
+"""What the user decides."""

@@ -9,11 +9,12 @@ from torch import nn
 
 from .adamw import AdamW
 from .codecs import Full
+from .default import ARGUMENTS, Optimizer
 from .frames import Modes
 from .frames.base import Rank
 from .grouping import param_groups, split_by_role
 from .groups import params_of
-from .methods import RECIPES, Recipe
+from .methods import DEFAULT, RECIPES, Recipe
 from .optimizer import LowRankOptimizer
 from .parts import part
 from .precondition import Plain
@@ -58,6 +59,7 @@ def build(
             ``transport="rotate"``. ``dense_moments`` is a codec of the moments of the embeddings and heads that the
             recipe leaves to AdamW: "int8" or "int4" make an 8-bit or 4-bit AdamW of it (of vectors, norms and biases,
             codes would save nothing). With "adamw" itself ``moments`` is of these too.
+            The default, "comoving", takes those of :class:`comoving.Optimizer` alone, and no rank.
             ``per_role``, role (:mod:`comoving.roles`) -> hyper-parameters of its parameters, over all others.
 
     Raises:
@@ -76,6 +78,8 @@ def build(
         raise ValueError(
             f"unknown recipe {recipe!r}{near}; known are {', '.join(known)}, with suffixes {', '.join(_SUFFIXES)}"
         )
+    if known[name] is DEFAULT:
+        return _default(model, lr, plus + suffix, options)
     method = known[name]
     own = method.options.get("residual", Discard())
     if plus and not isinstance(own, Discard | Feedback):
@@ -95,8 +99,26 @@ def build(
         if idle:
             raise ValueError(f"{recipe} has full rank: {', '.join(idle)} would have nothing to act on")
     settings = {**method.options, **_SUFFIXES.get(plus + suffix, {}), **given}
-    kind = AdamW if name == "comoving" else LowRankOptimizer
+    kind = AdamW if name == "comoving-adamw" else LowRankOptimizer
     return kind(groups, lr, **settings)
+
+
+def _default(model: Any, lr: float, suffix: str, options: dict[str, Any]) -> Optimizer:
+    """:class:`comoving.Optimizer`, whose composition is not the user's.
+
+    Raises:
+        ValueError: a suffix.
+        TypeError: hyper-parameters that it chooses itself.
+    """
+    if suffix:
+        raise ValueError(f"'comoving{suffix}' is refused: the default optimizer chooses what it is made of")
+    chosen = sorted(options.keys() & {*_options(), *_CHOICE, "dense_moments", "per_role"} - {*ARGUMENTS})
+    if chosen:
+        raise TypeError(
+            f"'comoving' chooses {', '.join(chosen)} itself, within budget=: 'comoving-adamw' takes them, and so does "
+            f"any other recipe"
+        )
+    return Optimizer(model, lr, **options)
 
 
 def _of_roles(

@@ -15,7 +15,7 @@ from comoving.memory import measure
 from tape import Recorder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-FEW = "comoving,galore,apollo-mini,tt-adam,dion,muon,adamw"
+FEW = "comoving-adamw,galore,apollo-mini,tt-adam,dion,muon,adamw"
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +120,10 @@ def test_who_was_not_reached_is_named(gpu, tmp_path, monkeypatch):
     assert time.monotonic() - start < 12
     assert sections["correctness"]["status"] == sections["times"]["status"] == "out of time"
     assert sections["correctness"]["not finished"] == FEW.split(",")[2:]
-    assert set(sections["correctness"]["figures"]) == {"comoving", "galore"}
+    assert set(sections["correctness"]["figures"]) == {"comoving-adamw", "galore"}
     names = list(gpu.CONTENDERS)
     assert sections["times"]["not finished"] == names[names.index("muon") :]
-    assert sections["times"]["figures"]["comoving"]["steps"] == 4
+    assert sections["times"]["figures"]["comoving-adamw"]["steps"] == 4
 
 
 def test_a_killed_run_leaves_what_it_had(gpu, tmp_path, monkeypatch):
@@ -180,7 +180,7 @@ def test_host_reads_are_found_where_they_are(gpu, run):
     assert found["adamw"]["between"] == {"passes": True, "steps": gpu.WATCHED - 1}
     assert found["adamw"]["refresh"]["passes"] is None
     assert found["dion"]["between"]["passes"] is None  # every step is a refresh
-    assert found["comoving"]["between"]["passes"]
+    assert found["comoving-adamw"]["between"]["passes"]
     reads = [x for own in found.values() for x in own.values() if x["passes"] is False]
     assert reads
     for x in reads:
@@ -191,18 +191,20 @@ def test_host_reads_are_found_where_they_are(gpu, run):
 
 
 def test_replays_are_compared_with_steps(gpu, run):
-    run.recipes = ["comoving", "galore", "dion", "muon", "adamw"]
+    run.recipes = ["comoving-adamw", "galore", "dion", "muon", "adamw"]
     found = figures(run, "graphs")
-    for recipe in ("comoving", "galore", "muon"):
+    for recipe in ("comoving-adamw", "galore", "muon"):
         own = found[recipe]["raise"]
         assert own["passes"] and own["steps"] == gpu.TWINNED
         assert own["recorded"] >= 2 and own["replayed"] > 2 * own["recorded"]
         assert own["under the error mode"] == own["replayed"] - own["recorded"]
         assert 0 < own["share of rows"] < own["share at best"] < 1  # experts are blocks, or made at every step
         assert own["largest difference"] < 1e-4
-    assert found["comoving"]["raise"]["refreshed"] > 2 > found["muon"]["raise"]["refreshed"]
-    skipping = found["comoving"]["skip"]
-    assert skipping["recorded"] == 1 and 0 < skipping["share of rows"] < found["comoving"]["raise"]["share of rows"]
+    assert found["comoving-adamw"]["raise"]["refreshed"] > 2 > found["muon"]["raise"]["refreshed"]
+    skipping = found["comoving-adamw"]["skip"]
+    assert (
+        skipping["recorded"] == 1 and 0 < skipping["share of rows"] < found["comoving-adamw"]["raise"]["share of rows"]
+    )
     assert found["dion"]["raise"]["passes"] is None and found["dion"]["raise"]["replayed"] == 0
     assert found["adamw"]["skip"]["passes"] is None
     table = "\n".join(gpu.summary(run))
@@ -218,14 +220,14 @@ def test_replays_that_differ_or_read_are_found(gpu, run, monkeypatch):
         def then(self):
             bool(torch.zeros(1).any())
 
-    run.recipes, run.record = ["comoving"], lambda optimizer: recorded_by(optimizer, Wrong())
-    own = figures(run, "graphs")["comoving"]["raise"]
+    run.recipes, run.record = ["comoving-adamw"], lambda optimizer: recorded_by(optimizer, Wrong())
+    own = figures(run, "graphs")["comoving-adamw"]["raise"]
     assert own["passes"] is False and own["error"] == "RuntimeError: called a synchronizing operation"
 
     stepped, update = [], gpu.Subject.update
     monkeypatch.setattr(gpu.Subject, "update", lambda subject: stepped.append(subject) or update(subject))
     monkeypatch.setattr(Wrong, "then", lambda self: stepped[-1].model.matrix.data.mul_(1.1))
-    own = figures(run, "graphs")["comoving"]["raise"]
+    own = figures(run, "graphs")["comoving-adamw"]["raise"]
     assert own["passes"] and own["largest difference"] > 0.1
 
 
@@ -242,8 +244,8 @@ def test_a_capture_that_fails_says_why(gpu, run):
             fails()
 
     run.capture, run.record = fails, lambda optimizer: recorded_by(optimizer, Failing())
-    run.recipes = ["comoving"]
-    own = figures(run, "graphs")["comoving"]["raise"]
+    run.recipes = ["comoving-adamw"]
+    own = figures(run, "graphs")["comoving-adamw"]["raise"]
     assert own["passes"] is False
     assert own["error"] == "RuntimeError: operation not permitted when stream is capturing"
     times = figures(run, "graph times")
@@ -279,5 +281,5 @@ def test_temporaries_are_compared_with_the_plan(gpu, run):
         own = found[recipe]
         assert own["state"]["as planned"]
         assert own["peak"]["measured / planned"] == pytest.approx(1, rel=0.15), (recipe, own)
-    assert set(found["comoving"]["temporaries"]) == {"first", "between", "refresh"}
+    assert set(found["comoving-adamw"]["temporaries"]) == {"first", "between", "refresh"}
     assert gpu.summary(run)

@@ -233,7 +233,7 @@ def test_lazy_compares_nothing_with_a_frame_that_was_drawn():
 def test_parts_are_read_from_text():
     model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 10))
     for text, cadence in (("every", Every()), ("growing(base=2)", Growing(2)), ("lazy(patience=2)", Lazy(patience=2))):
-        assert comoving.build("comoving", model, cadence=text).param_groups[0]["cadence"] == cadence
+        assert comoving.build("comoving-adamw", model, cadence=text).param_groups[0]["cadence"] == cadence
     with pytest.raises(ValueError, match="muon has full rank: cadence would have nothing to act on"):
         comoving.build("muon", model, cadence="lazy")
 

@@ -19,7 +19,7 @@ WAYS = {
 
 def trained(recipe, how, way):
     model = Net()
-    if recipe == "comoving":
+    if recipe == "comoving-adamw":
         # It is dealt out, so that a frame is found in the sum of a window's gradients: one process has the first alone.
         model.kernel.requires_grad_(False)
     model = sharded(model, how) if how else model
@@ -43,7 +43,7 @@ def _work(rank, recipe, way):
     return trained(recipe, "fsdp", way)
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "muon"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "muon"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sharded_model_is_stepped_in_its_backward_pass(recipe, way):
     losses, norms, weights = trained(recipe, None, WAYS[way])
@@ -86,7 +86,7 @@ def test_a_window_of_gradients_that_others_step_is_not_saved():
 
 def _nonfinite(rank, on_nonfinite):
     model = sharded(Net(), "fsdp")
-    optimizer = comoving.build("comoving", model, 1e-2, rank=0.25, on_nonfinite=on_nonfinite)
+    optimizer = comoving.build("comoving-adamw", model, 1e-2, rank=0.25, on_nonfinite=on_nonfinite)
     optimizer.step_in_backward(clip=1.0)
     before = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
     loss = model(inputs(0)) * (float("nan") if rank == 1 else 1.0)

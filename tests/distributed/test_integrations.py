@@ -132,7 +132,11 @@ def plain_loop(name, recipe):
 
 
 NAMES = ("accelerate", "trainer", "lightning")
-CASES = [(name, *case) for name in NAMES for case in [("ddp", "comoving"), ("fsdp", "adamw"), ("fsdp", "comoving")]]
+CASES = [
+    (name, *case)
+    for name in NAMES
+    for case in [("ddp", "comoving-adamw"), ("fsdp", "adamw"), ("fsdp", "comoving-adamw")]
+]
 
 
 def test_two_processes_train_as_a_plain_loop_does():
@@ -182,7 +186,7 @@ def _resumed(rank, folder, how, recipe):
     return expected, stepped(*second)
 
 
-@pytest.mark.parametrize(("how", "recipe"), [("ddp", "comoving"), ("fsdp", "adamw"), ("fsdp", "comoving")])
+@pytest.mark.parametrize(("how", "recipe"), [("ddp", "comoving-adamw"), ("fsdp", "adamw"), ("fsdp", "comoving-adamw")])
 def test_accelerate_resumes_from_its_checkpoint(tmp_path, how, recipe):
     pytest.importorskip("accelerate")
     for expected, found in run(2, _resumed, str(tmp_path / "state"), how, recipe):

@@ -132,7 +132,7 @@ def test_rounds_are_those_of_simulated_workers(share, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
 def test_weights_and_frames_are_bitwise_equal_after_a_round(wire, dtype):
-    first, second = run(2, _rounds, 0.25, wire, "comoving", dtype, 8 * EVERY)
+    first, second = run(2, _rounds, 0.25, wire, "comoving-adamw", dtype, 8 * EVERY)
     for name, w in first[0].items():
         assert torch.equal(w, second[0][name]), name
         assert not torch.equal(w, weights_of(Net(dtype))[name])
@@ -203,7 +203,7 @@ def _resumed(rank, inner):
     return between, weights_of(model)
 
 
-@pytest.mark.parametrize("inner", ["torch", "comoving"])
+@pytest.mark.parametrize("inner", ["torch", "comoving-adamw"])
 def test_resumes_bitwise_in_the_middle_of_a_round(inner):
     first, second = run(2, _resumed, inner)
     assert not torch.equal(first[0]["layers.1.weight"], second[0]["layers.1.weight"])
@@ -306,7 +306,7 @@ def _refused(rank):
     fully_shard(sharded)
     found["sharded"] = raised(LocalSteps, sharded, inner_of(sharded))
     comoving.weights.quantize(coded)
-    found["codes"] = raised(LocalSteps, coded, inner_of(coded, "comoving"))
+    found["codes"] = raised(LocalSteps, coded, inner_of(coded, "comoving-adamw"))
     found["rank 0"] = raised(LocalSteps, model, inner, rank=0)
     found["nothing"] = raised(LocalSteps, model.requires_grad_(False), inner)
     model.requires_grad_(True)

@@ -24,19 +24,19 @@ CASES = {
     "Tucker": (TENSORS, 0, "tucker-adam", 0.1, STEADY, 14, torch.float64),
     "left": (MATRICES, 0, "tucker-adam", 0.25, LEFT, 14, torch.float64),
     "both": (FEW, 0, "tucker-adam", 0.1, BOTH, 14, torch.float64),
-    "comoving": (FEW, 0, "comoving", 0.1, {"side": "left", "refresh_every": 3}, 50, torch.float64),
+    "comoving-adamw": (FEW, 0, "comoving-adamw", 0.1, {"side": "left", "refresh_every": 3}, 50, torch.float64),
     "complex": ({"tall": (24, 10), "cube": (9, 8, 5)}, 0, "tucker-adam", 0.1, LEFT, 12, torch.complex128),
     "middle mode": (TENSORS, 1, "tucker-adam", 0.1, STEADY, 8, torch.float64),
     "last mode": ({"cube": (10, 9, 8), "five": (8, 9, 5)}, 2, "tucker-adam", (2, 3, 2), STEADY, 8, torch.float64),
     "columns": ({"odd": (11, 13), "few": (16, 5)}, 1, "ldadam", 0.25, {"side": "right"}, 8, torch.float64),
     "Oja": (TENSORS, 0, "tucker-adam", 0.1, STEADY | {"finder": Oja()}, 8, torch.float64),
     "Exact": (MATRICES, 0, "tucker-adam", 0.1, LEFT | {"finder": Exact()}, 8, torch.float64),
-    "mean of moments": (MATRICES, 0, "comoving", 0.25, LEFT | {"moments": RankOne()}, 8, torch.float64),
+    "mean of moments": (MATRICES, 0, "comoving-adamw", 0.25, LEFT | {"moments": RankOne()}, 8, torch.float64),
     "random bits of moments": (
-        MATRICES, 0, "comoving", 0.25, LEFT | {"moments": Int8(rounding="stochastic")}, 8, torch.float64,
+        MATRICES, 0, "comoving-adamw", 0.25, LEFT | {"moments": Int8(rounding="stochastic")}, 8, torch.float64,
     ),
     "large cores": ({"tall": (24, 10), "twin": (24, 10)}, 0, "tucker-adam", 0.3, LEFT, 8, torch.float64),
-    "coded frames": (FEW, 0, "comoving", 0.1, LEFT | {"bases": Int8()}, 8, torch.float64),
+    "coded frames": (FEW, 0, "comoving-adamw", 0.1, LEFT | {"bases": Int8()}, 8, torch.float64),
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _alike(params, optimizer):
 
 MESHES = {
     "2": ([2], [*CASES]),
-    "4": ([4], ["Tucker", "comoving", "large cores"]),
+    "4": ([4], ["Tucker", "comoving-adamw", "large cores"]),
     "2 x 2": ([2, 2], ["left", "columns"]),
 }
 

@@ -39,7 +39,7 @@ CASES = {
     "last mode": ([2], None, {"kernel": [Shard(2)]}),
     "replicated": ([2], None, {"*": [ALL]}),
 }
-RECIPES = {"comoving": STEADY, "muon": {}, "adamw": {}}
+RECIPES = {"comoving-adamw": STEADY, "muon": {}, "adamw": {}}
 # What is dealt out rather than stepped by each process for itself, of comoving's, muon's and adamw's.
 DEALT = {
     "rows": (set(), {*LONG}, set()),
@@ -149,26 +149,26 @@ def _model(rank, *args):
 
 
 @pytest.mark.parametrize(("how", "count"), [("FSDP", 2), ("HSDP", 4), ("TP", 2), ("FSDP+TP", 4)])
-@pytest.mark.parametrize("recipe", ["comoving", "muon"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "muon"])
 def test_models(recipe, how, count):
     losses, weights, _ = _trained(recipe, RECIPES[recipe])
     for found, own, places in run(count, _model, recipe, RECIPES[recipe], how):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-9, atol=1e-9)
         assert_same(own, weights)
         assert places["embedding.weight"] == ("whole" if how == "TP" else "shared") and "head.weight" not in places
-        if recipe == "comoving":
+        if recipe == "comoving-adamw":
             assert places["blocks.0.up.weight"] == "shared"
             assert places["blocks.0.down.weight"] == ("dealt" if "TP" in how else "shared")
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "muon"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "muon"])
 def test_mixed_precision(recipe):
     for losses, weights, _ in run(2, _model, recipe, RECIPES[recipe], "bf16", torch.float32, 16):
         assert all(x.dtype == torch.float32 for x in weights.values())
         assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "muon"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "muon"])
 def test_stochastic_rounding(recipe):
     options = RECIPES[recipe] | {"rounding": "stochastic"}
     alone, _, _ = _trained(recipe, options, None, torch.bfloat16, 16)

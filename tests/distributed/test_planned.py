@@ -37,11 +37,11 @@ class Cube(nn.Module):
 
 
 CASES = {
-    "comoving": ("comoving", Net, 8, {}),
+    "comoving-adamw": ("comoving-adamw", Net, 8, {}),
     "galore": ("galore", Net, 8, {}),
     "muon": ("muon", Net, 8, {}),
     "adamw": ("adamw", Net, 8, {}),
-    "left": ("comoving", Net, 8, {"side": "left"}),
+    "left": ("comoving-adamw", Net, 8, {"side": "left"}),
     "tensors": ("tucker-adam", Cube, 0.1, {}),
 }
 

@@ -55,13 +55,13 @@ class Experts(nn.Module):
 
 
 CASES = {
-    "default": ("comoving", Net, {"rank": 4}),
+    "default": ("comoving-adamw", Net, {"rank": 4}),
     "galore": ("galore", Net, {"rank": 5}),
     "both sides": ("tucker-adam", Half, {"rank": 0.2}),
-    "muon": ("comoving", Half, {"rank": 6, "rule": "muon", "moments": "int8"}),
-    "experts": ("comoving", Experts, {"rank": 4, "frame": "blocks"}),
+    "muon": ("comoving-adamw", Half, {"rank": 6, "rule": "muon", "moments": "int8"}),
+    "experts": ("comoving-adamw", Experts, {"rank": 4, "frame": "blocks"}),
     "whole": ("muon", Net, {}),
-    "whole experts": ("comoving", Experts, {"rank": 1.0, "rule": "muon", "frame": "blocks"}),
+    "whole experts": ("comoving-adamw", Experts, {"rank": 1.0, "rule": "muon", "frame": "blocks"}),
 }
 WHOLE = {
     "whole": WireFrame(5, PERIOD),
@@ -172,9 +172,9 @@ def test_what_is_open_from_the_backward_pass_to_the_step_is_planned(name, wire):
         ("muon", {}, "whole=WireFrame"),
         ("muon", {"compress": False, "whole": WireFrame()}, "give compress"),
         ("coap", {"rank": 4}, "sees more of a gradient than contractions"),
-        ("comoving", {"rank": 4, "layerwise": True}, "refused with layerwise"),
-        ("comoving", {"rank": 4, "ddp": None}, "give ddp"),
-        ("comoving", {"rank": 4, "compress": "int4"}, "compress must be"),
+        ("comoving-adamw", {"rank": 4, "layerwise": True}, "refused with layerwise"),
+        ("comoving-adamw", {"rank": 4, "ddp": None}, "give ddp"),
+        ("comoving-adamw", {"rank": 4, "compress": "int4"}, "compress must be"),
     ],
 )
 def test_what_compress_refuses_is_not_planned(recipe, options, message):

@@ -17,14 +17,14 @@ from distributed.processes import run
 from distributed.test_shards import Net, inputs, sharded
 
 OPTIONS = {"side": "right", "refresh_every": 4}
-RECIPES = ["adamw", "galore", "comoving", "soap", "left"]
+RECIPES = ["adamw", "galore", "comoving-adamw", "soap", "left"]
 BETAS = (0.908, 0.99)  # of ldadam: which group takes over those of a checkpoint is up to torch
 
 
 def _built(recipe, model, **options):
     """Of "left", frames along the mode that is cut, at a rank at which four processes share the core."""
     if recipe == "left":
-        recipe, options = "comoving", {"side": "left", "rank": 1 / 8} | options
+        recipe, options = "comoving-adamw", {"side": "left", "rank": 1 / 8} | options
     return comoving.build(recipe, model, 1e-2, **{"rank": 0.25} | OPTIONS | options)
 
 

@@ -44,7 +44,7 @@ def _bytes(rank, recipe):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("recipe", ["adamw", "galore", "comoving", "muon"])
+@pytest.mark.parametrize("recipe", ["adamw", "galore", "comoving-adamw", "muon"])
 def test_each_process_holds_its_share_of_the_moments(recipe, count):
     moments, state = _held(made(LLAMA, dtype=torch.float32), recipe)
     found = run(count, _bytes, recipe)
@@ -72,7 +72,7 @@ def _sent(rank, recipe, count, options):
     return found
 
 
-@pytest.mark.parametrize("recipe", ["adamw", "galore", "comoving"])
+@pytest.mark.parametrize("recipe", ["adamw", "galore", "comoving-adamw"])
 def test_between_refreshes_little_is_sent(recipe):
     """A flag for all gradients, and the figures of a batch: two calls however many matrices are in it."""
     options = {} if recipe == "adamw" else STEADY | {"refresh_every": 4}
@@ -88,6 +88,6 @@ def test_between_refreshes_a_shared_core_is_sent_once():
     """16 x 8 at rank 4: 4 x 8 numbers a matrix, in one sum for all of them; figures in four more, or none."""
     for diagnostics, calls in ((True, 6), (False, 2)):
         options = STEADY | {"refresh_every": 4, "side": "left", "diagnostics": diagnostics}
-        least = min(run(2, _sent, "comoving", 24, options)[0])
+        least = min(run(2, _sent, "comoving-adamw", 24, options)[0])
         assert least[0] == calls
         assert 24 * 32 * 8 <= least[1] <= 24 * (32 + diagnostics * 12) * 8 + 4

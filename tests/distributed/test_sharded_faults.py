@@ -12,7 +12,7 @@ from distributed.placed import STEADY, assert_same, built, give, here, made, mes
 from distributed.processes import run
 
 SHAPES = {"tall": (24, 10), "twin": (24, 10), "odd": (13, 11), "kernel": (10, 9, 8), "few": (5, 16), "bias": (24,)}
-RECIPES = {"comoving": STEADY, "muon": {}, "adamw": {}, "low-rank-soap": {"refresh_every": 3}}
+RECIPES = {"comoving-adamw": STEADY, "muon": {}, "adamw": {}, "low-rank-soap": {"refresh_every": 3}}
 HOST = "tick"  # refreshes are timed by it; skipped steps count, as for one process
 
 
@@ -95,7 +95,7 @@ def _message(call, *args, **options):
 
 def _refusals(rank):
     params, mesh, found = sharded(), mesh_of([2]), {}
-    optimizer = built(params, "comoving", STEADY)
+    optimizer = built(params, "comoving-adamw", STEADY)
     give(params, 0)
     optimizer.step()
     give(params, 1)
@@ -124,7 +124,7 @@ def test_what_is_refused_says_why():
 
 def _absorbed(rank):
     params = sharded({"tall": (24, 10), "odd": (13, 11)})
-    optimizer = built(params, "comoving", STEADY)
+    optimizer = built(params, "comoving-adamw", STEADY)
     for step in range(4):
         give(params, step)
         for p in params.values():
@@ -135,14 +135,14 @@ def _absorbed(rank):
 
 
 def test_what_is_stepped_where_it_is_can_be_absorbed_and_applied():
-    weights, _ = stepped(made({"tall": (24, 10), "odd": (13, 11)}), "comoving", STEADY, 4)
+    weights, _ = stepped(made({"tall": (24, 10), "odd": (13, 11)}), "comoving-adamw", STEADY, 4)
     for own in run(2, _absorbed):
         assert_same(own, weights)
 
 
 def _several(params, more):
     """Groups come and go, parameters miss steps, and ranks adapt."""
-    optimizer = built(params, "comoving", STEADY)
+    optimizer = built(params, "comoving-adamw", STEADY)
     give(params, 0)
     optimizer.step()
     for p in params.values():
@@ -194,7 +194,7 @@ def _disagreeing(rank):
         "rule": {"rule": "lion"},
     }.items():
         params = sharded({"tall": (24, 10), "odd": (13, 11)})
-        optimizer = built(params, "comoving", STEADY | (options if rank else {}))
+        optimizer = built(params, "comoving-adamw", STEADY | (options if rank else {}))
         give(params, 0)
         before = _snapshot(params, optimizer)
         found[name] = _message(optimizer.step)
@@ -210,7 +210,7 @@ def test_processes_that_disagree_raise_at_the_first_step_and_name_the_parameter(
 
 def _explained(rank):
     params = sharded({"tall": (24, 10), "kernel": (16, 16, 16), "vector": (6,)})
-    optimizer = built(params, "comoving", STEADY | {"moments": Int8(rounding="stochastic")})
+    optimizer = built(params, "comoving-adamw", STEADY | {"moments": Int8(rounding="stochastic")})
     give(params, 0)
     optimizer.step()
     found = comoving.explain(optimizer)

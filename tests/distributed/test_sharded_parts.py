@@ -22,9 +22,9 @@ CODECS = [
     RankOne(),
 ]
 ROLES = [
-    ("comoving", "moments"),
-    ("comoving", "codec"),
-    ("comoving", "bases"),
+    ("comoving-adamw", "moments"),
+    ("comoving-adamw", "codec"),
+    ("comoving-adamw", "bases"),
     ("ldadam", "moments"),
     ("ldadam", "codec"),
     ("muon", "moments"),
@@ -63,7 +63,7 @@ def test_codecs(recipe, role):
 
 SHARED = {
     "adamw",
-    "comoving",
+    "comoving-adamw",
     "galore",
     "ldadam",
     "lion",

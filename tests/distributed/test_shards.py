@@ -121,7 +121,7 @@ RECIPES = [
     ("ldadam", {}),
     ("tucker-adam", {}),
     ("tucker-adam", {"finder": Delayed(by=2)}),
-    ("comoving", {}),
+    ("comoving-adamw", {}),
     ("muon", {}),
     ("soap", {}),
 ]

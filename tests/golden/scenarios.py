@@ -278,7 +278,7 @@ def coded(recipe: str) -> Run:
     return _one_group(recipe, TALL, REAL, moments=Int8(block=32), **_projecting(recipe, codec=Int8(block=64)))
 
 
-BUDGETS = {"comoving": 12_500, "dion": 22_500, "shampoo-tucker": 94_200, "streaming-tucker-adam": 34_500}
+BUDGETS = {"comoving-adamw": 12_500, "dion": 22_500, "shampoo-tucker": 94_200, "streaming-tucker-adam": 34_500}
 """Bytes that are not enough for what the energies ask for; each limit lies between two ranks."""
 
 

@@ -20,7 +20,7 @@ sketches of increments. The codes themselves agree: on the edge of two of them l
 BFLOAT16 = 2e-2
 """Where all is worked in float32, and then rounded stochastically to neighbours some 1e-2 of a step apart: an entry
 whose draw lies on the edge goes to the other one, and of some hundred entries few do."""
-IN_CODES = {"coded", "quantized", "comoving", "dct-adamw", "q-galore"}
+IN_CODES = {"coded", "quantized", "comoving-adamw", "dct-adamw", "q-galore"}
 SKETCHED = {"tt-ice-adam", "ht-rise-adam"}
 
 

@@ -24,9 +24,9 @@ OFTEN = {
     "shampoo-tucker": {"precondition": "kronecker(every=2)"},
 }
 EIGHT, FOUR = {"moments": "int8", "codec": "int8"}, {"moments": "int4", "codec": "int4"}
-BLOCKWISE = ("galore", "comoving", "muon", "soap")
+BLOCKWISE = ("galore", "comoving-adamw", "muon", "soap")
 CASES = [(recipe, {}) for recipe in comoving.recipes()]
-CASES += [(recipe, EIGHT) for recipe in BLOCKWISE] + [(recipe, FOUR) for recipe in ("comoving",)]
+CASES += [(recipe, EIGHT) for recipe in BLOCKWISE] + [(recipe, FOUR) for recipe in ("comoving-adamw",)]
 
 
 class Small(nn.Module):
@@ -108,7 +108,7 @@ def test_plan_of_matrices_agrees_with_what_is_allocated(recipe: str, options: di
 
 @pytest.mark.parametrize(
     ("recipe", "options"),
-    [("comoving", EIGHT), ("tensor-galore", {}), ("tt-ice-adam", {})],
+    [("comoving-adamw", EIGHT), ("tensor-galore", {}), ("tt-ice-adam", {})],
 )
 def test_plan_of_tensors_agrees_with_what_is_allocated(recipe: str, options: dict[str, str]) -> None:
     check(Tensors(), recipe, options)
@@ -133,11 +133,11 @@ AUTO = {"budget": "30%", "codec": "auto", "moments": "auto"}  # two equal matric
 @pytest.mark.parametrize(
     ("made", "recipe", "options"),
     [
-        (half, "comoving", {"rounding": "stochastic", **DRAWN}),
+        (half, "comoving-adamw", {"rounding": "stochastic", **DRAWN}),
         (half, "adamw", {"rounding": "stochastic"}),
-        (nn.Module.float, "comoving", {"bases": "int4(rounding='stochastic')"}),
-        (nn.Module.float, "comoving", AUTO),
-        (in_codes, "comoving", {}),
+        (nn.Module.float, "comoving-adamw", {"bases": "int4(rounding='stochastic')"}),
+        (nn.Module.float, "comoving-adamw", AUTO),
+        (in_codes, "comoving-adamw", {}),
         (in_codes, "adamw", {}),
         (deferring, "loqt", {}),
         (deferring, "loqt", {"bases": "int8"}),
@@ -148,7 +148,7 @@ def test_plans_of_weights_and_state_in_few_bits(made, recipe: str, options: dict
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("recipe", ["adamw", "galore", "comoving", "muon"])
+@pytest.mark.parametrize("recipe", ["adamw", "galore", "comoving-adamw", "muon"])
 def test_plan_agrees_with_the_allocator_of_cuda(recipe: str) -> None:
     model = nn.Sequential(*(nn.Linear(1536, 4096, bias=False) for _ in range(4))).cuda()
     step(model, comoving.build(recipe, model, 0.0, 0.25), 1, "cuda")  # libraries' workspaces, allocated once
@@ -160,14 +160,14 @@ def test_plan_agrees_with_the_allocator_of_cuda(recipe: str) -> None:
 def test_blocks_are_planned_one_by_one() -> None:
     model = nn.Module()
     model.experts = nn.Parameter(torch.randn(3, 24, 40))
-    plan = comoving.plan(model, "comoving", 6, device="cpu", experts=("experts",))
-    optimizer = comoving.build("comoving", model, 1e-3, 6, experts=("experts",))
+    plan = comoving.plan(model, "comoving-adamw", 6, device="cpu", experts=("experts",))
+    optimizer = comoving.build("comoving-adamw", model, 1e-3, 6, experts=("experts",))
     step(model, optimizer, 1)
     assert plan.state_bytes == comoving.state_bytes(optimizer)
 
 
 def test_a_plan_says_the_rank_that_is_built() -> None:
-    assert comoving.plan(Small(), "comoving").rank == 0.25
+    assert comoving.plan(Small(), "comoving-adamw").rank == 0.25
     assert comoving.plan(Small(), "apollo-mini").rank == comoving.recipes()["apollo-mini"].rank == 1
     assert comoving.plan(Small(), "muon", 0.125).rank is None
 
@@ -175,7 +175,7 @@ def test_a_plan_says_the_rank_that_is_built() -> None:
 def test_parts_of_the_state_by_hand() -> None:
     model = nn.Module()
     model.w = nn.Parameter(torch.empty(16, 48))
-    plan = comoving.plan(model, "comoving", 4, device="cpu", moments="full")
+    plan = comoving.plan(model, "comoving-adamw", 4, device="cpu", moments="full")
     # A whole gradient and a core of 4 x 48 in int8, each with a float32 step a row, of the first row blocks of 48.
     feedback = 16 * 48 + 16 * 4 + 4 * 48 + 4 * 4 + 4
     assert dict(plan.state) == {
@@ -201,8 +201,8 @@ def test_layerwise_counts_the_largest_gradient() -> None:
 
 def test_skipping_steps_is_planned_with_its_copies() -> None:
     model = Small()
-    plan = comoving.plan(model, "comoving", 0.25, device="cpu", on_nonfinite="skip")
-    optimizer = comoving.build("comoving", model, 1e-3, 0.25, on_nonfinite="skip")
+    plan = comoving.plan(model, "comoving-adamw", 0.25, device="cpu", on_nonfinite="skip")
+    optimizer = comoving.build("comoving-adamw", model, 1e-3, 0.25, on_nonfinite="skip")
     peaks = [step(model, optimizer, 1) for _ in range(3)]
     assert plan.peak_bytes == pytest.approx(max(peaks), rel=0.1)
 
@@ -247,7 +247,7 @@ def test_activations_are_an_estimate_by_formula() -> None:
 def test_the_model_is_left_alone() -> None:
     model = Small()
     before = [p.clone() for p in model.parameters()]
-    comoving.plan(model, "comoving", 0.25)
+    comoving.plan(model, "comoving-adamw", 0.25)
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
 
 

@@ -151,7 +151,7 @@ def test_bytes_are_storages_once_each_wherever_they_hide():
 
 def test_our_contender_steps_and_is_counted():
     model = Net()
-    optimizer = contenders.parse("comoving").build(model, 1e-2, 4, 0.0)
+    optimizer = contenders.parse("comoving-adamw").build(model, 1e-2, 4, 0.0)
     losses = steps(model, optimizer, torch.arange(10), 6)
     assert losses[-1] < losses[0]
 

@@ -82,15 +82,15 @@ def test_divergence_is_reported(tmp_path):
 def test_our_own_contender_is_counted_on_the_weights_it_projects(tmp_path):
     import comoving  # noqa: PLC0415
 
-    records = {name: train(run_of(tmp_path, name), Small()) for name in ("comoving", "adamw", "torch-adamw")}
+    records = {name: train(run_of(tmp_path, name), Small()) for name in ("comoving-adamw", "adamw", "torch-adamw")}
     with torch.random.fork_rng():
         model = Small().model()
-        optimizer = comoving.build("comoving", model, lr=1e-2, rank=4)
+        optimizer = comoving.build("comoving-adamw", model, lr=1e-2, rank=4)
         task = Small()
         task.loss(model, task.batch(8, torch.Generator())).backward()
         optimizer.step()
-    assert records["comoving"]["state_projected"] == comoving.state_bytes(optimizer, projected=True)
-    assert records["comoving"]["refresh_share"] is not None
+    assert records["comoving-adamw"]["state_projected"] == comoving.state_bytes(optimizer, projected=True)
+    assert records["comoving-adamw"]["refresh_share"] is not None
     assert len({r["parameters_projected"] for r in records.values()}) == 1
     assert records["adamw"]["state_projected"] == records["torch-adamw"]["state_projected"]
 

@@ -66,18 +66,18 @@ def test_defaults_come_from_the_task():
     run = made.run("torch-adamw", 1e-2, 0, "")
     assert (run.batch, run.warmup) == (8, 40)
     made = settings_from(
-        "lm", "comoving:rank=8,adamw", None, "", None, None, codec="int8,int4(table='linear')", seeds=1
+        "lm", "comoving-adamw:rank=8,adamw", None, "", None, None, codec="int8,int4(table='linear')", seeds=1
     )
     assert made.optimizers == (
-        "comoving:rank=8;moments=int8;codec=int8",
-        "comoving:rank=8;moments=int4(table='linear');codec=int4(table='linear')",
+        "comoving-adamw:rank=8;moments=int8;codec=int8",
+        "comoving-adamw:rank=8;moments=int4(table='linear');codec=int4(table='linear')",
         "adamw:moments=int8",
         "adamw:moments=int4(table='linear')",
     )
     with pytest.raises(SettingsError, match="torch-adamw is none"):
         settings_from("fno", "torch-adamw", None, "", None, None, codec="int8", seeds=1)
     made = settings_from("fno4d", None, None, "", None, None, seeds=1)
-    assert made.optimizers == ("adamw", "tucker-adam", "tt-adam", "ht-adam", "comoving")
+    assert made.optimizers == ("adamw", "tucker-adam", "tt-adam", "ht-adam", "comoving-adamw")
     assert (made.steps, made.rank) == (200, 0.1)
 
 
@@ -119,9 +119,9 @@ def test_unknown_contender_lists_the_known():
 def test_our_contenders_take_their_rate_and_overrides_from_the_library():
     import comoving  # noqa: PLC0415
 
-    made = contenders.parse("comoving:betas=(0.8,0.99)")
+    made = contenders.parse("comoving-adamw:betas=(0.8,0.99)")
     assert made.foreign is None
-    assert made.relative_rate == comoving.recipes()["comoving"].relative_rate
+    assert made.relative_rate == comoving.recipes()["comoving-adamw"].relative_rate
     assert len(made.code()) > 16
 
 

@@ -159,7 +159,7 @@ def test_fno4d_weights_have_order_six_and_the_model_commutes_with_translations(s
         torch.testing.assert_close(moved, model(x).roll((1, 3, -2), (2, 3, 4)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tucker-adam", "comoving"])
+@pytest.mark.parametrize("name", ["tucker-adam", "comoving-adamw"])
 def test_fno4d_trains_with_compressed_channels_and_space(name, small_fno4d):
     with torch.random.fork_rng():
         torch.manual_seed(0)

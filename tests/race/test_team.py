@@ -61,7 +61,7 @@ def _trained(rank, made):
     return trained(made)
 
 
-@pytest.mark.parametrize("contender", ["torch-adamw", "adamw", "comoving:side=right"])
+@pytest.mark.parametrize("contender", ["torch-adamw", "adamw", "comoving-adamw:side=right"])
 @pytest.mark.parametrize("how", SEVERAL)
 def test_two_processes_train_as_one_does(tmp_path, how, contender):
     alone, expected = trained(settings(tmp_path, dtype="float64").run(contender, 1e-2, 0, ""))
@@ -75,7 +75,7 @@ def test_two_processes_train_as_one_does(tmp_path, how, contender):
         assert record["parameters"] == alone["parameters"] / share
         assert record["parameters_projected"] == alone["parameters_projected"] / share
         assert record["sent"] == (alone["parameters"] if how == "ddp" else None)
-        if "comoving" not in contender:
+        if "comoving-adamw" not in contender:
             assert record["state_projected"] == pytest.approx(alone["state_projected"] / share, abs=16)
 
 
@@ -108,7 +108,7 @@ def _refuses(model, optimizer):
 
 
 def test_the_first_process_writes_the_same_report_and_the_others_are_silent(tmp_path):
-    changes = {"optimizers": ("torch-adamw", "comoving"), "rates": (1e-2, 2e-2), "seeds": 1}
+    changes = {"optimizers": ("torch-adamw", "comoving-adamw"), "rates": (1e-2, 2e-2), "seeds": 1}
     (first, second) = run(2, _raced, settings(tmp_path / "two", **changes, **SEVERAL["ddp"]), None)
     assert second == (0, "", "") and first[0] == 0
     assert "torch-adamw" in first[1] and "report:" in first[2]
@@ -133,11 +133,11 @@ def execute_alone(made):
 
 
 def test_compression_is_for_optimizers_that_project(tmp_path):
-    made = settings(tmp_path, optimizers=("adamw", "comoving"), compress=True, **SEVERAL["ddp"])
+    made = settings(tmp_path, optimizers=("adamw", "comoving-adamw"), compress=True, **SEVERAL["ddp"])
     run(2, _raced, made, _hooked)
     found = json.loads((tmp_path / "results.json").read_text())
     sent = {line["contender"]: (line["compressed"], line["sent"]) for line in found["summary"]}
-    assert sent == {"adamw": (False, 4 * (2 * (16 * 16 + 16) + 8 * 16 + 8)), "comoving": (True, 100)}
+    assert sent == {"adamw": (False, 4 * (2 * (16 * 16 + 16) + 8 * 16 + 8)), "comoving-adamw": (True, 100)}
     (line,) = [line for line in remarks(found) if "uncompressed" in line]
     assert line.startswith("adamw: ")
     (column,) = [column for column in columns(found) if column.heading == "sent"]
@@ -145,7 +145,7 @@ def test_compression_is_for_optimizers_that_project(tmp_path):
 
 
 def test_what_cannot_be_compressed_is_refused_with_the_reason(tmp_path):
-    made = settings(tmp_path, optimizers=("adamw", "comoving"), compress=True, **SEVERAL["ddp"])
+    made = settings(tmp_path, optimizers=("adamw", "comoving-adamw"), compress=True, **SEVERAL["ddp"])
     (first, _) = run(2, _raced, made, _refuses)
     assert first[0] == 0 and "refused: cannot be compressed" in first[2]
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path, changes, word):
 
 
 def test_torchrun(tmp_path):
-    options = ["--task", "lm", "--optimizers", "adamw,comoving", "--steps", "2", "--validations", "1"]
+    options = ["--task", "lm", "--optimizers", "adamw,comoving-adamw", "--steps", "2", "--validations", "1"]
     options += ["--text", str(text(tmp_path)), "--out", str(tmp_path / "out"), "--ddp"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     ended = subprocess.run(

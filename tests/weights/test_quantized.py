@@ -173,7 +173,7 @@ def run(model, optimizer, steps):
         optimizer.step()
 
 
-@pytest.mark.parametrize("recipe", ["comoving", "adamw", "galore", "muon"])
+@pytest.mark.parametrize("recipe", ["comoving-adamw", "adamw", "galore", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_a_step_is_that_of_the_decoded_weights_rounded_to_codes(recipe, dtype):
     """Adam steps matrices that are not projected too: torch's own could not write to codes."""
@@ -224,7 +224,7 @@ def test_small_updates_survive_in_the_mean_and_rounding_to_nearest_loses_them():
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit():
     def make():
         model = quantize(network(BF16))
-        return model, comoving.build("comoving", model, 1e-2, rank=8, rounding="stochastic")
+        return model, comoving.build("comoving-adamw", model, 1e-2, rank=8, rounding="stochastic")
 
     model, optimizer = make()
     run(model, optimizer, range(3))

@@ -3,6 +3,15 @@
 from . import matrices, stateless, tensors, whole
 from .recipe import Recipe
 
-RECIPES = (*whole.RECIPES, *stateless.RECIPES, *matrices.RECIPES, *tensors.RECIPES)
+DEFAULT = Recipe(
+    "comoving",
+    "the default: for each role the composition that measured best at the bytes that budget= allows",
+    "this package",
+    full_rank=True,
+    state="within budget=",
+)
+"""Built by :class:`comoving.Optimizer`."""
+
+RECIPES = (DEFAULT, *whole.RECIPES, *stateless.RECIPES, *matrices.RECIPES, *tensors.RECIPES)
 
 __all__ = ["RECIPES", "Recipe"]

@@ -57,6 +57,8 @@ class Recipe:
 
     def state_formula(self) -> StateFormula | None:
         """The state of an m x n matrix, m <= n, at rank r; None where it is no polynomial, or no matrix is taken."""
+        if self.state:
+            return None
 
         def layout(m: int, n: int, r: int) -> Mapping[str, Spec]:
             p = nn.Parameter(torch.empty(m, n, dtype=torch.float32, device="meta"))

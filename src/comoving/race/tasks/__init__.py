@@ -87,7 +87,7 @@ TASKS = {
             0.25,
             REAL,
             MATRICES,
-            {"adamw": 1e-3, "galore": 2e-2, "ldadam": 5e-3, "comoving": 8e-3, "muon": 1e-2, "soap": 4e-3},
+            {"adamw": 1e-3, "galore": 2e-2, "ldadam": 5e-3, "comoving-adamw": 8e-3, "muon": 1e-2, "soap": 4e-3},
         ),  # fmt: skip
         TaskInfo(
             "fno",
@@ -101,7 +101,7 @@ TASKS = {
             0.1,
             REAL[:2],
             TENSORS,
-            {"tensor-galore": 2e-2, "tucker-adam": 2e-2, "comoving": 2e-2, "muon": 2e-2},
+            {"tensor-galore": 2e-2, "tucker-adam": 2e-2, "comoving-adamw": 2e-2, "muon": 2e-2},
         ),  # fmt: skip
         TaskInfo(
             "fno4d",
@@ -115,7 +115,7 @@ TASKS = {
             0.1,
             REAL[:2],
             "adamw,tucker-adam,tt-adam,ht-adam,comoving",
-            {"tucker-adam": 8e-2, "comoving": 8e-2},
+            {"tucker-adam": 8e-2, "comoving-adamw": 8e-2},
         ),  # fmt: skip
         TaskInfo(
             "vit",
@@ -129,7 +129,7 @@ TASKS = {
             0.25,
             REAL,
             MATRICES,
-            {"comoving": 2e-3, "muon": 4e-3},
+            {"comoving-adamw": 2e-3, "muon": 4e-3},
         ),  # fmt: skip
     )
 }
