@@ -166,7 +166,14 @@ RULES = [
     SOAP(decay=0.8, every=2, max_size=4),
     SOAP(every=3, one_sided=True),
 ]
-STATELESS = [Muon(decay=0.0), Muon(decay=0.0, method="polar"), Normalized(), SWAN(), SWAN(4, 0.5, 0.3, "each")]
+STATELESS = [
+    Muon(decay=0.0),
+    Muon(decay=0.0, method="polar"),
+    Normalized(),
+    SWAN(),
+    SWAN(4, 0.5, 0.3, "each"),
+    Adafactor(average=None),
+]
 """Rules without a momentum, which are for whole frames."""
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 DRAWN = [

@@ -1,13 +1,14 @@
 """Gradients with standardized rows, whitened."""
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..clock import Clock
-from ..linalg import pairs
+from ..linalg import abs_squared, pairs
 from ..slots import Slot
 from ..validate import check_choice, check_float, check_int
 from .adam import FIRST
@@ -23,16 +24,16 @@ class SWAN:
 
     g <- (z_i - mean of z_i) / (their standard deviation)      for each row z_i
     x <- g / |g|,  ``steps`` times  x <- beta (3 x - x x^H x)   which brings (g g^H)^(-1/2) g about
-    d = s x / (RMS of x)
+    d = s x |g| / |x|                                           of RMS s, unless there are rows of zeros
 
     The iteration is the paper's for (g g^H)^(-1/2), times g. With beta = 1/2 singular values come to 1; with 0.8 small
-    ones grow by 2.4 instead of 1.5 a step, and large ones end between 0.56 and 1.6. g has an RMS of 1 to begin with, so
-    that the length is that of g, as with the paper's rescaling. Rows that are constant have no direction but rounding,
-    and get no update. eps does not count. A matrix of one row, and what is no matrix, is not centred: d = s z / RMS.
+    ones grow by 2.4 instead of 1.5 a step, and large ones end between 0.56 and 1.6. Rows that are constant have no
+    direction but rounding, and get no update. eps does not count. A matrix of one row, and what is no matrix, is not
+    centred: d = s z / RMS.
 
     Args:
         steps: >= 1.
-        beta: in (0, 1).
+        beta: in (0, sqrt(3)/2): beyond, singular values would change their sign.
         scale: s > 0. The experiments of SinkGD (arXiv 2502.06742) have 0.05, times a rate of 0.02.
         over: the matrix of a tensor, as for :class:`Muon`: one per frequency of complex ones for "auto".
     """
@@ -55,7 +56,7 @@ class SWAN:
 
     def __post_init__(self) -> None:
         check_int("steps", self.steps, 1)
-        check_float("beta", self.beta, 0.0, 1.0, open_low=True, open_high=True)
+        check_float("beta", self.beta, 0.0, sqrt(3) / 2, open_low=True, open_high=True)
         check_float("scale", self.scale, 0.0, open_low=True)
         check_choice("over", self.over, ("auto", "flat", "each"))
 
@@ -74,11 +75,13 @@ class SWAN:
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""
         x, back = cut(taken(state), clock.rows, self.over)
-        if x.shape[-2] > 1:
-            coefficients = (3 * self.beta, -self.beta, 0.0)
-            x = newton_schulz(standardized(x), self.steps, coefficients, 0.0, x.dtype)
-        flat = normalized(x.reshape(*x.shape[:-2], 1, -1), "rows").mul_(self.scale)
-        return back(flat.reshape(x.shape)).contiguous()
+        if x.shape[-2] == 1:
+            return back(normalized(x, "rows").mul_(self.scale)).contiguous()
+        g = standardized(x)
+        x = newton_schulz(g, self.steps, (3 * self.beta, -self.beta, 0.0), 0.0, x.dtype)
+        flat = normalized(x.reshape(*x.shape[:-2], 1, -1), "rows").reshape(x.shape)
+        size = abs_squared(g).mean((-2, -1), keepdim=True).sqrt_()
+        return back(flat.mul_(size.mul_(self.scale))).contiguous()
 
 
 def standardized(x: Tensor) -> Tensor:
