@@ -31,7 +31,7 @@ from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .ranks.assignment import AUTO, ROLES
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
+from .rules import SOAP, SWAN, Adafactor, Adam, AdamS, Columns, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
 from .validate import nearest
 
@@ -77,6 +77,8 @@ PARTS: dict[str, dict[str, type]] = {
         "muon": Muon,
         "columns": Columns,
         "normalized": Normalized,
+        "swan": SWAN,
+        "adams": AdamS,
         "shampoo": Shampoo,
         "soap": SOAP,
     },

@@ -33,7 +33,20 @@ from comoving.finders import (
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker, Plain
 from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
+from comoving.rules import (
+    SOAP,
+    SWAN,
+    Adafactor,
+    Adam,
+    AdamS,
+    Columns,
+    Lion,
+    Momentum,
+    Muon,
+    Normalized,
+    Scheduled,
+    Shampoo,
+)
 from comoving.slots import Kind
 from comoving.transport import Carry, Keep, Reset, Rotate, initial
 from references.algebra import basis
@@ -136,6 +149,7 @@ RULES = [
     Adafactor(),
     Adafactor(decay=None, clip=None),
     Adafactor(average="update"),
+    AdamS(),
     Lion(),
     Lion(b1=0.8, b2=0.9),
     Muon(),
@@ -152,7 +166,14 @@ RULES = [
     SOAP(decay=0.8, every=2, max_size=4),
     SOAP(every=3, one_sided=True),
 ]
-STATELESS = [Muon(decay=0.0), Muon(decay=0.0, method="polar"), Normalized()]
+STATELESS = [
+    Muon(decay=0.0),
+    Muon(decay=0.0, method="polar"),
+    Normalized(),
+    SWAN(),
+    SWAN(4, 0.5, 0.3, "each"),
+    Adafactor(average=None),
+]
 """Rules without a momentum, which are for whole frames."""
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 DRAWN = [

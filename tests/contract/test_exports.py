@@ -47,6 +47,7 @@ from contract.support import (
     RULES,
     SAMPLED,
     SPARSE,
+    STATELESS,
     TRANSPORTS,
 )
 
@@ -60,7 +61,7 @@ ROLES = {
     "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *POSITIVE], set()),
     "residual": (residual, [*RESIDUALS, *MOVING], {"Cores", "Passage", "Update"}),
     "precondition": (precondition, PRECONDITIONERS, set()),
-    "rule": (rules, RULES, set()),
+    "rule": (rules, [*RULES, *STATELESS], set()),
     "frame": (
         frames,
         FRAMES,

@@ -20,6 +20,7 @@ from contract.support import (
     REAL,
     RESIDUALS,
     RULES,
+    STATELESS,
     TRANSPORTS,
     Bare,
     close,
@@ -30,6 +31,7 @@ from contract.support import (
 )
 
 CORE = (4, 6)
+EVERY_RULE = [*RULES, *STATELESS]
 FIELDS = pytest.mark.parametrize("dtype", [REAL, COMPLEX], ids=["real", "complex"])
 TRANSPORTED = [*TRANSPORTS, *(kind(statistics=s) for kind in (Rotate, Carry) for s in ("keep", "reset"))]
 KEEPING = [*RESIDUALS, *MOVING, Channel(growth=None)]
@@ -42,7 +44,7 @@ def those(parts, trait):
 # ----------------------------------------------------------------------------------------------------------- rules
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", EVERY_RULE, ids=str)
 @FIELDS
 def test_elementwise_rules_and_no_others_keep_entries_apart(rule, dtype):
     bare, other, reached = Bare(rule, CORE, dtype), Bare(rule, CORE, dtype), torch.zeros(CORE, dtype=torch.bool)
@@ -55,7 +57,7 @@ def test_elementwise_rules_and_no_others_keep_entries_apart(rule, dtype):
     assert rule.elementwise is (int(reached.sum()) == 1)
 
 
-@those(RULES, "elementwise")
+@those(EVERY_RULE, "elementwise")
 @FIELDS
 def test_elementwise_rules_see_no_shape(part, dtype):
     bare, flat = Bare(part, CORE, dtype), Bare(part, (24,), dtype)
@@ -81,7 +83,7 @@ class Undecomposed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@those(RULES, "timeless")
+@those(EVERY_RULE, "timeless")
 @FIELDS
 def test_timeless_rules_read_no_tick_and_decompose_nothing(part, dtype):
     bare, twin = Bare(part, CORE, dtype), Bare(part, CORE, dtype)
@@ -93,7 +95,7 @@ def test_timeless_rules_read_no_tick_and_decompose_nothing(part, dtype):
         assert torch.equal(d, twin.take(z))
 
 
-@those(RULES, "replaces")
+@those(EVERY_RULE, "replaces")
 @FIELDS
 def test_rules_that_replace_their_slots_leave_the_old_ones(part, dtype):
     bare = Bare(part, (5, 6), dtype)
@@ -104,7 +106,7 @@ def test_rules_that_replace_their_slots_leave_the_old_ones(part, dtype):
             assert torch.equal(x, before) and x._version == version, name
 
 
-@those(RULES, "total")
+@those(EVERY_RULE, "total")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, REAL, COMPLEX], ids=str)
 @pytest.mark.parametrize("shape", [(6,), (1, 1), (4, 6), (3, 1, 5)], ids=str)
 def test_total_rules_never_raise(part, shape, dtype):
@@ -114,7 +116,7 @@ def test_total_rules_never_raise(part, shape, dtype):
             assert bare.take(torch.full(shape, x, dtype=dtype)).shape == shape
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", EVERY_RULE, ids=str)
 @FIELDS
 def test_corrected_rules_and_no_others_begin_as_they_go_on(rule, dtype):
     """By one gradient over and over, an average that begins at zero goes from a tenth of it to all of it."""

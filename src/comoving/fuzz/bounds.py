@@ -31,7 +31,7 @@ from ..groups import update_scale
 from ..precondition import Factored
 from ..residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
 from ..residual.gains import Scaled
-from ..rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Rule, Scheduled, Shampoo
+from ..rules import SOAP, Adafactor, Adam, AdamS, Columns, Lion, Momentum, Muon, Normalized, Rule, Scheduled, Shampoo
 from ..sites import Site
 from ..state import group_of_block, parts_of
 from ..validate import check_int
@@ -207,6 +207,10 @@ def _direction(  # noqa: PLR0911, PLR0912  (one case a rule)
             return _Size(size, size)
         case Columns():
             return _Size(root, root)
+        case Normalized():
+            return _Size(root * rule.scale, root * rule.scale)
+        case AdamS():
+            return _adams(group, root)
         case Muon():
             return _muon(rule, shape, core, fixed=not group["ranks"].adaptive and core == prod(shape))
         case Momentum():
@@ -231,6 +235,15 @@ def _adam(group: Mapping[str, Any], codec: Codec, steps: int, turned: float = 1.
         return exact
     mean, stuck = _rounding(codec)
     return exact * (1 + mean * turned / (1 - beta1)) + sqrt(1 + stuck / (1 - beta2))
+
+
+def _adams(group: Mapping[str, Any], root: float) -> _Size:
+    """By Cauchy and Schwarz |b1 m + (1 - b1) z| <= sqrt(b1^2 / b2 + (1 - b1)^2 / (1 - b2)) sqrt(v)."""
+    beta1, beta2 = (float(b) for b in group["betas"])
+    if beta2 == 0 and beta1 > 0:
+        raise _None(f"betas {group['betas']}: b2 = 0 divides by the gradient alone, which may be 0")
+    b = sqrt((beta1**2 / beta2 if beta1 else 0.0) + (1 - beta1) ** 2 / (1 - beta2))
+    return _Size(root * b, b)
 
 
 def _rounding(codec: Codec) -> tuple[float, float]:

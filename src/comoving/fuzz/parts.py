@@ -30,7 +30,7 @@ from ..frames import Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from ..precondition import Factored, Kronecker
 from ..ranks import Energy, Temperature, Tolerance
 from ..residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from ..rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from ..rules import SOAP, Adafactor, Adam, AdamS, Columns, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
 from ..transport import Carry, Keep, Reset, Rotate
 
 __all__ = ["composition", "pick", "shown"]
@@ -91,6 +91,15 @@ RULES: tuple[Draw, ...] = (
         bf16=_flag(r),
     ),  # fmt: skip
     lambda r: Columns(r.choice(("auto", "left", "right"))),
+    lambda r: Normalized(
+        r.choice((0.9, 0.95)),
+        _flag(r),
+        r.choice((1, 2, 10, 11)),
+        r.choice(("rows", "columns")),
+        r.choice((0.0, 1e-3, 0.5)),
+        r.choice((1.0, 0.18)),
+    ),  # fmt: skip
+    lambda r: AdamS(),
     lambda r: Shampoo(
         r.choice((0.9, 0.999)),
         _flag(r),

@@ -2,6 +2,7 @@
 
 from .adafactor import Adafactor
 from .adam import Adam
+from .adams import AdamS
 from .base import Rule
 from .columns import Columns
 from .lion import Lion
@@ -11,9 +12,12 @@ from .normalized import Normalized
 from .scheduled import Scheduled
 from .shampoo import Shampoo
 from .soap import SOAP
+from .swan import SWAN
 
 __all__ = [
     "SOAP",
+    "SWAN",
+    "AdamS",
     "Adafactor",
     "Adam",
     "Columns",

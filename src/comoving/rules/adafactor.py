@@ -12,6 +12,7 @@ from ..linalg import abs_squared, bounded, each_row, lerp_, over
 from ..slots import Kind, Slot
 from ..validate import check_choice, check_float
 from .adam import FIRST
+from .passing import hand_over, taken
 
 _FACTOR = "factor."
 
@@ -31,6 +32,8 @@ class Adafactor:
     "gradient"      m <- b1 m + (1 - b1) z,  and m / (1 - b1^t) stands in z's place in u
     "update"        m <- b1 m + (1 - b1) d,  and m is the direction, without bias correction
 
+    or None, where d is the direction and no m is kept.
+
     r_n has d_n entries, real, in the slot "factor.n"; a vector keeps all of V. m is kept for b1 = 0 too, where it is
     the last gradient or direction. The second kind is no average of gradients: error feedback, and finders that look
     at momentum, are refused with it. The relative step size of the paper, by the weights' RMS, is left out. s is at
@@ -40,13 +43,13 @@ class Adafactor:
         decay: b2_t = 1 - t^decay, decay < 0; None for a constant b2, the group's second, with V / (1 - b2^t).
         floor: added to the squares, >= 0.
         clip: of the update's RMS, > 0, or None.
-        average: "gradient" or "update".
+        average: "gradient", "update" or None.
     """
 
     decay: float | None = -0.8
     floor: float = 1e-30
     clip: float | None = 1.0
-    average: Literal["gradient", "update"] = "gradient"
+    average: Literal["gradient", "update"] | None = "gradient"
 
     momentum = FIRST
     definite = False
@@ -63,7 +66,7 @@ class Adafactor:
         check_float("floor", self.floor, 0.0)
         if self.clip is not None:
             check_float("clip", self.clip, 0.0, open_low=True)
-        check_choice("average", self.average, ("gradient", "update"))
+        check_choice("average", self.average, ("gradient", "update", None))
 
     @property
     def linear(self) -> bool:
@@ -73,16 +76,16 @@ class Adafactor:
     @property
     def corrected(self) -> bool:
         """Whether m is divided by 1 - b1^t, as the average of gradients is."""
-        return self.average == "gradient"
+        return self.average != "update"
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
-        """m, and r_n for each mode."""
+        """m where there is one, and r_n for each mode."""
         factors = (Slot(f"{_FACTOR}{n}", Kind.FACTORED, mode=n) for n in range(len(shape)))
-        return Slot(FIRST, Kind.LINEAR), *factors
+        return (Slot(FIRST, Kind.LINEAR), *factors) if self.average else (*factors,)
 
     def recursion(self, clock: Clock) -> tuple[float, float]:
-        """(b1, 1 - b1)."""
-        return clock.beta1, 1 - clock.beta1
+        """(b1, 1 - b1); (0, 1) without momentum."""
+        return (clock.beta1, 1 - clock.beta1) if self.average else (0.0, 1.0)
 
     def absorb(self, z: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
         """The means and m, in place."""
@@ -98,10 +101,15 @@ class Adafactor:
             # An infinite mean would stay for ever.
             mean = (squares.mean(others) if others else squares).clamp_max_(most)
             state[f"{_FACTOR}{n}"].mul_(decay).add_(mean * (1 - decay))
+        if self.average is None:
+            hand_over(state, z)
+            return
         lerp_(state[FIRST], z if self.linear else self._clipped(z, state, clock), 1 - clock.beta1)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor; eps does not count."""
+        if self.average is None:
+            return self._clipped(taken(state), state, clock)
         if not self.linear:
             return state[FIRST].clone()
         return self._clipped(state[FIRST], state, clock, clock.weight1)

@@ -1,7 +1,7 @@
 """Rows and columns of unit size."""
 
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import sqrt
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from ..linalg import abs_squared, lerp, pairs, unit_size
 from ..slots import Kind, Slot
 from ..validate import check_choice, check_float, check_int
 from .adam import FIRST
+from .cut import cut
 from .passing import hand_over, taken
 
 _Along = Literal["rows", "columns"]
@@ -91,20 +92,16 @@ class Normalized:
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """d, a new tensor."""
-        given = taken(state)
-        rows, core = given.shape[: clock.rows], given.shape[clock.rows :]
-        long = [d for d in core if d > 1]
-        first = long[0] if len(long) > 1 else 1
-        x = given.reshape(*rows, first, prod(core) // max(1, first))
-        if first == 1:
-            return normalized(x, "rows").mul_(self.scale).reshape(given.shape)
+        x, back = cut(taken(state), clock.rows, "flat")
+        if x.shape[-2] == 1:
+            return back(normalized(x, "rows").mul_(self.scale))
         if self.threshold:
             x = unit_size(x, clock.rows)
             x = x * _kept(x, self.threshold)
         turns: tuple[_Along, _Along] = ("rows", "columns") if self.first == "rows" else ("columns", "rows")
         for n in range(self.passes):
             x = normalized(x, turns[n % 2])
-        return x.mul_(self.scale).reshape(given.shape)
+        return back(x.mul_(self.scale))
 
 
 def normalized(x: Tensor, along: _Along) -> Tensor:
