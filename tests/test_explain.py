@@ -93,7 +93,7 @@ def test_an_optimizer_is_not_touched():
 @pytest.mark.parametrize("recipe", recipes())
 def test_views_and_reasons_of_each_recipe(recipe):
     rows = {row.parameter: row for row in explain(build(recipe, Net(), rank=4)).rows}
-    assert rows["tokens.weight"].view == ("tensor" if recipe == "comoving" else "torch")
+    assert rows["tokens.weight"].view == ("tensor" if recipe in {"comoving", "scale"} else "torch")
     assert rows["body.weight"].projected is not recipes()[recipe].full_rank
     why = "rank 1.0" if recipes()[recipe].full_rank else "projected"
     assert rows["body.weight"].why == (measured().row("hidden").choices[-1].name if recipe == "comoving" else why)

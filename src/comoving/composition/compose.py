@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import state as slots
 from ..allocation import Short, allocate, frontier
+from ..frames import Blocks
 from ..groups import decide, named, params_of
 from ..ranks.limit import adamw_bytes
 from ..roles import Role, role_of, roles_of
@@ -128,7 +129,7 @@ class Composer:
             ) from None
         groups: dict[Any, dict[str, Any]] = {}
         for member, option in zip(members, chosen, strict=True):
-            own = option.choice.group(tuple(member.p.shape))
+            own = _group(option.choice, member)
             own["rate"] *= self.factors.get(member.role, 1.0)
             if member.role in self.undecayed:
                 own["weight_decay"] = 0.0
@@ -153,13 +154,19 @@ def _options(
 ) -> list[Option]:
     """The choices worth having for one parameter; alike ones are laid out once."""
     p = member.p
-    key = (tuple(p.shape), p.dtype, p.requires_grad, row.measured, id(member.group))
+    key = (tuple(p.shape), p.dtype, member.role, id(member.group))
     if key not in sizes:
-        sizes[key] = [_bytes(p, {**defaults, **choice.group(tuple(p.shape)), **member.group}) for choice in row.choices]
+        sizes[key] = [_bytes(p, {**defaults, **_group(choice, member), **member.group}) for choice in row.choices]
     share = p.numel() / max(1, entries)
     return frontier(
         Option(choice, size, choice.loss * share) for choice, size in zip(row.choices, sizes[key], strict=True)
     )
+
+
+def _group(choice: Choice, member: Member) -> dict[str, Any]:
+    """A choice's options for a parameter; stacked experts are matrices of their own."""
+    blocks = {"frame": Blocks()} if member.role == "experts" else {}
+    return choice.group(tuple(member.p.shape)) | blocks
 
 
 def _bytes(p: Tensor, group: Mapping[str, Any]) -> int:

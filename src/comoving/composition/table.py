@@ -55,9 +55,10 @@ class Table:
         """
         rows: dict[Role, tuple[Choice, ...]] = {}
         for name, choices in data["roles"].items():
+            role = known_role(name, "the table")
             if not choices:
                 raise ValueError(f"role {name} has no choices in the table")
-            rows[known_role(name, "the table")] = tuple(_read(name, choice) for choice in choices)
+            rows[role] = tuple(_read(name, choice) for choice in choices)
         return cls(rows, data.get("command", ""))
 
     def row(self, role: Role) -> Row:

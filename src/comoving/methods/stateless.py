@@ -40,10 +40,12 @@ RECIPES = (
     ),
     Recipe(
         "scale",
-        "rows of the gradient, one for each output, brought to unit size; no state",
+        "rows of the gradient, one for each output, brought to unit size; columns of an embedding's; momentum for the "
+        "output head alone",
         "2506.16659",
         dict(rule=Normalized(passes=1)),
         full_rank=True,
+        roles={"head": HEAD, "table": TABLE},
     ),
     Recipe(
         "adams",
