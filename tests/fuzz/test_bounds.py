@@ -16,7 +16,7 @@ from comoving.precondition import Factored
 from comoving.ranks import Energy
 from comoving.recipes import recipes
 from comoving.residual import Channel, Feedback, Fira, Sign
-from comoving.rules import Adafactor, Adam, Lion, Momentum, Muon, Scheduled, Shampoo
+from comoving.rules import SWAN, Adafactor, Adam, AdamS, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
 from comoving.transport import Keep
 
 BETAS = [(0.9, 0.999), (0.9, 0.99), (0.8, 0.9), (0.95, 0.95), (0.0, 0.99), (0.99, 0.9)]
@@ -96,6 +96,10 @@ def test_what_residuals_add():
     [
         (dict(rule=Lion()), 1.0),
         (dict(rule=Adafactor(clip=0.5)), 0.5),
+        (dict(rule=Adafactor(clip=0.5, average=None)), 0.5),
+        (dict(rule=Normalized(scale=0.3)), 0.3),
+        (dict(rule=SWAN(scale=0.3)), 0.3),
+        (dict(rule=AdamS(), betas=(0.9, 0.95)), sqrt(0.81 / 0.95 + 0.01 / 0.05)),
         (dict(rule=Muon(method="polar")), 0.2),
         (dict(rule=Muon()), 0.2 * 1.2025),
         (dict(rule=Momentum(), precondition=Factored(clip=0.5)), 0.5),
@@ -121,6 +125,7 @@ def test_bounds_of_other_rules(options, rms):
         (dict(residual=Fira(growth=None), rank=0.25), "puts no limit"),
         (dict(residual=Channel(growth=None), rank=0.25), "puts no limit"),
         (dict(betas=(0.9, 0.0)), "forgets every gradient but the last"),
+        (dict(rule=AdamS(), betas=(0.9, 0.0)), "divides by the gradient alone"),
     ],
 )
 def test_where_there_is_no_bound_the_reason_is_said(options, reason):

@@ -31,7 +31,21 @@ from ..groups import update_scale
 from ..precondition import Factored
 from ..residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
 from ..residual.gains import Scaled
-from ..rules import SOAP, Adafactor, Adam, AdamS, Columns, Lion, Momentum, Muon, Normalized, Rule, Scheduled, Shampoo
+from ..rules import (
+    SOAP,
+    SWAN,
+    Adafactor,
+    Adam,
+    AdamS,
+    Columns,
+    Lion,
+    Momentum,
+    Muon,
+    Normalized,
+    Rule,
+    Scheduled,
+    Shampoo,
+)
 from ..sites import Site
 from ..state import group_of_block, parts_of
 from ..validate import check_int
@@ -202,12 +216,12 @@ def _direction(  # noqa: PLR0911, PLR0912  (one case a rule)
             if rule.clip is None:
                 raise _None("Adafactor without clip: a product of means may lie far below the square of an entry")
             size = rule.clip * root
-            if not rule.linear:
+            if rule.average == "update":
                 size *= 1 + _rounding(codec)[0] / (1 - float(group["betas"][0])) * root
             return _Size(size, size)
         case Columns():
             return _Size(root, root)
-        case Normalized():
+        case Normalized() | SWAN():
             return _Size(root * rule.scale, root * rule.scale)
         case AdamS():
             return _adams(group, root)

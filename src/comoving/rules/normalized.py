@@ -16,6 +16,8 @@ from .cut import cut
 from .passing import hand_over, taken
 
 _Along = Literal["rows", "columns"]
+_LEAST = 1e-20
+"""Below the length of all that is not zero and was divided by its largest entry, be that no normal number."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,11 @@ def normalized(x: Tensor, along: _Along) -> Tensor:
     count = x.shape[-1] if along == "rows" else x.shape[-2]
     axis = x.ndim - (1 if along == "rows" else 2)
     axes = (axis, x.ndim) if x.is_complex() else (axis,)
-    tiny = torch.finfo(real.dtype).tiny
-    # Squares of the entries may leave the range.
-    scaled = real / real.abs().amax(axes, keepdim=True).clamp_min_(tiny)
+    # Squares of the entries may leave the range; those of entries of at most 1 do not.
+    unit = torch.linalg.vector_norm(real, float("inf"), dim=axes, keepdim=True)
+    scaled = real / unit.clamp_min_(torch.finfo(real.dtype).tiny)
     length = torch.linalg.vector_norm(scaled, dim=axes, keepdim=True)
-    scaled.div_(length.clamp_min_(tiny)).mul_(sqrt(count))
+    scaled.mul_(sqrt(count) / length.clamp_min_(_LEAST))
     return torch.view_as_complex(scaled) if x.is_complex() else scaled
 
 
