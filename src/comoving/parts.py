@@ -31,7 +31,7 @@ from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .ranks.assignment import AUTO, ROLES
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, NorMuon, Scheduled, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
 from .validate import nearest
 
@@ -75,6 +75,7 @@ PARTS: dict[str, dict[str, type]] = {
         "adafactor": Adafactor,
         "lion": Lion,
         "muon": Muon,
+        "normuon": NorMuon,
         "columns": Columns,
         "shampoo": Shampoo,
         "soap": SOAP,

@@ -33,7 +33,7 @@ from comoving.finders import (
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker, Plain
 from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, NorMuon, Scheduled, Shampoo
 from comoving.slots import Kind
 from comoving.transport import Carry, Keep, Reset, Rotate, initial
 from references.algebra import basis
@@ -141,6 +141,8 @@ RULES = [
     Muon(),
     Muon(nesterov=False, ema=True, method="polar", over="each"),
     Muon(scale="spectral", over="flat"),
+    Muon(coefficients="polar-express", before="rows", after="both"),
+    NorMuon(),
     Columns(),
     Columns(along="right"),
     Shampoo(),
@@ -150,7 +152,7 @@ RULES = [
     SOAP(decay=0.8, every=2, max_size=4),
     SOAP(every=3, one_sided=True),
 ]
-STATELESS = [Muon(decay=0.0), Muon(decay=0.0, method="polar")]
+STATELESS = [Muon(decay=0.0), Muon(decay=0.0, method="rows", after="columns")]
 """Rules without a momentum, which are for whole frames."""
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 DRAWN = [

@@ -7,8 +7,21 @@ from .columns import Columns
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
+from .normuon import NorMuon
 from .scheduled import Scheduled
 from .shampoo import Shampoo
 from .soap import SOAP
 
-__all__ = ["SOAP", "Adafactor", "Adam", "Columns", "Lion", "Momentum", "Muon", "Rule", "Scheduled", "Shampoo"]
+__all__ = [
+    "SOAP",
+    "Adafactor",
+    "Adam",
+    "Columns",
+    "Lion",
+    "Momentum",
+    "Muon",
+    "NorMuon",
+    "Rule",
+    "Scheduled",
+    "Shampoo",
+]
