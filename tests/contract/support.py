@@ -145,6 +145,7 @@ RULES = [
     NorMuon(),
     Columns(),
     Columns(along="right"),
+    Columns(orthonormal=True),
     Shampoo(),
     Shampoo(decay=0.9, exponent=0.3, eps=1e-3, every=3, max_size=4, graft=False),
     Shampoo(average=False, root="newton"),

@@ -188,6 +188,7 @@ def test_parts_are_frozen_values(part):
         (Scheduled, "growth", 0.0, r"\(0, 1\]"),
         (Scheduled, "decay", 0.1, r"\[-inf, 0\)"),
         (Columns, "along", "both", "'auto', 'left', 'right'"),
+        (Columns, "orthonormal", 2, "True, False"),
         *((kind, "statistics", "move", "'carry', 'keep', 'reset'") for kind in (Rotate, Carry)),
         *((kind, "decay", 1.0, r"\[0, 1\)") for kind in (Shampoo, SOAP, Kronecker)),
         *((kind, "exponent", 0.0, r"\(0, inf\)") for kind in (Shampoo, Kronecker)),

@@ -287,7 +287,8 @@ def test_scheduled_decay_rates_in_full_precision():
 @FIELDS
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize(("shape", "side"), [((6, 9), "left"), ((9, 6), "left"), ((6, 9), "right"), ((9, 6), "auto")])
-def test_dion(shape, side, iterations, dtype):
+@pytest.mark.parametrize("orthonormal", [False, True])
+def test_dion(shape, side, iterations, dtype, orthonormal):
     """On either side: a frame of columns is Dion of the transpose at the other scale."""
     start, seed = randn(shape, dtype, 9), 3
     left = side == "left"
@@ -297,7 +298,8 @@ def test_dion(shape, side, iterations, dtype):
     first = Modes().start(g0, ranks, None, seed).factors[0 if left else 1]
     q = turn(g0).mH @ first
     lr = 0.03 if left else 0.03 * shape[0] / shape[1]
-    reference = dion.Dion(turn(start), lr, q, mu=0.7, eps=1e-3, weight_decay=0.003 / lr, power_iters=iterations)
+    hyper = {"mu": 0.7, "eps": 1e-3, "weight_decay": 0.003 / lr, "power_iters": iterations, "orthonormal": orthonormal}
+    reference = dion.Dion(turn(start), lr, q, **hyper)
 
     class Turned:
         def step(self, g):
@@ -306,7 +308,7 @@ def test_dion(shape, side, iterations, dtype):
     finder = comoving.finders.Amortized(iterations=iterations)
     optimizer, p = follow(
         "dion", start, Turned(), finder=finder, residual=MomentumBuffer(decay=0.7), eps=1e-3, lr=0.03, weight_decay=0.1,
-        rank=3, side=side, seed=seed,
+        rank=3, side=side, seed=seed, rule=Columns(orthonormal=orthonormal),
     )  # fmt: skip
     close(turn(optimizer.state[p]["feedback.momentum.value"]), reference.m)
 
