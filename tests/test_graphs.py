@@ -20,7 +20,7 @@ from comoving.frames import Seeded, Trains
 from comoving.parts import PARTS
 from comoving.precondition import Factored
 from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import Lion, Momentum, Muon
+from comoving.rules import Lion, Momentum, Muon, NorMuon
 from comoving.transport import Carry, Reset
 from pretend import DEVICE, OnDevice, Pretend, install
 from tape import Recorder, Tape
@@ -37,6 +37,8 @@ OPTIONS = {
     "lion": {"rule": Lion()},
     "momentum": {"rule": Momentum(), "weight_decay": 0.0},
     "muon": {"rule": Muon(), "rank": 1.0},
+    "orthogonal": {"rule": Muon(decay=0.0, coefficients="polar-express", after="both"), "rank": 1.0},
+    "normuon": {"rule": NorMuon(), "rank": 1.0},
     "buffer": {"residual": MomentumBuffer(), "rule": Momentum()},
     "train": {"frame": Trains(), "finder": TrainRandomized()},
     "lazy": {"cadence": Lazy(patience=1)},

@@ -172,6 +172,7 @@ class Engine:
             turn=self.turn,
             comm=self.comm if site.shard is None else row.kind.comm,
             elsewhere=self.searches.on(self.numbers(row.p).device),
+            decay=group["decay"],
         )
 
     # ------------------------------------------------------------------------------------------------------- batches

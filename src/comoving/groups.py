@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .codecs import Full
+from .decay import DECAYS
 from .frames import Blocks
 from .frames.base import SIDES, Side
 from .frames.modes import check_rank
@@ -71,6 +72,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         check_choice(key, group[key], (True, False, None))
     check_choice("select", group["select"], ("auto", "shape", "all"))
     check_choice("rounding", group["rounding"], ROUNDINGS)
+    check_choice("decay", group["decay"], DECAYS)
     roles = {
         "frame": ("ranks", "core_shape", "load", "start"), "finder": ("schema", "observe", "find", "inertia"),
         "cadence": ("schema", "due", "refreshed"), "precondition": ("schema", "apply"), "transport": ("move", "age"),

@@ -14,6 +14,7 @@ from . import state as slots
 from .cadence import Cadence, Every
 from .codecs import Codec, Full
 from .contents import Contents
+from .decay import Decay
 from .drivers import Backward, Driver, Guard, Whole
 from .drivers.backward import Window, check_clip, check_hooks
 from .drivers.graphs import CudaRecorder, Graphs
@@ -94,6 +95,8 @@ class LowRankOptimizer(Optimizer):
             Stochastic rounding is right in the mean, so that updates and weight decay far below the spacing of bfloat16
             survive without a float32 copy of the weights; see :mod:`comoving.rounding`. Dense parameters then have
             moments in float32. Nothing changes for float32 and wider; float16 and complex32 are refused.
+        decay: "all", or "cautious": only entries decay that the update moves toward zero, or not at all (arXiv
+            2510.12402), dense ones too. It takes a copy of the weights of what is stepped together.
         on_nonfinite: "raise" checks all gradients before anything changes, with one host synchronization a step; "skip"
             leaves parameters and state as they were, but for the steps that refreshes are timed by, seeds and other
             numbers on the host, decided on the device, and counts (:attr:`skipped_steps`). Only at a refresh of frames
@@ -149,6 +152,7 @@ class LowRankOptimizer(Optimizer):
         roles: dict[str, str] | None = None,
         rate: float = 1.0,
         rounding: Rounding = "nearest",
+        decay: Decay = "all",
         on_nonfinite: str = "raise",
         seed: int = 0,
         budget: int | float | str | None = None,
@@ -162,7 +166,7 @@ class LowRankOptimizer(Optimizer):
             residual=residual, codec=codec, moments=moments, bases=bases, ranks=ranks, scale=scale,
             refresh_every=refresh_every, maximize=maximize, amsgrad=amsgrad, foreach=foreach, fused=fused,
             diagnostics=diagnostics, select=select, reasons=reasons, roles=roles, rate=rate,
-            rounding=rounding,
+            rounding=rounding, decay=decay,
         )  # fmt: skip
         defaults = {key: plain(value) for key, value in defaults.items()}
         check_options(settled(defaults))

@@ -31,7 +31,21 @@ from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .ranks.assignment import AUTO, ROLES
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from .rules import SOAP, SWAN, Adafactor, Adam, AdamS, Columns, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
+from .rules import (
+    SOAP,
+    SWAN,
+    Adafactor,
+    Adam,
+    AdamS,
+    Columns,
+    Lion,
+    Momentum,
+    Muon,
+    Normalized,
+    NorMuon,
+    Scheduled,
+    Shampoo,
+)
 from .transport import Carry, Keep, Reset, Rotate
 from .validate import nearest
 
@@ -75,6 +89,7 @@ PARTS: dict[str, dict[str, type]] = {
         "adafactor": Adafactor,
         "lion": Lion,
         "muon": Muon,
+        "normuon": NorMuon,
         "columns": Columns,
         "normalized": Normalized,
         "swan": SWAN,

@@ -102,6 +102,8 @@ def _check_deferred(site: Site, group: Group) -> None:
         reason = f"and frame {group['frame']} is not one factor on one side of the matrix: use Modes(), side='auto'"
     elif not isinstance(group["residual"], Discard):
         reason = f"and residual {group['residual']} may move it outside of that frame: use Discard()"
+    elif group["decay"] != "all":
+        reason = f"and decay={group['decay']!r} would move it outside of that frame: use decay='all'"
     elif group["refresh_every"] == 1:
         reason = "and with refresh_every=1 each step may merge it, and one that merges makes no update: use 2 or more"
     if reason is not None:

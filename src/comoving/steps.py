@@ -25,6 +25,7 @@ from . import state as slots
 from .cadence import When
 from .cell import Cell, Open
 from .comm import Comm
+from .decay import Decay, decay_agreeing
 from .finders import Operand
 from .finders.delayed import DUE, announced, announcing, come, foreseen, is_awaited, of_each, searched
 from .frames import Frame, ModeFrame, Modes, SharedFrame
@@ -58,6 +59,7 @@ class Now:
         turn: step 5 of rules that do without the host's clock; it may be compiled.
         comm: joins what several processes see of a gradient.
         elsewhere: who makes searches that are begun ahead; None where they are made at once.
+        decay: which entries decay.
     """
 
     lr: float | Tensor
@@ -76,6 +78,7 @@ class Now:
     turn: Turn
     comm: Comm
     elsewhere: Elsewhere | None = None
+    decay: Decay = "all"
 
     def due(self, cell: Cell) -> bool:
         """Whether the next gradient brings a new frame; a loaded one of other ranks does not fit, and is at once."""
@@ -278,7 +281,8 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
         _copy({slot.name for slot in slots.rule_slots(site, kind.group)}, cell, stored)
     turn = now.turn if rule.timeless else turned
     d = turn(rule, opened.core, cell.moments, clock, now.eps)  # 5
-    rate, shrink = -now.rate * now.lr, 1 - now.lr * now.weight_decay if now.weight_decay else 1.0
+    cautious = now.decay == "cautious" and now.weight_decay > 0
+    rate, shrink = -now.rate * now.lr, 1 - now.lr * now.weight_decay if now.weight_decay and not cautious else 1.0
     factor = rate * update_scale(site, now.scale)
     by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
     compressed = by_modes if isinstance(parts.frame, Modes) else None
@@ -287,7 +291,12 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
     update = Update(
         lambda: cell.load(opened.core), compressed, opened.core, d, factor, shrink, rate, clock, now.eps, opened.size
     )
-    parts.residual.write(weights, update, cell.residual, parts.codec)  # 6, 7
+    if not cautious:
+        parts.residual.write(weights, update, cell.residual, parts.codec)  # 6, 7
+        return
+    new = weights.clone()
+    parts.residual.write(new, update, cell.residual, parts.codec)
+    weights.copy_(decay_agreeing(new, weights, now.lr * now.weight_decay))
 
 
 def _of_shape(x: Tensor, site: Site) -> Tensor:

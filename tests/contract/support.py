@@ -44,6 +44,7 @@ from comoving.rules import (
     Momentum,
     Muon,
     Normalized,
+    NorMuon,
     Scheduled,
     Shampoo,
 )
@@ -155,10 +156,13 @@ RULES = [
     Muon(),
     Muon(nesterov=False, ema=True, method="polar", over="each"),
     Muon(scale="spectral", over="flat"),
+    Muon(coefficients="polar-express", before="rows", after="both"),
+    NorMuon(),
     Columns(),
     Columns(along="right"),
     Normalized(decay=0.9, passes=1, scale=0.5),
     Normalized(decay=0.9, nesterov=True, passes=3, first="columns", threshold=0.3),
+    Columns(orthonormal=True),
     Shampoo(),
     Shampoo(decay=0.9, exponent=0.3, eps=1e-3, every=3, max_size=4, graft=False),
     Shampoo(average=False, root="newton"),
@@ -168,7 +172,7 @@ RULES = [
 ]
 STATELESS = [
     Muon(decay=0.0),
-    Muon(decay=0.0, method="polar"),
+    Muon(decay=0.0, method="rows", after="columns"),
     Normalized(),
     SWAN(),
     SWAN(4, 0.5, 0.3, "each"),

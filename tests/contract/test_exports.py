@@ -31,7 +31,7 @@ from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains,
 from comoving.precondition import Factored, Kronecker
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from comoving.rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, NorMuon, Scheduled, Shampoo
 from comoving.transport import Carry, Rotate
 from contract.support import (
     BOND_FINDERS,
@@ -80,6 +80,19 @@ ROLES = {
 }
 
 
+MUON = [
+    ("decay", 1.0, r"\[0, 1\)"),
+    *((field, 2, "True, False") for field in ("nesterov", "ema", "bf16")),
+    ("method", "qr", "'newton-schulz', 'polar', 'rows'"),
+    ("steps", 0, ">= 1"),
+    ("coefficients", (1.0, 2.0), "a tuple of three numbers"),
+    ("coefficients", "cubic", "'quintic', 'polar-express'"),
+    ("scale", "shape", r"\(0, inf\)"),
+    ("scale", 0.0, r"\(0, inf\)"),
+    ("over", "all", "'auto', 'flat', 'each'"),
+    ("before", "both", "'none', 'rows'"),
+    ("after", "each", "'none', 'rows', 'columns', 'both'"),
+]
 PARTS = [part for _, parts, _ in ROLES.values() for part in parts]
 
 
@@ -167,14 +180,8 @@ def test_parts_are_frozen_values(part):
         (Amortized, "iterations", 0, ">= 1"),
         (MomentumBuffer, "decay", 1.1, r"\[0, 1\]"),
         *((Lion, field, 1.0, r"\[0, 1\)") for field in ("b1", "b2")),
-        (Muon, "decay", 1.0, r"\[0, 1\)"),
-        *((Muon, field, 2, "True, False") for field in ("nesterov", "ema", "bf16")),
-        (Muon, "method", "qr", "'newton-schulz', 'polar'"),
-        (Muon, "steps", 0, ">= 1"),
-        (Muon, "coefficients", (1.0, 2.0), "a tuple of three numbers"),
-        (Muon, "scale", "shape", r"\(0, inf\)"),
-        (Muon, "scale", 0.0, r"\(0, inf\)"),
-        (Muon, "over", "all", "'auto', 'flat', 'each'"),
+        *((kind, *row) for kind in (Muon, NorMuon) for row in MUON),
+        (NorMuon, "decay2", 1.0, r"\[0, 1\)"),
         (Adafactor, "decay", 0.0, r"\[-inf, 0\)"),
         (Adafactor, "floor", -1e-30, r"\[0, inf\)"),
         (Adafactor, "clip", 0.0, r"\(0, inf\)"),
@@ -182,6 +189,7 @@ def test_parts_are_frozen_values(part):
         (Scheduled, "growth", 0.0, r"\(0, 1\]"),
         (Scheduled, "decay", 0.1, r"\[-inf, 0\)"),
         (Columns, "along", "both", "'auto', 'left', 'right'"),
+        (Columns, "orthonormal", 2, "True, False"),
         *((kind, "statistics", "move", "'carry', 'keep', 'reset'") for kind in (Rotate, Carry)),
         *((kind, "decay", 1.0, r"\[0, 1\)") for kind in (Shampoo, SOAP, Kronecker)),
         *((kind, "exponent", 0.0, r"\(0, inf\)") for kind in (Shampoo, Kronecker)),

@@ -39,6 +39,7 @@ BUDGET = {
     "ht-adam": (49, 65, None),
     "ht-rise-adam": (49, 65, None),
     "muon": (4.3, 98, 6.7),
+    "normuon": (5.2, 118, 8.0),
     "orthogonal-sgd": (4.1, 94, 6.5),
     "dion": (7.1, 105, None),
     "flora": (7.3, 75, None),

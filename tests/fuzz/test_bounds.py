@@ -16,7 +16,19 @@ from comoving.precondition import Factored
 from comoving.ranks import Energy
 from comoving.recipes import recipes
 from comoving.residual import Channel, Feedback, Fira, Sign
-from comoving.rules import SWAN, Adafactor, Adam, AdamS, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
+from comoving.rules import (
+    SWAN,
+    Adafactor,
+    Adam,
+    AdamS,
+    Lion,
+    Momentum,
+    Muon,
+    Normalized,
+    NorMuon,
+    Scheduled,
+    Shampoo,
+)
 from comoving.transport import Keep
 
 BETAS = [(0.9, 0.999), (0.9, 0.99), (0.8, 0.9), (0.95, 0.95), (0.0, 0.99), (0.99, 0.9)]
@@ -102,6 +114,8 @@ def test_what_residuals_add():
         (dict(rule=AdamS(), betas=(0.9, 0.95)), sqrt(0.81 / 0.95 + 0.01 / 0.05)),
         (dict(rule=Muon(method="polar")), 0.2),
         (dict(rule=Muon()), 0.2 * 1.2025),
+        (dict(rule=Muon(after="both", coefficients="polar-express")), 0.2),
+        (dict(rule=NorMuon(method="polar")), 0.2),
         (dict(rule=Momentum(), precondition=Factored(clip=0.5)), 0.5),
         (dict(rule=Momentum(), precondition=Factored(), absorbed=3), 3.0),
     ],

@@ -7,6 +7,8 @@
     p = p (1 - lr wd) - lr sqrt(m/n) P Q^H          (the new Q)
 
 B = 0 is no information: P Q^H is taken as 0 and Q is kept (QR of 0 would invent directions and then erase Q).
+Orth-Dion (2605.16341) changes one line: Q = orth(R) instead of the columns' lengths, QR with a positive diagonal (with
+any other sign an update would climb).
 Signs of QR's columns cancel: P D, R D, Q D give the same P R^H and P Q^H, and D does not move the next span.
 """
 
@@ -18,9 +20,9 @@ import torch
 class Dion:
     """step(grad) -> parameter; attributes p, m, q, t (finished steps); `q` is the initial n x r matrix."""
 
-    def __init__(self, p, lr, q, *, mu=0.95, eps=1e-8, weight_decay=0.0, power_iters=1):
+    def __init__(self, p, lr, q, *, mu=0.95, eps=1e-8, weight_decay=0.0, power_iters=1, orthonormal=False):
         self.p, self.lr, self.q, self.mu, self.eps, self.wd = p.clone(), lr, q.clone(), mu, eps, weight_decay
-        self.power_iters = power_iters
+        self.power_iters, self.orthonormal = power_iters, orthonormal
         self.m, self.t = torch.zeros_like(p), 0
 
     def power_iteration(self, b):
@@ -39,6 +41,9 @@ class Dion:
             left, right = self.power_iteration(b)
             self.m = b - (1 - self.mu) * left @ right.mH
             self.q = right / (torch.linalg.norm(right, dim=0, keepdim=True) + self.eps)
+            if self.orthonormal:
+                self.q, t = torch.linalg.qr(right)
+                self.q = self.q * t.diagonal().sgn()
             update = left @ self.q.mH
         self.p = self.p * (1 - self.lr * self.wd) - self.lr * math.sqrt(rows / columns) * update
         self.t += 1

@@ -10,8 +10,8 @@ from comoving.clock import Clock
 from comoving.codecs import Int4, Int8
 from comoving.frames import Modes
 from comoving.residual import Feedback, MomentumBuffer
-from comoving.rules import Adafactor, Columns, Lion, Muon, Scheduled
-from comoving.rules.muon import newton_schulz, polar
+from comoving.rules import Adafactor, Columns, Lion, Muon, NorMuon, Scheduled
+from comoving.rules.orthogonalize import newton_schulz, polar, triples
 from contract.support import COMPLEX, REAL, Holder, close, known_rank, lone, randn, step
 from references import adafactor, dion, lion, muon, smmf
 from references.algebra import unfold
@@ -68,6 +68,91 @@ def test_muon(shape, dtype, options):
     start, eps = randn(shape, dtype, 9), options.get("eps", 1e-7)
     reference = muon.Muon(start, 0.03, weight_decay=0.1, **options)
     follow("muon", start, reference, rule=Muon(**own), lr=0.03, weight_decay=0.1, eps=eps)
+
+
+FLAGS = [
+    {"before": "rows", "ns_steps": 3},
+    {"after": "rows", "scale": "match"},
+    {"after": "columns", "nesterov": False},
+    {"after": "both", "scale": "spectral", "before": "rows"},
+    {"after": "columns", "orth": "polar"},
+    {"orth": "rows"},
+    {"orth": "rows", "after": "columns", "scale": 0.7},
+    {"orth": "pe", "ns_steps": 9, "scale": "spectral"},
+]
+
+
+@FIELDS
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5)], ids=str)
+@pytest.mark.parametrize("options", FLAGS, ids=str)
+def test_the_flags_of_muon(shape, dtype, options):
+    start = randn(shape, dtype, 9)
+    reference = muon.Muon(start, 0.03, momentum=0.8, weight_decay=0.1, eps=1e-7, **options)
+    follow("muon", start, reference, 1e-8, rule=Muon(0.8, **own(options)), lr=0.03, weight_decay=0.1, eps=1e-7)
+
+
+def own(options):
+    """In the words of the rule."""
+    names = {"orth": "method", "ns_steps": "steps", "ns_coefficients": "coefficients"}
+    given = {names.get(k, k): v for k, v in options.items()}
+    if given.get("method") == "pe":
+        del given["method"]
+        given["coefficients"] = "polar-express"
+    return given
+
+
+@FIELDS
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": "spectral", "nesterov": False}, {"scale": 0.7, "orth": "polar", "eps": 1e-3}], ids=str
+)
+def test_normuon(shape, dtype, options):
+    start, eps = randn(shape, dtype, 9), options.get("eps", 1e-7)
+    reference = muon.Muon(start, 0.03, momentum=0.8, ema=True, decay2=0.7, weight_decay=0.1, **({"eps": eps} | options))
+    rule = NorMuon(0.8, ema=True, decay2=0.7, **{k: v for k, v in own(options).items() if k != "eps"})
+    optimizer, p = follow("normuon", start, reference, 1e-8, rule=rule, lr=0.03, weight_decay=0.1, eps=eps)
+    close(optimizer.state[p]["moment.rows"], reference.v[:, 0])
+
+
+def test_normuon_of_spectral_weights_has_a_second_moment_for_each_row_of_all_frequencies():
+    rule, x = NorMuon(0.0, method="polar", decay2=0.5, scale=1.0), randn((3, 4, 2, 2), COMPLEX, 3)
+    state = {"moment.rows": torch.zeros(3, dtype=REAL)}
+    rule.absorb(x, state, CLOCK)
+    d = rule.direction(state, CLOCK, 0.0)
+    each = {k: muon.polar(x[:, :, *k]) for k in [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    v = 0.5 * sum(o.abs().square().mean(1) for o in each.values()) / 4
+    close(state["moment.rows"], v)
+    for k, o in each.items():
+        p = o / v.sqrt()[:, None]
+        close(d[:, :, *k], p * o.norm() / p.norm())
+
+
+def test_a_row_without_gradients_stays_where_it_is():
+    """Rounding is not brought to unit length, nor divided by its own root."""
+    x = randn((5, 8), torch.float32, 3)
+    x[2] = 0
+    for rule in (Muon(after="rows"), Muon(method="polar", after="both"), Muon(before="rows"), NorMuon(method="polar")):
+        state = {"moment.first": torch.zeros(5, 8), "moment.rows": torch.zeros(5)}
+        for _ in range(5):
+            rule.absorb(x, state, CLOCK)
+            d = rule.direction(state, CLOCK, 1e-8)
+        assert not d[2].any(), rule
+        assert d[:2].any()
+
+
+def test_polar_express_are_the_published_polynomials():
+    """The first and the last of the paper's listing, before its safety factor, and what they do to singular values."""
+    first, *_, last = muon.polar_express(8, safety=1.0)
+    assert first == pytest.approx([8.28721201814563, -23.595886519098837, 17.300387312530933], rel=1e-9)
+    assert last == pytest.approx([1.875, -1.25, 0.375], rel=1e-6)
+    ours, safety = triples("polar-express", 10)
+    assert safety == 1.01
+    for own_, theirs in zip(ours, muon.polar_express(10), strict=True):
+        assert own_ == pytest.approx(theirs, rel=1e-7)
+    x = torch.linspace(1e-3, 1, 10_001, dtype=REAL)
+    for a, b, c in ours[:7]:
+        x = a * x + b * x**3 + c * x**5
+    assert (x - 1.01).abs().max() < 0.05
 
 
 @FIELDS
@@ -129,7 +214,7 @@ def test_muon_is_torchs(match):
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (2, 3, 4)], ids=str)
 def test_iterations_bring_singular_values_near_one(shape, dtype):
     x = randn(shape, dtype, 3)
-    values = torch.linalg.svdvals(newton_schulz(x, 5, (3.4445, -4.7750, 2.0315), 1e-7, dtype))
+    values = torch.linalg.svdvals(newton_schulz(x, [(3.4445, -4.7750, 2.0315)] * 5, 1e-7, dtype))
     assert 0.6 < values.min() and values.max() < 1.3
     o = polar(x) if shape[-2] >= shape[-1] else polar(x).mH
     close(o.mH @ o, torch.eye(3).to(dtype).expand(*shape[:-2], 3, 3))
@@ -202,7 +287,8 @@ def test_scheduled_decay_rates_in_full_precision():
 @FIELDS
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize(("shape", "side"), [((6, 9), "left"), ((9, 6), "left"), ((6, 9), "right"), ((9, 6), "auto")])
-def test_dion(shape, side, iterations, dtype):
+@pytest.mark.parametrize("orthonormal", [False, True])
+def test_dion(shape, side, iterations, dtype, orthonormal):
     """On either side: a frame of columns is Dion of the transpose at the other scale."""
     start, seed = randn(shape, dtype, 9), 3
     left = side == "left"
@@ -212,7 +298,8 @@ def test_dion(shape, side, iterations, dtype):
     first = Modes().start(g0, ranks, None, seed).factors[0 if left else 1]
     q = turn(g0).mH @ first
     lr = 0.03 if left else 0.03 * shape[0] / shape[1]
-    reference = dion.Dion(turn(start), lr, q, mu=0.7, eps=1e-3, weight_decay=0.003 / lr, power_iters=iterations)
+    hyper = {"mu": 0.7, "eps": 1e-3, "weight_decay": 0.003 / lr, "power_iters": iterations, "orthonormal": orthonormal}
+    reference = dion.Dion(turn(start), lr, q, **hyper)
 
     class Turned:
         def step(self, g):
@@ -221,7 +308,7 @@ def test_dion(shape, side, iterations, dtype):
     finder = comoving.finders.Amortized(iterations=iterations)
     optimizer, p = follow(
         "dion", start, Turned(), finder=finder, residual=MomentumBuffer(decay=0.7), eps=1e-3, lr=0.03, weight_decay=0.1,
-        rank=3, side=side, seed=seed,
+        rank=3, side=side, seed=seed, rule=Columns(orthonormal=orthonormal),
     )  # fmt: skip
     close(turn(optimizer.state[p]["feedback.momentum.value"]), reference.m)
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adam import adam
 
+from ..decay import decay_agreeing
 from ..rules.adam import FIRST, SECOND
 from ..state import SECOND_MAX
 
@@ -16,7 +17,7 @@ _CAPTURABLE = ("cuda", "xpu", "hpu", "privateuseone")
 def step_dense(
     params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]
 ) -> None:
-    """One step of torch's AdamW on dense real parameters of a group, all on one device.
+    """One step of torch's AdamW on dense real parameters of a group, all on one device; decay may be cautious.
 
     Args:
         params: the parameters.
@@ -25,6 +26,8 @@ def step_dense(
         group: its hyper-parameters.
     """
     beta1, beta2 = group["betas"]
+    cautious = group["decay"] == "cautious" and group["weight_decay"] > 0
+    before = [p.clone() for p in params] if cautious else []
     adam(
         list(params),
         list(grads),
@@ -39,8 +42,10 @@ def step_dense(
         beta1=beta1,
         beta2=beta2,
         lr=group["lr"] * group["rate"],
-        weight_decay=group["weight_decay"] / group["rate"],  # they are multiplied, and decay knows no rate
+        weight_decay=0.0 if cautious else group["weight_decay"] / group["rate"],  # decay knows no rate
         eps=group["eps"],
         maximize=group["maximize"],
         decoupled_weight_decay=True,
     )
+    for p, old in zip(params, before, strict=False):
+        decay_agreeing(p, old, group["lr"] * group["weight_decay"])

@@ -156,7 +156,7 @@ class Graphs:
         """What is no tensor in a step."""
         group = self._group(row)
         return (
-            *(group[name] for name in ("rate", "betas", "eps", "weight_decay", "scale", "maximize")),
+            *(group[name] for name in ("rate", "betas", "eps", "weight_decay", "decay", "scale", "maximize")),
             self.engine.turn,
         )
 

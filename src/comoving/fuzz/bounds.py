@@ -42,6 +42,7 @@ from ..rules import (
     Momentum,
     Muon,
     Normalized,
+    NorMuon,
     Rule,
     Scheduled,
     Shampoo,
@@ -279,10 +280,14 @@ def _rounding(codec: Codec) -> tuple[float, float]:
 
 
 def _muon(rule: Muon, shape: tuple[int, ...], core: int, fixed: bool) -> _Size:
-    if rule.method == "newton-schulz" and rule.coefficients != Muon().coefficients:
+    own = isinstance(rule, NorMuon)
+    iterated = rule.method == "newton-schulz" and rule.unit == "none"
+    if iterated and rule.coefficients not in {"quintic", Muon().coefficients}:
         raise _None(f"Muon's polynomial {rule.coefficients} may map singular values anywhere")
-    value = 1.0 if rule.method == "polar" else _QUINTIC * (1.03 if rule.bf16 else 1.0)
+    value = _QUINTIC * (1.03 if rule.bf16 else 1.0) if iterated else 1.0
     if not fixed:  # sqrt(core / max(rows, columns)) singular values: of a core of any shape
+        if rule.unit != "none" and rule.scale == "spectral":
+            raise _None("sides of unit length and scale='spectral' make updates of a size that depends on ranks")
         size = value * (0.2 if rule.scale == "match" else 1.0 if isinstance(rule.scale, str) else rule.scale)
         return _Size(size * sqrt(core), size * sqrt(core))
     # The modes of a matrix matter for the scale alone: take the larger one.
@@ -292,14 +297,10 @@ def _muon(rule: Muon, shape: tuple[int, ...], core: int, fixed: bool) -> _Size:
         cuts.append((long[0], long[1]))
     sizes: list[_Size] = []
     for rows, columns in cuts:
-        match rule.scale:
-            case "match":
-                s = 0.2 * sqrt(max(rows, columns))
-            case str():
-                s = sqrt(max(1.0, rows / columns))
-            case _:
-                s = float(rule.scale)
-        sizes.append(_Size(value * s * sqrt(core / max(rows, columns)), value * s))
+        s = rule.size(rows, columns)
+        norm = s / sqrt({"none": max(rows, columns), "rows": columns, "columns": rows}[rule.unit])
+        # One entry of NorMuon's may be all that there is of its matrix.
+        sizes.append(_Size(value * norm * sqrt(core), value * (norm * sqrt(rows * columns) if own else s)))
     return _Size(max(size.norm for size in sizes), max(size.entry for size in sizes))
 
 

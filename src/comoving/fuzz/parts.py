@@ -30,7 +30,20 @@ from ..frames import Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from ..precondition import Factored, Kronecker
 from ..ranks import Energy, Temperature, Tolerance
 from ..residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from ..rules import SOAP, Adafactor, Adam, AdamS, Columns, Lion, Momentum, Muon, Normalized, Scheduled, Shampoo
+from ..rules import (
+    SOAP,
+    Adafactor,
+    Adam,
+    AdamS,
+    Columns,
+    Lion,
+    Momentum,
+    Muon,
+    Normalized,
+    NorMuon,
+    Scheduled,
+    Shampoo,
+)
 from ..transport import Carry, Keep, Reset, Rotate
 
 __all__ = ["composition", "pick", "shown"]
@@ -85,11 +98,14 @@ RULES: tuple[Draw, ...] = (
         r.choice((0.9, 0.95)),
         _flag(r),
         _flag(r),
-        r.choice(("newton-schulz", "newton-schulz", "polar")),
+        r.choice(("newton-schulz", "newton-schulz", "polar", "rows")),
         scale=r.choice(("match", "spectral", 0.5)),
         over=r.choice(("auto", "flat", "each")),
         bf16=_flag(r),
+        before=r.choice(("none", "none", "rows")),
+        after=r.choice(("none", "none", "rows", "columns", "both")),
     ),  # fmt: skip
+    lambda r: NorMuon(0.9, _flag(r), scale=r.choice(("match", "spectral", 0.5)), bf16=_flag(r), decay2=0.8),
     lambda r: Columns(r.choice(("auto", "left", "right"))),
     lambda r: Normalized(
         r.choice((0.9, 0.95)),

@@ -1,7 +1,7 @@
 """Methods of full rank: rules in the whole frame."""
 
 from ..codecs import RankOne
-from ..rules import SOAP, Adafactor, Lion, Muon, Scheduled, Shampoo
+from ..rules import SOAP, Adafactor, Lion, Muon, NorMuon, Scheduled, Shampoo
 from .recipe import Recipe
 
 RECIPES = (
@@ -21,6 +21,14 @@ RECIPES = (
         dict(rule=Muon(decay=0.0, nesterov=False, bf16=True)),
         full_rank=True,
         relative_rate=12.0,
+    ),
+    Recipe(
+        "normuon",
+        "muon whose rows have step sizes of their own, by a second moment of the orthogonalized rows",
+        "2510.05491",
+        dict(rule=NorMuon(bf16=True)),
+        full_rank=True,
+        relative_rate=4.0,
     ),
     Recipe(
         "smmf",

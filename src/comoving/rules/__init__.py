@@ -9,6 +9,7 @@ from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
 from .normalized import Normalized
+from .normuon import NorMuon
 from .scheduled import Scheduled
 from .shampoo import Shampoo
 from .soap import SOAP
@@ -25,6 +26,7 @@ __all__ = [
     "Momentum",
     "Muon",
     "Normalized",
+    "NorMuon",
     "Rule",
     "Scheduled",
     "Shampoo",

@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..clock import Clock
-from ..linalg import svd
 from ..slots import Kind, Slot
 from ..validate import check_choice, check_float, check_int
 from .adam import FIRST
+from .orthogonalize import QUINTIC, Triple, newton_schulz, polar, triples, unit_columns, unit_rows
 from .passing import hand_over, taken
-
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-
 
 _SINGLE = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -27,7 +24,7 @@ class Muon:
 
     m <- b m + z                  x = m, with nesterov  z + b m
     m <- b m + (1 - b) z          x = m, with nesterov  (1 - b) z + b m        (ema)
-    d = s orth(x)
+    d = s after(orth(before(x)))
 
     The momentum has z's dtype. Tensors are cut into matrices, all of them orthogonalized at once.
 
@@ -38,25 +35,35 @@ class Muon:
         ema: whether m is an average, or a sum. The direction is the same but for eps.
         method: "newton-schulz" takes ``steps`` iterations X <- a X + (b X X^H + c (X X^H)^2) X from X = x / max(|x|,
             eps), eps that of the group, which bring the singular values near 1; "polar" is U_r V_r^H of the SVD, over
-            the singular values that are not zero (which waits for the device).
+            the singular values that are not zero (which waits for the device); "rows" divides each row by max(|x_i|,
+            eps) instead (RMNP, arXiv 2603.20527), and decomposes nothing.
         steps: >= 1.
-        coefficients: (a, b, c).
-        scale: "match" s = 0.2 sqrt(max(m, n)), an update of RMS 0.2; "spectral" sqrt(max(1, m/n)); or s > 0 itself.
+        coefficients: (a, b, c), or "quintic", which are Jordan's; "polar-express" are others at every iteration, the
+            best ones for what the last iteration has left (arXiv 2505.16932; see
+            :func:`comoving.rules.orthogonalize.triples`).
+        scale: "match" for an update of RMS 0.2: s = 0.2 sqrt(max(m, n)), or 0.2 sqrt(n) where rows have unit length in
+            the end, 0.2 sqrt(m) where columns have; "spectral" sqrt(max(1, m/n)); or s > 0 itself.
         over: the matrix of a tensor: "flat" the first mode against all others; "each" the first two modes longer than
             1, for every index of the others (one matrix per frequency of a spectral weight (in, out, k_1, k_2)); "auto"
             is "each" for complex, "flat" for real tensors.
         bf16: iterate in bfloat16 where the core is real and of single or half precision, as the authors do.
+        before: "rows" divides each row of x by max(|x_i|, eps) first (MuonEq, arXiv 2603.28254).
+        after: "rows" brings the rows of what is orthogonalized to unit length, "columns" the columns, "both" the
+            columns and then the rows (Muon+, arXiv 2602.21545); rows and columns that are no more than rounding has
+            left stay small.
     """
 
     decay: float = 0.95
     nesterov: bool = True
     ema: bool = False
-    method: Literal["newton-schulz", "polar"] = "newton-schulz"
+    method: Literal["newton-schulz", "polar", "rows"] = "newton-schulz"
     steps: int = 5
-    coefficients: tuple[float, float, float] = _QUINTIC
+    coefficients: Triple | Literal["quintic", "polar-express"] = QUINTIC
     scale: float | str = "match"
     over: Literal["auto", "flat", "each"] = "auto"
     bf16: bool = False
+    before: Literal["none", "rows"] = "none"
+    after: Literal["none", "rows", "columns", "both"] = "none"
 
     momentum = FIRST
     definite = False
@@ -72,23 +79,29 @@ class Muon:
         check_float("decay", self.decay, 0.0, 1.0, open_high=True)
         for name in ("nesterov", "ema", "bf16"):
             check_choice(name, getattr(self, name), (True, False))
-        check_choice("method", self.method, ("newton-schulz", "polar"))
+        check_choice("method", self.method, ("newton-schulz", "polar", "rows"))
         check_int("steps", self.steps, 1)
-        if type(self.coefficients) is not tuple or len(self.coefficients) != 3:
-            raise ValueError(f"coefficients must be a tuple of three numbers, got {self.coefficients!r}")
-        for i, c in enumerate(self.coefficients):
-            check_float(f"coefficients[{i}]", c, float("-inf"))
+        check_coefficients(self.coefficients)
         if isinstance(self.scale, str):
             if self.scale not in {"match", "spectral"}:
                 raise ValueError(f"scale must be 'match', 'spectral' or a number in (0, inf), got {self.scale!r}")
         else:
             check_float("scale", self.scale, 0.0, open_low=True)
         check_choice("over", self.over, ("auto", "flat", "each"))
+        check_choice("before", self.before, ("none", "rows"))
+        check_choice("after", self.after, ("none", "rows", "columns", "both"))
 
     @property
     def replays(self) -> bool:
         """Unless it decomposes, which waits for the device."""
-        return self.method == "newton-schulz"
+        return self.method != "polar"
+
+    @property
+    def unit(self) -> Literal["none", "rows", "columns"]:
+        """What has unit length in the end."""
+        if self.after == "none":
+            return "rows" if self.method == "rows" else "none"
+        return "columns" if self.after == "columns" else "rows"
 
     def slots(self, shape: tuple[int, ...]) -> tuple[Slot, ...]:
         """m; none where nothing of it is left after a step."""
@@ -108,16 +121,20 @@ class Muon:
         hand_over(state, (z * intake).add_(m, alpha=decay) if self.nesterov else m)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
-        """s orth(x), a new tensor."""
+        """s after(orth(before(x))), a new tensor."""
         x = taken(state)
         core = x.shape[clock.rows :]
         modes = self._two_modes(core, x.is_complex())
         if modes is None:
             first = next((d for d in core if d > 1), 1)
             flat = x.reshape(*x.shape[: clock.rows], first, prod(core) // max(1, first))
-            return self._orthogonal(flat, eps).reshape(x.shape).contiguous()
+            return self._directed(flat, state, clock, eps).reshape(x.shape).contiguous()
         cut = x.movedim(modes, (-2, -1))
-        return self._orthogonal(cut, eps).movedim((-2, -1), modes).contiguous()
+        return self._directed(cut, state, clock, eps).movedim((-2, -1), modes).contiguous()
+
+    def _directed(self, x: Tensor, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
+        """The direction of matrices (*batch, m, n)."""
+        return self.orthogonal(x, eps).mul_(self.size(*x.shape[-2:]))
 
     def _two_modes(self, core: Sequence[int], is_complex: bool) -> tuple[int, int] | None:
         """The modes of each matrix, from the end; None for the first against all others."""
@@ -125,44 +142,40 @@ class Muon:
         long = [n - len(core) for n, d in enumerate(core) if d > 1]
         return (long[0], long[1]) if each and len(long) > 2 else None
 
-    def _orthogonal(self, x: Tensor, eps: float) -> Tensor:
-        rows, columns = x.shape[-2:]
+    def orthogonal(self, x: Tensor, eps: float) -> Tensor:
+        """after(orth(before(x))) of matrices (*batch, m, n), a new tensor."""
+        if self.before == "rows":
+            x = unit_rows(x, eps)
         if self.method == "polar":
-            result = polar(x)
+            x = polar(x)
+        elif self.method == "rows":
+            x = unit_rows(x, eps)
         else:
+            chosen, safety = triples(self.coefficients, self.steps)
             low = self.bf16 and x.dtype in _SINGLE
-            result = newton_schulz(x, self.steps, self.coefficients, eps, torch.bfloat16 if low else x.dtype)
+            x = newton_schulz(x, chosen, eps, torch.bfloat16 if low else x.dtype, safety)
+        left = max(eps, max(x.shape[-2:]) * torch.finfo(x.dtype).eps)  # by rounding
+        if self.after in {"columns", "both"}:
+            x = unit_columns(x, left)
+        return unit_rows(x, left) if self.after in {"rows", "both"} else x
+
+    def size(self, rows: int, columns: int) -> float:
+        """s of a matrix."""
         if self.scale == "match":
-            return result.mul_(0.2 * sqrt(max(rows, columns)))
-        return result.mul_(sqrt(max(1.0, rows / columns)) if isinstance(self.scale, str) else self.scale)
+            return 0.2 * sqrt({"none": max(rows, columns), "rows": columns, "columns": rows}[self.unit])
+        return sqrt(max(1.0, rows / columns)) if isinstance(self.scale, str) else self.scale
 
 
-def newton_schulz(x: Tensor, steps: int, coefficients: Sequence[float], eps: float, dtype: torch.dtype) -> Tensor:
-    """X <- a X + (b X X^H + c (X X^H)^2) X, a new tensor of x's shape (*batch, m, n); iterated in ``dtype``."""
-    a, b, c = coefficients
-    tall = x.shape[-2] > x.shape[-1]
-    start = _normalized(x.mT if tall else x, eps).to(dtype)
-    matrices = start.reshape(prod(start.shape[:-2]), *start.shape[-2:])
-    for _ in range(steps):
-        gram = matrices @ matrices.mH
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        matrices = torch.baddbmm(matrices, polynomial, matrices, beta=a)
-    result = matrices.reshape(start.shape).to(x.dtype)
-    return result.mT if tall else result
+def check_coefficients(given: Any) -> None:
+    """Raise unless these are the name of polynomials, or three numbers.
 
-
-def _normalized(x: Tensor, eps: float) -> Tensor:
-    """x / max(|x|, eps) for each matrix; squares of the entries may leave float32's range."""
-    tiny = torch.finfo(x.dtype).tiny
-    unit = x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-    scaled = x / unit
-    size = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    # |x| = unit size; x / max(|x|, eps) = scaled / max(size, eps / unit), and eps / unit may be inf for x = 0.
-    return scaled / torch.maximum(size, eps / unit).clamp_min(tiny)
-
-
-def polar(x: Tensor) -> Tensor:
-    """U_r V_r^H over the singular values above rounding, a new tensor of x's shape (*batch, m, n)."""
-    u, s, vh = svd(x)
-    kept = s > max(x.shape[-2:]) * torch.finfo(s.dtype).eps * s[..., :1]
-    return (u * kept.unsqueeze(-2)) @ vh
+    Raises:
+        ValueError: with what is known.
+    """
+    if isinstance(given, str):
+        check_choice("coefficients", given, ("quintic", "polar-express"))
+        return
+    if type(given) is not tuple or len(given) != 3:
+        raise ValueError(f"coefficients must be a tuple of three numbers, 'quintic' or 'polar-express', got {given!r}")
+    for i, c in enumerate(given):
+        check_float(f"coefficients[{i}]", c, float("-inf"))

@@ -13,8 +13,8 @@ from ..slots import Slot
 from ..validate import check_choice, check_float, check_int
 from .adam import FIRST
 from .cut import Over, cut
-from .muon import newton_schulz
 from .normalized import normalized
+from .orthogonalize import newton_schulz
 from .passing import hand_over, taken
 
 
@@ -78,7 +78,7 @@ class SWAN:
         if x.shape[-2] == 1:
             return back(normalized(x, "rows").mul_(self.scale)).contiguous()
         g = standardized(x)
-        x = newton_schulz(g, self.steps, (3 * self.beta, -self.beta, 0.0), 0.0, x.dtype)
+        x = newton_schulz(g, [(3 * self.beta, -self.beta, 0.0)] * self.steps, 0.0, x.dtype)
         flat = normalized(x.reshape(*x.shape[:-2], 1, -1), "rows").reshape(x.shape)
         size = abs_squared(g).mean((-2, -1), keepdim=True).sqrt_()
         return back(flat.mul_(size.mul_(self.scale))).contiguous()
