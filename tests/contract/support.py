@@ -178,7 +178,7 @@ STATELESS = [
     SWAN(4, 0.5, 0.3, "each"),
     Adafactor(average=None),
 ]
-"""Rules without a momentum, which are for whole frames."""
+"""Rules without a momentum, which are for whole frames; the last keeps other slots."""
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 DRAWN = [
     Int8(table="dynamic"),

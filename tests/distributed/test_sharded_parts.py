@@ -67,6 +67,7 @@ SHARED = {
     "galore",
     "ldadam",
     "lion",
+    "adams",
     "loqt",
     "online-subspace-descent",
     "q-galore",

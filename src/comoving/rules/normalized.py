@@ -38,8 +38,8 @@ class Normalized:
       experiments step by 0.05 times a rate of 0.02.
     - SCALE (arXiv 2506.16659): one pass, over rows for weights (out, in), which it calls columns; over columns for an
       embedding (tokens, width); momentum of 0.9 for the head alone. The paper's formula has norms of 1, its code RMS.
-    - the rule for embeddings and heads of DeepSeek-V4.1-Flash (arXiv 2609.19969, section 2.5): ``decay=0.95,
-      nesterov=True, passes=11, threshold=1e-3, scale=0.18``.
+    - the rule for embeddings and heads of DeepSeek-V4.1-Flash (arXiv 2609.19969, Algorithm 1, as others report it, but
+      for its eps of 1e-20): ``decay=0.95, nesterov=True, passes=11, threshold=1e-3, scale=0.18``.
 
     Args:
         decay: b in [0, 1); the group's betas do not count.
@@ -100,10 +100,31 @@ class Normalized:
         if self.threshold:
             x = unit_size(x, clock.rows)
             x = x * _kept(x, self.threshold)
-        turns: tuple[_Along, _Along] = ("rows", "columns") if self.first == "rows" else ("columns", "rows")
-        for n in range(self.passes):
-            x = normalized(x, turns[n % 2])
-        return back(x.mul_(self.scale))
+        return back(in_turn(x, self.first, self.passes).mul_(self.scale))
+
+
+def in_turn(x: Tensor, first: _Along, passes: int) -> Tensor:
+    """The matrices x (*batch, m, n) with rows and columns of unit root mean square, one after the other.
+
+    Passes after the second are over |x|^2 alone, as products with vectors: diag(r) x diag(c) is made at the end. Two
+    passes leave each row that is not zero with some entry above 1/n, and each column with one above 1, so that no
+    square which counts leaves the range.
+    """
+    second: _Along = "columns" if first == "rows" else "rows"
+    x = normalized(x, first)
+    if passes > 1:
+        x = normalized(x, second)
+    if passes <= 2:
+        return x
+    squares, (m, n), tiny = abs_squared(x), x.shape[-2:], torch.finfo(x.dtype).tiny ** 0.8
+    r, c = squares.new_ones(*squares.shape[:-1], 1), squares.new_ones(*squares.shape[:-2], n, 1)  # squares of both
+    turned = squares.mT
+    for k in range(2, passes):
+        if (first if k % 2 == 0 else second) == "rows":
+            r = n / (squares @ c).clamp_min_(tiny)
+        else:
+            c = m / (turned @ r).clamp_min_(tiny)
+    return (x * r.sqrt_()).mul_(c.sqrt_().mT)
 
 
 def normalized(x: Tensor, along: _Along) -> Tensor:
@@ -113,7 +134,7 @@ def normalized(x: Tensor, along: _Along) -> Tensor:
     axis = x.ndim - (1 if along == "rows" else 2)
     axes = (axis, x.ndim) if x.is_complex() else (axis,)
     # Squares of the entries may leave the range; those of entries of at most 1 do not.
-    unit = torch.linalg.vector_norm(real, float("inf"), dim=axes, keepdim=True)
+    unit = real.abs().amax(axes, keepdim=True)
     scaled = real / unit.clamp_min_(torch.finfo(real.dtype).tiny)
     length = torch.linalg.vector_norm(scaled, dim=axes, keepdim=True)
     scaled.mul_(sqrt(count) / length.clamp_min_(_LEAST))
