@@ -215,7 +215,7 @@ def test_results_and_report_are_complete_and_self_contained(tmp_path):
     assert adamw["state_over_adamw"] == 1 and muon["state_over_adamw"] < 1
     assert adamw["target"]["steps"] == 4 and adamw["target"]["counted"] == 32
     page = report.save(found, tmp_path).read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "@import" not in page
     assert "comoving race --task vit" in page and "spikes" in page
     for name in ("curves.png", "frontier.png"):

@@ -177,6 +177,36 @@ def frontier(found: Results) -> bytes:
         return png(figure)
 
 
+def updates(found: Results) -> bytes | None:
+    """Update over weight of every role, the median along training with its range, as PNG; None if nobody measured."""
+    measured: dict[str, dict[str, list[float]]] = {}
+    for line in finished(found):
+        for point in (point for run in runs_at_best(found, line) for point in run.get("updates", [])):
+            for role, ratio in point.items():
+                if role != "step" and 0 < ratio < float("inf"):
+                    measured.setdefault(line["contender"], {}).setdefault(role, []).append(ratio)
+    if not measured:
+        return None
+    roles = list(dict.fromkeys(role for own in measured.values() for role in own))
+    with require("matplotlib", "cli").rc_context(STYLE):
+        figure = canvas(7.5, 4.0)
+        axes = figure.subplots()
+        styles = style_of(found)
+        for i, (name, own) in enumerate(measured.items()):
+            aside = (i - (len(measured) - 1) / 2) * min(0.12, 0.6 / len(measured))
+            for role, ratios in own.items():
+                middle, place = statistics.median(ratios), roles.index(role) + aside
+                below, above = middle - min(ratios), max(ratios) - middle
+                label = name if role == next(iter(own)) else None
+                bars = [[below], [above]]
+                axes.errorbar(place, middle, bars, fmt="o", color=styles[name][0], ms=5, capsize=2, lw=1, label=label)
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(roles)), roles)
+        axes.set_title("RMS of an update over that of the weights, by role", loc="left", fontsize=11, color="#333333")
+        axes.legend(fontsize=8, frameon=False)
+        return png(figure)
+
+
 def label_points(axes: Any, points: list[tuple[str, float, float]], styles: dict[str, tuple[str, str]]) -> None:
     """Name each point beside it; names of points close to each other are moved apart."""
     if not points:

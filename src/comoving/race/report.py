@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, and its two pictures as files."""
+"""The report: one HTML file with everything in it, and its pictures as files."""
 
 import base64
 import html
@@ -59,12 +59,17 @@ def sweep(found: dict[str, Any]) -> str:
     return f"<table><tr><th>optimizer</th><th>rate</th><th>final, by seed</th></tr>{rows}</table>"
 
 
-def page(found: dict[str, Any], curves: bytes, frontier: bytes) -> str:
+def page(found: dict[str, Any], curves: bytes, frontier: bytes, updates: bytes | None) -> str:
     """The whole HTML text; it refers to nothing outside itself."""
     task, settings = found["task"], found["settings"]
     seeds = f"{settings['seeds']} seed" + ("s" if settings["seeds"] > 1 else "")
     notes = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(found))
     legend = "".join(f"<dt>{html.escape(c.heading)}</dt><dd>{html.escape(c.meaning)}</dd>" for c in columns(found))
+    moves = (
+        ""
+        if updates is None
+        else f"<h2>How far a step moves each role</h2>{picture(updates, 'Update over weight of every role')}"
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Race: {html.escape(task["title"])}</title><style>{CSS}</style></head>
 <body>
@@ -79,6 +84,7 @@ contender from the same initialization on the same batches, each at the best of 
 {picture(curves, "Training loss and validation of every contender")}
 <h2>Quality against optimizer state</h2>
 {picture(frontier, "Validation against bytes of optimizer state")}
+{moves}
 <h2>All rates</h2>
 {sweep(found)}
 <h2>What the columns mean</h2>
@@ -93,9 +99,11 @@ contender from the same initialization on the same batches, each at the best of 
 
 
 def save(found: dict[str, Any], out: Path) -> Path:
-    """Write ``curves.png``, ``frontier.png`` and ``report.html`` into ``out``."""
-    curves, frontier = pictures.curves(found), pictures.frontier(found)
+    """Write ``curves.png``, ``frontier.png``, ``updates.png`` and ``report.html`` into ``out``."""
+    curves, frontier, updates = pictures.curves(found), pictures.frontier(found), pictures.updates(found)
     write_bytes(out / "curves.png", curves)
     write_bytes(out / "frontier.png", frontier)
-    write_text(out / "report.html", page(found, curves, frontier))
+    if updates is not None:
+        write_bytes(out / "updates.png", updates)
+    write_text(out / "report.html", page(found, curves, frontier, updates))
     return out / "report.html"

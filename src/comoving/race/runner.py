@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from comoving.race.contenders import Contender, Refused
 from comoving.race.settings import DTYPES, Rank, RunSettings
 from comoving.race.tasks import TASKS, Task
 from comoving.race.wrapping import wrapping_of
+from comoving.relative_updates import Movement, relative_updates
+from comoving.roles import Role
 
 SPIKE_WINDOW = 20
 SPIKE_EXCESS = 0.25
@@ -150,6 +152,14 @@ def move(x: Tensor, run: RunSettings) -> Tensor:
     return x.to(run.device, DTYPES[run.dtype]) if x.is_floating_point() else x.to(run.device)
 
 
+def stepped(optimizer: Any, stepping: Stopwatch, watched: nn.Module | None) -> dict[Role, float]:
+    """One step, timed; of a model that is watched how far it went, role by role, over the size of the weights."""
+    with relative_updates(watched) if watched is not None else nullcontext(dict[Role, Movement]()) as moved:
+        with stepping.timed():
+            optimizer.step()
+    return {role: movement.ratio for role, movement in moved.items()}
+
+
 def train(run: RunSettings, task: Task | None = None, progress: Progress = lambda step, loss: None) -> dict[str, Any]:
     """Train and measure. The global RNG is left as it was found.
 
@@ -192,6 +202,7 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
     step_seconds: list[float] = []
     optimizer_seconds: list[float] = []
     curve: list[dict[str, float]] = []
+    updates: list[dict[str, float]] = []
     error = None
     forget_peak(device)
     for step in range(run.steps):
@@ -205,8 +216,8 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
             if math.isfinite(losses[-1]):
                 optimizer.zero_grad()
                 loss.backward()
-                with stepping.timed():
-                    optimizer.step()
+                moved = stepped(optimizer, stepping, model if step + 1 in due else None)
+                updates += [{"step": step + 1, **moved}] if moved else []
         step_seconds.append(whole.seconds - before)
         optimizer_seconds.append(stepping.seconds - before_step)
         progress(step + 1, losses[-1])
@@ -228,6 +239,7 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
         "status": "finished" if error is None else "diverged",
         **({} if error is None else {"error": error}),
         "validation": curve,
+        "updates": updates,
         "losses": losses,
         "final": curve[-1]["value"] if error is None else None,
         "final_loss": curve[-1]["loss"] if error is None else None,
