@@ -201,8 +201,7 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
     losses: list[float] = []
     step_seconds: list[float] = []
     optimizer_seconds: list[float] = []
-    curve: list[dict[str, float]] = []
-    updates: list[dict[str, float]] = []
+    curve, updates = list[dict[str, float]](), list[dict[str, float]]()
     error = None
     forget_peak(device)
     for step in range(run.steps):
