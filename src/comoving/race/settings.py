@@ -120,8 +120,8 @@ class RaceSettings:
             raise SettingsError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.dtype not in self.info.dtypes:
             raise SettingsError(f"task {self.task} cannot run in {self.dtype}; it takes {', '.join(self.info.dtypes)}")
-        if self.text and self.task != "lm":
-            raise SettingsError(f"--text belongs to the lm task, not to {self.task}")
+        if self.text and not self.task.startswith("lm"):
+            raise SettingsError(f"--text belongs to the lm tasks, not to {self.task}")
         check_device(self.device)
         self._check_ranks()
 

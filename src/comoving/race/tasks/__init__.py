@@ -49,6 +49,7 @@ class TaskInfo:
             claim. Others fall back on ``rate`` times their factor.
         dtypes: that the model can train in.
         optimizers: who races by default.
+        module: of :mod:`comoving.race.tasks`, where it is not called as the task is.
     """
 
     name: str
@@ -63,10 +64,11 @@ class TaskInfo:
     dtypes: tuple[str, ...]
     optimizers: str
     rates: Mapping[str, float] = field(default_factory=lambda: {})
+    module: str = ""
 
     def load(self, **options: Any) -> Task:
         """Load the data; ``options`` are the task's own (``text``)."""
-        return importlib.import_module(f"comoving.race.tasks.{self.name}").load(**options)
+        return importlib.import_module(f"comoving.race.tasks.{self.module or self.name}").load(**options)
 
 
 MATRICES = "adamw,galore,ldadam,comoving"
@@ -88,6 +90,36 @@ TASKS = {
             REAL,
             MATRICES,
             {"adamw": 1e-3, "galore": 2e-2, "ldadam": 5e-3, "comoving-adamw": 8e-3, "muon": 1e-2, "soap": 4e-3},
+        ),  # fmt: skip
+        TaskInfo(
+            "lm-bpe",
+            "LLaMA on tokens, 4k a step",
+            "validation bits per byte",
+            "tokens",
+            128,
+            2e-3,
+            300,
+            32,
+            0.25,
+            REAL,
+            MATRICES,
+            {},
+            "lm_bpe",
+        ),  # fmt: skip
+        TaskInfo(
+            "lm-bpe-32k",
+            "LLaMA on tokens, 32k a step",
+            "validation bits per byte",
+            "tokens",
+            128,
+            2e-3,
+            100,
+            256,
+            0.25,
+            REAL,
+            MATRICES,
+            {},
+            "lm_bpe",
         ),  # fmt: skip
         TaskInfo(
             "fno",

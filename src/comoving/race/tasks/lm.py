@@ -3,9 +3,9 @@
 import hashlib
 import math
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".json", ".jsonl", ".
 DATASET_MARKS = ("dataset_dict.json", "state.json")
 
 Document = tuple[str, bytes]
+T = TypeVar("T")
 
 
 def held_out(name: str) -> bool:
@@ -168,8 +169,17 @@ def load(text: str = "") -> ByteTask:
     Raises:
         ValueError: if nothing there can be read as text.
     """
+    return loaded(text, ByteTask)
+
+
+def loaded(text: str, make: Callable[[Iterable[Document]], T]) -> T:
+    """A task that is made of the corpus that ``text`` names.
+
+    Raises:
+        ValueError: if nothing there can be read as text.
+    """
     try:
-        return ByteTask(documents(text))
+        return make(documents(text))
     except (OSError, ImportError, ValueError):
         raise
     except Exception as error:  # the data set library raises its own kinds for a name it cannot find
