@@ -62,6 +62,9 @@ def application() -> Any:
         codec: Annotated[
             str, typer.Option(help="Of moments and feedback: full, int8, int4 ...; every contender in each, by commas.")
         ] = "",
+        budget: Annotated[
+            str, typer.Option(help="Of comoving's whole state, by commas: 1/8, 10%, 400MB, 0; the curve over bytes.")
+        ] = "",
         out: Annotated[Path | None, typer.Option(help="Folder of results. [default: out/race-TASK]")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
         dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16.")] = "float32",
@@ -93,6 +96,7 @@ def application() -> Any:
             lr=lr,
             rank=rank,
             codec=codec,
+            budget=budget,
             out=out,
             device=device,
             dtype=dtype,

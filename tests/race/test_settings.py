@@ -76,8 +76,16 @@ def test_defaults_come_from_the_task():
     )
     with pytest.raises(SettingsError, match="torch-adamw is none"):
         settings_from("fno", "torch-adamw", None, "", None, None, codec="int8", seeds=1)
+    few = ("lm", "adamw,comoving,comoving:budget=1/4", None, "", None, None)
+    made = settings_from(*few, seeds=1, budget="1/2,10%,0")
+    assert made.optimizers[1:] == (*(f"comoving:budget={b}" for b in ("1/2", "10%", "0")), "comoving:budget=1/4")
+    for budget, match in (("much", "budget must be a size"), ("3/2", "share of AdamW's")):
+        with pytest.raises(SettingsError, match=match):
+            settings_from(*few, seeds=1, budget=budget)
+    with pytest.raises(SettingsError, match="--budget is of comoving, which is not among adamw"):
+        settings_from("lm", "adamw", None, "", None, None, seeds=1, budget="1/2")
     made = settings_from("fno4d", None, None, "", None, None, seeds=1)
-    assert made.optimizers == ("adamw", "tucker-adam", "tt-adam", "ht-adam", "comoving-adamw")
+    assert made.optimizers == ("adamw", "tucker-adam", "tt-adam", "ht-adam", "comoving")
     assert (made.steps, made.rank) == (200, 0.1)
 
 

@@ -26,6 +26,7 @@ def settings_from(
     rank: str | None,
     out: Path | None,
     codec: str = "",
+    budget: str = "",
     **others: Any,
 ) -> RaceSettings:
     """Settings from what was typed; what was not typed is the task's default.
@@ -39,7 +40,9 @@ def settings_from(
     names = contenders.named(parse_names(info.optimizers if optimizers is None else optimizers))
     return RaceSettings(
         task=task,
-        optimizers=contenders.stored(names, parse_names(codec) if codec else ()),
+        optimizers=contenders.stored(
+            contenders.budgeted(names, parse_names(budget) if budget else ()), parse_names(codec) if codec else ()
+        ),
         steps=info.steps if steps is None else steps,
         rates=parse_rates(lr),
         rank=info.rank if rank is None else parse_rank(rank),

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import comoving
+from comoving.methods import DEFAULT
 from comoving.race.extras import require
 from comoving.race.settings import Rank, SettingsError, literal
+from comoving.ranks.limit import parse_budget
 
 ALL = "all"
 """Every recipe of ours, in place of a name."""
@@ -159,6 +161,31 @@ def stored(labels: Iterable[str], codecs: Sequence[str]) -> tuple[str, ...]:
         for codec in codecs:
             options = ";".join(f"{role}={codec}" for role in roles)
             found.append(f"{label}{';' if contender.overrides else ':'}{options}")
+    return tuple(found)
+
+
+def budgeted(labels: Iterable[str], budgets: Sequence[str]) -> tuple[str, ...]:
+    """Each label of the default optimizer once for every budget of its state; others as they are.
+
+    Raises:
+        SettingsError: no such label, or a budget that is none.
+    """
+    labels = tuple(labels)
+    if not budgets:
+        return labels
+    for budget in budgets:
+        try:
+            parse_budget(budget, least=0)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+    if not any(parse(label).name == DEFAULT.name for label in labels):
+        raise SettingsError(f"--budget is of {DEFAULT.name}, which is not among {', '.join(labels)}")
+    found: list[str] = []
+    for label in labels:
+        contender = parse(label)
+        takes = contender.name == DEFAULT.name and "budget" not in contender.overrides
+        start = f"{label}{';' if contender.overrides else ':'}budget="
+        found += [f"{start}{budget}" for budget in budgets] if takes else [label]
     return tuple(found)
 
 
