@@ -167,6 +167,7 @@ def application() -> Any:
         fit: Annotated[str | None, typer.Option(help="A memory, such as 24GB: find the largest rank for it.")] = None,
         codec: Annotated[str | None, typer.Option(help="Of error feedback: full, bfloat16, int8, int4 ...")] = None,
         moments: Annotated[str | None, typer.Option(help="Codec of the moments.")] = None,
+        budget: Annotated[str | None, typer.Option(help="Of comoving's whole state: 1/8, 10%, 400MB, 0.")] = None,
         out: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Plain data instead of tables.")] = False,
     ) -> None:
@@ -185,7 +186,7 @@ def application() -> Any:
             rank=rank,
             dtype=dtype,
             limit=fit,
-            options={"codec": codec, "moments": moments},
+            options={"codec": codec, "moments": moments, "budget": budget},
             out=out,
             as_json=as_json,
             show=show,

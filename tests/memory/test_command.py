@@ -10,6 +10,7 @@ from comoving.cli import main
 pytest.importorskip("typer")
 
 FNO = "fno:modes=8x8,channels=16,layers=2,resolution=16x16"
+OURS = ["--recipe", "comoving-adamw"]
 
 
 def run(*arguments: str) -> int:
@@ -36,7 +37,7 @@ def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fit_says_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--model", FNO, "--fit", "1KB", "--codec", "int8", "--layerwise", "--out", str(tmp_path)) == 0
+    assert run("--model", FNO, "--fit", "1KB", "--codec", "int8", "--layerwise", *OURS, "--out", str(tmp_path)) == 0
     assert "nothing fits into 1.00 KB" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "plan.json").read_text())["best"]["layerwise"] is True
 
@@ -54,7 +55,9 @@ def test_fit_says_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--model", FNO, "--recipe", "adam"], "unknown recipe"),
         (["--model", FNO, "--dtype", "fp8"], "dtype must be one of"),
         (["--model", FNO, "--device", "tpu"], "device must be"),
-        (["--model", FNO, "--codec", "int7"], "codec must be one of"),
+        (["--model", FNO, "--codec", "int7", *OURS], "codec must be one of"),
+        (["--model", FNO, "--budget", "3/2"], "share of AdamW's"),
+        (["--model", FNO, "--codec", "int8"], "'comoving' chooses codec itself"),
         (["--model", FNO, "--rank", "many"], "rank is 'many'"),
         (["--model", "llama-60m", "--batch", "2"], "need sequence"),
         (["--model", "no_such_module:make"], "cannot be imported"),
@@ -67,3 +70,11 @@ def test_bad_input_is_one_line_and_status_two(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_fit_tries_budgets_of_the_default(capsys):
+    assert run("--model", FNO, "--fit", "1KB") == 0
+    out = capsys.readouterr().out
+    assert "the best" in out and "budget 1/8" in out and "budget 0" in out and "nothing fits into" in out
+    assert run("--model", FNO, "--budget", "0") == 0
+    assert "state" in capsys.readouterr().out

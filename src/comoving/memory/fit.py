@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..frames.base import Rank
+from ..methods import DEFAULT
 from ..recipes import build, recipes
 from ..units import show_bytes
 from .needs import Cache
@@ -17,6 +18,11 @@ _LADDER: tuple[tuple[str, dict[str, str]], ...] = (
     ("4 bits", {"moments": "int4", "codec": "int4"}),
 )
 """From the least loss to the least memory: of the moments, and of what feedback keeps."""
+_BUDGETS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("the best", {}),
+    *((f"budget {share}", {"budget": share}) for share in ("1/8", "1/16", "1/32", "0")),
+)
+"""The same of the default optimizer, whose budget chooses codecs."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,9 @@ def binding(plan: Plan) -> str:
 def fit(model: Subject, recipe: str, limit: int, *, options: Mapping[str, Any], **settings: Any) -> Fit:
     """The largest rank, an int for every projected parameter, whose peak is at most ``limit`` bytes.
 
-    Codecs that are given in ``options`` are kept; otherwise the recipe's own, 8 and 4 bits are tried. Temporaries, and
-    with them the peak, are rehearsed at every rank that decides. Looked at are the ranks at which as much is projected
-    as at rank 1: beyond them parameters are stepped as dense ones.
+    Codecs that are given in ``options`` are kept; otherwise the recipe's own, 8 and 4 bits are tried, or of the default
+    optimizer several budgets. Temporaries, and with them the peak, are rehearsed at every rank that decides. Looked at
+    are the ranks at which as much is projected as at rank 1: beyond them parameters are stepped as dense ones.
 
     Args:
         model: without data.
@@ -96,9 +102,9 @@ def fit(model: Subject, recipe: str, limit: int, *, options: Mapping[str, Any], 
     cache: Cache = {}
     method = recipes()[recipe.partition("+")[0]] if recipe.partition("+")[0] in recipes() else None
     full = method is not None and method.full_rank
-    ladder = _LADDER
-    if {"codec", "moments"} & set(options) or (method is not None and "moments" in method.options):
-        given = ", ".join(f"{role}={options[role]}" for role in ("moments", "codec") if role in options)
+    ladder = _BUDGETS if method is DEFAULT and "budget" not in options else _LADDER
+    if {"budget", "codec", "moments"} & set(options) or (method is not None and "moments" in method.options):
+        given = ", ".join(f"{role}={options[role]}" for role in ("budget", "moments", "codec") if role in options)
         ladder = ((given or "the recipe's own", {}),)
     candidates: list[Candidate] = []
     for codecs, choice in ladder:
