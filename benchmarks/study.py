@@ -1,12 +1,18 @@
 """Studies over many contenders, each at its own best learning rate, found by a climb.
 
     python benchmarks/study.py ablation --task lm --out out/ablation-lm
-    python benchmarks/study.py frontier --task lm --out out/frontier-lm
+    python benchmarks/study.py table --seeds 1 --out out/table
+    python benchmarks/study.py frontier --task lm
+    python benchmarks/study.py picture
+    python benchmarks/study.py ranks --task lm --out out/ranks-lm
     python benchmarks/study.py seeds --task lm --at comoving-adamw@0.008 --out out/ablation-lm
-    python benchmarks/study.py collect --task lm --from out/frontier-lm out/frontier-lm-2 --out benchmarks/results/study
+    python benchmarks/study.py collect --task lm --from out/ranks-lm out/ranks-lm-2 --out benchmarks/results/study
 
-"ablation" changes one choice of `comoving.AdamW`'s defaults at a time. "frontier" sets recipes and codecs against each
-other at many budgets, "codecs" compares codecs alone; both draw validation against the state of the projected weights.
+"table" measures what `comoving.Optimizer` chooses from, and writes it into the package; "frontier" sets it at several
+budgets against tuned rivals, and draws validation against the whole state; "picture" draws all committed frontiers.
+
+"ablation" changes one choice of `comoving.AdamW`'s defaults at a time. "ranks" sets recipes and codecs against each
+other at many ranks, "codecs" compares codecs alone; both draw validation against the state of the projected weights.
 
 Rates are tried from the contender's own default by factors of two until the best one has a worse one on both sides (at
 most --climb runs). The --finalists best, and the ones that are always named, then get --seeds seeds at their best rate.
@@ -23,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import budgets
 from comoving.race.contenders import parse
 from comoving.race.host import machine
 from comoving.race.settings import RaceSettings
@@ -30,6 +37,9 @@ from comoving.race.sweep import Entry, Race, versions
 from comoving.race.tasks import TASKS
 
 FACTOR = 2.0
+COMMITTED = Path(__file__).parent / "results" / "study"
+DOCS = Path(__file__).parents[1] / "docs"
+BUDGETED = ("table", "frontier", "picture")
 
 ABLATION = [
     "adamw",
@@ -116,7 +126,7 @@ CODECS = [
 """Every number of the state in as many bits, for the default at its usual rank, and for Muon in the whole frame."""
 
 
-def frontier(task: str) -> list[str]:
+def at_ranks(task: str) -> list[str]:
     """Recipes at several ranks, and Muon and SOAP in the whole frame under several codecs."""
     return ["adamw", *WHOLE, *(TENSORS if task == "fno" else MATRICES)]
 
@@ -310,9 +320,13 @@ def draw(found: dict[str, Any], file: Path) -> None:
 def main() -> None:
     """Run a study, print its table, write its JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("ablation", "rules", "frontier", "codecs", "seeds", "collect"))
-    parser.add_argument("--task", required=True, choices=("lm", "fno", "vit"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("study", choices=(*BUDGETED, "ablation", "rules", "ranks", "codecs", "seeds", "collect"))
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--tasks", default=",".join(budgets.TABLE_TASKS), help="of table, by commas")
+    parser.add_argument("--budgets", default=",".join(budgets.BUDGETS), help="of frontier, by commas")
+    parser.add_argument("--tuned", default=",".join(budgets.TUNED), help="rivals in frontier, by commas")
+    parser.add_argument("--batch", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=Path("out/study"))
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--climb", type=int, default=5, help="most runs in the search for a rate")
     parser.add_argument("--finalists", type=int, default=4)
@@ -320,10 +334,15 @@ def main() -> None:
     parser.add_argument("--named", default="adamw,comoving-adamw", type=lambda text: text.split(","))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--from", dest="places", type=Path, nargs="+", default=[], help="where collect looks")
-    parser.add_argument("--name", default="frontier", help="what collect writes")
+    parser.add_argument("--name", default="ranks", help="what collect writes")
     parser.add_argument("--only", default="", help="contenders whose label contains this")
     parser.add_argument("--at", nargs="+", default=[], help="what seeds runs: contender@rate")
     arguments = parser.parse_args()
+    if arguments.study in BUDGETED:
+        budgeted(arguments)
+        return
+    if arguments.task is None:
+        parser.error(f"{arguments.study} needs --task")
     if arguments.study == "collect":
         found = collect(arguments.task, arguments.places)
         report(found, arguments.out, arguments.name)
@@ -336,7 +355,7 @@ def main() -> None:
         "ablation": ABLATION,
         "rules": ["comoving-adamw", *RULES],
         "codecs": CODECS,
-        "frontier": frontier(arguments.task),
+        "ranks": at_ranks(arguments.task),
     }
     labels = [label for label in lists[arguments.study] if arguments.only in label]
     for label in labels:
@@ -344,11 +363,26 @@ def main() -> None:
     report(Study(labels, arguments).run(), arguments.out, arguments.study)
 
 
+def budgeted(arguments: argparse.Namespace) -> None:
+    """The studies of the default optimizer: their JSON and pictures are what is committed."""
+    if arguments.study == "table":
+        found = budgets.table(arguments)
+        (COMMITTED / "table.json").write_text(json.dumps(found, indent=1) + "\n")
+        return
+    if arguments.study == "frontier":
+        found = budgets.frontier(arguments)
+        (COMMITTED / f"frontier_{arguments.task}.json").write_text(json.dumps(found, indent=1) + "\n")
+        budgets.draw([found], COMMITTED / f"frontier_{arguments.task}.png")
+        print(*budgets.lines(found), sep="\n")
+    known = [COMMITTED / f"frontier_{task}.json" for task in TASKS]
+    budgets.draw([json.loads(file.read_text()) for file in known if file.exists()], DOCS / "frontier.png")
+
+
 def report(found: dict[str, Any], out: Path, name: str) -> None:
     """JSON, picture and table."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}_{found['task']}.json").write_text(json.dumps(found, indent=1) + "\n")
-    if name in ("frontier", "codecs"):
+    if name in ("ranks", "codecs"):
         draw(found, out / f"{name}_{found['task']}.png")
     whole = of_adamw(found)
     for line in sorted(found["contenders"], key=lambda line: line.get("mean") or float("inf")):

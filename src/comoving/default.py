@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -42,7 +43,7 @@ class Optimizer(LowRankOptimizer):
         betas, eps, weight_decay: as in AdamW, of parameters that get Adam; the decay, decoupled, is of matrices only,
             at ``lr`` itself.
         rounding, on_nonfinite, seed, maximize, foreach, fused: as for :class:`comoving.LowRankOptimizer`.
-        table: the choices; None for those of this release.
+        table: the choices, or the file that they are in; None for those of this release.
 
     Raises:
         ValueError: a budget below what the least state needs, with the parameter that needs most; an unknown role, or a
@@ -67,7 +68,7 @@ class Optimizer(LowRankOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        table: Table | None = None,
+        table: Table | str | Path | None = None,
     ) -> None:
         members = members_of(params)
         own: dict[str, Any] = dict(
@@ -75,7 +76,7 @@ class Optimizer(LowRankOptimizer):
         )
         own |= dict(foreach=foreach, fused=fused)
         self._composer = Composer(
-            measured() if table is None else table,
+            measured() if table is None else table if isinstance(table, Table) else Table.load(table),
             parse_budget(plain(budget), least=0),
             _DEFAULTS | own,
             check_rates(rates, dict.fromkeys(m.role for m in members)),

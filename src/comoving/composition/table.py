@@ -61,6 +61,16 @@ class Table:
             rows[role] = tuple(_read(name, choice) for choice in choices)
         return cls(rows, data.get("command", ""))
 
+    @classmethod
+    def load(cls, file: str | Path) -> "Table":
+        """From a file of JSON.
+
+        Raises:
+            ValueError: it is none, or as for :meth:`read`.
+            OSError: it cannot be read.
+        """
+        return cls.read(json.loads(Path(file).read_text()))
+
     def row(self, role: Role) -> Row:
         """The choices for a role: its own, or those of the nearest role that has some.
 
@@ -86,4 +96,4 @@ def _read(role: str, data: Mapping[str, Any]) -> Choice:
 @cache
 def measured() -> Table:
     """The table of this release."""
-    return Table.read(json.loads(FILE.read_text()))
+    return Table.load(FILE)
