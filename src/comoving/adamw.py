@@ -12,13 +12,14 @@ from .transport import Rotate, Transport
 
 
 class AdamW(LowRankOptimizer):
-    """AdamW in a moving subspace: :class:`comoving.LowRankOptimizer` with the defaults that measured best.
+    """AdamW in a moving subspace, at AdamW's learning rate: :class:`comoving.LowRankOptimizer` with measured defaults.
 
     ``comoving.AdamW(model.named_parameters(), lr=...)`` in place of ``torch.optim.AdamW(model.parameters(), lr=...)``.
+    For the best result at a number of bytes use :class:`comoving.Optimizer`, which is not bound to Adam.
 
     Args:
         params: as for :class:`comoving.LowRankOptimizer`.
-        lr: start at two to four times AdamW's learning rate; with ``scale="match"`` at the same.
+        lr: AdamW's learning rate, as long as ``scale`` is "match".
         rank: share of the entries kept in the core, or as for :class:`comoving.LowRankOptimizer`.
         betas, eps, weight_decay: as in torch's AdamW.
         finder, transport, residual, codec, refresh_every, scale: the measured defaults.
@@ -43,7 +44,7 @@ class AdamW(LowRankOptimizer):
         moments: Codec | Literal["auto"] = "auto",
         bases: Codec = Full(),  # noqa: B008
         refresh_every: int = 4,
-        scale: float | str = "auto",
+        scale: float | str = "match",
         **options: Any,
     ) -> None:
         super().__init__(

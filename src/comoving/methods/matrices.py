@@ -198,7 +198,6 @@ RECIPES = (
         "AdamW in a moving subspace: power iteration (short modes: exact) every 4 steps, moments rotated, feedback; "
         "both in 8 bits",
         "this package",
-        FOLLOWING | {"finder": Power(inertia=0.9, exact_up_to=32), "codec": Int8(), "moments": "auto", "scale": "auto"},
-        relative_rate=3.0,
+        FOLLOWING | {"finder": Power(inertia=0.9, exact_up_to=32), "codec": Int8(), "moments": "auto"},
     ),
 )

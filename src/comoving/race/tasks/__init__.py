@@ -89,7 +89,7 @@ TASKS = {
             0.25,
             REAL,
             MATRICES,
-            {"adamw": 1e-3, "galore": 2e-2, "ldadam": 5e-3, "comoving-adamw": 8e-3, "muon": 1e-2, "soap": 4e-3},
+            {"adamw": 1e-3, "galore": 2e-2, "ldadam": 5e-3, "comoving-adamw": 2e-3, "muon": 1e-2, "soap": 4e-3},
         ),  # fmt: skip
         TaskInfo(
             "lm-bpe",
@@ -161,7 +161,7 @@ TASKS = {
             0.25,
             REAL,
             MATRICES,
-            {"comoving-adamw": 2e-3, "muon": 4e-3},
+            {"muon": 4e-3},
         ),  # fmt: skip
     )
 }
