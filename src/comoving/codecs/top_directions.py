@@ -32,7 +32,7 @@ class TopDirections:
     Rounding x as it is leaves errors as large as its strong directions ask for in all of them, and orthogonalization
     makes the weak ones as large as the strong. Here each part is rounded by its own size: of a matrix with a few strong
     directions the polar factor is then off by a third to a sixth as much, though x itself is off by more. The first V
-    has columns of the cosine transform; one step of the power iteration follows at every encoding.
+    has columns of the cosine transform, from the second on; one step of the power iteration follows at every encoding.
 
     The paper has one scale for all of U's column and S's row: here blocks are shorter where these are long.
 
@@ -148,5 +148,6 @@ def _directions(s: Tensor) -> Tensor:
     """V, (*rows, k, n): the rows of S at unit length, or what the iteration begins with where there is none."""
     k, n = s.shape[-2:]
     length = torch.linalg.vector_norm(pairs(s).flatten(s.ndim - 1), dim=-1, keepdim=True)
-    waves = cosine_columns(n, torch.arange(k, device=s.device), s.dtype.to_real()).mT.to(s.dtype)
+    # Not the constant one: normalized layers have gradients that are orthogonal to it, up to rounding.
+    waves = cosine_columns(n, torch.arange(1, k + 1, device=s.device), s.dtype.to_real()).mT.to(s.dtype)
     return torch.where(length > 0, s / torch.where(length > 0, length, 1), waves)
