@@ -31,8 +31,9 @@ class TopDirections:
     U by columns, S and R by rows, each in blocks companded by the mu-law (:func:`comoving.codecs.companding.compress`).
     Rounding x as it is leaves errors as large as its strong directions ask for in all of them, and orthogonalization
     makes the weak ones as large as the strong. Here each part is rounded by its own size: of a matrix with a few strong
-    directions the polar factor is then off by a third to a sixth as much, though x itself is off by more. The first V
-    has columns of the cosine transform, from the second on; one step of the power iteration follows at every encoding.
+    directions the polar factor is then off by less than half as much (a test), though x itself is off by more. The
+    first V has columns of the cosine transform, from the second on; one step of the power iteration follows at every
+    encoding.
 
     The paper has one scale for all of U's column and S's row: here blocks are shorter where these are long.
 
