@@ -505,3 +505,18 @@ def test_distributed_state_dict_roundtrip(recipe, flatten):
     set_optimizer_state_dict(resumed, other, state, options=options)
     train(resumed, other, 3, 10)
     assert_same(picture(resumed, other)[:2], picture(model, optimizer)[:2])
+
+
+@pytest.mark.parametrize(("recipe", "new"), [("muon", "after"), ("dion", "orthonormal"), ("muon", "decay")])
+def test_a_field_that_a_part_has_got_since_it_was_saved_is_at_its_default(recipe, new):
+    """And where it is not, the checkpoint is of another recipe."""
+    model = Mixed(complex_too=False)
+    saved = copy.deepcopy(build(recipe, model).state_dict())
+    for group in saved["param_groups"]:
+        del group["rule"][new]
+        group.pop("decay")
+    build(recipe, model).load_state_dict(copy.deepcopy(saved))
+    other = {"after": "rows", "orthonormal": True, "decay": 0.5}[new]
+    rule = type(recipes()[recipe].options["rule"])(**{new: other})
+    with pytest.raises(ValueError, match="another recipe.*rule: saved"):
+        build(recipe, model, rule=rule).load_state_dict(saved)

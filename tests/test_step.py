@@ -400,7 +400,7 @@ REACHED = {
     "fira": 3e-3, "apollo": 1e-10, "apollo-mini": 1e-8, "frugal": 1e-6, "tensorgrad": 3e-2,
     "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
     "shampoo": 1e-9, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
-    "muon": 1.5e-2, "orthogonal-sgd": 1.5e-2, "normuon": 1.5e-2, "comoving": 1.5e-2,
+    "muon": 1.5e-2, "orthogonal-sgd": 1.5e-2, "normuon": 1.5e-2, "muonq": 3e-2, "comoving": 1.5e-2,
     "dion": 1.5e-3, "smmf": 1e-10, "lion": 3e-2, "adafactor": 1e-10,
     "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-6,
     "sinkgd": 5e-7, "swan": 8e-2, "scale": 1e-6, "adams": 1e-5,

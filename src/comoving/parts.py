@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from .cadence import Every, Growing, Lazy
-from .codecs import BFloat16, Full, Int4, Int8, RankOne
+from .codecs import BFloat16, Full, Int4, Int8, RankOne, TopDirections
 from .finders import (
     Amortized,
     BlockSelection,
@@ -107,7 +107,14 @@ PARTS: dict[str, dict[str, type]] = {
         "sign": Sign,
     },
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
-    "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8, "int4": Int4, "rank_one": RankOne},
+    "codec": {
+        "full": Full,
+        "bfloat16": BFloat16,
+        "int8": Int8,
+        "int4": Int4,
+        "rank_one": RankOne,
+        "top_directions": TopDirections,
+    },
 }
 PARTS["moments"] = PARTS["bases"] = PARTS["codec"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .codecs import Full, RankOne
+from .codecs import Full, RankOne, TopDirections
 from .frames import Blocks, Cosines, Modes, Seeded, SparseModes
 from .residual import Discard, Feedback, Sparse
 from .rules import Rule
@@ -66,6 +66,8 @@ def _check_bases(codec: object, frame: object) -> None:
     reason = None
     if isinstance(codec, RankOne):
         reason = "it keeps sums of rows and columns alone, which no basis can be had back from"
+    elif isinstance(codec, TopDirections):
+        reason = "it takes directions apart, of which the columns of a basis have no strongest"
     elif isinstance(frame, Cosines | Seeded):
         reason = f"frame {frame} has no factors that would need more bytes than its integers"
     elif not isinstance(frame, Modes | SparseModes):

@@ -197,7 +197,7 @@ def decoded(
             if any(tuple(working[name].shape[rows:]) != p.shape for name, p in names.items()):
                 raise ValueError(f"{site.name}: {slot.name}, as it is stored, belongs to no core of shape {spec.shape}")
             codes = {
-                name.removeprefix(f"{slot.name}."): working[name] if p.seed else working.pop(name)
+                name.removeprefix(f"{slot.name}."): working[name] if p.seed or p.kept else working.pop(name)
                 for name, p in names.items()
             }
             working[slot.name] = store.decode(codes, spec.shape, spec.dtype)
@@ -225,7 +225,8 @@ def encoded(
             continue
         value, prefix = result.pop(slot.name), f"{slot.name}."
         if before is None:
-            own = {n.removeprefix(prefix): x for n, x in result.items() if n.startswith(prefix)}  # seeds
+            # Seeds, and what is kept.
+            own = {n.removeprefix(prefix): x for n, x in result.items() if n.startswith(prefix)}
             _, own = store(codec, value, own, rows)
         else:
             own = {name: before[prefix + name] for name in codec.schema(tuple(value.shape[rows:]), value.dtype)}

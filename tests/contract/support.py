@@ -8,7 +8,7 @@ from torch import nn
 from comoving import LowRankOptimizer
 from comoving.cadence import Every, Growing, Lazy
 from comoving.clock import Clock
-from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root
+from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root, TopDirections
 from comoving.finders import (
     Amortized,
     BlockSelection,
@@ -156,6 +156,7 @@ RULES = [
     Muon(),
     Muon(nesterov=False, ema=True, method="polar", over="each"),
     Muon(scale="spectral", over="flat"),
+    Muon(nesterov=False, normalized=True),
     Muon(coefficients="polar-express", before="rows", after="both"),
     NorMuon(),
     Columns(),
@@ -190,6 +191,8 @@ DRAWN = [
 """Codecs of other tables and roundings, which keep the same promises; the longest sweeps go without."""
 COARSE = [RankOne(), RankOne(signed=False)]
 """Codecs that promise nothing of single entries."""
+APART = [TopDirections(), TopDirections(rank=0.4, block=8, mu=10.0), TopDirections(rank=0.0)]
+"""Codecs that store a matrix otherwise than entry by entry."""
 POSITIVE = [Root(), Root(block=8), Root(bits=4), Root(block=8, bits=4)]
 """Codecs of second moments alone."""
 LOSS = {Int4: 0.2}

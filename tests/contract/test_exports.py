@@ -7,7 +7,7 @@ import pytest
 
 from comoving import cadence, codecs, finders, frames, precondition, ranks, residual, rules, transport
 from comoving.cadence import Growing, Lazy
-from comoving.codecs import Int4, Int8, RankOne, Root
+from comoving.codecs import Int4, Int8, RankOne, Root, TopDirections
 from comoving.finders import (
     Amortized,
     BlockSelection,
@@ -34,6 +34,7 @@ from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Spa
 from comoving.rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, NorMuon, Scheduled, Shampoo
 from comoving.transport import Carry, Rotate
 from contract.support import (
+    APART,
     BOND_FINDERS,
     CADENCES,
     COARSE,
@@ -58,7 +59,7 @@ ROLES = {
     "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in (*SAMPLED, *SPARSE))], {"Operand"}),
     "cadence": (cadence, CADENCES, set()),
     "transport": (transport, TRANSPORTS, {"Clock", "Overlap", "Slot"}),
-    "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *POSITIVE], set()),
+    "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *APART, *POSITIVE], set()),
     "residual": (residual, [*RESIDUALS, *MOVING], {"Cores", "Passage", "Update"}),
     "precondition": (precondition, PRECONDITIONERS, set()),
     "rule": (rules, [*RULES, *STATELESS], set()),
@@ -82,7 +83,7 @@ ROLES = {
 
 MUON = [
     ("decay", 1.0, r"\[0, 1\)"),
-    *((field, 2, "True, False") for field in ("nesterov", "ema", "bf16")),
+    *((field, 2, "True, False") for field in ("nesterov", "ema", "bf16", "normalized")),
     ("method", "qr", "'newton-schulz', 'polar', 'rows'"),
     ("steps", 0, ">= 1"),
     ("coefficients", (1.0, 2.0), "a tuple of three numbers"),
@@ -174,6 +175,9 @@ def test_parts_are_frozen_values(part):
         (Int4, "table", "log", "'linear', 'normal'"),
         (Int8, "table", "normal", "'linear', 'dynamic'"),
         (Root, "table", "normal", "'linear', 'dynamic'"),
+        (TopDirections, "rank", 1.0, r"\[0, 1\)"),
+        (TopDirections, "block", 7, ">= 8"),
+        (TopDirections, "mu", 0.0, r"\(0, inf\)"),
         *((kind, "rounding", "up", "'nearest', 'stochastic'") for kind in (Int4, Int8, Root)),
         (Root, "bits", 5, "8, 4"),
         (RankOne, "signed", 2, "True, False"),

@@ -40,6 +40,7 @@ BUDGET = {
     "ht-rise-adam": (49, 65, None),
     "muon": (4.3, 98, 6.7),
     "normuon": (5.2, 118, 8.0),
+    "muonq": (8.2, 420, 13),
     "orthogonal-sgd": (4.1, 94, 6.5),
     "dion": (7.1, 105, None),
     "flora": (7.3, 75, None),

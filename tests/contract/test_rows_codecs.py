@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root, store
+from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne, Root, TopDirections, store
 from comoving.frames import ModeFrame, Modes
 from comoving.frames import stored as stored_frame
-from contract.support import COARSE, CODECS, COMPLEX, DRAWN, POSITIVE, REAL, randn, random_frame
+from contract.support import APART, COARSE, CODECS, COMPLEX, DRAWN, POSITIVE, REAL, randn, random_frame
 
 F32, C64 = torch.float32, torch.complex64
 ROOTS = [
@@ -16,7 +16,7 @@ ROOTS = [
     Root(block=8, bits=4, rounding="stochastic"),
     Root(block=8, table="dynamic", rounding="stochastic"),
 ]
-ALL = [*CODECS, Int8(block=8, table="dynamic"), *DRAWN, *COARSE, *ROOTS]
+ALL = [*CODECS, Int8(block=8, table="dynamic"), *DRAWN, *COARSE, *APART, *ROOTS]
 SHAPES = [(), (37,), (5, 301), (6, 8), (3, 5, 7), (4, 1, 3, 9)]
 KINDS = ["normal", "zero", "huge", "denormal"]
 
@@ -53,8 +53,14 @@ def near(a, b, dtype):
 
 
 def same(a, b, codec, dtype):
-    """Bit by bit; sums of absolute values to rounding."""
-    if isinstance(codec, RankOne) and a.is_floating_point() | a.is_complex():
+    """Bit by bit; sums of absolute values to rounding, and what products are rounded to with few steps more or less."""
+    if isinstance(codec, TopDirections):
+        assert a.dtype == b.dtype
+        if a.is_floating_point() | a.is_complex():
+            assert torch.linalg.vector_norm(a - b) <= 0.05 * torch.linalg.vector_norm(b)
+        else:
+            assert (a != b).sum() <= 0.02 * a.numel() + 1
+    elif isinstance(codec, RankOne) and a.is_floating_point() | a.is_complex():
         near(a, b, dtype)
     else:
         assert a.dtype == b.dtype
@@ -63,7 +69,7 @@ def same(a, b, codec, dtype):
 
 def test_every_codec_takes_batches():
     assert all(codec.batched for codec in ALL)
-    assert {type(codec) for codec in ALL} == {BFloat16, Full, Int4, Int8, RankOne, Root}
+    assert {type(codec) for codec in ALL} == {BFloat16, Full, Int4, Int8, RankOne, Root, TopDirections}
 
 
 @pytest.mark.parametrize("codec", ALL, ids=str)
@@ -91,7 +97,11 @@ def test_a_batch_is_stored_as_its_members(codec, shape, dtype):
                 same(halved[name][i], codec.scaled(own, 0.5)[name], codec, dtype)
             near(errors[i], codec.error(own), F32)
             same(values[i], codec.decode(own, shape, dtype), codec, dtype)
-            near(onto[i], codec.decode_onto(x[i], own), dtype)
+            (
+                same(onto[i], codec.decode_onto(x[i], own), codec, dtype)
+                if codec in APART
+                else near(onto[i], codec.decode_onto(x[i], own), dtype)
+            )
         assert not values[1].any() or isinstance(codec, Root)
 
 

@@ -19,7 +19,7 @@ MORE = [
     Columns(along="left"),
     Muon(decay=0.6, steps=3, coefficients=(2.0, -1.5, 0.5), scale=0.7),
     Muon(bf16=True),
-    NorMuon(0.6, False, True, "polar", 3, "quintic", 0.7, "each", True, "rows", "columns", 0.8),
+    NorMuon(0.6, False, True, "polar", 3, "quintic", 0.7, "each", True, "rows", "columns", True, 0.8),
     Shampoo(every=3, max_size=4, graft=True),
     SOAP(decay=0.8, every=2),
 ]

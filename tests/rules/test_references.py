@@ -114,6 +114,23 @@ def test_normuon(shape, dtype, options):
     close(optimizer.state[p]["moment.rows"], reference.v[:, 0])
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("match", "match_rms"), (1.0, "preserve_norm")])
+def test_normuon_is_that_of_pytorch_optimizer(ours, theirs):
+    """Which iterates in bfloat16, good for two digits of a direction; both ways of choosing the length."""
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    start = randn((12, 20), torch.float32, 9)
+    rule = NorMuon(0.9, ema=True, decay2=0.7, scale=ours)
+    p, optimizer = lone(start, rank=1.0, rule=rule, lr=0.01, weight_decay=0.1, eps=1e-10)
+    q = torch.nn.Parameter(start.clone())
+    groups = [{"params": [q], "use_muon": True}]
+    hyper = {"lr": 0.01, "momentum": 0.9, "beta2": 0.7, "weight_decay": 0.1, "update_scale": theirs}
+    peer = pytorch_optimizer.NorMuon(groups, **hyper)
+    for g in gradients((12, 20), torch.float32)[:7]:
+        step(optimizer, p, g)
+        step(peer, q, g)
+    assert (p - q).norm() < 0.03 * (q - start).norm()
+
+
 def test_normuon_of_spectral_weights_has_a_second_moment_for_each_row_of_all_frequencies():
     rule, x = NorMuon(0.0, method="polar", decay2=0.5, scale=1.0), randn((3, 4, 2, 2), COMPLEX, 3)
     state = {"moment.rows": torch.zeros(3, dtype=REAL)}

@@ -1,6 +1,7 @@
 """What an optimizer takes over from a checkpoint: of which parameter each state is, and what of the groups holds on."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, cast
 
 from torch import Tensor
@@ -107,13 +108,21 @@ def check_recipe(saved: Mapping[str, Any], group: Mapping[str, Any], index: int)
     differing = [
         f"{key}: saved {saved[key]!r}, here {describe(group[key])!r}"
         for key in _STRUCTURE
-        if key in saved and _listed(saved[key]) != _listed(describe(group[key]))
+        if key in saved and _listed(_completed(saved[key], group[key])) != _listed(describe(group[key]))
     ]
     if differing:
         raise ValueError(
             f"the checkpoint's group {index} comes from another recipe; build the optimizer with the recipe it was "
             f"saved from, or start with fresh state. " + "; ".join(differing)
         )
+
+
+def _completed(saved: Any, here: Any) -> Any:
+    """A saved part with the fields that it has got since then, at their defaults: it did what these do."""
+    known: dict[str, Any] = {**cast("Mapping[str, Any]", saved)} if isinstance(saved, Mapping) else {}
+    if not is_dataclass(here) or known.get("part") != type(here).__name__:
+        return saved
+    return {f.name: describe(f.default) for f in fields(here) if f.default is not MISSING} | known
 
 
 def _listed(described: Any) -> Any:

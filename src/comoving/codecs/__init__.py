@@ -7,5 +7,6 @@ from .int8 import Int8
 from .rank_one import RankOne
 from .root import Root
 from .store import store
+from .top_directions import TopDirections
 
-__all__ = ["BFloat16", "Codec", "Full", "Int4", "Int8", "RankOne", "Root", "Spec", "store"]
+__all__ = ["BFloat16", "Codec", "Full", "Int4", "Int8", "RankOne", "Root", "Spec", "TopDirections", "store"]

@@ -13,7 +13,8 @@ class Spec(NamedTuple):
     ``scalar`` marks numbers that stay where the step count is; ``seed`` those of them that random numbers are drawn
     from: they begin as :func:`comoving.draws.scramble` of the optimizer's seed, the parameter and the name, those of
     frames as their layout decides. ``own`` marks other integers of which every row of a batch has its own, as it has of
-    seeds; all rows share those that are not marked.
+    seeds; all rows share those that are not marked. ``kept`` marks what an encoding finds as the last one left it, and
+    goes on from; zero before the first, and where the shape has changed.
     """
 
     shape: tuple[int, ...]
@@ -21,6 +22,7 @@ class Spec(NamedTuple):
     scalar: bool = False
     seed: bool = False
     own: bool = False
+    kept: bool = False
 
 
 class Codec(Protocol):

@@ -5,7 +5,7 @@ from random import Random
 from typing import Any
 
 from ..cadence import Growing, Lazy
-from ..codecs import BFloat16, Int4, Int8, RankOne
+from ..codecs import BFloat16, Int4, Int8, RankOne, TopDirections
 from ..finders import (
     Amortized,
     BlockSelection,
@@ -104,6 +104,7 @@ RULES: tuple[Draw, ...] = (
         bf16=_flag(r),
         before=r.choice(("none", "none", "rows")),
         after=r.choice(("none", "none", "rows", "columns", "both")),
+        normalized=r.random() < 0.2,
     ),  # fmt: skip
     lambda r: NorMuon(0.9, _flag(r), scale=r.choice(("match", "spectral", 0.5)), bf16=_flag(r), decay2=0.8),
     lambda r: Columns(r.choice(("auto", "left", "right"))),
@@ -173,6 +174,7 @@ CODECS: tuple[Draw, ...] = (
     lambda r: Int8(),
     lambda r: Int4(r.choice((8, 64)), r.choice(("linear", "normal")), r.choice(("nearest", "stochastic"))),
     lambda r: RankOne(),
+    lambda r: TopDirections(r.choice((0.0, 1 / 16, 0.4)), r.choice((8, 256)), r.choice((1.0, 255.0))),
 )
 CADENCES: tuple[Draw, ...] = (
     lambda r: Growing(r.choice((1.0, 1.2, 2.0))),
@@ -208,7 +210,7 @@ def composition(r: Random) -> dict[str, Any]:
     if r.random() < 0.35 and not rule.definite:
         parts["moments"] = r.choice(CODECS)(r)
     if r.random() < 0.25 and isinstance(frame, Modes | SparseModes) and type(frame) not in (Cosines, Seeded):
-        parts["bases"] = r.choice(CODECS[:-1])(r)
+        parts["bases"] = r.choice(CODECS[:-2])(r)
     resizes = transport.resizes and not (isinstance(rule, SOAP | Shampoo) and rule.max_size < 40)
     if r.random() < 0.25 and type(frame) is Modes and resizes:
         parts["ranks"] = r.choice(POLICIES)(r)

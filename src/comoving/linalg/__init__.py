@@ -30,7 +30,7 @@ from .kronecker import (
 )
 from .lapack import WIDE, asks_host, eigh, pinv, qr, qr_triangle, svd
 from .multilinear import add_multilinear, all_but_one, correlate, gram, multilinear, unfold
-from .orthogonal import orthogonality_defect, orthonormalize, reorthonormalize
+from .orthogonal import orthogonality_defect, orthonormalize, orthonormalize_unseen, reorthonormalize
 
 __all__ = [
     "WIDE",
@@ -59,6 +59,7 @@ __all__ = [
     "norm",
     "orthogonality_defect",
     "orthonormalize",
+    "orthonormalize_unseen",
     "over",
     "pairs",
     "pinv",

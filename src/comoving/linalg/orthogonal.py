@@ -44,7 +44,7 @@ def orthonormalize(a: Tensor, tolerance: float | None = None, trusted: bool = Fa
     """
     limit = _default_tolerance(a) if tolerance is None else tolerance
     if not trusted and not asks_host(a):
-        return _unseen(a)
+        return orthonormalize_unseen(a)
     if not trusted and a.ndim > 2:
         return _each_measured(a, limit)
     tall = trusted and 2 * a.shape[-1] <= a.shape[-2]
@@ -93,8 +93,11 @@ def _each_measured(a: Tensor, limit: float) -> Tensor:
     return found
 
 
-def _unseen(a: Tensor) -> Tensor:
-    """:func:`orthonormalize` by products and Cholesky's factors alone, of A of any rank, decided on the device."""
+def orthonormalize_unseen(a: Tensor) -> Tensor:
+    """:func:`orthonormalize` by products and Cholesky's factors alone, of A of any rank, decided on the device.
+
+    The host reads nothing, so that it may be called at every step.
+    """
     x = a.to(WIDE.get(a.dtype, a.dtype))
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     length = torch.linalg.vector_norm(x, dim=-2, keepdim=True)

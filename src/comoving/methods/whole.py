@@ -1,6 +1,6 @@
 """Methods of full rank: rules in the whole frame."""
 
-from ..codecs import RankOne
+from ..codecs import RankOne, TopDirections
 from ..rules import SOAP, Adafactor, Lion, Muon, NorMuon, Scheduled, Shampoo
 from .recipe import Recipe
 
@@ -27,6 +27,14 @@ RECIPES = (
         "muon whose rows have step sizes of their own, by a second moment of the orthogonalized rows",
         "2510.05491",
         dict(rule=NorMuon(bf16=True)),
+        full_rank=True,
+        relative_rate=4.0,
+    ),
+    Recipe(
+        "muonq",
+        "muon in 4 bits: normalized momentum whose strongest directions are stored apart, companded by the mu-law",
+        "2605.11396",
+        dict(rule=Muon(nesterov=False, bf16=True, normalized=True), moments=TopDirections()),
         full_rank=True,
         relative_rate=4.0,
     ),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..clock import Clock
+from ..linalg import norm, over, unit_size
 from ..slots import Kind, Slot
 from ..validate import check_choice, check_float, check_int
 from .adam import FIRST
@@ -24,6 +25,7 @@ class Muon:
 
     m <- b m + z                  x = m, with nesterov  z + b m
     m <- b m + (1 - b) z          x = m, with nesterov  (1 - b) z + b m        (ema)
+    m <- b m + z / |z|            x = m, with nesterov  z / |z| + b m          (normalized), and then m <- m / |m|
     d = s after(orth(before(x)))
 
     The momentum has z's dtype. Tensors are cut into matrices, all of them orthogonalized at once.
@@ -51,6 +53,9 @@ class Muon:
         after: "rows" brings the rows of what is orthogonalized to unit length, "columns" the columns, "both" the
             columns and then the rows (Muon+, arXiv 2602.21545); rows and columns that are no more than rounding has
             left stay small.
+        normalized: each gradient counts alike, and what is stored has norm 1, so that rounding it costs the same at
+            every step (MuonQ, arXiv 2605.11396). m is no average of gradients then; error feedback, and finders that
+            look at momentum, are refused. ``ema`` does not count.
     """
 
     decay: float = 0.95
@@ -64,11 +69,11 @@ class Muon:
     bf16: bool = False
     before: Literal["none", "rows"] = "none"
     after: Literal["none", "rows", "columns", "both"] = "none"
+    normalized: bool = False
 
     momentum = FIRST
     definite = False
     corrected = True
-    linear = True
     elementwise: ClassVar[bool] = False
     timeless: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
@@ -77,7 +82,7 @@ class Muon:
 
     def __post_init__(self) -> None:
         check_float("decay", self.decay, 0.0, 1.0, open_high=True)
-        for name in ("nesterov", "ema", "bf16"):
+        for name in ("nesterov", "ema", "bf16", "normalized"):
             check_choice(name, getattr(self, name), (True, False))
         check_choice("method", self.method, ("newton-schulz", "polar", "rows"))
         check_int("steps", self.steps, 1)
@@ -95,6 +100,11 @@ class Muon:
     def replays(self) -> bool:
         """Unless it decomposes, which waits for the device."""
         return self.method != "polar"
+
+    @property
+    def linear(self) -> bool:
+        """Whether m is an average of gradients."""
+        return not self.normalized
 
     @property
     def unit(self) -> Literal["none", "rows", "columns"]:
@@ -116,6 +126,11 @@ class Muon:
         decay, intake = self.recursion(clock)
         if not decay:
             hand_over(state, z)
+            return
+        if self.normalized:
+            z = to_length_1(z, clock.rows)
+            m = state[FIRST] = to_length_1((state[FIRST] * decay).add_(z), clock.rows)
+            hand_over(state, z.add_(m, alpha=decay) if self.nesterov else m)
             return
         m = state[FIRST] = (state[FIRST] * decay).add_(z, alpha=intake)
         hand_over(state, (z * intake).add_(m, alpha=decay) if self.nesterov else m)
@@ -179,3 +194,10 @@ def check_coefficients(given: Any) -> None:
         raise ValueError(f"coefficients must be a tuple of three numbers, 'quintic' or 'polar-express', got {given!r}")
     for i, c in enumerate(given):
         check_float(f"coefficients[{i}]", c, float("-inf"))
+
+
+def to_length_1(x: Tensor, rows: int) -> Tensor:
+    """x / |x|, a new tensor, or zero: of all of a row."""
+    scaled = unit_size(x, rows)
+    length = norm(scaled, rows)
+    return scaled.div_(over(torch.where(length > 0, length, 1), scaled))
