@@ -30,7 +30,7 @@ from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .ranks.assignment import AUTO, ROLES
-from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
 from .validate import nearest
@@ -87,6 +87,7 @@ PARTS: dict[str, dict[str, type]] = {
         "channel": Channel,
         "sparse": Sparse,
         "sign": Sign,
+        "raw": Raw,
     },
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {"full": Full, "bfloat16": BFloat16, "int8": Int8, "int4": Int4, "rank_one": RankOne},

@@ -32,7 +32,7 @@ from comoving.finders import (
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker, Plain
-from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from comoving.slots import Kind
 from comoving.transport import Carry, Keep, Reset, Rotate, initial
@@ -182,6 +182,7 @@ RESIDUALS = [
     Channel(),
     Channel(per="tensor", growth=None),
     Sign(),
+    Raw(),
     Sparse(),
     Sparse(fraction=0.2, choose="random", first=False, statistics="keep"),
     Sparse(choose="probabilistic", scale=0.5, statistics="reset", seed=3),

@@ -30,7 +30,7 @@ from comoving.finders import (
 from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
-from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from comoving.rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from comoving.transport import Carry, Rotate
 from contract.support import (
@@ -200,6 +200,7 @@ def test_parts_are_frozen_values(part):
         (Feedback, "window", 0, ">= 1"),
         *((kind, "per", "row", "'channel', 'tensor'") for kind in (Fira, Channel)),
         *((kind, "growth", 0.9, r"\[1, inf\)") for kind in (Fira, Channel)),
+        (Raw, "rate", 0.0, r"\(0, inf\)"),
         (Sign, "rate", 0.0, r"\(0, inf\)"),
         (Sign, "floor", 1.0, r"\[0, 1\)"),
         (Sparse, "fraction", 0.0, r"\(0, 1\)"),

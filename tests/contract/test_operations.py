@@ -51,6 +51,7 @@ BUDGET = {
     "soap": (6.8, 104, 10.4),
     "low-rank-soap": (7.9, 147, 12.2),
     "shampoo-tucker": (8.4, 161, 12.8),
+    "sumo": (6.0, 92, 9.4),
     "comoving": (10.2, 222, 15.7),
 }
 """Operations a parameter and step: of 24 alike small matrices, of a large one, which is stepped alone, and of 16

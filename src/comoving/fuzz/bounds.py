@@ -29,7 +29,7 @@ from ..codecs import BFloat16, Codec, Full, Int4, Int8
 from ..frames import Modes
 from ..groups import update_scale
 from ..precondition import Factored
-from ..residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from ..residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from ..residual.gains import Scaled
 from ..rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Rule, Scheduled, Shampoo
 from ..sites import Site
@@ -306,6 +306,8 @@ def _beside(
             return _Size(rest, rest)
         case Sign():
             return _Size(lifted.norm + residual.rate * sqrt(full), lifted.entry + residual.rate)
+        case Raw():
+            raise _None("what Raw adds has the size of the gradients")
         case Sparse():
             count = residual.count((full,))
             own = _direction({**group, "rule": residual.rule, "moments": Full()}, (count,), count, full, steps, 1)

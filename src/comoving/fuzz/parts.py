@@ -29,7 +29,7 @@ from ..finders import (
 from ..frames import Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from ..precondition import Factored, Kronecker
 from ..ranks import Energy, Temperature, Tolerance
-from ..residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from ..residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from ..rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from ..transport import Carry, Keep, Reset, Rotate
 
@@ -124,6 +124,7 @@ RESIDUALS: tuple[Draw, ...] = (
     lambda r: Fira(r.choice(("channel", "tensor")), r.choice((1.01, 1.01, 1.5, None))),
     lambda r: Channel(r.choice(("channel", "tensor")), r.choice((1.01, 1.01, 1.5, None))),
     lambda r: Sign(r.choice((1.0, 0.3))),
+    lambda r: Raw(r.choice((1.0, 0.3))),
     lambda r: Sparse(
         r.choice((0.05, 0.2)),
         r.choice(("top", "random", "probabilistic")),
