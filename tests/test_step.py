@@ -402,14 +402,25 @@ REACHED = {
     "shampoo": 1e-9, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
     "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 1e-10, "lion": 3e-2, "adafactor": 1e-10,
     "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-6,
-    "sumo": 1.5e-2,
+    "sumo": 1.5e-2, "subtrack": 1e-6, "grasswalk": 1e-3, "grassjump": 1e-8,
 }  # fmt: skip
 FACTORS = {
     **dict.fromkeys(("galore", "q-galore", "loqt", "fira", "apollo", "apollo-mini", "dion"), 10.0),
-    "online-subspace-descent": 10.0, "coap": 2.0, "comoving": 2.0, "lion": 0.3,
+    "online-subspace-descent": 10.0, "coap": 2.0, "comoving": 2.0, "lion": 0.3, "subtrack": 4.0, "grasswalk": 4.0,
 }  # fmt: skip
 """Of the learning rate, on this problem; 1 for the others."""
-PERIODIC = ("galore", "q-galore", "loqt", "tensor-galore", "fira", "apollo", "frugal", "tensorgrad")
+PERIODIC = (
+    "galore",
+    "q-galore",
+    "loqt",
+    "tensor-galore",
+    "fira",
+    "apollo",
+    "frugal",
+    "tensorgrad",
+    "subtrack",
+    "grass",
+)
 TWO_SIDED = ("tt-adam", "tt-ice-adam", "ht-adam", "ht-rise-adam")
 
 

@@ -16,6 +16,7 @@ from comoving.finders import (
     CosineSelection,
     Delayed,
     Exact,
+    Grassmann,
     IncrementalSVD,
     Nystroem,
     Oja,
@@ -23,6 +24,7 @@ from comoving.finders import (
     Power,
     Randomized,
     RandomProjection,
+    RandomWalk,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -63,6 +65,8 @@ FINDERS = [
     Amortized(iterations=2),
     Oja(),
     Oja(inertia=0.0, rate=0.5, start="exact"),
+    Grassmann(),
+    Grassmann(inertia=0.5, start="random"),
     Correlation(),
     Correlation(rate=0.5, recalibrate=2),
     IncrementalSVD(),
@@ -82,7 +86,13 @@ BOND_FINDERS = [
     TreeSVD(),
     TreeIncrement(),
 ]
-SAMPLED = [(CosineSelection(), Cosines()), (CosineSelection(norm=1), Cosines()), (RandomProjection(), Seeded())]
+SAMPLED = [
+    (CosineSelection(), Cosines()),
+    (CosineSelection(norm=1), Cosines()),
+    (RandomProjection(), Seeded()),
+    (RandomWalk(rate=0.3), Modes()),
+    (RandomWalk(rate=1.0, start="random", seed=2), Modes()),
+]
 SPARSE = [
     (BlockSelection(), SparseModes(block=2)),
     (BlockSelection(Exact()), SparseModes(block=3, density=0.3)),
@@ -111,10 +121,11 @@ EXCUSED = {
     },
     BlockSelection: {"captures": "a core that is sparse between some directions is not between others of their span"},
     CosineSelection: {"captures": "it looks along fixed columns alone"},
+    RandomWalk: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
     RandomProjection: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
 }
 """Finder or layout -> {promise that it does not make: why}; the promises are those of ``test_subspaces``."""
-PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
+PATIENCE = {Grassmann: 10, Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
 """Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 PRECONDITIONERS = [
