@@ -403,6 +403,7 @@ REACHED = {
     "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 1e-10, "lion": 3e-2, "adafactor": 1e-10,
     "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-6,
     "sumo": 1.5e-2, "subtrack": 1e-6, "grasswalk": 1e-3, "grassjump": 1e-8,
+    "lora-pre": 1e-6, "lora-pre-muon": 2e-2,
 }  # fmt: skip
 FACTORS = {
     **dict.fromkeys(("galore", "q-galore", "loqt", "fira", "apollo", "apollo-mini", "dion"), 10.0),

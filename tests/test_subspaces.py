@@ -10,9 +10,10 @@ from comoving.draws import gaussian
 from comoving.finders import Grassmann, Operand, RandomWalk
 from comoving.frames import ModeFrame
 from comoving.residual import Raw
-from comoving.rules import Muon
+from comoving.rules import LowRankAdam, LowRankMuon, Muon
 from contract.support import COMPLEX, REAL, Holder, close, randn, random_frame
 from references.algebra import every
+from references.lora_pre import LoraPreAdam, LoraPreMuon
 from references.side import Side
 from references.subtrack import SubTrack, tracked, walked
 from references.sumo import Sumo
@@ -223,3 +224,43 @@ def test_a_walk_steps_by_the_angles_of_its_tangent(ranks, dtype):
             sigma = torch.linalg.svdvals(x - u @ (u.mH @ x))[: min(r, d - r)]
             sines = torch.linalg.svdvals(v - u @ (u.mH @ v))[: min(r, d - r)]
             close(sines, (0.2 * sigma).sin(), 1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------- LoRA-Pre
+
+
+def waves(k, n, dtype):
+    """The lowest cosines, k x n."""
+    angles = torch.outer(torch.arange(k, dtype=REAL), 2 * torch.arange(n, dtype=REAL) + 1) * (math.pi / (2 * n))
+    rows = torch.cos(angles)
+    return (rows / torch.linalg.norm(rows, dim=1, keepdim=True)).to(dtype)
+
+
+@FIELDS
+@MATRICES
+@pytest.mark.parametrize("newest", [True, False])
+def test_lora_pre(shape, newest, dtype):
+    rule = LowRankAdam(3, newest=newest, limit=None)
+    params, optimizer = built("lora-pre", shape, dtype, rule=rule, **(MOMENTS | {"eps": 0.1}))
+    references = [
+        LoraPreAdam(
+            p.detach(), 0.03, waves(3, shape[1], dtype), betas=(0.8, 0.95), eps=0.1, weight_decay=0.1, newest=newest
+        )
+        for p in params
+    ]
+    follow(params, optimizer, references, tolerance=1e-7)
+
+
+@FIELDS
+@MATRICES
+@pytest.mark.parametrize("newest", [True, False])
+def test_lora_pre_of_muon(shape, newest, dtype):
+    rule = LowRankMuon(3, inner=Muon(decay=0.8, nesterov=newest, method="polar", scale=0.7))
+    params, optimizer = built("lora-pre-muon", shape, dtype, rule=rule)
+    references = [
+        LoraPreMuon(
+            p.detach(), 0.03, waves(3, shape[1], dtype), beta=0.8, scale=0.7, weight_decay=0.1, newest=newest
+        )
+        for p in params
+    ]  # fmt: skip
+    follow(params, optimizer, references, tolerance=1e-7)

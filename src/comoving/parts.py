@@ -33,7 +33,7 @@ from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .ranks.assignment import AUTO, ROLES
 from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
-from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from .rules import SOAP, Adafactor, Adam, Columns, Lion, LowRankAdam, LowRankMuon, Momentum, Muon, Scheduled, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
 from .validate import nearest
 
@@ -80,6 +80,8 @@ PARTS: dict[str, dict[str, type]] = {
         "lion": Lion,
         "muon": Muon,
         "columns": Columns,
+        "low_rank_adam": LowRankAdam,
+        "low_rank_muon": LowRankMuon,
         "shampoo": Shampoo,
         "soap": SOAP,
     },

@@ -35,7 +35,19 @@ from comoving.finders import (
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker, Plain
 from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
-from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from comoving.rules import (
+    SOAP,
+    Adafactor,
+    Adam,
+    Columns,
+    Lion,
+    LowRankAdam,
+    LowRankMuon,
+    Momentum,
+    Muon,
+    Scheduled,
+    Shampoo,
+)
 from comoving.slots import Kind
 from comoving.transport import Carry, Keep, Reset, Rotate, initial
 from references.algebra import basis
@@ -161,6 +173,8 @@ RULES = [
     SOAP(decay=0.8, every=2, max_size=4),
     SOAP(every=3, one_sided=True),
 ]
+THIN = [LowRankAdam(), LowRankAdam(3, newest=False), LowRankMuon(), LowRankMuon(2, inner=Muon(method="polar"))]
+"""Rules of whole frames."""
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 DRAWN = [
     Int8(table="dynamic"),
@@ -329,13 +343,13 @@ def shape_of(slot, core):
     """The shape that a kind stands for."""
     if slot.kind in (Kind.LINEAR, Kind.VARIANCE):
         return core
-    if slot.kind is Kind.SCALAR:
-        return ()
+    if slot.kind in (Kind.SCALAR, Kind.THIN):
+        return slot.size
     return (core[slot.mode],) * (1 if slot.kind is Kind.FACTORED else 2)
 
 
 def is_real(slot):
-    return slot.kind in (Kind.VARIANCE, Kind.FACTORED, Kind.SCALAR)
+    return slot.kind in (Kind.VARIANCE, Kind.FACTORED, Kind.SCALAR) or slot.real
 
 
 class Bare:

@@ -33,7 +33,7 @@ from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains,
 from comoving.precondition import Factored, Kronecker
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
 from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
-from comoving.rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from comoving.rules import SOAP, Adafactor, Columns, Lion, LowRankAdam, LowRankMuon, Momentum, Muon, Scheduled, Shampoo
 from comoving.transport import Carry, Rotate
 from contract.support import (
     BOND_FINDERS,
@@ -49,6 +49,7 @@ from contract.support import (
     RULES,
     SAMPLED,
     SPARSE,
+    THIN,
     TRANSPORTS,
 )
 
@@ -62,7 +63,7 @@ ROLES = {
     "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *POSITIVE], set()),
     "residual": (residual, [*RESIDUALS, *MOVING], {"Cores", "Passage", "Update"}),
     "precondition": (precondition, PRECONDITIONERS, set()),
-    "rule": (rules, RULES, set()),
+    "rule": (rules, [*RULES, *THIN], set()),
     "frame": (
         frames,
         FRAMES,
@@ -172,6 +173,11 @@ def test_parts_are_frozen_values(part):
         (Amortized, "iterations", 0, ">= 1"),
         (MomentumBuffer, "decay", 1.1, r"\[0, 1\]"),
         *((Lion, field, 1.0, r"\[0, 1\)") for field in ("b1", "b2")),
+        *((kind, "rank", 0, ">= 1") for kind in (LowRankAdam, LowRankMuon)),
+        *((kind, "rank", 1.5, r"\(0, 1\]") for kind in (LowRankAdam, LowRankMuon)),
+        (LowRankAdam, "limit", 0.0, r"\(0, inf\)"),
+        (LowRankAdam, "newest", 2, "True, False"),
+        (LowRankMuon, "inner", Adafactor(), "be a Muon"),
         (Muon, "decay", 1.0, r"\[0, 1\)"),
         *((Muon, field, 2, "True, False") for field in ("nesterov", "ema", "bf16")),
         (Muon, "method", "qr", "'newton-schulz', 'polar'"),

@@ -55,6 +55,8 @@ BUDGET = {
     "subtrack": (4.2, 86, 6.8),
     "grasswalk": (4.4, 86, 7.1),
     "grassjump": (5.4, 86, None),
+    "lora-pre": (14.3, 202, 21.8),
+    "lora-pre-muon": (10.3, 178, 15.7),
     "comoving": (10.2, 222, 15.7),
 }
 """Operations a parameter and step: of 24 alike small matrices, of a large one, which is stepped alone, and of 16

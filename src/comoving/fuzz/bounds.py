@@ -31,7 +31,20 @@ from ..groups import update_scale
 from ..precondition import Factored
 from ..residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from ..residual.gains import Scaled
-from ..rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Rule, Scheduled, Shampoo
+from ..rules import (
+    SOAP,
+    Adafactor,
+    Adam,
+    Columns,
+    Lion,
+    LowRankAdam,
+    LowRankMuon,
+    Momentum,
+    Muon,
+    Rule,
+    Scheduled,
+    Shampoo,
+)
 from ..sites import Site
 from ..state import group_of_block, parts_of
 from ..validate import check_int
@@ -207,6 +220,12 @@ def _direction(  # noqa: PLR0911, PLR0912  (one case a rule)
             return _Size(size, size)
         case Columns():
             return _Size(root, root)
+        case LowRankAdam():
+            if rule.limit is None:
+                raise _None("LowRankAdam without limit: the fit of second moments may vanish where the first does not")
+            return _Size(root * rule.limit, rule.limit)
+        case LowRankMuon():
+            return _muon(rule.inner, shape, core, fixed=True)
         case Muon():
             return _muon(rule, shape, core, fixed=not group["ranks"].adaptive and core == prod(shape))
         case Momentum():
