@@ -1,7 +1,7 @@
 """Momentum kept as a product of two thin factors, fitted to every gradient by least squares."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any, ClassVar
 
@@ -80,7 +80,7 @@ class LowRankMuon(_LowRank):
             ``ema`` does not.
     """
 
-    inner: Muon = field(default_factory=lambda: Muon(bf16=True))
+    inner: Muon = Muon(bf16=True)  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
         super().__post_init__()
