@@ -32,7 +32,7 @@ from ..frames import Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from ..precondition import Factored, Kronecker
 from ..ranks import Energy, Temperature, Tolerance
 from ..residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
-from ..rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
+from ..rules import SOAP, Adafactor, Adam, Columns, Lion, LowRankAdam, LowRankMuon, Momentum, Muon, Scheduled, Shampoo
 from ..transport import Carry, Keep, Reset, Rotate
 
 __all__ = ["composition", "pick", "shown"]
@@ -108,6 +108,11 @@ RULES: tuple[Draw, ...] = (
     lambda r: SOAP(r.choice((None, 0.8)), r.choice((1, 2, 3, 10)), r.choice((4, 2048)), _flag(r)),
     lambda r: SOAP(every=r.choice((1, 2, 5, 10))),
 )
+THIN: dict[str, Draw] = {
+    "lora-pre": lambda r: LowRankAdam(r.choice((1, 2, 0.1, 0.25, 1.0)), _flag(r), r.choice((5.0, 5.0, 1.0, None))),
+    "lora-pre-muon": lambda r: LowRankMuon(r.choice((1, 2, 0.1, 0.25, 1.0)), Muon(r.choice((0.9, 0.95)), _flag(r))),
+}
+"""Rules of whole frames alone, by the recipe that is made of one."""
 PRECONDITIONERS: tuple[Draw, ...] = (
     lambda r: Factored(r.choice((0.5, 0.8, 1.0)), r.choice((1e-30, 1e-6)), r.choice((1.0, 0.5, None))),
     lambda r: Kronecker(
