@@ -19,8 +19,8 @@ from comoving.finders import IncrementalSVD, RandomProjection, TrainRandomized
 from comoving.frames import Seeded, Trains
 from comoving.parts import PARTS
 from comoving.precondition import Factored
-from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import Lion, Momentum, Muon, NorMuon
+from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
+from comoving.rules import Lion, LowRankAdam, LowRankMuon, Momentum, Muon, NorMuon
 from comoving.transport import Carry, Reset
 from pretend import DEVICE, OnDevice, Pretend, install
 from tape import Recorder, Tape
@@ -33,12 +33,15 @@ OPTIONS = {
     "fira": {"residual": Fira()},
     "apollo": {"residual": Channel()},
     "sign": {"residual": Sign(rate=0.5)},
+    "raw": {"residual": Raw(rate=0.5)},
     "sparse": {"residual": Sparse()},
     "lion": {"rule": Lion()},
     "momentum": {"rule": Momentum(), "weight_decay": 0.0},
     "muon": {"rule": Muon(), "rank": 1.0},
     "orthogonal": {"rule": Muon(decay=0.0, coefficients="polar-express", after="both"), "rank": 1.0},
     "normuon": {"rule": NorMuon(), "rank": 1.0},
+    "low rank": {"rule": LowRankMuon(2), "rank": 1.0},
+    "low rank adam": {"rule": LowRankAdam(2), "rank": 1.0},
     "buffer": {"residual": MomentumBuffer(), "rule": Momentum()},
     "train": {"frame": Trains(), "finder": TrainRandomized()},
     "lazy": {"cadence": Lazy(patience=1)},

@@ -44,6 +44,8 @@ OF_RECIPES = {
     "nystrom-tucker-adam": EIGH, "streaming-tucker-adam": EIGH,
     "tt-adam": EIGH, "tt-ice-adam": EIGH, "ht-adam": EIGH, "ht-rise-adam": EIGH,
     "coap": SVD,
+    "subtrack": EIGH, "grasswalk": EIGH,
+    "sumo": EIGH | {"step: linalg/lapack.py:_svd": CONVERGED},
     "shampoo": EIGH_OUTSIDE, "shampoo-tucker": EIGH_OUTSIDE,  # roots
     "soap": EIGH_OUTSIDE, "low-rank-soap": EIGH_OUTSIDE,  # the first bases
 }  # fmt: skip

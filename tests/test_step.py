@@ -404,14 +404,27 @@ REACHED = {
     "dion": 1.5e-3, "smmf": 1e-10, "lion": 3e-2, "adafactor": 1e-10,
     "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-6,
     "sinkgd": 5e-7, "swan": 8e-2, "scale": 1e-6, "adams": 1e-5,
+    "sumo": 1.5e-2, "subtrack": 1e-6, "grasswalk": 1e-3, "grassjump": 1e-8,
+    "lora-pre": 1e-6, "lora-pre-muon": 2e-2,
 }  # fmt: skip
 FACTORS = {
     **dict.fromkeys(("galore", "q-galore", "loqt", "fira", "apollo", "apollo-mini", "dion"), 10.0),
     "online-subspace-descent": 10.0, "coap": 2.0, "comoving-adamw": 2.0, "lion": 0.3, "comoving": 0.4,
-    "sinkgd": 20.0, "swan": 20.0,
+    "sinkgd": 20.0, "swan": 20.0, "subtrack": 4.0, "grasswalk": 4.0,
 }  # fmt: skip
 """Of the learning rate, on this problem; 1 for the others."""
-PERIODIC = ("galore", "q-galore", "loqt", "tensor-galore", "fira", "apollo", "frugal", "tensorgrad")
+PERIODIC = (
+    "galore",
+    "q-galore",
+    "loqt",
+    "tensor-galore",
+    "fira",
+    "apollo",
+    "frugal",
+    "tensorgrad",
+    "subtrack",
+    "grass",
+)
 TWO_SIDED = ("tt-adam", "tt-ice-adam", "ht-adam", "ht-rise-adam")
 
 

@@ -13,12 +13,14 @@ from .finders import (
     CosineSelection,
     Delayed,
     Exact,
+    Grassmann,
     IncrementalSVD,
     Nystroem,
     Oja,
     Power,
     Randomized,
     RandomProjection,
+    RandomWalk,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -30,7 +32,7 @@ from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .ranks.assignment import AUTO, ROLES
-from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from .rules import (
     SOAP,
     SWAN,
@@ -39,6 +41,8 @@ from .rules import (
     AdamS,
     Columns,
     Lion,
+    LowRankAdam,
+    LowRankMuon,
     Momentum,
     Muon,
     Normalized,
@@ -66,6 +70,8 @@ PARTS: dict[str, dict[str, type]] = {
         "randomized": Randomized,
         "nystroem": Nystroem,
         "oja": Oja,
+        "grassmann": Grassmann,
+        "random_walk": RandomWalk,
         "incremental": IncrementalSVD,
         "correlation": Correlation,
         "cosine": CosineSelection,
@@ -94,6 +100,8 @@ PARTS: dict[str, dict[str, type]] = {
         "normalized": Normalized,
         "swan": SWAN,
         "adams": AdamS,
+        "low_rank_adam": LowRankAdam,
+        "low_rank_muon": LowRankMuon,
         "shampoo": Shampoo,
         "soap": SOAP,
     },
@@ -105,6 +113,7 @@ PARTS: dict[str, dict[str, type]] = {
         "channel": Channel,
         "sparse": Sparse,
         "sign": Sign,
+        "raw": Raw,
     },
     "ranks": {"fixed": Fixed, "energy": Energy, "tolerance": Tolerance, "temperature": Temperature},
     "codec": {

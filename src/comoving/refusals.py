@@ -177,9 +177,11 @@ _PROJECTED: tuple[Refusal, ...] = (
     ("ranks", lambda s, g: g["ranks"].adaptive and g["finder"].ahead > 0,
      "and its next frame is searched ahead, before its ranks are chosen: use ranks=Fixed(), or a finder other than "
      "Delayed()"),
-    ("rule", lambda s, g: g["rule"].momentum not in kinds(g["rule"], s.core_shape),
+    ("rule", lambda s, g: bool(g["rule"].momentum) and g["rule"].momentum not in kinds(g["rule"], s.core_shape),
      "and it keeps no momentum, which is carried from frame to frame and tells error feedback what came of "
      "a gradient: give it some (decay > 0), or a whole frame (rank=1.0)"),
+    ("rule", lambda s, g: not g["rule"].momentum,
+     "and it keeps its momentum in factors of the whole tensor, which no frame moves: use rank=1.0"),
     ("rule", lambda s, g: not g["frame"].modal and _by_modes(s, g),
      "and it keeps statistics of single modes of the core, while that of frame {frame} has none that could follow it"),
     ("scale", lambda s, g: g["scale"] == "spectral" and not _one_side_of_a_matrix(s),

@@ -21,6 +21,8 @@ class Kind(Enum):
     """(r_n,), real: mean squares of the slices of mode n, the diagonal of a COVARIANCE; moves by |R_n|^2."""
     CACHE = auto()
     """(r_n, r_n): follows from other slots; where these have moved it is dropped, and the rule makes it anew."""
+    THIN = auto()
+    """Of a shape of its own, ``Slot.size``: a factor of what a rule keeps at low rank, in whole frames alone."""
     SCALAR = auto()
     """One real number, beside the step count."""
 
@@ -36,6 +38,9 @@ class Slot:
         mode: n, for the kinds that belong to one mode of the core.
         turned_by: for a VARIANCE whose entries are those of z x_n Q_n^H: the BASIS slots, by their modes; empty for
             those of z itself.
+        size: for THIN, its shape.
+        real: for THIN, whether it is real where the parameter is complex.
+        waves: for THIN, whether it begins with the lowest columns of the cosine transform, instead of zeros.
     """
 
     name: str
@@ -43,3 +48,6 @@ class Slot:
     mean: str = ""
     mode: int = -1
     turned_by: tuple[tuple[int, str], ...] = ()
+    size: tuple[int, ...] = ()
+    real: bool = False
+    waves: bool = False

@@ -112,15 +112,15 @@ def slot_spec(slot: Slot, site: Site, group: Mapping[str, Any]) -> Spec:
     """Shape and dtype of one slot of the rule or the transport."""
     core = site.core_shape
     real = site.view.dtype.to_real() if site.view.dtype.is_complex else site.view.dtype
-    if slot.kind is Kind.LINEAR:
-        return Spec(core, site.view.dtype)
-    if slot.kind is Kind.VARIANCE:
-        return Spec(core, real)
+    if slot.kind in (Kind.LINEAR, Kind.VARIANCE):
+        return Spec(core, site.view.dtype if slot.kind is Kind.LINEAR else real)
     if slot.kind is Kind.MASS:
         mass, turned = group["frame"].mass_shape(site.view.shape, site.ranks), dict(slot.turned_by)
         return Spec(tuple(d if n in turned else k for n, (d, k) in enumerate(zip(core, mass, strict=True))), real)
     if slot.kind is Kind.FACTORED:
         return Spec((core[slot.mode],), real)
+    if slot.kind is Kind.THIN:
+        return Spec(slot.size, real if slot.real else site.view.dtype)
     if slot.kind in (Kind.COVARIANCE, Kind.BASIS, Kind.CACHE):
         return Spec((core[slot.mode], core[slot.mode]), site.view.dtype)
     return Spec((), torch.float32, scalar=True)

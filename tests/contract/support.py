@@ -16,6 +16,7 @@ from comoving.finders import (
     CosineSelection,
     Delayed,
     Exact,
+    Grassmann,
     IncrementalSVD,
     Nystroem,
     Oja,
@@ -23,6 +24,7 @@ from comoving.finders import (
     Power,
     Randomized,
     RandomProjection,
+    RandomWalk,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -32,7 +34,7 @@ from comoving.finders import (
 )
 from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker, Plain
-from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from comoving.rules import (
     SOAP,
     SWAN,
@@ -41,6 +43,8 @@ from comoving.rules import (
     AdamS,
     Columns,
     Lion,
+    LowRankAdam,
+    LowRankMuon,
     Momentum,
     Muon,
     Normalized,
@@ -77,6 +81,8 @@ FINDERS = [
     Amortized(iterations=2),
     Oja(),
     Oja(inertia=0.0, rate=0.5, start="exact"),
+    Grassmann(),
+    Grassmann(inertia=0.5, start="random"),
     Correlation(),
     Correlation(rate=0.5, recalibrate=2),
     IncrementalSVD(),
@@ -96,7 +102,13 @@ BOND_FINDERS = [
     TreeSVD(),
     TreeIncrement(),
 ]
-SAMPLED = [(CosineSelection(), Cosines()), (CosineSelection(norm=1), Cosines()), (RandomProjection(), Seeded())]
+SAMPLED = [
+    (CosineSelection(), Cosines()),
+    (CosineSelection(norm=1), Cosines()),
+    (RandomProjection(), Seeded()),
+    (RandomWalk(rate=0.3), Modes()),
+    (RandomWalk(rate=1.0, start="random", seed=2), Modes()),
+]
 SPARSE = [
     (BlockSelection(), SparseModes(block=2)),
     (BlockSelection(Exact()), SparseModes(block=3, density=0.3)),
@@ -125,10 +137,11 @@ EXCUSED = {
     },
     BlockSelection: {"captures": "a core that is sparse between some directions is not between others of their span"},
     CosineSelection: {"captures": "it looks along fixed columns alone"},
+    RandomWalk: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
     RandomProjection: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
 }
 """Finder or layout -> {promise that it does not make: why}; the promises are those of ``test_subspaces``."""
-PATIENCE = {Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
+PATIENCE = {Grassmann: 10, Oja: 40, TrainIncrement: 3, TreeIncrement: 3}
 """Refreshes with one operand that a finder may take where others need one: increments add few directions at a time."""
 TRANSPORTS = [Keep(), Reset(), Rotate(), Carry()]
 PRECONDITIONERS = [
@@ -180,6 +193,8 @@ STATELESS = [
     Adafactor(average=None),
 ]
 """Rules without a momentum, which are for whole frames; the last keeps other slots."""
+THIN = [LowRankAdam(), LowRankAdam(3, newest=False), LowRankMuon(), LowRankMuon(2, inner=Muon(method="polar"))]
+"""Rules of whole frames."""
 CODECS = [Full(), BFloat16(), Int8(), Int8(block=8), Int4(), Int4(block=8), Int4(table="linear")]
 DRAWN = [
     Int8(table="dynamic"),
@@ -214,6 +229,7 @@ RESIDUALS = [
     Channel(),
     Channel(per="tensor", growth=None),
     Sign(),
+    Raw(),
     Sparse(),
     Sparse(fraction=0.2, choose="random", first=False, statistics="keep"),
     Sparse(choose="probabilistic", scale=0.5, statistics="reset", seed=3),
@@ -349,13 +365,13 @@ def shape_of(slot, core):
     """The shape that a kind stands for."""
     if slot.kind in (Kind.LINEAR, Kind.VARIANCE):
         return core
-    if slot.kind is Kind.SCALAR:
-        return ()
+    if slot.kind in (Kind.SCALAR, Kind.THIN):
+        return slot.size
     return (core[slot.mode],) * (1 if slot.kind is Kind.FACTORED else 2)
 
 
 def is_real(slot):
-    return slot.kind in (Kind.VARIANCE, Kind.FACTORED, Kind.SCALAR)
+    return slot.kind in (Kind.VARIANCE, Kind.FACTORED, Kind.SCALAR) or slot.real
 
 
 class Bare:

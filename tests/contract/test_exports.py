@@ -15,11 +15,13 @@ from comoving.finders import (
     CosineSelection,
     Delayed,
     Exact,
+    Grassmann,
     IncrementalSVD,
     Nystroem,
     Oja,
     Power,
     Randomized,
+    RandomWalk,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -30,8 +32,20 @@ from comoving.finders import (
 from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
-from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
-from comoving.rules import SOAP, Adafactor, Columns, Lion, Momentum, Muon, NorMuon, Scheduled, Shampoo
+from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
+from comoving.rules import (
+    SOAP,
+    Adafactor,
+    Columns,
+    Lion,
+    LowRankAdam,
+    LowRankMuon,
+    Momentum,
+    Muon,
+    NorMuon,
+    Scheduled,
+    Shampoo,
+)
 from comoving.transport import Carry, Rotate
 from contract.support import (
     APART,
@@ -49,6 +63,7 @@ from contract.support import (
     SAMPLED,
     SPARSE,
     STATELESS,
+    THIN,
     TRANSPORTS,
 )
 
@@ -62,7 +77,7 @@ ROLES = {
     "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *APART, *POSITIVE], set()),
     "residual": (residual, [*RESIDUALS, *MOVING], {"Cores", "Passage", "Update"}),
     "precondition": (precondition, PRECONDITIONERS, set()),
-    "rule": (rules, [*RULES, *STATELESS], set()),
+    "rule": (rules, [*RULES, *STATELESS, *THIN], set()),
     "frame": (
         frames,
         FRAMES,
@@ -149,6 +164,10 @@ def test_parts_are_frozen_values(part):
         (Oja, "inertia", 1.0, r"\[0, 1\)"),
         (Oja, "rate", 0.0, r"\(0, inf\)"),
         (Oja, "start", "warm", "'random', 'exact'"),
+        (Grassmann, "inertia", 1.0, r"\[0, 1\)"),
+        *((kind, "rate", 0.0, r"\(0, inf\)") for kind in (Grassmann, RandomWalk)),
+        *((kind, "start", "warm", "'random', 'exact'") for kind in (Grassmann, RandomWalk)),
+        (RandomWalk, "seed", -1, ">= 0"),
         (Correlation, "rate", 0.0, r"\(0, inf\)"),
         (Correlation, "recalibrate", 0, ">= 1"),
         (Factored, "decay", 0.0, r"\(0, 1\]"),
@@ -186,6 +205,11 @@ def test_parts_are_frozen_values(part):
         *((Lion, field, 1.0, r"\[0, 1\)") for field in ("b1", "b2")),
         *((kind, *row) for kind in (Muon, NorMuon) for row in MUON),
         (NorMuon, "decay2", 1.0, r"\[0, 1\)"),
+        *((kind, "rank", 0, ">= 1") for kind in (LowRankAdam, LowRankMuon)),
+        *((kind, "rank", 1.5, r"\(0, 1\]") for kind in (LowRankAdam, LowRankMuon)),
+        (LowRankAdam, "limit", 0.0, r"\(0, inf\)"),
+        (LowRankAdam, "newest", 2, "True, False"),
+        (LowRankMuon, "inner", Adafactor(), "be a Muon"),
         (Adafactor, "decay", 0.0, r"\[-inf, 0\)"),
         (Adafactor, "floor", -1e-30, r"\[0, inf\)"),
         (Adafactor, "clip", 0.0, r"\(0, inf\)"),
@@ -213,6 +237,7 @@ def test_parts_are_frozen_values(part):
         (Feedback, "window", 0, ">= 1"),
         *((kind, "per", "row", "'channel', 'tensor'") for kind in (Fira, Channel)),
         *((kind, "growth", 0.9, r"\[1, inf\)") for kind in (Fira, Channel)),
+        (Raw, "rate", 0.0, r"\(0, inf\)"),
         (Sign, "rate", 0.0, r"\(0, inf\)"),
         (Sign, "floor", 1.0, r"\[0, 1\)"),
         (Sparse, "fraction", 0.0, r"\(0, 1\)"),

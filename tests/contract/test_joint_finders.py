@@ -10,12 +10,14 @@ from comoving.finders import (
     CosineSelection,
     Delayed,
     Exact,
+    Grassmann,
     IncrementalSVD,
     Oja,
     Operand,
     Power,
     Randomized,
     RandomProjection,
+    RandomWalk,
 )
 from comoving.frames import Cosines, Modes, Seeded, SharedFrame
 from contract.support import BOND_FINDERS, COMPLEX, REAL, SUBSPACES, close, core_of, memory_of, randn, random_frame
@@ -28,6 +30,9 @@ JOINT = [
     (Exact(), Modes()),
     (Exact(sweeps=2, sequential=True), Modes()),
     (Oja(rate=0.3), Modes()),
+    (Grassmann(), Modes()),
+    (Grassmann(rate=0.01), Modes()),
+    (RandomWalk(), Modes()),
     (Amortized(iterations=2), Modes()),
     (Randomized(reads=2), Modes()),
     (Randomized(reads=3, oversampling=1), Modes()),

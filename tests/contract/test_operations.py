@@ -59,6 +59,12 @@ BUDGET = {
     "low-rank-soap": (7.9, 147, 12.2),
     "shampoo-tucker": (8.4, 161, 12.8),
     "comoving-adamw": (10.2, 222, 15.7),
+    "sumo": (6.0, 92, 9.4),
+    "subtrack": (4.2, 86, 6.8),
+    "grasswalk": (4.4, 86, 7.1),
+    "grassjump": (5.4, 86, None),
+    "lora-pre": (14.3, 202, 21.8),
+    "lora-pre-muon": (10.3, 178, 15.7),
 }
 """Operations a parameter and step: of 24 alike small matrices, of a large one, which is stepped alone, and of 16
 experts in one tensor, a frame each; None where there are no such experts."""
@@ -70,7 +76,7 @@ ONE_BY_ONE = {
 }
 """Recipes that have work for each row between refreshes, and why."""
 REFRESHED_ONE_BY_ONE = {
-    **dict.fromkeys(("apollo", "apollo-mini"), "frames are drawn from the seed of each"),
+    **dict.fromkeys(("apollo", "apollo-mini", "grassjump"), "frames are drawn from the seed of each"),
     "q-galore": "each frame says when it is refreshed again",
     "tensorgrad": "which entries are kept may have to be drawn",
 }

@@ -13,12 +13,14 @@ from comoving.finders import (
     Correlation,
     CosineSelection,
     Exact,
+    Grassmann,
     IncrementalSVD,
     Nystroem,
     Oja,
     Power,
     Randomized,
     RandomProjection,
+    RandomWalk,
     StreamingTucker,
     TrainSVD,
     TreeSVD,
@@ -28,7 +30,7 @@ from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains,
 BASE = [
     Exact(), Power(), Oja(), Nystroem(), Randomized(), IncrementalSVD(), Correlation(), Amortized(),
     Exact(sweeps=1, sequential=True, warm=True), Randomized(sequential=True), Nystroem(columns="slices"),
-    StreamingTucker(),
+    StreamingTucker(), Grassmann(), RandomWalk(),
 ]  # fmt: skip
 ELSEWHERE = [CosineSelection(), RandomProjection(), TrainSVD(), TreeSVD(), BlockSelection(), Exact, None, 3]
 RARER = [Lazy(patience=1, threshold=0.0), Growing(base=2.0)]

@@ -178,7 +178,7 @@ def test_the_last_update_is_measured_block_by_block_and_without_decay():
     assert what == "RMS 0.7071 lr, bound 0.7071"
 
 
-NONE = {"smmf"}
+NONE = {"smmf", "sumo"}
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -20,12 +20,14 @@ from .correlation import Correlation
 from .cosine import CosineSelection
 from .delayed import Delayed
 from .exact import Exact
+from .grassmann import Grassmann
 from .incremental import IncrementalSVD
 from .nystroem import Nystroem
 from .oja import Oja
 from .operand import Operand
 from .power import Power
 from .random import RandomProjection
+from .random_walk import RandomWalk
 from .randomized import Randomized
 from .streaming_tucker import StreamingTucker
 from .train import TrainIncrement, TrainRandomized, TrainSVD
@@ -39,6 +41,7 @@ __all__ = [
     "Delayed",
     "Exact",
     "Finder",
+    "Grassmann",
     "IncrementalSVD",
     "Memory",
     "Memoryless",
@@ -47,6 +50,7 @@ __all__ = [
     "Operand",
     "Power",
     "RandomProjection",
+    "RandomWalk",
     "Randomized",
     "StreamingTucker",
     "TrainIncrement",

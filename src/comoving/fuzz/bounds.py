@@ -29,7 +29,7 @@ from ..codecs import BFloat16, Codec, Full, Int4, Int8
 from ..frames import Modes
 from ..groups import update_scale
 from ..precondition import Factored
-from ..residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from ..residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from ..residual.gains import Scaled
 from ..rules import (
     SOAP,
@@ -39,6 +39,8 @@ from ..rules import (
     AdamS,
     Columns,
     Lion,
+    LowRankAdam,
+    LowRankMuon,
     Momentum,
     Muon,
     Normalized,
@@ -226,6 +228,12 @@ def _direction(  # noqa: PLR0911, PLR0912  (one case a rule)
             return _Size(root * rule.scale, root * rule.scale)
         case AdamS():
             return _adams(group, root)
+        case LowRankAdam():
+            if rule.limit is None:
+                raise _None("LowRankAdam without limit: the fit of second moments may vanish where the first does not")
+            return _Size(root * rule.limit, rule.limit)
+        case LowRankMuon():
+            return _muon(rule.inner, shape, core, fixed=True)
         case Muon():
             return _muon(rule, shape, core, fixed=not group["ranks"].adaptive and core == prod(shape))
         case Momentum():
@@ -334,6 +342,8 @@ def _beside(
             return _Size(rest, rest)
         case Sign():
             return _Size(lifted.norm + residual.rate * sqrt(full), lifted.entry + residual.rate)
+        case Raw():
+            raise _None("what Raw adds has the size of the gradients")
         case Sparse():
             count = residual.count((full,))
             own = _direction({**group, "rule": residual.rule, "moments": Full()}, (count,), count, full, steps, 1)

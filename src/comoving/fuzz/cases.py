@@ -15,7 +15,7 @@ from ..grouping import param_groups
 from ..optimizer import LowRankOptimizer
 from ..recipes import Recipe, build, recipes
 from .gradients import STRUCTURES, sequence
-from .parts import composition, pick, shown
+from .parts import THIN, composition, pick, shown
 
 __all__ = ["Case", "Parameter", "draw"]
 
@@ -297,6 +297,8 @@ def _common(r: Random, parameters: Sequence[Parameter], experts: bool) -> dict[s
 
 def _for_recipe(r: Random, recipe: Recipe) -> dict[str, Any]:
     """Now and then another part than its own."""
+    if recipe.name in THIN:
+        return {"rule": THIN[recipe.name](r)}
     if recipe.full_rank or r.random() < 0.75:
         return {}
     parts = composition(r)

@@ -13,12 +13,14 @@ from ..finders import (
     CosineSelection,
     Delayed,
     Exact,
+    Grassmann,
     IncrementalSVD,
     Nystroem,
     Oja,
     Power,
     Randomized,
     RandomProjection,
+    RandomWalk,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -29,7 +31,7 @@ from ..finders import (
 from ..frames import Cosines, Modes, Seeded, SparseModes, Trains, Trees
 from ..precondition import Factored, Kronecker
 from ..ranks import Energy, Temperature, Tolerance
-from ..residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from ..residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
 from ..rules import (
     SOAP,
     Adafactor,
@@ -37,6 +39,8 @@ from ..rules import (
     AdamS,
     Columns,
     Lion,
+    LowRankAdam,
+    LowRankMuon,
     Momentum,
     Muon,
     Normalized,
@@ -69,6 +73,8 @@ MODE_FINDERS: tuple[Draw, ...] = (
     ),
     lambda r: Amortized(r.choice((1, 2))),
     lambda r: Oja(r.choice(_MOMENTA), r.choice((0.1, 1.0)), r.choice(("random", "exact"))),
+    lambda r: Grassmann(r.choice(_MOMENTA), r.choice((None, 0.1, 10.0)), r.choice(("random", "exact"))),
+    lambda r: RandomWalk(r.choice((0.1, 1.0)), r.choice(("random", "exact")), r.randrange(4)),
     lambda r: Correlation(r.choice((0.1, 1.0)), r.choice((1, 2, 5))),
     lambda r: IncrementalSVD(r.choice(_MOMENTA), r.choice((0.5, 0.9, 1.0)), r.choice((1, 8))),
     lambda r: StreamingTucker(r.choice((0.5, 0.9, 1.0)), r.choice((0, 2, 8)), r.choice((0.0, 1.0))),
@@ -130,6 +136,11 @@ RULES: tuple[Draw, ...] = (
     lambda r: SOAP(r.choice((None, 0.8)), r.choice((1, 2, 3, 10)), r.choice((4, 2048)), _flag(r)),
     lambda r: SOAP(every=r.choice((1, 2, 5, 10))),
 )
+THIN: dict[str, Draw] = {
+    "lora-pre": lambda r: LowRankAdam(r.choice((1, 2, 0.1, 0.25, 1.0)), _flag(r), r.choice((5.0, 5.0, 1.0, None))),
+    "lora-pre-muon": lambda r: LowRankMuon(r.choice((1, 2, 0.1, 0.25, 1.0)), Muon(r.choice((0.9, 0.95)), _flag(r))),
+}
+"""Rules of whole frames alone, by the recipe that is made of one."""
 PRECONDITIONERS: tuple[Draw, ...] = (
     lambda r: Factored(r.choice((0.5, 0.8, 1.0)), r.choice((1e-30, 1e-6)), r.choice((1.0, 0.5, None))),
     lambda r: Kronecker(
@@ -150,6 +161,7 @@ RESIDUALS: tuple[Draw, ...] = (
     lambda r: Fira(r.choice(("channel", "tensor")), r.choice((1.01, 1.01, 1.5, None))),
     lambda r: Channel(r.choice(("channel", "tensor")), r.choice((1.01, 1.01, 1.5, None))),
     lambda r: Sign(r.choice((1.0, 0.3))),
+    lambda r: Raw(r.choice((1.0, 0.3))),
     lambda r: Sparse(
         r.choice((0.05, 0.2)),
         r.choice(("top", "random", "probabilistic")),

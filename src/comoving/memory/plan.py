@@ -39,6 +39,7 @@ _KINDS = {
     Kind.LINEAR: "moments",
     Kind.VARIANCE: "moments",
     Kind.MASS: "moments",
+    Kind.THIN: "moments",
     Kind.SCALAR: "scalars",
 }
 

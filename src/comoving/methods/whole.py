@@ -1,7 +1,7 @@
 """Methods of full rank: rules in the whole frame."""
 
 from ..codecs import RankOne, TopDirections
-from ..rules import SOAP, Adafactor, Lion, Muon, NorMuon, Scheduled, Shampoo
+from ..rules import SOAP, Adafactor, Lion, LowRankAdam, LowRankMuon, Muon, NorMuon, Scheduled, Shampoo
 from .recipe import Recipe
 
 RECIPES = (
@@ -60,6 +60,21 @@ RECIPES = (
         "1804.04235",
         dict(rule=Adafactor(), betas=(0.9, 0.999)),
         full_rank=True,
+    ),
+    Recipe(
+        "lora-pre",
+        "Adam whose moments are products of two thin factors, fitted to every gradient by least squares",
+        "2602.24283",
+        dict(rule=LowRankAdam()),
+        full_rank=True,
+    ),
+    Recipe(
+        "lora-pre-muon",
+        "Muon whose momentum is a product of two thin factors, fitted to every gradient by least squares",
+        "2602.24283",
+        dict(rule=LowRankMuon()),
+        full_rank=True,
+        relative_rate=4.0,
     ),
     Recipe(
         "shampoo",

@@ -6,6 +6,7 @@ from .discard import Discard
 from .feedback import Feedback
 from .fira import Fira
 from .momentum_buffer import MomentumBuffer
+from .raw import Raw
 from .sign import Sign
 from .sparse import Sparse
 
@@ -19,6 +20,7 @@ __all__ = [
     "Inside",
     "MomentumBuffer",
     "Passage",
+    "Raw",
     "Residual",
     "Sign",
     "Sparse",

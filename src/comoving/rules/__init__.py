@@ -6,6 +6,7 @@ from .adams import AdamS
 from .base import Rule
 from .columns import Columns
 from .lion import Lion
+from .low_rank import LowRankAdam, LowRankMuon
 from .momentum import Momentum
 from .muon import Muon
 from .normalized import Normalized
@@ -27,6 +28,10 @@ __all__ = [
     "Muon",
     "Normalized",
     "NorMuon",
+    "LowRankAdam",
+    "LowRankMuon",
+    "Momentum",
+    "Muon",
     "Rule",
     "Scheduled",
     "Shampoo",

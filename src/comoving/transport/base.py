@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..clock import Clock
 from ..frames import Overlap
+from ..linalg.cosine import cosine_columns
 from ..slots import Kind, Slot
 
 State = dict[str, Tensor]
@@ -66,7 +67,9 @@ class Slotless:
 
 
 def initial(slot: Slot, x: Tensor) -> Tensor:
-    """What a slot starts from, in place: the identity for a basis, else zero."""
+    """What a slot starts from, in place: the identity for a basis, waves where they are declared, else zero."""
+    if slot.waves:
+        return x.copy_(cosine_columns(x.shape[-2], torch.arange(x.shape[-1], device=x.device), x.dtype.to_real()))
     return x.copy_(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)) if slot.kind is Kind.BASIS else x.zero_()
 
 
