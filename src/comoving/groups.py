@@ -16,7 +16,7 @@ from .frames.base import SIDES, Rank, Side
 from .frames.modes import check_rank
 from .precondition import Plain
 from .refusals import check_composition, check_site
-from .residual import MomentumBuffer
+from .residual import MomentumBuffer, SubsetNorm
 from .rounding import ROUNDINGS
 from .rules import Adam
 from .sites import Site
@@ -48,7 +48,7 @@ _TRAITS = {
     "transport": ("resizes", "projects", "restarts", "batched"), "precondition": ("replays", "batched"),
     "frame": ("makes", "modal", "batched"), "finder": ("fills", "alone", "joint", "ahead", "batched"),
     "cadence": ("compares", "alone", "batched"),
-    "residual": ("holds", "feeds", "entrywise", "rescales", "replays", "bounded", "alone", "batched"),
+    "residual": ("holds", "feeds", "entrywise", "rescales", "replays", "bounded", "reads", "alone", "batched"),
     "codec": ("signed", "batched"), "moments": ("signed", "batched"), "bases": ("signed", "batched"),
 }  # fmt: skip
 """What the engine reads of a part beside its methods, by roles; see their protocols."""
@@ -221,9 +221,10 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
 def _whole(dense: Site, reason: str, group: Mapping[str, Any]) -> Site:
     """The site in the whole frame under the group's rule, block by block where it has blocks.
 
-    Dense for Adam alone, and where the momentum is what the residual keeps, since a whole frame leaves no residual.
+    Dense for Adam alone, and where the momentum is what the residual keeps, or the step size is its own: a whole frame
+    leaves no residual.
     """
-    if _only_adam(group) or isinstance(group["residual"], MomentumBuffer):
+    if _only_adam(group) or isinstance(group["residual"], MomentumBuffer | SubsetNorm):
         return replace(dense, reason=reason)
     layout, shape = group["frame"], dense.view.shape
     if not isinstance(layout, Blocks):

@@ -19,6 +19,7 @@ from .finders import (
     Power,
     Randomized,
     RandomProjection,
+    Standing,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -26,11 +27,11 @@ from .finders import (
     TreeIncrement,
     TreeSVD,
 )
-from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
+from .frames import Blocks, Cosines, Modes, Pooled, Seeded, SparseModes, Trains, Trees
 from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .ranks.assignment import AUTO, ROLES
-from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from .residual import Channel, Details, Discard, Feedback, Fira, Folded, MomentumBuffer, Sign, Sparse, SubsetNorm
 from .rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from .transport import Carry, Keep, Reset, Rotate
 from .validate import nearest
@@ -40,6 +41,7 @@ PARTS: dict[str, dict[str, type]] = {
         "modes": Modes,
         "blocks": Blocks,
         "cosines": Cosines,
+        "pooled": Pooled,
         "seeded": Seeded,
         "trains": Trains,
         "trees": Trees,
@@ -64,6 +66,7 @@ PARTS: dict[str, dict[str, type]] = {
         "tree_increment": TreeIncrement,
         "streaming_tucker": StreamingTucker,
         "block_selection": BlockSelection,
+        "standing": Standing,
     },
     "cadence": {"every": Every, "growing": Growing, "lazy": Lazy},
     "precondition": {"plain": Plain, "factored": Factored, "kronecker": Kronecker},
@@ -84,6 +87,9 @@ PARTS: dict[str, dict[str, type]] = {
         "feedback": Feedback,
         "momentum_buffer": MomentumBuffer,
         "fira": Fira,
+        "folded": Folded,
+        "details": Details,
+        "subset_norm": SubsetNorm,
         "channel": Channel,
         "sparse": Sparse,
         "sign": Sign,

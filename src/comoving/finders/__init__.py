@@ -27,6 +27,7 @@ from .operand import Operand
 from .power import Power
 from .random import RandomProjection
 from .randomized import Randomized
+from .standing import Standing
 from .streaming_tucker import StreamingTucker
 from .train import TrainIncrement, TrainRandomized, TrainSVD
 from .tree import TreeIncrement, TreeSVD
@@ -48,6 +49,7 @@ __all__ = [
     "Power",
     "RandomProjection",
     "Randomized",
+    "Standing",
     "StreamingTucker",
     "TrainIncrement",
     "TrainRandomized",
