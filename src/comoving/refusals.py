@@ -56,8 +56,8 @@ def check_composition(group: Group) -> None:
             )
         if not hasattr(inner.makes, "lift_squares"):
             raise ValueError(
-                f"residual {residual} is refused: frame {frame} has no factors by which each entry would have its share "
-                f"of the second moments; use Pooled(), or Modes()"
+                f"residual {residual} is refused: frame {frame} has no factors by which each entry would have its "
+                f"share of the second moments; use Pooled(), or Modes()"
             )
     if not isinstance(group["bases"], Full):
         _check_bases(group["bases"], inner)

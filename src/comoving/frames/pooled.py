@@ -17,7 +17,7 @@ from .overlap import Overlap
 
 @dataclass(frozen=True)
 class PooledFrame:
-    """The entries of a mode in r_n runs of neighbours, whose lengths differ by one at most: d_n / r_n where r_n divides.
+    """The entries of a mode in r_n runs of neighbours, of d_n / r_n each, or of lengths that differ by one.
 
     project  z_j = (sum over run j) / sqrt(its length)      lift  (F z)_i = z_j / sqrt(its length),  i in run j
 

@@ -101,7 +101,7 @@ class Update:
         clock: that of the rule.
         eps: likewise.
         size: the norm of this step's gradient, (*rows), where it is known.
-        moments: the rule's slots, and the transport's, as this step leaves them, decoded, not to be changed; empty where
+        moments: the rule's slots, and the transport's, as this step leaves them, decoded, not to be changed; none where
             the residual does not read them.
     """
 

@@ -1,12 +1,13 @@
 """GWT: what the frame leaves of a gradient, divided by the root of what it holds there."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec, Spec
+from ..frames.base import Spreading
 from ..linalg import norm, over
 from ..validate import check_float
 from .base import HELD, Holding, Update
@@ -60,7 +61,7 @@ class Details(Holding):
 
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor u."""
-        gradient, frame, clock = state.pop(HELD), update.frame, update.clock
+        gradient, frame, clock = state.pop(HELD), cast("Spreading", update.frame), update.clock
         rest = frame.add_lift(gradient.clone(memory_format=torch.contiguous_format), update.core, -1.0)
         variance = corrected(update)
         weight = frame.lift_squares(torch.ones_like(variance)).clamp_min_(torch.finfo(variance.dtype).tiny)

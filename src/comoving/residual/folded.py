@@ -1,12 +1,13 @@
 """FOAM: what the frame leaves of a gradient, added to both moments of one update."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec, Spec
+from ..frames.base import Spreading
 from ..rules.adam import FIRST, SECOND
 from ..transport import mass_of
 from .base import HELD, Holding, Update
@@ -24,7 +25,8 @@ class Folded(Holding):
     :class:`comoving.frames.Pooled` F m and |F|^2 v are, over each run, the averages of the mean of the gradient and of
     the square of that mean, as in the paper (its authors' code averages the mean of the squares instead). eps counts as
     in torch's Adam, beside the corrected root. Every entry of the part of R is at most sqrt(c2) / c1. Where the
-    transport carries a mass of v, v over its mass stands in place of v / c2. Several gradients of one step add up; there is no state.
+    transport carries a mass of v, v over its mass stands in place of v / c2. Several gradients of one step add up;
+    there is no state.
     """
 
     batched: ClassVar[bool] = True
@@ -38,7 +40,7 @@ class Folded(Holding):
 
     def write(self, weights: Tensor, update: Update, state: dict[str, Tensor], codec: Codec) -> None:
         """w <- shrink w + factor u."""
-        gradient, frame = state.pop(HELD), update.frame
+        gradient, frame = state.pop(HELD), cast("Spreading", update.frame)
         rest = frame.add_lift(gradient.clone(memory_format=torch.contiguous_format), update.core, -1.0)
         root = update.clock.weight2**0.5
         # Not |R|^2, which leaves the range of float32 where R does not.

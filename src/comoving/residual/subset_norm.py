@@ -25,8 +25,8 @@ class SubsetNorm(Holding):
     w <- shrink w - lr scale u
 
     With the rule :class:`comoving.rules.Momentum` that is Subset-Norm with Subspace-Momentum (SNSM): momentum in the
-    frame, plain descent outside. With ``decay`` b^2 is an average, b_i^2 <- decay b_i^2 + (1 - decay) |g_i|^2, divided by
-    the sum of its weights, as in AdamSNSM. For a matrix the longest mode is the choice of the paper's heuristics.
+    frame, plain descent outside. With ``decay`` b^2 is an average, b_i^2 <- decay b_i^2 + (1 - decay) |g_i|^2, divided
+    by the sum of its weights, as in AdamSNSM. For a matrix the longest mode is the choice of the paper's heuristics.
 
     An entry of u is at most ``limit``, which is ours: F d may be where a slice has never had a gradient.
 
