@@ -23,6 +23,7 @@ from comoving.finders import (
     Power,
     Randomized,
     RandomProjection,
+    Standing,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -30,9 +31,20 @@ from comoving.finders import (
     TreeIncrement,
     TreeSVD,
 )
-from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
+from comoving.frames import Cosines, ModeFrame, Modes, Pooled, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker, Plain
-from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from comoving.residual import (
+    Channel,
+    Details,
+    Discard,
+    Feedback,
+    Fira,
+    Folded,
+    MomentumBuffer,
+    Sign,
+    Sparse,
+    SubsetNorm,
+)
 from comoving.rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Scheduled, Shampoo
 from comoving.slots import Kind
 from comoving.transport import Carry, Keep, Reset, Rotate, initial
@@ -82,7 +94,12 @@ BOND_FINDERS = [
     TreeSVD(),
     TreeIncrement(),
 ]
-SAMPLED = [(CosineSelection(), Cosines()), (CosineSelection(norm=1), Cosines()), (RandomProjection(), Seeded())]
+SAMPLED = [
+    (CosineSelection(), Cosines()),
+    (CosineSelection(norm=1), Cosines()),
+    (RandomProjection(), Seeded()),
+    (Standing(), Pooled()),
+]
 SPARSE = [
     (BlockSelection(), SparseModes(block=2)),
     (BlockSelection(Exact()), SparseModes(block=3, density=0.3)),
@@ -104,6 +121,11 @@ EXCUSED = {
         "keeps the older span": "the state holds one seed, from which all directions are drawn at once",
         "cuts within the older span": "likewise",
     },
+    Pooled: {
+        "is drawn": "it is one frame for each rank",
+        "keeps the older span": "runs of another length have other sums",
+        "cuts within the older span": "likewise",
+    },
     SparseModes: {
         "is drawn": "the factors are, but it starts with the first blocks",
         "keeps the older span": "a core of other ranks is cut elsewhere",
@@ -111,6 +133,7 @@ EXCUSED = {
     },
     BlockSelection: {"captures": "a core that is sparse between some directions is not between others of their span"},
     CosineSelection: {"captures": "it looks along fixed columns alone"},
+    Standing: {"captures": "it looks at nothing", "turns": "there is one frame for each rank"},
     RandomProjection: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
 }
 """Finder or layout -> {promise that it does not make: why}; the promises are those of ``test_subspaces``."""
@@ -182,6 +205,11 @@ RESIDUALS = [
     Channel(),
     Channel(per="tensor", growth=None),
     Sign(),
+    Folded(),
+    Details(),
+    Details(growth=None, limit=None),
+    SubsetNorm(),
+    SubsetNorm(decay=0.9, limit=None),
     Sparse(),
     Sparse(fraction=0.2, choose="random", first=False, statistics="keep"),
     Sparse(choose="probabilistic", scale=0.5, statistics="reset", seed=3),

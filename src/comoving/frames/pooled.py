@@ -164,7 +164,9 @@ class Pooled(Modes):
         return PooledFrame(shape, ranks, dtype, torch.device("cpu") if like is None else like.device)
 
     def start(self, like: Tensor, ranks: Ranks, older: Any, seed: int) -> PooledFrame:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The frame of these ranks; nothing is drawn, and nothing of an older one kept."""
+        """The older frame where its ranks are these, else the frame of these ranks; nothing is drawn."""
+        if isinstance(older, PooledFrame) and older.ranks == ranks:
+            return older
         sizes = tuple(like.shape[like.ndim - len(ranks) :])
         return PooledFrame(sizes, ranks, like.dtype, like.device)
 
