@@ -105,7 +105,7 @@ def test_foam(shape, rank, blocks, dtype):
 @pytest.mark.parametrize("options", [{}, {"growth": None}, {"growth": 1.1, "limit": 2.0}, {"limit": None}], ids=str)
 def test_gwt(options, shape, levels, dtype):
     """Without a transform: beside a Haar transform of several levels, its details divided one by one."""
-    given = {"growth": 1.01, "limit": 100.0} | options
+    given = {"growth": 1.01, "limit": 10.0} | options
     params, optimizer = build(
         "gwt", shape, dtype, rank=2.0**-levels, refresh_every=7, scale=0.7, residual=Details(**options)
     )
@@ -133,7 +133,7 @@ def test_the_haar_transform_of_the_reference_is_orthogonal_and_inverted():
 
 @FIELDS
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)], ids=["wide", "tall", "square"])
-@pytest.mark.parametrize("options", [{}, {"decay": 0.9}, {"limit": 0.05}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"decay": 0.9}, {"limit": 0.05}, {"limit": None}], ids=str)
 def test_snsm(options, shape, dtype):
     residual = SubsetNorm(**options)
     params, optimizer = build("snsm", shape, dtype, rank=2, refresh_every=7, scale=0.7, residual=residual)
@@ -182,7 +182,7 @@ def test_they_are_as_small_as_they_say():
 @pytest.mark.parametrize("eps", [1e-15, 1e-8])
 def test_any_finite_gradient_moves_weights_by_no_more_than_a_bound(name, dtype, eps):
     """Zeros, entries of every size in one tensor, runs of sum zero, rows that wake up: bounded by the rate."""
-    bound = {"foam": 2 * 0.25, "gwt": 0.25 * 110, "snsm": 10.5}[name]
+    bound = {"foam": 2 * 0.25, "gwt": 0.25 * 20, "snsm": 10.5}[name]
     p, shape = torch.nn.Parameter(torch.zeros(8, 16, dtype=dtype)), (8, 16)
     optimizer = comoving.build(name, [p], lr=1.0, rank=1 / 4, eps=eps, refresh_every=3)
     sizes = torch.tensor([0.0, TINY, 1e-15, 1.0, 1e15, HUGE, 1.0, 0.0]).unsqueeze(-1)

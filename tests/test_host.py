@@ -43,6 +43,7 @@ OF_RECIPES = {
     "tensorgrad": EIGH, "tensor-galore": EIGH, "tensor-galore+ef": EIGH,
     "nystrom-tucker-adam": EIGH, "streaming-tucker-adam": EIGH,
     "tt-adam": EIGH, "tt-ice-adam": EIGH, "ht-adam": EIGH, "ht-rise-adam": EIGH,
+    "snsm": EIGH,
     "coap": SVD,
     "shampoo": EIGH_OUTSIDE, "shampoo-tucker": EIGH_OUTSIDE,  # roots
     "soap": EIGH_OUTSIDE, "low-rank-soap": EIGH_OUTSIDE,  # the first bases

@@ -401,11 +401,13 @@ REACHED = {
     "tt-adam": 1.5e-2, "tt-ice-adam": 1.5e-2, "ht-adam": 1.5e-2, "ht-rise-adam": 1.5e-2,
     "shampoo": 1e-9, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
     "muon": 1.5e-2, "dion": 1.5e-3, "smmf": 1e-10, "lion": 3e-2, "adafactor": 1e-10,
+    "foam": 3e-4, "gwt": 3e-5, "snsm": 1e-6,
     "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-6,
 }  # fmt: skip
 FACTORS = {
     **dict.fromkeys(("galore", "q-galore", "loqt", "fira", "apollo", "apollo-mini", "dion"), 10.0),
     "online-subspace-descent": 10.0, "coap": 2.0, "comoving": 2.0, "lion": 0.3,
+    "foam": 4.0, "gwt": 4.0, "snsm": 40.0,
 }  # fmt: skip
 """Of the learning rate, on this problem; 1 for the others."""
 PERIODIC = ("galore", "q-galore", "loqt", "tensor-galore", "fira", "apollo", "frugal", "tensorgrad")

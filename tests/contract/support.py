@@ -209,7 +209,7 @@ RESIDUALS = [
     Details(),
     Details(growth=None, limit=None),
     SubsetNorm(),
-    SubsetNorm(decay=0.9, limit=None),
+    SubsetNorm(decay=0.9),
     Sparse(),
     Sparse(fraction=0.2, choose="random", first=False, statistics="keep"),
     Sparse(choose="probabilistic", scale=0.5, statistics="reset", seed=3),

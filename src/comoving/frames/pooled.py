@@ -50,8 +50,6 @@ class PooledFrame:
 
     def lift(self, z: Tensor) -> Tensor:
         """The tensor F z."""
-        if not self._even:
-            return multilinear(z, self._factors(z.dtype, z.device))
         return self._repeated(z, -0.5)
 
     def add_lift(self, out: Tensor, z: Tensor, alpha: float, beta: float = 1.0) -> Tensor:
@@ -70,9 +68,6 @@ class PooledFrame:
 
     def lift_squares(self, v: Tensor) -> Tensor:
         """|F|^2 v, entry by entry: the variances of F z for independent z of the real variances v."""
-        if not self._even:
-            squares = [None if u is None else u.square() for u in self._factors(v.dtype, v.device)]
-            return multilinear(v, squares)
         return self._repeated(v, -1.0)
 
     def overlap(self, older: Any) -> Overlap:
@@ -107,9 +102,19 @@ class PooledFrame:
         return [(n - order, r, d // r) for n, (d, r) in modes if r is not None][::-1]
 
     def _repeated(self, z: Tensor, power: float) -> Tensor:
-        """Each entry over its run, times a power of its length."""
-        for mode, _, length in self._runs:
-            z = (z * length**power).repeat_interleave(length, mode)
+        """Each entry over its run, times a power of the run's length."""
+        for n, (d, r) in enumerate(zip(self.sizes, self.ranks, strict=True)):
+            if r is None:
+                continue
+            mode = n - len(self.sizes)
+            if d % r == 0:
+                z = (z * (d // r) ** power).repeat_interleave(d // r, mode)
+            else:
+                of = _run_of(d, r, z.device)
+                starts = (torch.arange(r + 1, device=z.device) * d + r - 1) // r
+                z = (z * starts.diff().to(z.dtype.to_real()).pow(power).view(-1, *[1] * (-1 - mode))).index_select(
+                    mode, of
+                )
         return z
 
     def _factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, ...]:
@@ -117,9 +122,14 @@ class PooledFrame:
         return tuple(None if r is None else _runs_of(d, r, dtype, device) for d, r in modes)
 
 
+def _run_of(d: int, r: int, device: torch.device) -> Tensor:
+    """The run that each entry is of."""
+    return torch.arange(d, device=device) * r // d
+
+
 def _runs_of(d: int, r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """U of shape (d, r), with 1 / sqrt(length of run j) in the rows of that run."""
-    of = torch.arange(d, device=device) * r // d
+    of = _run_of(d, r, device)
     ones = (of.unsqueeze(-1) == torch.arange(r, device=device)).to(dtype.to_real())
     return (ones / ones.sum(0).sqrt()).to(dtype)
 

@@ -29,7 +29,7 @@ from ..codecs import BFloat16, Codec, Full, Int4, Int8
 from ..frames import Modes
 from ..groups import update_scale
 from ..precondition import Factored
-from ..residual import Channel, Feedback, Fira, MomentumBuffer, Sign, Sparse
+from ..residual import Channel, Details, Feedback, Fira, Folded, MomentumBuffer, Sign, Sparse, SubsetNorm
 from ..residual.gains import Scaled
 from ..rules import SOAP, Adafactor, Adam, Columns, Lion, Momentum, Muon, Rule, Scheduled, Shampoo
 from ..sites import Site
@@ -150,8 +150,13 @@ def _ruled(site: Site, group: Mapping[str, Any], steps: int, absorbed: int) -> B
     adaptive = site.projected and group["ranks"].adaptive
     full = prod(site.view.shape)
     core = full if adaptive else prod(site.core_shape)
-    size = _direction(group, site.core_shape, core, full, steps, absorbed)
     scale = update_scale(site, group["scale"])
+    residual = group["residual"]
+    if site.projected and isinstance(residual, SubsetNorm):
+        if residual.limit is None:
+            raise _None(f"{residual} puts no limit on entries, and slices that never had a gradient have no norm")
+        return Bound(scale * residual.limit, scale * residual.limit)
+    size = _direction(group, site.core_shape, core, full, steps, absorbed)
     if isinstance(group["rule"], Lion) and site.view.dtype.is_complex:
         scale *= _PHASE
     if adaptive and isinstance(group["scale"], str):
@@ -306,6 +311,16 @@ def _beside(
             return _Size(rest, rest)
         case Sign():
             return _Size(lifted.norm + residual.rate * sqrt(full), lifted.entry + residual.rate)
+        case Folded():
+            # Of sums of r coordinates |F m|^2 <= r K |F|^2 v: the bound of a lifted entry is that of the quotient too.
+            b1, b2 = (float(b) for b in group["betas"])
+            rest = scale * max(sqrt(1 - b2**t) / (1 - b1**t) for t in range(1, steps + 1))
+            return _Size((lifted.entry + rest) * sqrt(full), lifted.entry + rest)
+        case Details():
+            if residual.limit is None:
+                raise _None(f"{residual} puts no limit on what it divides: |g - F z| / |z| may be anything")
+            rest = scale * residual.limit
+            return _Size(lifted.norm + rest * sqrt(full), lifted.entry + rest)
         case Sparse():
             count = residual.count((full,))
             own = _direction({**group, "rule": residual.rule, "moments": Full()}, (count,), count, full, steps, 1)

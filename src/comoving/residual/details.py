@@ -45,7 +45,7 @@ class Details(Holding):
     reads: ClassVar[bool] = True
 
     growth: float | None = 1.01
-    limit: float | None = 100.0
+    limit: float | None = 10.0
 
     def __post_init__(self) -> None:
         if self.growth is not None:
