@@ -207,7 +207,7 @@ RESIDUALS = [
     Sign(),
     Folded(),
     Details(),
-    Details(growth=None, limit=None),
+    Details(growth=None),
     SubsetNorm(),
     SubsetNorm(decay=0.9),
     Sparse(),

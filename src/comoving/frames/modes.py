@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -53,8 +53,8 @@ class ModeFrame:
 
     def lift_squares(self, v: Tensor) -> Tensor:
         """|F|^2 v, entry by entry: the variances of F z for independent z of the real variances v."""
-        finite = v.clamp_max(torch.finfo(v.dtype).max)  # 0 times infinity would be NaN
-        return multilinear(finite, [None if u is None else abs_squared(u) for u in self.factors])
+        spread = multilinear(v, [None if u is None else abs_squared(u) for u in self.factors])
+        return spread.nan_to_num(nan=inf, posinf=inf)  # of 0 times infinity
 
     def overlap(self, older: "ModeFrame") -> Overlap:
         """R_n = U'_n^H U_n per mode, (*rows, r'_n, r_n), U' this frame and U the older one; None where both are whole.

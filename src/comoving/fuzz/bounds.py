@@ -295,7 +295,7 @@ def _momentum(rule: Momentum, group: Mapping[str, Any], full: int, absorbed: int
     return _Size(norm, norm)
 
 
-def _beside(
+def _beside(  # noqa: PLR0911  (one case a residual)
     lifted: _Size, size: _Size, group: Mapping[str, Any], full: int, core: int, steps: int, scale: float
 ) -> _Size:
     """The whole update: what the residual adds to the lifted direction, or puts in its place."""
