@@ -41,8 +41,8 @@ RECIPES = (
             residual=SubsetNorm(),
             codec=Full(),
             refresh_every=200,
-            scale=1.0,
+            scale=100.0,
         ),  # fmt: skip
-        relative_rate=200.0,
+        relative_rate=2.0,
     ),
 )
