@@ -407,7 +407,7 @@ REACHED = {
 FACTORS = {
     **dict.fromkeys(("galore", "q-galore", "loqt", "fira", "apollo", "apollo-mini", "dion"), 10.0),
     "online-subspace-descent": 10.0, "coap": 2.0, "comoving": 2.0, "lion": 0.3,
-    "foam": 4.0, "gwt": 4.0, "snsm": 40.0,
+    "foam": 4.0, "gwt": 4.0, "snsm": 8.0,
 }  # fmt: skip
 """Of the learning rate, on this problem; 1 for the others."""
 PERIODIC = ("galore", "q-galore", "loqt", "tensor-galore", "fira", "apollo", "frugal", "tensorgrad")

@@ -21,14 +21,14 @@ RECIPES = (
         "Adam on the means of neighbours, the rest of the gradient added to both moments",
         "2512.07112",
         _POOLED | dict(residual=Folded()),
-        relative_rate=4.0,
+        relative_rate=10.0,
     ),
     Recipe(
         "gwt",
         "Adam on the approximation coefficients of a Haar transform, details divided by the same roots",
         "2501.07237",
         _POOLED | dict(residual=Details()),
-        relative_rate=4.0,
+        relative_rate=2.0,
     ),
     Recipe(
         "snsm",
@@ -41,8 +41,8 @@ RECIPES = (
             residual=SubsetNorm(),
             codec=Full(),
             refresh_every=200,
-            scale=100.0,
+            scale=5.0,  # the authors' rate of 1 is for AdaGrad on all parameters; here the others have AdamW
         ),  # fmt: skip
-        relative_rate=2.0,
+        relative_rate=5.0,
     ),
 )
