@@ -43,6 +43,7 @@ OF_RECIPES = {
     "tensorgrad": EIGH, "tensor-galore": EIGH, "tensor-galore+ef": EIGH,
     "nystrom-tucker-adam": EIGH, "streaming-tucker-adam": EIGH,
     "tt-adam": EIGH, "tt-ice-adam": EIGH, "ht-adam": EIGH, "ht-rise-adam": EIGH,
+    "snsm": EIGH,
     "coap": SVD,
     "subtrack": EIGH, "grasswalk": EIGH,
     "sumo": EIGH | {"step: linalg/lapack.py:_svd": CONVERGED},

@@ -239,6 +239,8 @@ def test_defaults_are_the_papers():
     assert group["ldadam"]["finder"].inertia == 0.908
     assert group["tensor-galore"]["finder"].sweeps > 0
     assert group["galore"]["finder"].inertia == group["tensor-galore"]["finder"].inertia == 0.0
+    assert [group[name]["scale"] for name in ("foam", "gwt")] == [0.25, 0.25]
+    assert (group["snsm"]["refresh_every"], group["snsm"]["residual"].decay) == (200, None)
     assert group["adamw"]["rank"] == 1.0
     default = comoving.AdamW(model.parameters(), rank=2).param_groups[0]
     assert {k: v for k, v in group["comoving-adamw"].items() if k in comoving.recipes()["comoving-adamw"].options} == {

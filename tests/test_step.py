@@ -402,6 +402,7 @@ REACHED = {
     "shampoo": 1e-9, "soap": 5e-4, "low-rank-soap": 5e-4, "shampoo-tucker": 5e-4,
     "muon": 1.5e-2, "orthogonal-sgd": 1.5e-2, "normuon": 1.5e-2, "muonq": 3e-2, "comoving": 1.5e-2,
     "dion": 1.5e-3, "smmf": 1e-10, "lion": 3e-2, "adafactor": 1e-10,
+    "foam": 3e-4, "gwt": 3e-5, "snsm": 1e-6,
     "flora": 0.6, "online-subspace-descent": 2e-5, "coap": 4e-2, "dct-adamw": 1e-6,
     "sinkgd": 5e-7, "swan": 8e-2, "scale": 1e-6, "adams": 1e-5,
     "sumo": 1.5e-2, "subtrack": 1e-6, "grasswalk": 1e-3, "grassjump": 1e-8,
@@ -411,6 +412,7 @@ FACTORS = {
     **dict.fromkeys(("galore", "q-galore", "loqt", "fira", "apollo", "apollo-mini", "dion"), 10.0),
     "online-subspace-descent": 10.0, "coap": 2.0, "comoving-adamw": 2.0, "lion": 0.3, "comoving": 0.4,
     "sinkgd": 20.0, "swan": 20.0, "subtrack": 4.0, "grasswalk": 4.0,
+    "foam": 4.0, "gwt": 4.0, "snsm": 8.0,
 }  # fmt: skip
 """Of the learning rate, on this problem; 1 for the others."""
 PERIODIC = (

@@ -15,7 +15,7 @@ from .frames.base import SIDES, Side
 from .frames.modes import check_rank
 from .precondition import Plain
 from .refusals import check_composition, check_site
-from .residual import MomentumBuffer
+from .residual import MomentumBuffer, SubsetNorm
 from .roles import role_of
 from .rounding import ROUNDINGS
 from .rules import Adam
@@ -39,7 +39,7 @@ _TRAITS = {
     "transport": ("resizes", "projects", "restarts", "batched"), "precondition": ("replays", "batched"),
     "frame": ("makes", "modal", "batched"), "finder": ("fills", "alone", "joint", "ahead", "batched"),
     "cadence": ("compares", "alone", "batched"),
-    "residual": ("holds", "feeds", "entrywise", "rescales", "replays", "bounded", "alone", "batched"),
+    "residual": ("holds", "feeds", "entrywise", "rescales", "replays", "bounded", "reads", "alone", "batched"),
     "codec": ("signed", "batched"), "moments": ("signed", "batched"), "bases": ("signed", "batched"),
 }  # fmt: skip
 """What the engine reads of a part beside its methods, by roles; see their protocols."""
@@ -218,9 +218,10 @@ def _decide_one(name: str | None, p: Tensor, group: Mapping[str, Any], index: in
 def _whole(dense: Site, reason: str, group: Mapping[str, Any]) -> Site:
     """The site in the whole frame under the group's rule, block by block where it has blocks.
 
-    Dense for Adam alone, and where the momentum is what the residual keeps, since a whole frame leaves no residual.
+    Dense for Adam alone, and where the momentum is what the residual keeps, or the step size is its own: a whole frame
+    leaves no residual.
     """
-    if _only_adam(group) or isinstance(group["residual"], MomentumBuffer):
+    if _only_adam(group) or isinstance(group["residual"], MomentumBuffer | SubsetNorm):
         return replace(dense, reason=reason)
     layout, shape = group["frame"], dense.view.shape
     if not isinstance(layout, Blocks):

@@ -21,6 +21,7 @@ from .finders import (
     Randomized,
     RandomProjection,
     RandomWalk,
+    Standing,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -28,11 +29,11 @@ from .finders import (
     TreeIncrement,
     TreeSVD,
 )
-from .frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
+from .frames import Blocks, Cosines, Modes, Pooled, Seeded, SparseModes, Trains, Trees
 from .precondition import Factored, Kronecker, Plain
 from .ranks import Energy, Fixed, Temperature, Tolerance
 from .ranks.assignment import AUTO, ROLES
-from .residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
+from .residual import Channel, Details, Discard, Feedback, Fira, Folded, MomentumBuffer, Raw, Sign, Sparse, SubsetNorm
 from .rules import (
     SOAP,
     SWAN,
@@ -58,6 +59,7 @@ PARTS: dict[str, dict[str, type]] = {
         "modes": Modes,
         "blocks": Blocks,
         "cosines": Cosines,
+        "pooled": Pooled,
         "seeded": Seeded,
         "trains": Trains,
         "trees": Trees,
@@ -84,6 +86,7 @@ PARTS: dict[str, dict[str, type]] = {
         "tree_increment": TreeIncrement,
         "streaming_tucker": StreamingTucker,
         "block_selection": BlockSelection,
+        "standing": Standing,
     },
     "cadence": {"every": Every, "growing": Growing, "lazy": Lazy},
     "precondition": {"plain": Plain, "factored": Factored, "kronecker": Kronecker},
@@ -110,6 +113,9 @@ PARTS: dict[str, dict[str, type]] = {
         "feedback": Feedback,
         "momentum_buffer": MomentumBuffer,
         "fira": Fira,
+        "folded": Folded,
+        "details": Details,
+        "subset_norm": SubsetNorm,
         "channel": Channel,
         "sparse": Sparse,
         "sign": Sign,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from .codecs import Full, RankOne, TopDirections
-from .frames import Blocks, Cosines, Modes, Seeded, SparseModes
-from .residual import Discard, Feedback, Sparse
-from .rules import Rule
+from .frames import Blocks, Cosines, Modes, Pooled, Seeded, SparseModes
+from .residual import Details, Discard, Feedback, Folded, Sparse
+from .rules import Adam, Rule
 from .sites import Site
 from .slots import Kind
 from .transport import Reset
@@ -49,6 +49,16 @@ def check_composition(group: Group) -> None:
             f"bias correction of sparse moments that go on would be wrong; use statistics='reset'"
         )
     inner = frame.inner if isinstance(frame, Blocks) else frame
+    if isinstance(residual, Folded | Details):
+        if rule != Adam():
+            raise ValueError(
+                f"residual {residual} is refused: it divides by the second moment of Adam(), not of {rule}"
+            )
+        if not hasattr(inner.makes, "lift_squares"):
+            raise ValueError(
+                f"residual {residual} is refused: frame {frame} has no factors by which each entry would have its "
+                f"share of the second moments; use Pooled(), or Modes()"
+            )
     if not isinstance(group["bases"], Full):
         _check_bases(group["bases"], inner)
     for role in ("codec", "moments", "bases"):
@@ -68,7 +78,7 @@ def _check_bases(codec: object, frame: object) -> None:
         reason = "it keeps sums of rows and columns alone, which no basis can be had back from"
     elif isinstance(codec, TopDirections):
         reason = "it takes directions apart, of which the columns of a basis have no strongest"
-    elif isinstance(frame, Cosines | Seeded):
+    elif isinstance(frame, Cosines | Seeded | Pooled):
         reason = f"frame {frame} has no factors that would need more bytes than its integers"
     elif not isinstance(frame, Modes | SparseModes):
         reason = (

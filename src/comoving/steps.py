@@ -286,11 +286,13 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
     factor = rate * update_scale(site, now.scale)
     by_modes = tuple(n for n, r in enumerate(site.ranks) if r is not None)
     compressed = by_modes if isinstance(parts.frame, Modes) else None
+    moments = dict(cell.moments) if parts.residual.reads else dict[str, Tensor]()
+    if slots.coded(kind.group):  # which gives the decoded ones up
+        moments = {name: x.clone() for name, x in moments.items()}
     cell.encode(moved=True)
     cell.check()
-    update = Update(
-        lambda: cell.load(opened.core), compressed, opened.core, d, factor, shrink, rate, clock, now.eps, opened.size
-    )
+    load = partial(cell.load, opened.core)
+    update = Update(load, compressed, opened.core, d, factor, shrink, rate, clock, now.eps, opened.size, moments)
     if not cautious:
         parts.residual.write(weights, update, cell.residual, parts.codec)  # 6, 7
         return

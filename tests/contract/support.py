@@ -25,6 +25,7 @@ from comoving.finders import (
     Randomized,
     RandomProjection,
     RandomWalk,
+    Standing,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -32,9 +33,21 @@ from comoving.finders import (
     TreeIncrement,
     TreeSVD,
 )
-from comoving.frames import Cosines, ModeFrame, Modes, Seeded, SparseModes, Trains, Trees
+from comoving.frames import Cosines, ModeFrame, Modes, Pooled, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker, Plain
-from comoving.residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
+from comoving.residual import (
+    Channel,
+    Details,
+    Discard,
+    Feedback,
+    Fira,
+    Folded,
+    MomentumBuffer,
+    Raw,
+    Sign,
+    Sparse,
+    SubsetNorm,
+)
 from comoving.rules import (
     SOAP,
     SWAN,
@@ -108,6 +121,7 @@ SAMPLED = [
     (RandomProjection(), Seeded()),
     (RandomWalk(rate=0.3), Modes()),
     (RandomWalk(rate=1.0, start="random", seed=2), Modes()),
+    (Standing(), Pooled()),
 ]
 SPARSE = [
     (BlockSelection(), SparseModes(block=2)),
@@ -130,6 +144,11 @@ EXCUSED = {
         "keeps the older span": "the state holds one seed, from which all directions are drawn at once",
         "cuts within the older span": "likewise",
     },
+    Pooled: {
+        "is drawn": "it is one frame for each rank",
+        "keeps the older span": "runs of another length have other sums",
+        "cuts within the older span": "likewise",
+    },
     SparseModes: {
         "is drawn": "the factors are, but it starts with the first blocks",
         "keeps the older span": "a core of other ranks is cut elsewhere",
@@ -138,6 +157,7 @@ EXCUSED = {
     BlockSelection: {"captures": "a core that is sparse between some directions is not between others of their span"},
     CosineSelection: {"captures": "it looks along fixed columns alone"},
     RandomWalk: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
+    Standing: {"captures": "it looks at nothing", "turns": "there is one frame for each rank"},
     RandomProjection: {"captures": "it looks at nothing", "keeps where nothing is seen": "likewise"},
 }
 """Finder or layout -> {promise that it does not make: why}; the promises are those of ``test_subspaces``."""
@@ -230,6 +250,11 @@ RESIDUALS = [
     Channel(per="tensor", growth=None),
     Sign(),
     Raw(),
+    Folded(),
+    Details(),
+    Details(growth=None),
+    SubsetNorm(),
+    SubsetNorm(decay=0.9),
     Sparse(),
     Sparse(fraction=0.2, choose="random", first=False, statistics="keep"),
     Sparse(choose="probabilistic", scale=0.5, statistics="reset", seed=3),

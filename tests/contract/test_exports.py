@@ -29,10 +29,10 @@ from comoving.finders import (
     TreeIncrement,
     TreeSVD,
 )
-from comoving.frames import Blocks, Cosines, Modes, Seeded, SparseModes, Trains, Trees
+from comoving.frames import Blocks, Cosines, Modes, Pooled, Seeded, SparseModes, Trains, Trees
 from comoving.precondition import Factored, Kronecker
 from comoving.ranks import Energy, Fixed, Temperature, Tolerance
-from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
+from comoving.residual import Channel, Details, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse, SubsetNorm
 from comoving.rules import (
     SOAP,
     Adafactor,
@@ -87,6 +87,7 @@ ROLES = {
             "BondFrame",
             "CosineFrame",
             "SeededFrame",
+            "PooledFrame",
             "SparseFrame",
             "Overlap",
             "SparseOverlap",
@@ -184,6 +185,7 @@ def test_parts_are_frozen_values(part):
         (CosineSelection, "norm", 3, "1, 2"),
         (Cosines, "min_size", 1, ">= 2"),
         (Seeded, "min_size", 0, ">= 2"),
+        (Pooled, "min_size", 1, ">= 2"),
         (Seeded, "stored", "no", "True"),
         (StreamingTucker, "decay", 0.0, r"\(0, 1\]"),
         (StreamingTucker, "decay", float("nan"), r"\(0, 1\]"),
@@ -238,6 +240,9 @@ def test_parts_are_frozen_values(part):
         *((kind, "per", "row", "'channel', 'tensor'") for kind in (Fira, Channel)),
         *((kind, "growth", 0.9, r"\[1, inf\)") for kind in (Fira, Channel)),
         (Raw, "rate", 0.0, r"\(0, inf\)"),
+        (Details, "growth", 0.9, r"\[1, inf\)"),
+        (SubsetNorm, "decay", 1.0, r"\[0, 1\)"),
+        *((kind, "limit", 0.0, r"\(0, inf\)") for kind in (Details, SubsetNorm)),
         (Sign, "rate", 0.0, r"\(0, inf\)"),
         (Sign, "floor", 1.0, r"\[0, 1\)"),
         (Sparse, "fraction", 0.0, r"\(0, 1\)"),

@@ -18,8 +18,9 @@ from comoving.finders import (
     Randomized,
     RandomProjection,
     RandomWalk,
+    Standing,
 )
-from comoving.frames import Cosines, Modes, Seeded, SharedFrame
+from comoving.frames import Cosines, Modes, Pooled, Seeded, SharedFrame
 from contract.support import BOND_FINDERS, COMPLEX, REAL, SUBSPACES, close, core_of, memory_of, randn, random_frame
 from contract.threads import Mean, Split, Table
 
@@ -41,6 +42,7 @@ JOINT = [
     (Delayed(Exact()), Modes()),
     (CosineSelection(), Cosines()),
     (RandomProjection(), Seeded()),
+    (Standing(), Pooled()),
 ]
 CASES = {
     "matrix": ((7, 12), (None, 3), 0),

@@ -7,9 +7,10 @@ from comoving.clock import Clock
 from comoving.codecs import Full, Int4, Int8
 from comoving.diagnostics import measure, measure_kept, overlap_defect
 from comoving.frames import ModeFrame
-from comoving.linalg import norm
+from comoving.linalg import abs_squared, norm
 from comoving.residual import Channel, Cores, Feedback, Fira, Passage, Sign, Sparse, Update
 from comoving.rules import Lion, Scheduled
+from comoving.rules.adam import FIRST, SECOND
 from contract.support import COMPLEX, MOVING, REAL, RESIDUALS, core_of, randn, random_frame
 
 F32 = torch.float32
@@ -96,7 +97,8 @@ class Run:
         compressed = tuple(n for n, r in enumerate(frame.ranks) if r is not None)
         size = norm(gradients[0], rows) if self.told and len(gradients) == 1 else None
         d = self.momentum.sgn() if self.told else self.momentum
-        update = Update(lambda: frame, compressed, core, d, -0.02, 0.99, -0.1, clock, 1e-8, size)
+        moments = {FIRST: self.momentum, SECOND: abs_squared(self.momentum) + abs_squared(core)}
+        update = Update(lambda: frame, compressed, core, d, -0.02, 0.99, -0.1, clock, 1e-8, size, moments)
         residual.write(self.weights, update, state, codec)
 
 

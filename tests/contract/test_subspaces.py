@@ -155,6 +155,7 @@ LAYOUTS = {layout: finder for finder, layout in reversed(PAIRS)}
 PROMISES = {
     "captures": "a finder looks at the operand and takes its leading directions",
     "keeps where nothing is seen": "a finder takes start's span where the operand is zero",
+    "turns": "a finder's frames differ from refresh to refresh",
     "is drawn": "a layout draws from the seed what it starts with",
     "keeps the older span": "a layout's frame of no lower ranks holds all that the older one held",
     "cuts within the older span": "a layout's frame of no higher ranks takes the older one's leading directions",
@@ -669,7 +670,8 @@ def test_it_trains_within_the_promised_bytes(finder, layout, case):
     problem = LeastSquares(finder, layout, case)
     begin = float(problem.gap.norm() ** 2)
     looks = bool(those_that("captures", [(finder, layout)]))
-    assert problem.run(40) < (0.1 if looks else 0.75) * begin
+    turns = bool(those_that("turns", [(finder, layout)]))
+    assert problem.run(40) < (0.1 if looks else 0.75 if turns else 1.0) * begin
     assert state_bytes(problem.optimizer) == explain(problem.optimizer).state_bytes
     stored = {n: x for n, x in problem.optimizer.state[problem.p].items() if n.startswith("frame.")}
     ranks = problem.optimizer.sites[problem.p].ranks
@@ -703,7 +705,7 @@ def test_momentum_moves_with_the_frame_and_feedback_keeps_the_rest(finder, layou
         standing = Passage(frame, m, 0.8, 0.2, frame, m)
         kept = group["residual"].restore(zero, standing, True, remembered, group["codec"]).full()
         close(used + 4 * frame.lift(m) + kept, given)
-    assert max(turns) > 0.01
+    assert not those_that("turns", [(finder, layout)]) or max(turns) > 0.01
 
 
 def test_a_memory_lives_from_step_to_step_and_in_checkpoints():

@@ -7,10 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from comoving.cadence import When
 from comoving.clock import Clock
 from comoving.codecs import Full, Int8
-from comoving.frames import Cosines, Modes, Seeded, SparseModes, Trains
+from comoving.frames import Cosines, Modes, Pooled, Seeded, SparseModes, Trains
 from comoving.groups import _TRAITS
 from comoving.linalg import norm
 from comoving.residual import Channel, Cores, Passage, Update
+from comoving.rules.adam import FIRST, SECOND
 from comoving.slots import Kind
 from comoving.transport import Carry, Rotate
 from contract.support import (
@@ -211,7 +212,9 @@ class Kept:
     def written(self):
         """The weights after an update, from zero."""
         weights, clock = torch.zeros(SHAPE, dtype=self.core.dtype), Clock(torch.ones(()), 0.9, 0.99, 1)
-        update = Update(lambda: self.frame, (0,), self.core, self.core.sgn(), -0.1, 1.0, -0.1, clock, 1e-12)
+        moments = {FIRST: self.core, SECOND: self.core.abs().square()} if self.residual.reads else {}
+        core, d = self.core, self.core.sgn()
+        update = Update(lambda: self.frame, (0,), core, d, -0.1, 1.0, -0.1, clock, 1e-12, None, moments)
         self.residual.write(weights, update, self.state, self.codec)
         return weights
 
@@ -246,6 +249,21 @@ def test_residuals_that_rescale_do_as_with_a_gradient_that_was_scaled(part, dtyp
     close(again[0].full(), again[1].full())
 
 
+@pytest.mark.parametrize("residual", KEEPING, ids=str)
+def test_residuals_that_read_moments_and_no_others_fail_without_them(residual):
+    kept = Kept(residual, Full())
+    kept.take(randn(SHAPE, REAL, 1), torch.zeros(core_of(SHAPE, RANKS), dtype=REAL))
+    clock = Clock(torch.ones(()), 0.9, 0.99, 1)
+    update = Update(lambda: kept.frame, (0,), kept.core, kept.core.sgn(), -0.1, 1.0, -0.1, clock, 1e-12)
+    weights = torch.zeros(SHAPE, dtype=REAL)
+    if residual.reads:
+        with pytest.raises(KeyError, match="moment"):
+            residual.write(weights, update, kept.state, Full())
+    else:
+        residual.write(weights, update, kept.state, Full())
+    assert bool(weights.any()) is not residual.reads
+
+
 # -------------------------------------------------------------------------------------------------------- cadences
 
 
@@ -265,7 +283,7 @@ def test_cadences_that_refresh_frames_alone_and_no_others_go_by_what_was_found(c
 
 
 @pytest.mark.parametrize("cadence", CADENCES, ids=str)
-@pytest.mark.parametrize("layout", [Modes(), Cosines(), Seeded(), SparseModes(block=2), Trains()], ids=str)
+@pytest.mark.parametrize("layout", [Modes(), Cosines(), Seeded(), Pooled(), SparseModes(block=2), Trains()], ids=str)
 def test_cadences_compare_frames_of_the_types_that_they_state(cadence, layout):
     """Those that state none are given what is no frame at all."""
     x = randn((12, 8))
@@ -298,7 +316,7 @@ ELSEWHERE = {
 }
 HERE = {
     "definite", "corrected", "elementwise", "timeless", "replaces", "total", "resizes", "projects", "restarts", "alone",
-    "compares", "holds", "rescales",
+    "compares", "holds", "rescales", "reads",
 }  # fmt: skip
 
 

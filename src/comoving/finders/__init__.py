@@ -29,6 +29,7 @@ from .power import Power
 from .random import RandomProjection
 from .random_walk import RandomWalk
 from .randomized import Randomized
+from .standing import Standing
 from .streaming_tucker import StreamingTucker
 from .train import TrainIncrement, TrainRandomized, TrainSVD
 from .tree import TreeIncrement, TreeSVD
@@ -52,6 +53,7 @@ __all__ = [
     "RandomProjection",
     "RandomWalk",
     "Randomized",
+    "Standing",
     "StreamingTucker",
     "TrainIncrement",
     "TrainRandomized",

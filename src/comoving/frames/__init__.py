@@ -5,6 +5,7 @@ from .blocks import Blocks
 from .bond import BondFrame
 from .modes import ModeFrame, Modes
 from .overlap import Overlap
+from .pooled import Pooled, PooledFrame
 from .sampled import CosineFrame, Cosines, Seeded, SeededFrame
 from .shared import SharedFrame
 from .sparse import SparseFrame, SparseModes, SparseOverlap
@@ -21,6 +22,8 @@ __all__ = [
     "ModeFrame",
     "Modes",
     "Overlap",
+    "Pooled",
+    "PooledFrame",
     "Seeded",
     "SeededFrame",
     "SharedFrame",

@@ -48,6 +48,14 @@ class Frame(Protocol):
         ...
 
 
+class Spreading(Frame, Protocol):
+    """A frame of explicit factors, whose entries each have a share of the variances in the core."""
+
+    def lift_squares(self, v: Tensor) -> Tensor:
+        """|F|^2 v, entry by entry: the variances of F z for independent z of the real variances v."""
+        ...
+
+
 class Layout(Protocol):
     """How a frame lies on a tensor; a frozen dataclass of hyper-parameters, without tensors."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..codecs import Spec
 from ..draws import sent
-from ..linalg import add_multilinear, multilinear, orthogonality_defect, orthonormalize
+from ..linalg import abs_squared, add_multilinear, multilinear, orthogonality_defect, orthonormalize
 from ..validate import check_choice, check_int
 from .base import SIDES, Rank, Ranks, Side
 from .overlap import Overlap
@@ -50,6 +50,11 @@ class ModeFrame:
     def add_lift(self, out: Tensor, z: Tensor, alpha: float, beta: float = 1.0) -> Tensor:
         """out <- beta out + alpha F z, in place and without a temporary of out's size where its layout allows it."""
         return add_multilinear(out, z, self.factors, alpha, beta)
+
+    def lift_squares(self, v: Tensor) -> Tensor:
+        """|F|^2 v, entry by entry: the variances of F z for independent z of the real variances v."""
+        spread = multilinear(v, [None if u is None else abs_squared(u) for u in self.factors])
+        return spread.nan_to_num(nan=inf, posinf=inf)  # of 0 times infinity
 
     def overlap(self, older: "ModeFrame") -> Overlap:
         """R_n = U'_n^H U_n per mode, (*rows, r'_n, r_n), U' this frame and U the older one; None where both are whole.

@@ -29,7 +29,18 @@ from ..codecs import BFloat16, Codec, Full, Int4, Int8
 from ..frames import Modes
 from ..groups import update_scale
 from ..precondition import Factored
-from ..residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
+from ..residual import (
+    Channel,
+    Details,
+    Feedback,
+    Fira,
+    Folded,
+    MomentumBuffer,
+    Raw,
+    Sign,
+    Sparse,
+    SubsetNorm,
+)
 from ..residual.gains import Scaled
 from ..rules import (
     SOAP,
@@ -167,8 +178,13 @@ def _ruled(site: Site, group: Mapping[str, Any], steps: int, absorbed: int) -> B
     adaptive = site.projected and group["ranks"].adaptive
     full = prod(site.view.shape)
     core = full if adaptive else prod(site.core_shape)
-    size = _direction(group, site.core_shape, core, full, steps, absorbed)
     scale = update_scale(site, group["scale"])
+    residual = group["residual"]
+    if site.projected and isinstance(residual, SubsetNorm):
+        if residual.limit is None:
+            raise _None(f"{residual} puts no limit on entries, and slices that never had a gradient have no norm")
+        return Bound(scale * residual.limit, scale * residual.limit)
+    size = _direction(group, site.core_shape, core, full, steps, absorbed)
     if isinstance(group["rule"], Lion) and site.view.dtype.is_complex:
         scale *= _PHASE
     if adaptive and isinstance(group["scale"], str):
@@ -326,7 +342,7 @@ def _momentum(rule: Momentum, group: Mapping[str, Any], full: int, absorbed: int
     return _Size(norm, norm)
 
 
-def _beside(
+def _beside(  # noqa: PLR0911  (one case a residual)
     lifted: _Size, size: _Size, group: Mapping[str, Any], full: int, core: int, steps: int, scale: float
 ) -> _Size:
     """The whole update: what the residual adds to the lifted direction, or puts in its place."""
@@ -344,6 +360,16 @@ def _beside(
             return _Size(lifted.norm + residual.rate * sqrt(full), lifted.entry + residual.rate)
         case Raw():
             raise _None("what Raw adds has the size of the gradients")
+        case Folded():
+            # Of sums of r coordinates |F m|^2 <= r K |F|^2 v: the bound of a lifted entry is that of the quotient too.
+            b1, b2 = (float(b) for b in group["betas"])
+            rest = scale * max(sqrt(1 - b2**t) / (1 - b1**t) for t in range(1, steps + 1))
+            return _Size((lifted.entry + rest) * sqrt(full), lifted.entry + rest)
+        case Details():
+            if residual.limit is None:
+                raise _None(f"{residual} puts no limit on what it divides: |g - F z| / |z| may be anything")
+            rest = scale * residual.limit
+            return _Size(lifted.norm + rest * sqrt(full), lifted.entry + rest)
         case Sparse():
             count = residual.count((full,))
             own = _direction({**group, "rule": residual.rule, "moments": Full()}, (count,), count, full, steps, 1)

@@ -21,6 +21,7 @@ from ..finders import (
     Randomized,
     RandomProjection,
     RandomWalk,
+    Standing,
     StreamingTucker,
     TrainIncrement,
     TrainRandomized,
@@ -28,10 +29,10 @@ from ..finders import (
     TreeIncrement,
     TreeSVD,
 )
-from ..frames import Cosines, Modes, Seeded, SparseModes, Trains, Trees
+from ..frames import Cosines, Modes, Pooled, Seeded, SparseModes, Trains, Trees
 from ..precondition import Factored, Kronecker
 from ..ranks import Energy, Temperature, Tolerance
-from ..residual import Channel, Discard, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
+from ..residual import Channel, Details, Discard, Feedback, Fira, Folded, MomentumBuffer, Raw, Sign, Sparse, SubsetNorm
 from ..rules import (
     SOAP,
     Adafactor,
@@ -171,6 +172,9 @@ RESIDUALS: tuple[Draw, ...] = (
         r.choice((Adam(), Lion(), Scheduled())),
     ),  # fmt: skip
     lambda r: MomentumBuffer(r.choice((0.5, 0.95))),
+    lambda r: Folded(),
+    lambda r: Details(r.choice((1.01, 1.5, None)), r.choice((1.0, 10.0, 10.0, None))),
+    lambda r: SubsetNorm(r.choice((None, 0.9)), r.choice((1.0, 10.0, 10.0, None))),
 )
 TRANSPORTS: tuple[Draw, ...] = (
     lambda r: Keep(),
@@ -208,8 +212,10 @@ def composition(r: Random) -> dict[str, Any]:
     if isinstance(rule, Scheduled):
         transport = r.choice((Keep(), Reset()))
     residual = r.choice(RESIDUALS)(r) if r.random() < 0.75 else Discard()
-    while (isinstance(residual, Feedback) and not rule.linear) or (
-        isinstance(residual, Sparse) and isinstance(transport, Reset) and residual.statistics != "reset"
+    while (
+        (isinstance(residual, Feedback) and not rule.linear)
+        or (isinstance(residual, Sparse) and isinstance(transport, Reset) and residual.statistics != "reset")
+        or (residual.reads and (rule != Adam() or not hasattr(frame.makes, "lift_squares")))
     ):
         residual = r.choice(RESIDUALS)(r)
     while finder.inertia > 0 and not rule.linear:
@@ -221,7 +227,7 @@ def composition(r: Random) -> dict[str, Any]:
         parts["codec"] = r.choice(CODECS)(r)
     if r.random() < 0.35 and not rule.definite:
         parts["moments"] = r.choice(CODECS)(r)
-    if r.random() < 0.25 and isinstance(frame, Modes | SparseModes) and type(frame) not in (Cosines, Seeded):
+    if r.random() < 0.25 and isinstance(frame, Modes | SparseModes) and type(frame) not in (Cosines, Seeded, Pooled):
         parts["bases"] = r.choice(CODECS[:-2])(r)
     resizes = transport.resizes and not (isinstance(rule, SOAP | Shampoo) and rule.max_size < 40)
     if r.random() < 0.25 and type(frame) is Modes and resizes:
@@ -233,9 +239,9 @@ def composition(r: Random) -> dict[str, Any]:
     return parts
 
 
-def _subspace(r: Random, modal: bool) -> tuple[Any, Any]:
+def _subspace(r: Random, modal: bool) -> tuple[Any, Any]:  # noqa: PLR0911  (one case a layout)
     """A frame, and a finder that fills it; ``modal`` rules need modes."""
-    kind = r.choices(("modes", "cosines", "seeded", "sparse", "trains", "trees"), (8, 1, 1, 1, 1, 1))[0]
+    kind = r.choices(("modes", "cosines", "seeded", "pooled", "sparse", "trains", "trees"), (8, 1, 1, 1, 1, 1, 1))[0]
     if modal and kind in {"sparse", "trains", "trees"}:
         kind = "modes"
     match kind:
@@ -243,6 +249,8 @@ def _subspace(r: Random, modal: bool) -> tuple[Any, Any]:
             return Cosines(), CosineSelection(r.choice(_MOMENTA), r.choice((1, 2)))
         case "seeded":
             return Seeded(stored=_flag(r)), RandomProjection()
+        case "pooled":
+            return Pooled(r.choice((2, 4, 8))), Standing()
         case "sparse":
             return SparseModes(r.choice((1, 2, 3)), r.choice((0.3, 0.5, 1.0))), BlockSelection(
                 r.choice(MODE_FINDERS)(r)

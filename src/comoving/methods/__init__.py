@@ -1,6 +1,6 @@
 """Every method as a composition of parts, by what it is about."""
 
-from . import matrices, stateless, subspaces, tensors, whole
+from . import compressed, matrices, stateless, subspaces, tensors, whole
 from .recipe import Recipe
 
 DEFAULT = Recipe(
@@ -12,6 +12,14 @@ DEFAULT = Recipe(
 )
 """Built by :class:`comoving.Optimizer`."""
 
-RECIPES = (DEFAULT, *whole.RECIPES, *stateless.RECIPES, *matrices.RECIPES, *subspaces.RECIPES, *tensors.RECIPES)
+RECIPES = (
+    DEFAULT,
+    *whole.RECIPES,
+    *stateless.RECIPES,
+    *matrices.RECIPES,
+    *subspaces.RECIPES,
+    *compressed.RECIPES,
+    *tensors.RECIPES,
+)
 
 __all__ = ["RECIPES", "Recipe"]

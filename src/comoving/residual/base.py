@@ -1,7 +1,7 @@
 """What the engine asks of a residual."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
 
@@ -101,6 +101,8 @@ class Update:
         clock: that of the rule.
         eps: likewise.
         size: the norm of this step's gradient, (*rows), where it is known.
+        moments: the rule's slots, and the transport's, as this step leaves them, decoded, not to be changed; none where
+            the residual does not read them.
     """
 
     load: Callable[[], Frame]
@@ -113,6 +115,7 @@ class Update:
     clock: Clock
     eps: float
     size: Tensor | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def rows(self) -> int:
@@ -136,6 +139,14 @@ class Update:
             self.frame.add_lift(weights, self.direction * self.factor, 1.0)
         else:
             self.frame.add_lift(weights, self.direction, self.factor, beta=self.shrink)
+
+    def move(self, weights: Tensor, x: Tensor) -> None:
+        """w <- shrink w + factor x, in place: an update of the whole tensor; x may be overwritten."""
+        self.decay(weights)
+        if isinstance(self.factor, Tensor):
+            weights.add_(x.mul_(self.factor))
+        else:
+            weights.add_(x, alpha=self.factor)
 
     def add(self, weights: Tensor, x: Tensor, share: float = 1.0) -> None:
         """w <- w + rate share x, in place."""
@@ -172,6 +183,9 @@ class Residual(Protocol):
     bounded: ClassVar[bool]
     """Whether what is kept, or lost, is g~ outside the frame and what the momentum loses, or less: then
     :mod:`comoving.diagnostics` bound it."""
+
+    reads: ClassVar[bool]
+    """Whether :meth:`write` reads the rule's moments, ``Update.moments``, which are given to no other."""
 
     @property
     def replays(self) -> bool:
@@ -283,6 +297,7 @@ class Inside:
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     alone: ClassVar[bool] = False
 

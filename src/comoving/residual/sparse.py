@@ -58,6 +58,7 @@ class Sparse:
     feeds: ClassVar[bool] = False
     rescales: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
 
     fraction: float = 0.05
     choose: str = "top"
