@@ -28,7 +28,7 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"task": "chess"}, "unknown task 'chess'; known: lm, fno, fno4d, vit"),
+        ({"task": "chess"}, "unknown task 'chess'; known: lm, lm-bpe, lm-bpe-32k, fno, fno4d, vit"),
         ({"optimizers": ()}, "empty"),
         ({"optimizers": ("a", "a")}, "twice"),
         ({"steps": 0}, "steps is 0"),

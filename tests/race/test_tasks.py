@@ -1,13 +1,14 @@
 """The tasks: real data, deterministic batches, held-out parts that stay out."""
 
 import gzip
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
 import comoving
-from comoving.race.tasks import TASKS, fno4d, lm, vit
+from comoving.race.tasks import TASKS, fno4d, lm, lm_bpe, vit
 
 
 def test_standard_library_is_text_in_order():
@@ -178,7 +179,7 @@ def test_fno4d_trains_with_compressed_channels_and_space(name, small_fno4d):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", {info.file: name for name, info in reversed(TASKS.items())}.values())
 def test_task_trains(name, tmp_path, monkeypatch, request):
     if name == "fno4d":
         request.getfixturevalue("small_fno4d")
@@ -190,6 +191,12 @@ def test_task_trains(name, tmp_path, monkeypatch, request):
         monkeypatch.setattr(fno, "TEST", 8)
     if name == "vit":
         monkeypatch.setenv("COMOVING_DIGITS", "1")
+    for module in (lm, lm_bpe):
+        monkeypatch.setattr(module, "VALIDATION_WINDOWS", 4)
+    if name == "lm-bpe":
+        monkeypatch.setenv("COMOVING_CACHE", str(tmp_path))
+        short = list(itertools.islice(lm.standard_library(), 40))
+        monkeypatch.setattr(lm, "standard_library", lambda: short)
     task = TASKS[name].load()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -207,3 +214,10 @@ def test_task_trains(name, tmp_path, monkeypatch, request):
     with torch.no_grad():
         assert np.isfinite(task.validate(model)["value"])
     assert task.fingerprint() == task.fingerprint()
+
+
+def test_every_task_says_what_it_is():
+    assert [info.name for info in TASKS.values()] == list(TASKS)
+    for info in TASKS.values():
+        assert info.model and info.parameters > 1000 and info.seconds > 0
+        assert info.minutes == pytest.approx(info.steps * info.seconds / 60)

@@ -16,7 +16,7 @@ import comoving
 from comoving.race import contenders
 from comoving.race.contenders import Contender, Refused
 from comoving.race.settings import DTYPES, Rank, RunSettings
-from comoving.race.tasks import TASKS, Task
+from comoving.race.tasks import TASKS, Batch, Task
 from comoving.race.wrapping import wrapping_of
 
 SPIKE_WINDOW = 20
@@ -150,6 +150,27 @@ def move(x: Tensor, run: RunSettings) -> Tensor:
     return x.to(run.device, DTYPES[run.dtype]) if x.is_floating_point() else x.to(run.device)
 
 
+def portions(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of at most ``size`` samples; 0 for one part."""
+    if not size or len(batch[0]) <= size:
+        return [batch]
+    return list(zip(batch[0].split(size), batch[1].split(size), strict=True))
+
+
+def backward(task: Task, model: nn.Module, parts: list[Batch]) -> Tensor:
+    """Add the gradient of the mean loss of all samples to the parameters', and return that loss, detached.
+
+    Each part gives up its graph before the next one goes through the model.
+    """
+    samples = sum(len(inputs) for inputs, _ in parts)
+    total: Tensor | float = 0.0
+    for part in parts:
+        loss = task.loss(model, part) * (len(part[0]) / samples)
+        loss.backward()
+        total = total + loss.detach()
+    return torch.as_tensor(total)
+
+
 def train(run: RunSettings, task: Task | None = None, progress: Progress = lambda step, loss: None) -> dict[str, Any]:
     """Train and measure. The global RNG is left as it was found.
 
@@ -193,6 +214,8 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
     optimizer_seconds: list[float] = []
     curve: list[dict[str, float]] = []
     error = None
+    # The hook of compressed gradients wants to know beforehand how often they are added to.
+    forward = 0 if run.compress else TASKS[run.task].forward
     forget_peak(device)
     for step in range(run.steps):
         before, before_step = whole.seconds, stepping.seconds
@@ -200,11 +223,10 @@ def race(run: RunSettings, task: Task, contender: Contender, progress: Progress)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 set_rate(group, peak * rate_factor(step, run.steps, run.warmup))
             batch = wrapping.part(task.batch(run.batch, batches))
-            loss = task.loss(trained, (move(batch[0], run), move(batch[1], run)))
+            optimizer.zero_grad()
+            loss = backward(task, trained, [(move(x, run), move(y, run)) for x, y in portions(batch, forward)])
             losses.append(wrapping.mean(loss))
             if math.isfinite(losses[-1]):
-                optimizer.zero_grad()
-                loss.backward()
                 with stepping.timed():
                     optimizer.step()
         step_seconds.append(whole.seconds - before)

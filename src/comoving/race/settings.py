@@ -35,7 +35,7 @@ class RunSettings:
         batch: samples per step.
         weight_decay: decoupled, the same for all contenders.
         dtype, device: of the parameters.
-        text: corpus of the ``lm`` task ("" = CPython's standard library).
+        text: corpus of a task on text ("" = CPython's standard library).
         validations: how many times the held-out set is looked at, the last time at the end.
         fingerprint: of the task's data and of the code that trains.
         wrapping, ranks, compress: as in :class:`RaceSettings`.
@@ -120,8 +120,9 @@ class RaceSettings:
             raise SettingsError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.dtype not in self.info.dtypes:
             raise SettingsError(f"task {self.task} cannot run in {self.dtype}; it takes {', '.join(self.info.dtypes)}")
-        if self.text and self.task != "lm":
-            raise SettingsError(f"--text belongs to the lm task, not to {self.task}")
+        if self.text and not self.info.reads_text:
+            readers = ", ".join(name for name, info in TASKS.items() if info.reads_text)
+            raise SettingsError(f"--text belongs to the tasks on text ({readers}), not to {self.task}")
         check_device(self.device)
         self._check_ranks()
 

@@ -49,6 +49,13 @@ class TaskInfo:
             claim. Others fall back on ``rate`` times their factor.
         dtypes: that the model can train in.
         optimizers: who races by default.
+        module, options: what :meth:`load` calls, ``comoving.race.tasks.MODULE.load(**options)``; the name if empty.
+        forward: at most so many samples go through the model at once; a larger batch goes in parts of that size, whose
+            gradients are added up. 0 for no limit.
+        reads_text: takes ``--text``.
+        model: what is trained, in a few words.
+        parameters, seconds: how many it has, and the time of a step with AdamW at the default batch, one thread of the
+            machine in :data:`MEASURED_ON`; a complex number counts as one parameter.
     """
 
     name: str
@@ -63,14 +70,33 @@ class TaskInfo:
     dtypes: tuple[str, ...]
     optimizers: str
     rates: Mapping[str, float] = field(default_factory=lambda: {})
+    module: str = ""
+    options: Mapping[str, Any] = field(default_factory=lambda: {})
+    forward: int = 0
+    reads_text: bool = False
+    model: str = ""
+    parameters: int = 0
+    seconds: float = 0.0
 
     def load(self, **options: Any) -> Task:
         """Load the data; ``options`` are the task's own (``text``)."""
-        return importlib.import_module(f"comoving.race.tasks.{self.name}").load(**options)
+        return importlib.import_module(f"comoving.race.tasks.{self.file}").load(**self.options, **options)
+
+    @property
+    def file(self) -> str:
+        """Name of the module that has the task."""
+        return self.module or self.name
+
+    @property
+    def minutes(self) -> float:
+        """Of one run at the defaults, on the machine that :attr:`seconds` were measured on; validations aside."""
+        return self.steps * self.seconds / 60
 
 
 MATRICES = "adamw,galore,ldadam,comoving"
 TENSORS = "adamw,tensor-galore,tucker-adam,comoving"
+MEASURED_ON = "AMD EPYC (2 virtual cores, torch 2.13.0)"
+"""Where the seconds of a step below were measured, one thread."""
 REAL = ("float32", "float64", "bfloat16")
 TASKS = {
     info.name: info
@@ -88,6 +114,33 @@ TASKS = {
             REAL,
             MATRICES,
             {"adamw": 1e-3, "galore": 2e-2, "ldadam": 5e-3, "comoving": 8e-3, "muon": 1e-2, "soap": 4e-3},
+            reads_text=True,
+            model="LLaMA, 4 layers of width 128",
+            parameters=869_504,
+            seconds=0.1,
+        ),  # fmt: skip
+        *(
+            TaskInfo(
+                name,
+                f"LLaMA on 4,096 BPE tokens, {windows * 128:,} a step",
+                "validation bits per byte",
+                "tokens",
+                128,
+                2e-3,
+                300,
+                windows,
+                0.25,
+                REAL,
+                MATRICES,
+                module="lm_bpe",
+                options={"vocabulary": 4096},
+                forward=32,
+                reads_text=True,
+                model="LLaMA, 4 layers of width 128",
+                parameters=1_852_544,
+                seconds=seconds,
+            )
+            for name, windows, seconds in (("lm-bpe", 32, 0.55), ("lm-bpe-32k", 256, 4.4))
         ),  # fmt: skip
         TaskInfo(
             "fno",
@@ -102,6 +155,9 @@ TASKS = {
             REAL[:2],
             TENSORS,
             {"tensor-galore": 2e-2, "tucker-adam": 2e-2, "comoving": 2e-2, "muon": 2e-2},
+            model="FNO, 4 layers of 24 channels, 32 x 32",
+            parameters=339_337,
+            seconds=0.1,
         ),  # fmt: skip
         TaskInfo(
             "fno4d",
@@ -116,6 +172,9 @@ TASKS = {
             REAL[:2],
             "adamw,tucker-adam,tt-adam,ht-adam,comoving",
             {"tucker-adam": 8e-2, "comoving": 8e-2},
+            model="FNO, 2 layers of 12 channels, order 6",
+            parameters=738_649,
+            seconds=0.1,
         ),  # fmt: skip
         TaskInfo(
             "vit",
@@ -130,6 +189,9 @@ TASKS = {
             REAL,
             MATRICES,
             {"comoving": 2e-3, "muon": 4e-3},
+            model="ViT, 4 layers of width 96",
+            parameters=351_914,
+            seconds=0.1,
         ),  # fmt: skip
     )
 }
