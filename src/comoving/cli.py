@@ -71,9 +71,15 @@ def application() -> Any:
         batch: Annotated[int | None, typer.Option(help="Samples per step. [default: the task's]")] = None,
         text: Annotated[str, typer.Option(help="Text for lm: a file, a folder, or a Hugging Face data set.")] = "",
         jobs: Annotated[int, typer.Option(help="Runs at once, one thread each; times are honest only with 1.")] = 1,
-        weight_decay: Annotated[float, typer.Option(help="Decoupled, for every contender.")] = 0.01,
-        warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up. [default: a tenth]")] = None,
-        validations: Annotated[int, typer.Option(help="Looks at the held-out data along a run.")] = 16,
+        weight_decay: Annotated[
+            float | None, typer.Option(help="Decoupled, for every contender. [default: the task's, mostly 0.01]")
+        ] = None,
+        warmup: Annotated[
+            int | None, typer.Option(help="Steps of linear warm-up. [default: the task's share, mostly a tenth]")
+        ] = None,
+        validations: Annotated[
+            int | None, typer.Option(help="Looks at the held-out data along a run. [default: the task's, mostly 16]")
+        ] = None,
         ddp: Annotated[
             bool, typer.Option("--ddp", help="The processes of torchrun train each run, each with the whole model.")
         ] = False,

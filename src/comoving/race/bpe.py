@@ -1,7 +1,8 @@
 """Byte-level byte-pair encoding: a vocabulary trained on some documents, and the documents in its tokens, cached.
 
 The 256 bytes are tokens, so any text can be encoded; the others are made by merging the most frequent pair of
-neighbours within words, over and over (Sennrich et al., arXiv 1508.07909; over bytes as in GPT-2). Token 0 ends a document.
+neighbours within words, over and over (Sennrich et al., arXiv 1508.07909; over bytes as in GPT-2). Token 0 ends
+a document.
 """
 
 import hashlib

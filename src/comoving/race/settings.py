@@ -91,9 +91,9 @@ class RaceSettings:
     batch: int | None = None
     text: str = ""
     jobs: int = 1
-    weight_decay: float = 0.01
+    weight_decay: float | None = None
     warmup: int | None = None
-    validations: int = 16
+    validations: int | None = None
     wrapping: str = ""
     ranks: int = 1
     compress: bool = False
@@ -112,7 +112,7 @@ class RaceSettings:
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise SettingsError(f"warmup is {self.warmup}; it must lie in [0, {self.steps}], the number of steps")
-        if not 0 <= self.weight_decay < float("inf"):
+        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
             raise SettingsError(f"weight decay is {self.weight_decay}; it must be at least 0 and finite")
         check_rates(self.rates)
         check_rank(self.rank)
@@ -160,14 +160,14 @@ class RaceSettings:
             rate=rate,
             seed=seed,
             steps=self.steps,
-            warmup=self.steps // 10 if self.warmup is None else self.warmup,
+            warmup=int(self.steps * self.info.warmup) if self.warmup is None else self.warmup,
             rank=self.rank,
             batch=self.info.batch if self.batch is None else self.batch,
-            weight_decay=self.weight_decay,
+            weight_decay=self.info.weight_decay if self.weight_decay is None else self.weight_decay,
             dtype=self.dtype,
             device=self.device,
             text=self.text,
-            validations=self.validations,
+            validations=self.info.validations if self.validations is None else self.validations,
             fingerprint=fingerprint,
             wrapping=self.wrapping,
             ranks=self.ranks,

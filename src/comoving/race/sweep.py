@@ -348,8 +348,8 @@ def versions(entries: list[Entry]) -> dict[str, str]:
 def results(race: Race, command: str) -> Record:
     """Everything about a race that has ended: what ``results.json`` holds."""
     settings, info = race.settings, race.settings.info
-    batch = settings.batch or info.batch
-    lines = [summarize(entry, settings, info.per_sample * batch) for entry in race.entries]
+    first = settings.run("", 1.0, 0, "")  # with every default filled in
+    lines = [summarize(entry, settings, info.per_sample * first.batch) for entry in race.entries]
     against_adamw(lines)
     lines.sort(key=lambda line: line.get("mean", math.inf))
     return {
@@ -357,7 +357,11 @@ def results(race: Race, command: str) -> Record:
         "versions": versions(race.entries),
         "machine": host.machine(settings.device, settings.jobs),
         "task": asdict(info),
-        "settings": {**asdict(settings), "out": str(settings.out), "batch": batch},
+        "settings": {
+            **asdict(settings),
+            "out": str(settings.out),
+            **{k: getattr(first, k) for k in ("batch", "warmup", "weight_decay", "validations")},
+        },
         "summary": lines,
         "runs": [
             {"contender": entry.contender.label, "rate": rate, "seed": seed, **record}

@@ -53,6 +53,8 @@ class TaskInfo:
         forward: at most so many samples go through the model at once; a larger batch goes in parts of that size, whose
             gradients are added up. 0 for no limit.
         reads_text: takes ``--text``.
+        warmup: linear warm-up, a share of the steps.
+        weight_decay, validations: defaults.
         model: what is trained, in a few words.
         parameters, seconds: how many it has, and the time of a step with AdamW at the default batch, one thread of the
             machine in :data:`MEASURED_ON`; a complex number counts as one parameter.
@@ -74,6 +76,9 @@ class TaskInfo:
     options: Mapping[str, Any] = field(default_factory=lambda: {})
     forward: int = 0
     reads_text: bool = False
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    validations: int = 16
     model: str = ""
     parameters: int = 0
     seconds: float = 0.0
@@ -143,6 +148,24 @@ TASKS = {
             for name, windows, seconds in (("lm-bpe", 32, 0.55), ("lm-bpe-32k", 256, 4.4))
         ),  # fmt: skip
         TaskInfo(
+            "ft",
+            "SmolLM2-135M tuned on text",
+            "validation bits per byte",
+            "tokens",
+            128,
+            5e-5,
+            60,
+            2,
+            0.25,
+            ("float32", "bfloat16"),
+            MATRICES,
+            reads_text=True,
+            validations=4,
+            model="SmolLM2-135M-Instruct, pretrained, from 4 bits",
+            parameters=134_515_008,
+            seconds=3.0,
+        ),  # fmt: skip
+        TaskInfo(
             "fno",
             "FNO on Darcy flow",
             "validation relative L2",
@@ -157,6 +180,26 @@ TASKS = {
             {"tensor-galore": 2e-2, "tucker-adam": 2e-2, "comoving": 2e-2, "muon": 2e-2},
             model="FNO, 4 layers of 24 channels, 32 x 32",
             parameters=339_337,
+            seconds=0.1,
+        ),  # fmt: skip
+        TaskInfo(
+            "darcy-docs",
+            "neuraloperator's example: FNO on its Darcy data",
+            "validation relative L2 at 32 x 32",
+            "samples",
+            1,
+            1e-2,
+            120,
+            128,
+            0.25,
+            REAL[:2],
+            TENSORS,
+            module="darcy_docs",
+            warmup=0.0,
+            weight_decay=1e-4,
+            validations=15,
+            model="FNO, 4 layers of 24 channels, 16 x 16",
+            parameters=99_721,
             seconds=0.1,
         ),  # fmt: skip
         TaskInfo(
