@@ -34,6 +34,13 @@ def application() -> Any:
             typer.echo(version("comoving"))
             raise typer.Exit()
 
+    def list_tasks(wanted: bool) -> None:
+        if wanted:
+            from comoving.race.listing import as_table  # noqa: PLC0415
+
+            show(as_table())
+            raise typer.Exit()
+
     @app.callback()
     def options(  # pyright: ignore[reportUnusedFunction]
         version: Annotated[
@@ -88,6 +95,9 @@ def application() -> Any:
         ] = False,
         fsdp: Annotated[
             bool, typer.Option("--fsdp", help="The processes of torchrun train each run, each with a shard of it.")
+        ] = False,
+        tasks: Annotated[
+            bool, typer.Option("--tasks", callback=list_tasks, is_eager=True, help="List the tasks with their minutes.")
         ] = False,
     ) -> None:
         """Train one real model with several optimizers side by side and compare what they reached."""

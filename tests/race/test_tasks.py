@@ -4,12 +4,14 @@ import gzip
 import io
 import itertools
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import comoving
+from comoving.cli import main
 from comoving.race import darcy
 from comoving.race.tasks import TASKS, darcy_docs, fno4d, ft, lm, lm_bpe, vit
 
@@ -199,7 +201,7 @@ def small_pretrained(tmp_path, monkeypatch):
     monkeypatch.setenv("COMOVING_GGUF", str(tmp_path / "model.gguf"))
     (tmp_path / "model.gguf").write_bytes(b"weights")
     monkeypatch.setattr(ft, "tokenizer", lambda path: Letters())
-    monkeypatch.setattr(ft, "pretrained", lambda path: lm.llama(257))
+    monkeypatch.setattr(ft, "pretrained", lambda path: lm_bpe.TokenTask.model(SimpleNamespace(vocabulary=257)))
     short = list(itertools.islice(lm.standard_library(), 40))
     monkeypatch.setattr(lm, "standard_library", lambda: short)
 
@@ -207,7 +209,8 @@ def small_pretrained(tmp_path, monkeypatch):
 def test_tuning_reads_tokens_once_and_counts_bits_by_bytes(small_pretrained, tmp_path, monkeypatch):
     task = ft.load()
     held_out = [content for name, content in lm.standard_library() if lm.held_out(name)]
-    assert task.bytes == len(task.held_out) == sum(map(len, held_out)) + len(held_out)
+    assert len(task.held_out) == sum(map(len, held_out)) + len(held_out)
+    assert task.bytes_per_token == 1
     assert (task.held_out == 256).sum() == len(held_out)
     monkeypatch.setattr(ft, "tokenizer", None)  # the tokens are kept
     first, again = task.fingerprint(), ft.load().fingerprint()
@@ -319,6 +322,14 @@ def test_task_trains(name, tmp_path, monkeypatch, request):
     with torch.no_grad():
         assert np.isfinite(task.validate(model)["value"])
     assert task.fingerprint() == task.fingerprint()
+
+
+def test_every_task_is_listed_with_its_minutes(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["race", "--tasks"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "minutes" in said
+    assert all(f" {name} " in said for name in TASKS)
 
 
 def test_every_task_says_what_it_is():

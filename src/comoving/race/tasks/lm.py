@@ -24,9 +24,7 @@ TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".json", ".jsonl", ".
 DATASET_MARKS = ("dataset_dict.json", "state.json")
 
 Document = tuple[str, bytes]
-Tokens = np.ndarray[Any, np.dtype[Any]]
-"""Numbers of tokens (or bytes), in one dimension."""
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 def held_out(name: str) -> bool:
@@ -96,79 +94,7 @@ def documents(text: str) -> Iterable[Document]:
     return dataset(str(path) if path.is_dir() else text)
 
 
-def split(corpus: Iterable[Document]) -> tuple[list[bytes], list[bytes]]:
-    """The documents that train and those that validate; at most 64 MiB of them are read."""
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
-    total = 0
-    for name, content in corpus:
-        parts[held_out(name)].append(content)
-        total += len(content) + 1
-        if total > LARGEST:
-            break
-    return parts
-
-
-def llama(vocabulary: int) -> nn.Module:
-    """A fresh LLaMA of four layers of width 128, head not tied; 0.80 million parameters and 256 for each token."""
-    transformers = require("transformers", "hf")
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-class TextTask:
-    """Windows of 128 tokens at random places of one sequence; a model predicts each token from those before it.
-
-    Args:
-        training, held_out: token numbers, each in one dimension.
-        unit: what a token is, for errors.
-
-    Raises:
-        ValueError: if there is too little text for a window to train on and one to validate on.
-    """
-
-    def __init__(self, training: Tokens, held_out: Tokens, unit: str) -> None:
-        for role, part in (("training", training), ("validation", held_out)):
-            if len(part) <= CONTEXT:
-                raise ValueError(f"no text found for {role}: {len(part)} {unit}, {CONTEXT + 1} are needed")
-        self.training, self.held_out = training, held_out
-
-    def fingerprint(self) -> str:
-        """Digest of both parts."""
-        return hashlib.sha256(self.training.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
-
-    def windows(self, part: Tokens, starts: Tensor) -> Batch:
-        """Inputs and the tokens that follow them, both (windows, 128) int64."""
-        rows = torch.from_numpy(part[starts.numpy()[:, None] + np.arange(CONTEXT + 1)].astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
-
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Windows at random places of the training text."""
-        return self.windows(self.training, torch.randint(len(self.training) - CONTEXT, (size,), generator=generator))
-
-    def nats(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a token."""
-        logits: Tensor = model(input_ids=batch[0]).logits
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[1].flatten())
-
-    def held_out_batches(self, windows: int, device: torch.device) -> Iterator[Batch]:
-        """At most so many windows, spread evenly over the held-out text, 16 at a time."""
-        count = min(windows, len(self.held_out) // (CONTEXT + 1))
-        starts = torch.linspace(0, len(self.held_out) - CONTEXT - 1, count).long()
-        for part in starts.split(EVALUATION_BATCH):
-            inputs, following = self.windows(self.held_out, part)
-            yield inputs.to(device), following.to(device)
-
-
-class ByteTask(TextTask):
+class ByteTask:
     """Windows of 128 bytes; a zero byte ends each document.
 
     Args:
@@ -179,24 +105,61 @@ class ByteTask(TextTask):
     """
 
     def __init__(self, corpus: Iterable[Document]) -> None:
-        parts = split(corpus)
-        training, validation = (np.frombuffer(b"".join(x + b"\0" for x in part), np.uint8) for part in parts)
-        super().__init__(training, validation, "bytes")
+        parts: tuple[list[bytes], list[bytes]] = ([], [])
+        total = 0
+        for name, content in corpus:
+            parts[held_out(name)].append(content + b"\0")
+            total += len(content) + 1
+            if total > LARGEST:
+                break
+        training, validation = (np.frombuffer(b"".join(part), np.uint8) for part in parts)
+        for role, part in (("training", training), ("validation", validation)):
+            if len(part) <= CONTEXT:
+                raise ValueError(f"no text found for {role}: {len(part)} bytes, {CONTEXT + 1} are needed")
+        self.training, self.held_out = training, validation
+
+    def fingerprint(self) -> str:
+        """Digest of both parts."""
+        return hashlib.sha256(self.training.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
 
     def model(self) -> nn.Module:
         """Four layers of width 128, 0.87 million parameters, head not tied."""
-        return llama(256)
+        transformers = require("transformers", "hf")
+        config = transformers.LlamaConfig(
+            vocab_size=256,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+        return transformers.LlamaForCausalLM(config)
+
+    def windows(self, part: np.ndarray[Any, np.dtype[np.uint8]], starts: Tensor) -> Batch:
+        """Inputs and the bytes that follow them, both (windows, 128) int64."""
+        rows = torch.from_numpy(part[starts.numpy()[:, None] + np.arange(CONTEXT + 1)].astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """Windows at random places of the training text."""
+        return self.windows(self.training, torch.randint(len(self.training) - CONTEXT, (size,), generator=generator))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy in bits per byte."""
-        return self.nats(model, batch) / math.log(2)
+        logits: Tensor = model(input_ids=batch[0]).logits
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[1].flatten()) / math.log(2)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Bits per byte over 96 windows spread evenly over the held-out text; metric and loss are the same number."""
-        total, count = 0.0, 0
-        for batch in self.held_out_batches(VALIDATION_WINDOWS, next(model.parameters()).device):
-            total += self.loss(model, batch).item() * len(batch[0])
-            count += len(batch[0])
+        count = min(VALIDATION_WINDOWS, len(self.held_out) // (CONTEXT + 1))
+        starts = torch.linspace(0, len(self.held_out) - CONTEXT - 1, count).long()
+        device = next(model.parameters()).device
+        total = 0.0
+        for part in starts.split(EVALUATION_BATCH):
+            inputs, following = (x.to(device) for x in self.windows(self.held_out, part))
+            total += self.loss(model, (inputs, following)).item() * len(part)
         return {"value": total / count, "loss": total / count}
 
 
@@ -206,17 +169,17 @@ def load(text: str = "") -> ByteTask:
     Raises:
         ValueError: if nothing there can be read as text.
     """
-    return read(text, ByteTask)
+    return loaded(text, ByteTask)
 
 
-def read(text: str, made: Callable[[Iterable[Document]], Made]) -> Made:
-    """What ``made`` makes of the documents of the corpus that ``text`` names.
+def loaded(text: str, make: Callable[[Iterable[Document]], T]) -> T:
+    """A task that is made of the corpus that ``text`` names.
 
     Raises:
         ValueError: if nothing there can be read as text.
     """
     try:
-        return made(documents(text))
+        return make(documents(text))
     except (OSError, ImportError, ValueError):
         raise
     except Exception as error:  # the data set library raises its own kinds for a name it cannot find
