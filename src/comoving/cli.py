@@ -34,13 +34,6 @@ def application() -> Any:
             typer.echo(version("comoving"))
             raise typer.Exit()
 
-    def list_tasks(wanted: bool) -> None:
-        if wanted:
-            from comoving.race.listing import as_table  # noqa: PLC0415
-
-            show(as_table())
-            raise typer.Exit()
-
     @app.callback()
     def options(  # pyright: ignore[reportUnusedFunction]
         version: Annotated[
@@ -96,6 +89,11 @@ def application() -> Any:
         fsdp: Annotated[
             bool, typer.Option("--fsdp", help="The processes of torchrun train each run, each with a shard of it.")
         ] = False,
+        tune: Annotated[
+            int,
+            typer.Option(help="Candidates of rate and ratio for each contender, halved rung by rung; 0: no tuning."),
+        ] = 0,
+        rungs: Annotated[int, typer.Option(help="With --tune: rungs of half the candidates at twice the steps.")] = 3,
         tasks: Annotated[
             bool, typer.Option("--tasks", callback=list_tasks, is_eager=True, help="List the tasks with their minutes.")
         ] = False,
@@ -120,6 +118,8 @@ def application() -> Any:
             warmup=warmup,
             validations=validations,
             compress=compress,
+            tune=tune,
+            rungs=rungs,
             **team.launched(ddp, fsdp, ARGUMENTS),
         )
         raise typer.Exit(execute(settings, team.typed(ARGUMENTS)))
@@ -310,6 +310,17 @@ def laboratory() -> Any:
 
 ARGUMENTS: list[str] = []
 """What the command line was called with, for the record in ``results.json``."""
+
+
+def list_tasks(wanted: bool) -> None:
+    """What ``comoving race --tasks`` does."""
+    if wanted:
+        import typer  # noqa: PLC0415
+
+        from comoving.race.listing import as_table  # noqa: PLC0415
+
+        show(as_table())
+        raise typer.Exit()
 
 
 def show(table: Any) -> None:

@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class RunSettings:
         validations: how many times the held-out set is looked at, the last time at the end.
         fingerprint: of the task's data and of the code that trains.
         wrapping, ranks, compress: as in :class:`RaceSettings`.
+        ratio: rate of all but the hidden weights over ``rate``.
+        until: it ends after so many of the steps, on the schedule of all of them; 0 for all.
     """
 
     task: str
@@ -58,11 +60,23 @@ class RunSettings:
     wrapping: str = ""
     ranks: int = 1
     compress: bool = False
+    ratio: float = 1.0
+    until: int = 0
+
+    @property
+    def length(self) -> int:
+        """Steps that it takes."""
+        return self.until or self.steps
 
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits of the SHA-256 of all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def kept(run: RunSettings, folder: Path) -> Path:
+    """The file that a run which ends early leaves, and one with the same settings that ends later goes on from."""
+    return folder / f"{replace(run, until=0).key}.pt"
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,7 @@ class RaceSettings:
         wrapping: "ddp" or "fsdp", how the processes that train each run share its model; "" for one process.
         ranks: how many they are.
         compress: with "ddp", send cores of gradients instead of gradients.
+        tune: candidates of (rate, ratio) for each contender, halved over ``rungs`` rungs; 0 for the rates as given.
 
     Raises:
         SettingsError: for a value outside its interval; nothing has run by then.
@@ -97,6 +112,8 @@ class RaceSettings:
     wrapping: str = ""
     ranks: int = 1
     compress: bool = False
+    tune: int = 0
+    rungs: int = 3
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -106,7 +123,7 @@ class RaceSettings:
         for name in self.optimizers:
             if self.optimizers.count(name) > 1:
                 raise SettingsError(f"optimizer {name!r} is listed twice")
-        for name in ("steps", "seeds", "jobs", "validations", "batch"):
+        for name in ("steps", "seeds", "jobs", "validations", "batch", "rungs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
@@ -114,6 +131,7 @@ class RaceSettings:
             raise SettingsError(f"warmup is {self.warmup}; it must lie in [0, {self.steps}], the number of steps")
         if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
             raise SettingsError(f"weight decay is {self.weight_decay}; it must be at least 0 and finite")
+        check_tuning(self.tune, self.rates)
         check_rates(self.rates)
         check_rank(self.rank)
         if self.dtype not in DTYPES:
@@ -173,6 +191,14 @@ class RaceSettings:
             ranks=self.ranks,
             compress=self.compress,
         )
+
+
+def check_tuning(trials: int, rates: tuple[float, ...]) -> None:
+    """Raise SettingsError unless ``trials`` counts candidates, and the rates are left to them."""
+    if trials < 0:
+        raise SettingsError(f"tune is {trials}; it is a number of candidates, 0 for none")
+    if trials and rates:
+        raise SettingsError("--tune chooses the rates, around each contender's default: leave --lr out")
 
 
 def check_rates(rates: tuple[float, ...]) -> None:
