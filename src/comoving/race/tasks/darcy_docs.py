@@ -5,7 +5,7 @@ The example is ``examples/training/plot_tensorgrad_fno_darcy.py`` of its reposit
 loss. Its figures are the least errors of an epoch on test fields of 32 x 32. Ours differs: the rate falls at every step
 instead of every epoch, the loss is the mean over a batch instead of the sum, the figure is that of the last epoch, and
 the data are those of an older version, with 50 test fields. What is printed there (AdamW .1603 in L2) is near to, but
-not the same as, what AdamW reaches here (.19): compare contenders, not their figures with ours.
+not the same as, what AdamW reaches here (.191): compare contenders, not their figures with ours.
 
 The data came with versions of neuraloperator up to 0.3.0; newer ones fetch them from Zenodo. :func:`load` says what it
 looks for.
