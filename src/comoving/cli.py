@@ -74,9 +74,15 @@ def application() -> Any:
         batch: Annotated[int | None, typer.Option(help="Samples per step. [default: the task's]")] = None,
         text: Annotated[str, typer.Option(help="Text for lm: a file, a folder, or a Hugging Face data set.")] = "",
         jobs: Annotated[int, typer.Option(help="Runs at once, one thread each; times are honest only with 1.")] = 1,
-        weight_decay: Annotated[float, typer.Option(help="Decoupled, for every contender.")] = 0.01,
-        warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up. [default: a tenth]")] = None,
-        validations: Annotated[int, typer.Option(help="Looks at the held-out data along a run.")] = 16,
+        weight_decay: Annotated[
+            float | None, typer.Option(help="Decoupled, for every contender. [default: the task's, mostly 0.01]")
+        ] = None,
+        warmup: Annotated[
+            int | None, typer.Option(help="Steps of linear warm-up. [default: the task's share, mostly a tenth]")
+        ] = None,
+        validations: Annotated[
+            int | None, typer.Option(help="Looks at the held-out data along a run. [default: the task's, mostly 16]")
+        ] = None,
         ddp: Annotated[
             bool, typer.Option("--ddp", help="The processes of torchrun train each run, each with the whole model.")
         ] = False,
@@ -85,6 +91,14 @@ def application() -> Any:
         ] = False,
         fsdp: Annotated[
             bool, typer.Option("--fsdp", help="The processes of torchrun train each run, each with a shard of it.")
+        ] = False,
+        tune: Annotated[
+            int,
+            typer.Option(help="Candidates of rate and ratio for each contender, halved rung by rung; 0: no tuning."),
+        ] = 0,
+        rungs: Annotated[int, typer.Option(help="With --tune: rungs of half the candidates at twice the steps.")] = 3,
+        tasks: Annotated[
+            bool, typer.Option("--tasks", callback=list_tasks, is_eager=True, help="List the tasks with their minutes.")
         ] = False,
     ) -> None:
         """Train one real model with several optimizers side by side and compare what they reached."""
@@ -108,6 +122,8 @@ def application() -> Any:
             warmup=warmup,
             validations=validations,
             compress=compress,
+            tune=tune,
+            rungs=rungs,
             **team.launched(ddp, fsdp, ARGUMENTS),
         )
         raise typer.Exit(execute(settings, team.typed(ARGUMENTS)))
@@ -299,6 +315,17 @@ def laboratory() -> Any:
 
 ARGUMENTS: list[str] = []
 """What the command line was called with, for the record in ``results.json``."""
+
+
+def list_tasks(wanted: bool) -> None:
+    """What ``comoving race --tasks`` does."""
+    if wanted:
+        import typer  # noqa: PLC0415
+
+        from comoving.race.listing import as_table  # noqa: PLC0415
+
+        show(as_table())
+        raise typer.Exit()
 
 
 def show(table: Any) -> None:

@@ -30,11 +30,13 @@ from .validate import check_float, nearest
 
 Role = Literal["hidden", "experts", "convolution", "spectral", "table", "head", "position", "norm", "bias", "scalar"]
 ROLES: tuple[Role, ...] = get_args(Role)
-PROJECTABLE: tuple[Role, ...] = ("hidden", "experts", "convolution", "spectral", "scalar")
-"""The roles that low-rank recipes project, if the shape allows it; all others stay dense."""
 
+WEIGHTS: tuple[Role, ...] = ("hidden", "experts", "convolution", "spectral")
+"""The roles of weights between features."""
 TABLES: tuple[Role, ...] = ("table", "head", "position")
 """The dense roles that have matrices."""
+PROJECTABLE: tuple[Role, ...] = (*WEIGHTS, "scalar")
+"""The roles that low-rank recipes project, if the shape allows it; all others stay dense."""
 
 Places = dict[str, list[tuple[str, nn.Module]]]
 """Parameter name -> every full name and module that holds it; tied weights have several."""

@@ -1,6 +1,7 @@
 """One run: same start, same batches, honest figures, no trace in the global RNG."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,21 @@ def test_record(tmp_path):
     assert record["worst_step_ratio"] >= 1 and record["peak_memory"] > 2**20
     assert record["refresh_share"] is None
     assert 0 < record["optimizer_seconds"] < record["step_seconds"]
+
+
+def test_parts_of_a_batch_train_as_the_whole(tmp_path, monkeypatch):
+    whole = train(run_of(tmp_path, dtype="float64"), Small())
+    monkeypatch.setitem(runner.TASKS, "vit", replace(runner.TASKS["vit"], forward=3))
+    sizes = []
+
+    class Counted(Small):
+        def loss(self, model, batch):
+            sizes.append(len(batch[0]))
+            return super().loss(model, batch)
+
+    parts = train(run_of(tmp_path, dtype="float64"), Counted())
+    assert sizes[:6] == [3, 3, 2] * 2
+    assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-9)
 
 
 def test_refreshes_are_timed_where_the_optimizer_says_so(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"task": "chess"}, "unknown task 'chess'; known: lm, lm-bpe, lm-bpe-32k, fno, fno4d, vit"),
+        ({"task": "chess"}, "unknown task 'chess'; known: lm, lm-bpe, lm-bpe-32k, ft, fno, darcy-docs, fno4d, vit"),
         ({"optimizers": ()}, "empty"),
         ({"optimizers": ("a", "a")}, "twice"),
         ({"steps": 0}, "steps is 0"),
@@ -84,6 +84,9 @@ def test_defaults_come_from_the_task():
             settings_from(*few, seeds=1, budget=budget)
     with pytest.raises(SettingsError, match="--budget is of comoving, which is not among adamw"):
         settings_from("lm", "adamw", None, "", None, None, seeds=1, budget="1/2")
+    made = settings_from("darcy-docs", "torch-adamw", None, "", None, None, seeds=1)
+    run = made.run("torch-adamw", 1e-2, 0, "")
+    assert (run.warmup, run.weight_decay, run.validations, run.batch) == (0, 1e-4, 15, 128)
     made = settings_from("fno4d", None, None, "", None, None, seeds=1)
     assert made.optimizers == ("adamw", "tucker-adam", "tt-adam", "ht-adam", "comoving")
     assert (made.steps, made.rank) == (200, 0.1)

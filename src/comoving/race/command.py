@@ -53,19 +53,20 @@ def settings_from(
 
 def label(run: RunSettings) -> str:
     """A run in a few words."""
-    return f"{run.contender} lr {run.rate:g} seed {run.seed}"
+    tuned = "" if run.ratio == 1 else f" ratio {run.ratio:g}"
+    return f"{run.contender} lr {run.rate:g}{tuned} seed {run.seed}{f' to {run.until}' if run.until else ''}"
 
 
 class Watching:
     """Tells the bars how the race goes."""
 
-    def __init__(self, bars: Bars, steps: int) -> None:
-        self.bars, self.steps = bars, steps
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
         self.total, self.say = bars.total, bars.say
 
     def started(self, run: RunSettings) -> None:
         """A run begins."""
-        self.bars.started(label(run), self.steps)
+        self.bars.started(label(run), run.length)
 
     def progress(self, run: RunSettings, step: int, loss: float) -> None:
         """A run has finished ``step`` steps."""
@@ -151,7 +152,7 @@ def tell(race: sweep.Race, command: str) -> int:
     rich_console = require("rich.console", "cli")
     console = rich_console.Console(stderr=True)
     bars = Bars(console)
-    race.watcher = Watching(bars, settings.steps)
+    race.watcher = Watching(bars)
     started = time.monotonic()
     try:
         with bars.bars:

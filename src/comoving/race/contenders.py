@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import comoving
 from comoving.methods import DEFAULT
+from comoving.race import sources
 from comoving.race.extras import require
 from comoving.race.settings import Rank, SettingsError, literal
 from comoving.ranks.limit import parse_budget
@@ -76,13 +77,14 @@ class Contender:
         except ImportError as error:
             raise Refused(str(error)) from error
 
-    def code(self) -> str:
-        """Digest of the code that steps: a finished run is used again only while it stays the same."""
+    def code(self, wrapped: bool = False) -> str:
+        """Digest of the code that steps: a finished run is used again only while it stays the same.
+
+        Of ours, what :mod:`comoving` imports; ``wrapped`` for a run in several processes, to which more code belongs.
+        """
         if self.foreign is not None:
             return ",".join([torch.__version__, *(version(package) for package in self.foreign.packages)])
-        root = Path(comoving.__file__).parent
-        ours = (p for p in sorted(root.rglob("*.py")) if p.relative_to(root).parts[0] not in ("race", "cli.py"))
-        return f"{torch.__version__},{digest(ours)}"
+        return f"{torch.__version__},{sources.digest(sources.of_optimizers(wrapped))}"
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,16 @@ class Together:
     def state(self) -> dict[Tensor, Any]:
         """State of all parts, by parameter."""
         return {p: state for part in self.parts for p, state in part.state.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of all parts."""
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of all parts, whose groups are new ones then."""
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state_dict[str(i)])
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:
         """Step every part."""

@@ -4,8 +4,9 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import comoving
-from comoving.race import contenders
+from comoving.race import contenders, resuming
 from comoving.race.contenders import Contender, Refused
+from comoving.race.ratios import build_with_ratio
 from comoving.race.settings import DTYPES, Rank, RunSettings
-from comoving.race.tasks import TASKS, Task
+from comoving.race.tasks import TASKS, Batch, Task
 from comoving.race.wrapping import wrapping_of
 from comoving.relative_updates import Movement, relative_updates
 from comoving.roles import Role
@@ -62,6 +64,11 @@ def spikes(losses: list[float]) -> list[int]:
 def validation_steps(steps: int, count: int) -> list[int]:
     """At most ``count`` numbers of finished steps, evenly spread, the last one ``steps``."""
     return sorted({max(1, round(steps * (i + 1) / count)) for i in range(count)})
+
+
+def looks(run: RunSettings) -> set[int]:
+    """Numbers of finished steps after which a run is validated: those of the whole one up to its end, and its end."""
+    return {step for step in validation_steps(run.steps, run.validations) if step < run.length} | {run.length}
 
 
 class Stopwatch:
@@ -160,13 +167,41 @@ def stepped(optimizer: Any, stepping: Stopwatch, watched: nn.Module | None) -> d
     return {role: movement.ratio for role, movement in moved.items()}
 
 
-def train(run: RunSettings, task: Task | None = None, progress: Progress = lambda step, loss: None) -> dict[str, Any]:
+def portions(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of at most ``size`` samples; 0 for one part."""
+    if not size or len(batch[0]) <= size:
+        return [batch]
+    return list(zip(batch[0].split(size), batch[1].split(size), strict=True))
+
+
+def backward(task: Task, model: nn.Module, parts: list[Batch]) -> Tensor:
+    """Add the gradient of the mean loss of all samples to the parameters', and return that loss, detached.
+
+    Each part gives up its graph before the next one goes through the model.
+    """
+    samples = sum(len(inputs) for inputs, _ in parts)
+    total: Tensor | float = 0.0
+    for part in parts:
+        loss = task.loss(model, part) * (len(part[0]) / samples)
+        loss.backward()
+        total = total + loss.detach()
+    return torch.as_tensor(total)
+
+
+def train(
+    run: RunSettings,
+    task: Task | None = None,
+    progress: Progress = lambda step, loss: None,
+    kept: Path | None = None,
+) -> dict[str, Any]:
     """Train and measure. The global RNG is left as it was found.
 
     Args:
         run: the settings.
         task: already loaded, else it is loaded here.
         progress: called after every step with the number of finished steps and the training loss.
+        kept: a file; a run that ends before its last step leaves there what a longer one goes on from, which removes it
+            when it is through.
 
     Returns:
         A record for JSON with ``status`` "finished", "diverged" (with ``error``) or "refused" (with ``error``).
@@ -176,79 +211,121 @@ def train(run: RunSettings, task: Task | None = None, progress: Progress = lambd
         task = TASKS[run.task].load(text=run.text)
     devices = [torch.device(run.device)] if torch.device(run.device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        return race(run, task, contenders.parse(run.contender), progress)
+        return race(run, task, contenders.parse(run.contender), progress, kept)
 
 
-def race(run: RunSettings, task: Task, contender: Contender, progress: Progress) -> dict[str, Any]:
+@dataclass
+class Course:
+    """What has been measured of a run, step by step, and the losses on held-out data; seconds of three stopwatches."""
+
+    losses: list[float] = field(default_factory=list[float])
+    step_seconds: list[float] = field(default_factory=list[float])
+    optimizer_seconds: list[float] = field(default_factory=list[float])
+    curve: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    updates: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+    def go_on(self, due: Collection[int], watches: Sequence[Stopwatch], draw: Callable[[], Batch]) -> None:
+        """Keep the validations that are ``due``, set the stopwatches, and draw the batches that are behind it again."""
+        self.curve = [point for point in self.curve if point["step"] in due]
+        self.updates = [point for point in self.updates if point["step"] in due]
+        for watch, seconds in zip(watches, self.seconds, strict=True):
+            watch.seconds = seconds
+        for _ in self.losses:
+            draw()
+
+    def record(self, error: str | None, refreshes: bool) -> dict[str, Any]:
+        """Status, curves and times; ``refreshes`` where the third stopwatch was held to refreshes."""
+        # The first step creates the state and warms caches up; it says nothing about the ones after it.
+        settled = self.optimizer_seconds[1:] or self.optimizer_seconds
+        whole, stepping, refresh = self.seconds
+        return {
+            "status": "finished" if error is None else "diverged",
+            **({} if error is None else {"error": error}),
+            "validation": self.curve,
+            "updates": self.updates,
+            "losses": self.losses,
+            "final": self.curve[-1]["value"] if error is None else None,
+            "final_loss": self.curve[-1]["loss"] if error is None else None,
+            "spikes": spikes(self.losses),
+            "seconds": whole,
+            "step_seconds": statistics.median(self.step_seconds[1:] or self.step_seconds),
+            "optimizer_seconds": statistics.median(settled),
+            "worst_step_ratio": max(settled) / statistics.median(settled),
+            "refresh_share": refresh / stepping if refreshes else None,
+        }
+
+
+def validated(task: Task, model: nn.Module) -> dict[str, float]:
+    """What the task says of the model on its held-out data."""
+    model.eval()
+    with torch.no_grad():
+        point = task.validate(model)
+    model.train()
+    return point
+
+
+def race(
+    run: RunSettings, task: Task, contender: Contender, progress: Progress, kept: Path | None = None
+) -> dict[str, Any]:
     """:func:`train` inside its fork of the global RNG."""
     device = torch.device(run.device)
     wrapping = wrapping_of(run)
     model = initialize(task, run)
     projected = projected_weights(model, run.rank)
     try:
-        optimizer = contender.build(wrapping.sharded(model), run.rate, run.rank, run.weight_decay)
+        optimizer = build_with_ratio(
+            contender, wrapping.sharded(model), run.rate, run.ratio, run.rank, run.weight_decay
+        )
         trained = wrapping.trained(model, optimizer)
     except Refused as reason:
         return {"status": "refused", "error": str(reason)}
-    refresh, whole, stepping = Stopwatch(device), Stopwatch(device), Stopwatch(device)
+    whole, stepping, refresh = watches = [Stopwatch(device) for _ in range(3)]
     measured = hasattr(optimizer, "refresh_scope")
     if measured:
         scope: Callable[[], AbstractContextManager[None]] = refresh.timed
         optimizer.refresh_scope = scope
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
-    due = set(validation_steps(run.steps, run.validations))
+    due = looks(run)
     batches = torch.Generator().manual_seed(run.seed)
-    losses: list[float] = []
-    step_seconds: list[float] = []
-    optimizer_seconds: list[float] = []
-    curve, updates = list[dict[str, float]](), list[dict[str, float]]()
+    course = Course(**resuming.load(kept, model, optimizer, run.length))
+    course.go_on(due, watches, lambda: task.batch(run.batch, batches))
     error = None
+    # The hook of compressed gradients wants to know beforehand how often they are added to.
+    forward = 0 if run.compress else TASKS[run.task].forward
     forget_peak(device)
-    for step in range(run.steps):
+    for step in range(len(course.losses), run.length):
         before, before_step = whole.seconds, stepping.seconds
         with whole.timed():
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 set_rate(group, peak * rate_factor(step, run.steps, run.warmup))
             batch = wrapping.part(task.batch(run.batch, batches))
-            loss = task.loss(trained, (move(batch[0], run), move(batch[1], run)))
-            losses.append(wrapping.mean(loss))
-            if math.isfinite(losses[-1]):
-                optimizer.zero_grad()
-                loss.backward()
+            optimizer.zero_grad()
+            loss = backward(task, trained, [(move(x, run), move(y, run)) for x, y in portions(batch, forward)])
+            course.losses.append(wrapping.mean(loss))
+            if math.isfinite(course.losses[-1]):
                 moved = stepped(optimizer, stepping, model if step + 1 in due else None)
-                updates += [{"step": step + 1, **moved}] if moved else []
-        step_seconds.append(whole.seconds - before)
-        optimizer_seconds.append(stepping.seconds - before_step)
-        progress(step + 1, losses[-1])
-        if not math.isfinite(losses[-1]):
-            error = f"training loss became {losses[-1]} at step {step + 1}"
+                course.updates += [{"step": step + 1, **moved}] if moved else []
+        course.step_seconds.append(whole.seconds - before)
+        course.optimizer_seconds.append(stepping.seconds - before_step)
+        progress(step + 1, course.losses[-1])
+        if not math.isfinite(course.losses[-1]):
+            error = f"training loss became {course.losses[-1]} at step {step + 1}"
             break
         if step + 1 in due:
-            model.eval()
-            with torch.no_grad():
-                point = task.validate(model)
-            model.train()
-            curve.append({"step": step + 1, "seconds": whole.seconds, **point})
+            point = validated(task, model)
+            course.curve.append({"step": step + 1, "seconds": whole.seconds, **point})
             if not math.isfinite(point["value"]):
                 error = f"validation became {point['value']} at step {step + 1}"
                 break
-    # The first step creates the state and warms caches up; it says nothing about the ones after it.
-    settled = optimizer_seconds[1:] or optimizer_seconds
+    course.seconds = [watch.seconds for watch in watches]
+    if error is None and run.length < run.steps:
+        resuming.save(kept, model, optimizer, asdict(course))
+    elif kept is not None:
+        kept.unlink(missing_ok=True)
     return {
-        "status": "finished" if error is None else "diverged",
-        **({} if error is None else {"error": error}),
-        "validation": curve,
-        "updates": updates,
-        "losses": losses,
-        "final": curve[-1]["value"] if error is None else None,
-        "final_loss": curve[-1]["loss"] if error is None else None,
-        "spikes": spikes(losses),
-        "seconds": whole.seconds,
-        "step_seconds": statistics.median(step_seconds[1:] or step_seconds),
-        "optimizer_seconds": statistics.median(settled),
-        "worst_step_ratio": max(settled) / statistics.median(settled),
-        "refresh_share": refresh.seconds / stepping.seconds if measured else None,
+        **course.record(error, measured),
         "peak_memory": peak_memory(device),
         **bytes_of_state(contender, optimizer, model, projected),
-        **wrapping.facts(len(losses)),
+        **wrapping.facts(len(course.losses)),
     }

@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ class RunSettings:
         batch: samples per step.
         weight_decay: decoupled, the same for all contenders.
         dtype, device: of the parameters.
-        text: corpus of the ``lm`` task ("" = CPython's standard library).
+        text: corpus of a task on text ("" = CPython's standard library).
         validations: how many times the held-out set is looked at, the last time at the end.
         fingerprint: of the task's data and of the code that trains.
         wrapping, ranks, compress: as in :class:`RaceSettings`.
+        ratio: rate of all but the hidden weights over ``rate``.
+        until: it ends after so many of the steps, on the schedule of all of them; 0 for all.
     """
 
     task: str
@@ -58,11 +60,23 @@ class RunSettings:
     wrapping: str = ""
     ranks: int = 1
     compress: bool = False
+    ratio: float = 1.0
+    until: int = 0
+
+    @property
+    def length(self) -> int:
+        """Steps that it takes."""
+        return self.until or self.steps
 
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits of the SHA-256 of all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def kept(run: RunSettings, folder: Path) -> Path:
+    """The file that a run which ends early leaves, and one with the same settings that ends later goes on from."""
+    return folder / f"{replace(run, until=0).key}.pt"
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,7 @@ class RaceSettings:
         wrapping: "ddp" or "fsdp", how the processes that train each run share its model; "" for one process.
         ranks: how many they are.
         compress: with "ddp", send cores of gradients instead of gradients.
+        tune: candidates of (rate, ratio) for each contender, halved over ``rungs`` rungs; 0 for the rates as given.
 
     Raises:
         SettingsError: for a value outside its interval; nothing has run by then.
@@ -91,12 +106,14 @@ class RaceSettings:
     batch: int | None = None
     text: str = ""
     jobs: int = 1
-    weight_decay: float = 0.01
+    weight_decay: float | None = None
     warmup: int | None = None
-    validations: int = 16
+    validations: int | None = None
     wrapping: str = ""
     ranks: int = 1
     compress: bool = False
+    tune: int = 0
+    rungs: int = 3
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -106,22 +123,24 @@ class RaceSettings:
         for name in self.optimizers:
             if self.optimizers.count(name) > 1:
                 raise SettingsError(f"optimizer {name!r} is listed twice")
-        for name in ("steps", "seeds", "jobs", "validations", "batch"):
+        for name in ("steps", "seeds", "jobs", "validations", "batch", "rungs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise SettingsError(f"warmup is {self.warmup}; it must lie in [0, {self.steps}], the number of steps")
-        if not 0 <= self.weight_decay < float("inf"):
+        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
             raise SettingsError(f"weight decay is {self.weight_decay}; it must be at least 0 and finite")
+        check_tuning(self.tune, self.rates)
         check_rates(self.rates)
         check_rank(self.rank)
         if self.dtype not in DTYPES:
             raise SettingsError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.dtype not in self.info.dtypes:
             raise SettingsError(f"task {self.task} cannot run in {self.dtype}; it takes {', '.join(self.info.dtypes)}")
-        if self.text and not self.task.startswith("lm"):
-            raise SettingsError(f"--text belongs to the lm tasks, not to {self.task}")
+        if self.text and not self.info.reads_text:
+            readers = ", ".join(name for name, info in TASKS.items() if info.reads_text)
+            raise SettingsError(f"--text belongs to the tasks on text ({readers}), not to {self.task}")
         check_device(self.device)
         self._check_ranks()
 
@@ -159,19 +178,27 @@ class RaceSettings:
             rate=rate,
             seed=seed,
             steps=self.steps,
-            warmup=self.steps // 10 if self.warmup is None else self.warmup,
+            warmup=int(self.steps * self.info.warmup) if self.warmup is None else self.warmup,
             rank=self.rank,
             batch=self.info.batch if self.batch is None else self.batch,
-            weight_decay=self.weight_decay,
+            weight_decay=self.info.weight_decay if self.weight_decay is None else self.weight_decay,
             dtype=self.dtype,
             device=self.device,
             text=self.text,
-            validations=self.validations,
+            validations=self.info.validations if self.validations is None else self.validations,
             fingerprint=fingerprint,
             wrapping=self.wrapping,
             ranks=self.ranks,
             compress=self.compress,
         )
+
+
+def check_tuning(trials: int, rates: tuple[float, ...]) -> None:
+    """Raise SettingsError unless ``trials`` counts candidates, and the rates are left to them."""
+    if trials < 0:
+        raise SettingsError(f"tune is {trials}; it is a number of candidates, 0 for none")
+    if trials and rates:
+        raise SettingsError("--tune chooses the rates, around each contender's default: leave --lr out")
 
 
 def check_rates(rates: tuple[float, ...]) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from comoving.files import write_json
-from comoving.race import contenders, host, records
+from comoving.race import contenders, host, records, sources
 from comoving.race.contenders import Contender
 from comoving.race.processes import Processes
 from comoving.race.records import cases, having, integer, listed, maybe, number, text
-from comoving.race.runner import validation_steps
-from comoving.race.settings import RaceSettings, RunSettings, SettingsError
+from comoving.race.runner import looks
+from comoving.race.settings import RaceSettings, RunSettings, SettingsError, kept
+from comoving.race.tuning import Tuning
 
 Record = dict[str, Any]
 Runner = Callable[[RunSettings, Path, Callable[[int, float], None]], Record]
@@ -30,18 +31,6 @@ FINISHED = {
 }
 """What the file of a finished run holds, beside its curves."""
 ENDED = ("diverged", "refused", "failed")
-CODE = (
-    "contenders.py",
-    "runner.py",
-    "wrapping.py",
-    "darcy.py",
-    "allen_cahn.py",
-    "tasks/__init__.py",
-    "tasks/lm.py",
-    "tasks/fno.py",
-    "tasks/fno4d.py",
-    "tasks/vit.py",
-)
 
 
 class Watcher(Protocol):
@@ -84,13 +73,18 @@ class Silence:
 
 @dataclass
 class Entry:
-    """A contender's part of the race: its rates, and its records by (rate, seed)."""
+    """A contender's part of the race: its rates, and its records by (rate, seed).
+
+    A tuned one has its best rate alone, the ratio that belongs to it, and all its ``trials``.
+    """
 
     contender: Contender
     rates: list[float]
     records: dict[tuple[float, int], Record] = field(default_factory=dict[tuple[float, int], Record])
     extended: float | None = None
     still_at_edge: bool = False
+    ratio: float = 1.0
+    trials: list[Record] = field(default_factory=list[Record])
 
     def refusal(self) -> str | None:
         """Why the contender cannot take part, if it cannot."""
@@ -126,17 +120,17 @@ def file_of(run: RunSettings, out: Path) -> Path:
 def shape_of(run: RunSettings) -> records.Check:
     """What the file of a run may hold."""
     curves = {
-        "losses": listed(number, run.steps),
-        "validation": listed(_LOOK, len(validation_steps(run.steps, run.validations))),
+        "losses": listed(number, run.length),
+        "validation": listed(_LOOK, len(looks(run))),
     }
     ended = having({"error": text})
     return cases("status", {"finished": having({**FINISHED, **curves}), **dict.fromkeys(ENDED, ended)})
 
 
-def code_fingerprint(contender: Contender) -> str:
-    """Digest of everything of ours that a run's outcome depends on."""
-    here = Path(__file__).parent
-    return contenders.digest(here / name for name in CODE) + contender.code()
+def code_fingerprint(contender: Contender, settings: RaceSettings) -> str:
+    """Digest of everything of ours that a run's outcome depends on: the task's code, and what steps the contender."""
+    task = sources.digest(sources.of_task(settings.info.file))
+    return f"{task}{settings.info.forward},{contender.code(wrapped=bool(settings.wrapping))}"
 
 
 class Race:
@@ -170,9 +164,11 @@ class Race:
             except (ImportError, ValueError, OSError) as error:
                 raise SettingsError(str(error)) from error
         self.fingerprints = {
-            entry.contender.label: f"{data[:16]}-{code_fingerprint(entry.contender)}" for entry in self.entries
+            entry.contender.label: f"{data[:16]}-{code_fingerprint(entry.contender, settings)}"
+            for entry in self.entries
         }
         self.known = self.reused = 0
+        self.tuning = Tuning(self) if settings.tune else None
 
     def entry(self, contender: Contender) -> Entry:
         """The rates as given, else the contender's own: measured on this task, or the task's times its factor."""
@@ -195,6 +191,8 @@ class Race:
 
         KeyboardInterrupt ends the processes and goes on to the caller; finished runs are on disk by then.
         """
+        if self.tuning is not None:
+            return self.tuning.run()
         self.run_all(self.due(lambda entry: entry.rates))
         for entry in self.entries:
             best = entry.best()
@@ -249,6 +247,10 @@ class Race:
             return None
         return None if record["status"] == "failed" else record
 
+    def forget(self, run: RunSettings) -> None:
+        """Remove what a run that ended early has left for a longer one."""
+        kept(run, file_of(run, self.settings.out).parent).unlink(missing_ok=True)
+
     def in_a_process(self, run: RunSettings, file: Path, progress: Callable[[int, float], None]) -> Record:
         """The usual runner."""
         return self.processes(asdict(run), file, progress)
@@ -294,6 +296,7 @@ def summarize(entry: Entry, settings: RaceSettings, counted_per_step: int) -> Re
         "contender": entry.contender.label,
         "note": entry.contender.note,
         "rates": entry.rates,
+        "ratio": entry.ratio,
         "extended": entry.extended,
         "still_at_edge": entry.still_at_edge,
         "problems": problems,
@@ -348,8 +351,8 @@ def versions(entries: list[Entry]) -> dict[str, str]:
 def results(race: Race, command: str) -> Record:
     """Everything about a race that has ended: what ``results.json`` holds."""
     settings, info = race.settings, race.settings.info
-    batch = settings.batch or info.batch
-    lines = [summarize(entry, settings, info.per_sample * batch) for entry in race.entries]
+    first = settings.run("", 1.0, 0, "")  # with every default filled in
+    lines = [summarize(entry, settings, info.per_sample * first.batch) for entry in race.entries]
     against_adamw(lines)
     lines.sort(key=lambda line: line.get("mean", math.inf))
     return {
@@ -357,8 +360,13 @@ def results(race: Race, command: str) -> Record:
         "versions": versions(race.entries),
         "machine": host.machine(settings.device, settings.jobs),
         "task": asdict(info),
-        "settings": {**asdict(settings), "out": str(settings.out), "batch": batch},
+        "settings": {
+            **asdict(settings),
+            "out": str(settings.out),
+            **{k: getattr(first, k) for k in ("batch", "warmup", "weight_decay", "validations")},
+        },
         "summary": lines,
+        **({} if race.tuning is None else {"tuning": race.tuning.facts()}),
         "runs": [
             {"contender": entry.contender.label, "rate": rate, "seed": seed, **record}
             for entry in race.entries

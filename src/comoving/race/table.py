@@ -155,6 +155,8 @@ def remarks(found: dict[str, Any]) -> list[str]:
         lines += [f"{name}: {problem}" for problem in line["problems"]]
         if line["note"]:
             lines.append(f"{name}: {line['note']}")
+        if line.get("ratio", 1.0) != 1:
+            lines.append(f"{name}: all but the hidden weights at {line['ratio']:g} of this rate, as tuned")
         if line["extended"]:
             end = "the best rate is at the edge again" if line["still_at_edge"] else "the best rate lies inside now"
             lines.append(f"{name}: best rate at the edge of the list, extended by {line['extended']:g}; {end}")

@@ -14,7 +14,7 @@ import torch
 from comoving.files import write_json
 from comoving.race.processes import Relay, Reporter
 from comoving.race.runner import train
-from comoving.race.settings import RunSettings
+from comoving.race.settings import RunSettings, kept
 
 
 def main(target: Path) -> None:
@@ -25,7 +25,7 @@ def main(target: Path) -> None:
     if isinstance(fields["rank"], list):
         fields["rank"] = tuple(fields["rank"])
     run = RunSettings(**fields)
-    record = train(run, progress=Reporter(run.steps))
+    record = train(run, progress=Reporter(run.length), kept=kept(run, target.parent))
     write_json(target, {"settings": fields, **record})
 
 

@@ -50,6 +50,14 @@ class TaskInfo:
         dtypes: that the model can train in.
         optimizers: who races by default.
         module: of :mod:`comoving.race.tasks`, where it is not called as the task is.
+        forward: at most so many samples go through the model at once; a larger batch goes in parts of that size, whose
+            gradients are added up. 0 for no limit.
+        reads_text: takes ``--text``.
+        warmup: linear warm-up, a share of the steps.
+        weight_decay, validations: defaults.
+        model: what is trained, in a few words.
+        parameters, seconds: how many it has, and the time of a step with AdamW at the default batch, one thread of the
+            machine in :data:`MEASURED_ON`; a complex number counts as one parameter.
     """
 
     name: str
@@ -65,14 +73,34 @@ class TaskInfo:
     optimizers: str
     rates: Mapping[str, float] = field(default_factory=lambda: {})
     module: str = ""
+    forward: int = 0
+    reads_text: bool = False
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    validations: int = 16
+    model: str = ""
+    parameters: int = 0
+    seconds: float = 0.0
 
     def load(self, **options: Any) -> Task:
         """Load the data; ``options`` are the task's own (``text``)."""
-        return importlib.import_module(f"comoving.race.tasks.{self.module or self.name}").load(**options)
+        return importlib.import_module(f"comoving.race.tasks.{self.file}").load(**options)
+
+    @property
+    def file(self) -> str:
+        """Name of the module that has the task."""
+        return self.module or self.name
+
+    @property
+    def minutes(self) -> float:
+        """Of one run at the defaults, on the machine that :attr:`seconds` were measured on; validations aside."""
+        return self.steps * self.seconds / 60
 
 
 MATRICES = "adamw,galore,ldadam,comoving"
 TENSORS = "adamw,tensor-galore,tucker-adam,comoving"
+MEASURED_ON = "AMD EPYC (2 virtual cores, torch 2.13.0)"
+"""Where the seconds of a step below were measured, one thread."""
 REAL = ("float32", "float64", "bfloat16")
 TASKS = {
     info.name: info
@@ -90,6 +118,10 @@ TASKS = {
             REAL,
             MATRICES,
             {"adamw": 1e-3, "galore": 2e-2, "ldadam": 5e-3, "comoving-adamw": 2e-3, "muon": 1e-2, "soap": 4e-3},
+            reads_text=True,
+            model="LLaMA, 4 layers of width 128",
+            parameters=869_504,
+            seconds=0.09,
         ),  # fmt: skip
         TaskInfo(
             "lm-bpe",
@@ -105,6 +137,11 @@ TASKS = {
             MATRICES,
             {},
             "lm_bpe",
+            forward=32,
+            reads_text=True,
+            model="LLaMA, 4 layers of width 128",
+            parameters=1_852_544,
+            seconds=0.55,
         ),  # fmt: skip
         TaskInfo(
             "lm-bpe-32k",
@@ -120,6 +157,29 @@ TASKS = {
             MATRICES,
             {},
             "lm_bpe",
+            forward=32,
+            reads_text=True,
+            model="LLaMA, 4 layers of width 128",
+            parameters=1_852_544,
+            seconds=4.4,
+        ),  # fmt: skip
+        TaskInfo(
+            "ft",
+            "SmolLM2-135M tuned on text",
+            "validation bits per byte",
+            "tokens",
+            128,
+            5e-5,
+            60,
+            2,
+            0.25,
+            ("float32", "bfloat16"),
+            MATRICES,
+            reads_text=True,
+            validations=4,
+            model="SmolLM2-135M-Instruct, pretrained, from 4 bits",
+            parameters=134_515_008,
+            seconds=2.7,
         ),  # fmt: skip
         TaskInfo(
             "fno",
@@ -134,6 +194,29 @@ TASKS = {
             REAL[:2],
             TENSORS,
             {"tensor-galore": 2e-2, "tucker-adam": 2e-2, "comoving-adamw": 2e-2, "muon": 2e-2},
+            model="FNO, 4 layers of 24 channels, 32 x 32",
+            parameters=339_337,
+            seconds=0.03,
+        ),  # fmt: skip
+        TaskInfo(
+            "darcy-docs",
+            "neuraloperator's example: FNO on its Darcy data",
+            "validation relative L2 at 32 x 32",
+            "samples",
+            1,
+            1e-2,
+            120,
+            128,
+            0.25,
+            REAL[:2],
+            TENSORS,
+            module="darcy_docs",
+            warmup=0.0,
+            weight_decay=1e-4,
+            validations=15,
+            model="FNO, 4 layers of 24 channels, 16 x 16",
+            parameters=99_721,
+            seconds=0.10,
         ),  # fmt: skip
         TaskInfo(
             "fno4d",
@@ -148,6 +231,9 @@ TASKS = {
             REAL[:2],
             "adamw,tucker-adam,tt-adam,ht-adam,comoving",
             {"tucker-adam": 8e-2, "comoving-adamw": 8e-2},
+            model="FNO, 2 layers of 12 channels, order 6",
+            parameters=738_649,
+            seconds=0.09,
         ),  # fmt: skip
         TaskInfo(
             "vit",
@@ -162,6 +248,9 @@ TASKS = {
             REAL,
             MATRICES,
             {"muon": 4e-3},
+            model="ViT, 4 layers of width 96",
+            parameters=356_234,
+            seconds=0.04,
         ),  # fmt: skip
     )
 }
