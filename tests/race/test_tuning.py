@@ -23,7 +23,11 @@ def rates_of(name, ratio):
     model = Net()
     optimizer = build_with_ratio(contenders.parse(name), model, 1e-2, ratio, 4, 0.0)
     names = {id(p): n for n, p in model.named_parameters()}
-    return {names[id(p)]: float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}, model, optimizer
+    return (
+        {names[id(p)]: float(g["lr"]) * g.get("rate", 1.0) for g in optimizer.param_groups for p in g["params"]},
+        model,
+        optimizer,
+    )
 
 
 @pytest.mark.parametrize("name", ["torch-adamw", "torch-muon", "galore-torch", "adamw", "galore", "muon"])

@@ -183,7 +183,7 @@ def updates(found: Results) -> bytes | None:
     for line in finished(found):
         for point in (point for run in runs_at_best(found, line) for point in run.get("updates", [])):
             for role, ratio in point.items():
-                if role != "step" and 0 < ratio < float("inf"):
+                if role != "step" and ratio is not None and 0 < ratio < float("inf"):  # weights that were 0
                     measured.setdefault(line["contender"], {}).setdefault(role, []).append(ratio)
     if not measured:
         return None
