@@ -30,45 +30,34 @@ NEAR = (1 / 1.5, 1.5)
 TABLE_TASKS = ("lm", "lm-bpe", "vit", "fno")
 
 MUON, ADAM = "muon(bf16=True)", "adam()"
-BARE = "muon(decay=0.0, nesterov=False, bf16=True)"
-BALANCED = "normalized()"
+BARE = {"name": "orthogonalized gradient", "options": {"rule": "muon(decay=0.0, nesterov=False, bf16=True)"}}
+BALANCED = {"name": "balanced gradient", "options": {"rule": "normalized()"}}
+FACTORED = {"name": "factored second moments", "options": {"rule": "adafactor(average=None)"}}
+ADAM_8 = {"name": "AdamW, 8 bits", "options": {"rule": ADAM, "moments": "int8"}}
+ADAM_32 = {"name": "AdamW", "options": {"rule": ADAM}}
 SQRT = {"width": 0.5}
 
 
 def _matrices(rate: float, bare: float) -> list[dict[str, Any]]:
+    momentum = "orthogonalized momentum"
     return [
-        {"name": "orthogonalized gradient", "options": {"rule": BARE}, "rate": bare},
-        {"name": "orthogonalized momentum, 4 bits", "options": {"rule": MUON, "moments": "int4"}, "rate": rate},
-        {"name": "orthogonalized momentum, 8 bits", "options": {"rule": MUON, "moments": "int8"}, "rate": rate},
+        BARE | {"rate": bare},
+        {"name": f"{momentum}, 4 bits", "options": {"rule": MUON, "moments": "int4"}, "rate": rate},
+        {"name": f"{momentum}, 8 bits", "options": {"rule": MUON, "moments": "int8"}, "rate": rate},
     ]
-
-
-def _adam(rate: float, codes: bool = True, **more: Any) -> list[dict[str, Any]]:
-    plain = [{"name": "AdamW", "options": {"rule": ADAM}, "rate": rate, **more}]
-    return [
-        *([{"name": f"AdamW, {b} bits", "options": {"rule": ADAM, "moments": f"int{b}"}, "rate": rate, **more}
-           for b in (4, 8)] if codes else []),
-        *plain,
-    ]  # fmt: skip
 
 
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "hidden": _matrices(4.0, 10.0),
     "spectral": _matrices(4.0, 16.0),
-    "convolution": [{"name": "balanced gradient", "options": {"rule": BALANCED}, "rate": 0.5}, *_adam(2.0)],
-    "table": [
-        {"name": "balanced gradient", "options": {"rule": BALANCED}, "rate": 1.0, **SQRT},
-        *_adam(8.0, **SQRT),
-    ],
-    "head": [{"name": "balanced gradient", "options": {"rule": BALANCED}, "rate": 1.0}, *_adam(4.0)],
-    "position": [{"name": "balanced gradient", "options": {"rule": BALANCED}, "rate": 1.0, **SQRT},
-                 *_adam(4.0, **SQRT)],
-    "norm": [{"name": "balanced gradient", "options": {"rule": BALANCED}, "rate": 0.5, **SQRT},
-             *_adam(2.0, codes=False, **SQRT)],
-    "bias": [{"name": "balanced gradient", "options": {"rule": BALANCED}, "rate": 0.25, **SQRT},
-             *_adam(1.0, codes=False, **SQRT)],
-    "scalar": [{"name": "balanced gradient", "options": {"rule": BALANCED}, "rate": 1.0}, *_adam(4.0, codes=False)],
-}  # fmt: skip
+    "convolution": [BALANCED | {"rate": 0.5}, ADAM_8 | {"rate": 2.0}, ADAM_32 | {"rate": 2.0}],
+    "table": [ADAM_8 | {"rate": 8.0, **SQRT}, BALANCED | {"rate": 2.0, **SQRT}],
+    "head": [BARE | {"rate": 10.0}, ADAM_8 | {"rate": 4.0}, FACTORED | {"rate": 4.0}],
+    "position": [BALANCED | {"rate": 1.0, **SQRT}, ADAM_32 | {"rate": 4.0, **SQRT}],
+    "norm": [BALANCED | {"rate": 0.5, **SQRT}, ADAM_32 | {"rate": 2.0, **SQRT}],
+    "bias": [BALANCED | {"rate": 0.25, **SQRT}, ADAM_32 | {"rate": 1.0, **SQRT}],
+    "scalar": [BALANCED | {"rate": 1.0}, ADAM_32 | {"rate": 4.0}],
+}
 """Role -> what there is to choose, the best last. Rates are principle, not fits: see docs/choosing.md."""
 
 

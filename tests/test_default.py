@@ -148,7 +148,7 @@ def test_what_the_default_chooses_itself_is_refused_by_name():
 def test_a_role_without_a_row_gets_the_nearest_one_and_says_so():
     why = chosen(Optimizer(Model()))
     assert why["first.weight"] in {c.name for c in measured().row("hidden").choices}
-    assert why["conv.weight"].endswith("(measured on role hidden)")
+    assert why["experts"].endswith("(measured on role hidden)")
     with pytest.raises(ValueError, match="no row for role 'table', nor for one that is like it; it has hidden"):
         Optimizer(nn.Embedding(8, 8), table=Table({"hidden": (Choice("m", {"rule": Muon()}),)}))
 
