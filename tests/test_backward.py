@@ -175,7 +175,7 @@ def test_a_closure_fills_the_window():
 
 def test_tied_weights_are_stepped_once():
     models = Net(tied=True), Net(tied=True)
-    optimizers = [build("comoving", m, lr=1e-2, project=["*embed*"]) for m in models]
+    optimizers = [build("comoving-adamw", m, lr=1e-2, project=["*embed*"]) for m in models]
     optimizers[1].step_in_backward()
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, range(4))

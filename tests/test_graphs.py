@@ -15,12 +15,23 @@ from comoving import LowRankOptimizer
 from comoving.cadence import Lazy
 from comoving.codecs import Int4, Int8
 from comoving.drivers.graphs import CudaRecorder, Graphs
-from comoving.finders import IncrementalSVD, RandomProjection, TrainRandomized
-from comoving.frames import Seeded, Trains
+from comoving.finders import IncrementalSVD, RandomProjection, Standing, TrainRandomized
+from comoving.frames import Pooled, Seeded, Trains
 from comoving.parts import PARTS
 from comoving.precondition import Factored
-from comoving.residual import Channel, Feedback, Fira, MomentumBuffer, Raw, Sign, Sparse
-from comoving.rules import Lion, LowRankAdam, LowRankMuon, Momentum, Muon, NorMuon
+from comoving.residual import (
+    Channel,
+    Details,
+    Feedback,
+    Fira,
+    Folded,
+    MomentumBuffer,
+    Raw,
+    Sign,
+    Sparse,
+    SubsetNorm,
+)
+from comoving.rules import SWAN, AdamS, Lion, LowRankAdam, LowRankMuon, Momentum, Muon, Normalized, NorMuon
 from comoving.transport import Carry, Reset
 from pretend import DEVICE, OnDevice, Pretend, install
 from tape import Recorder, Tape
@@ -40,6 +51,12 @@ OPTIONS = {
     "muon": {"rule": Muon(), "rank": 1.0},
     "orthogonal": {"rule": Muon(decay=0.0, coefficients="polar-express", after="both"), "rank": 1.0},
     "normuon": {"rule": NorMuon(), "rank": 1.0},
+    "normalized": {"rule": Normalized(), "rank": 1.0},
+    "swan": {"rule": SWAN(), "rank": 1.0},
+    "adams": {"rule": AdamS()},
+    "foam": {"frame": Pooled(), "finder": Standing(), "residual": Folded()},
+    "gwt": {"frame": Pooled(), "finder": Standing(), "residual": Details()},
+    "snsm": {"rule": Momentum(), "residual": SubsetNorm(), "transport": Reset()},
     "low rank": {"rule": LowRankMuon(2), "rank": 1.0},
     "low rank adam": {"rule": LowRankAdam(2), "rank": 1.0},
     "buffer": {"residual": MomentumBuffer(), "rule": Momentum()},

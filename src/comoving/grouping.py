@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .frames import Blocks
 from .frames.base import Rank
@@ -105,15 +105,16 @@ def split_by_role(
     for group in groups:
         by_options: dict[Role | None, list[Any]] = {}
         named_roles: dict[str, Role] = dict(group.get("roles") or {})
-        for given, (name, p) in zip(group["params"], named(group["params"]), strict=True):
+        members = [group["params"]] if isinstance(group["params"], Tensor) else [*group["params"]]
+        for given, (name, p) in zip(members, named(members), strict=True):
             role = role_of(name, p).role
             if name is not None:
                 role = named_roles[name] = known[name].role if name in known else named_roles.get(name, role)
             by_options.setdefault(role if role in own else None, []).append(given)
-        for role, members in by_options.items():
-            names = [member[0] for member in members if isinstance(member, tuple)]
+        for role, chosen in by_options.items():
+            names = [member[0] for member in chosen if isinstance(member, tuple)]
             mine = {name: named_roles[name] for name in names}
-            cut.append({**group, "params": members, "roles": mine, **({} if role is None else own[role])})
+            cut.append({**group, "params": chosen, "roles": mine, **({} if role is None else own[role])})
     return cut
 
 

@@ -126,7 +126,9 @@ def _of_weight(p: Tensor, modules: Sequence[nn.Module], names: Sequence[str]) ->
         if p.is_complex() or any(_SPECTRAL.search(type(module).__name__) for module in modules):
             return Found("spectral", "shape" if p.is_complex() else "module")
         return Found("experts" if any(map(_EXPERTS.search, names)) else "convolution", "name")
-    return Found("table", "gradient") if not modules and _rows_are_rare(p.grad) else Found("hidden", "shape")
+    return (
+        Found("table", "gradient") if not modules and p.is_leaf and _rows_are_rare(p.grad) else Found("hidden", "shape")
+    )
 
 
 def _by_name(name: str) -> Role | None:

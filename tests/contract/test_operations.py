@@ -61,6 +61,7 @@ BUDGET = {
     "soap": (6.8, 104, 10.4),
     "low-rank-soap": (7.9, 147, 12.2),
     "shampoo-tucker": (8.4, 161, 12.8),
+    "comoving": (8.2, 190, None),
     "comoving-adamw": (10.2, 222, 15.7),
     "sumo": (6.0, 92, 9.4),
     "subtrack": (4.2, 86, 6.8),

@@ -31,7 +31,8 @@ def built(recipe):
     if recipe == "torch":
         return lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2)
     # The side is that which sharded parameters leave whole.
-    return lambda model: comoving.build(recipe, model.named_parameters(), lr=1e-2, rank=0.25, side="right")
+    options = {"side": "right"} | ({"scale": "auto"} if recipe == "comoving-adamw" else {})
+    return lambda model: comoving.build(recipe, model.named_parameters(), lr=1e-2, rank=0.25, **options)
 
 
 def data_of(name):

@@ -42,6 +42,7 @@ CONTENDERS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("IncrementalSVD, momentum", "IncrementalSVD", "Modes", {}),
     ("CosineSelection", "CosineSelection", "Cosines", {}),
     ("RandomProjection", "RandomProjection", "Seeded", {}),
+    ("Standing", "Standing", "Pooled", {}),
     ("RandomWalk", "RandomWalk", "Modes", {}),
     ("Exact, sequential", "Exact", "Modes", {"sequential": True}),
     ("HOOI, warm", "Exact", "Modes", {"sequential": True, "warm": True, "sweeps": 1}),

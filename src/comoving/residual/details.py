@@ -68,7 +68,9 @@ class Details(Holding):
         scale = (frame.lift_squares(variance) / weight).sqrt_().add_(update.eps).mul_(clock.weight1)
         whole = frame.add_lift(limited(rest, scale, self.limit), update.direction, 1.0)
         if self.growth is not None:
-            size = norm(update.direction, update.rows) * (clock.weight1 / clock.weight2**0.5)
+            length = norm(update.direction, update.rows)
+            # Where a step is recorded the clock's weights are tensors in double precision.
+            size = (length * (clock.weight1 / clock.weight2**0.5)).to(length.dtype)
             factor, state[LAST] = brake(size, state[LAST], self.growth, size)
             whole.mul_(over(factor, whole))
         update.move(weights, whole)
