@@ -44,12 +44,14 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Of each test with three or more axes, after ``-k`` and the like, a covering selection."""
+    """Of each test with three or more axes, after ``-k`` and the like, a covering selection; and none marked "full"."""
     if config.getoption("full"):
         return
     tests, left_out = defaultdict(list), []
     for position, item in enumerate(items):
-        if hasattr(item, "callspec"):
+        if item.get_closest_marker("full") is not None:
+            left_out.append(position)
+        elif hasattr(item, "callspec"):
             tests[item.parent.nodeid, item.originalname].append((position, axes_of(item)))
     for cases in tests.values():
         if len(cases[0][1]) > 2:

@@ -39,6 +39,10 @@ def test_of_two(a, b, c, letter):
 
 def test_of_none():
     pass
+
+@pytest.mark.parametrize("a", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_of_one(a):
+    pass
 """
 
 
@@ -80,7 +84,7 @@ def collected(folder, *options):
                 cases.setdefault(name, []).append(tuple(callspec.params.values()) if callspec else ())
 
     (folder / "test_it.py").write_text(SUITE)
-    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = full\n")
     given = ["-c", f"{folder}/pytest.ini", f"{folder}/test_it.py", "--collect-only", "-p", "no:cacheprovider", *options]
     assert pytest.main(given, plugins=[pairwise, Reader()]) == 0
     return cases
@@ -88,7 +92,9 @@ def collected(folder, *options):
 
 def test_tests_of_three_axes_run_in_pairs_and_in_full_when_asked(tmp_path):
     some, every = collected(tmp_path), collected(tmp_path, "--full")
-    assert some.keys() == every.keys() == {"test_of_three", "TestClass::test_of_three", "test_of_two", "test_of_none"}
+    names = {"test_of_three", "TestClass::test_of_three", "test_of_two", "test_of_none", "test_of_one"}
+    assert some.keys() == every.keys() == names
+    assert (some.pop("test_of_one"), every["test_of_one"]) == ([(1,)], [(1,), (2,)])
     assert some["test_of_two"] == every["test_of_two"]
     assert some["test_of_none"] == every["test_of_none"]
     assert (len(every["test_of_three"]), len(every["TestClass::test_of_three"])) == (60, 18)

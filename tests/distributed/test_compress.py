@@ -80,8 +80,10 @@ def expected(name, count):
     return weights_of(model), slots_of(optimizer), feedback
 
 
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("buckets", [25, 0.001])
+@pytest.mark.parametrize(
+    ("count", "buckets"),
+    [(2, 25), (3, 0.001), *(pytest.param(*case, marks=pytest.mark.full) for case in ((2, 0.001), (3, 25)))],
+)
 def test_cores_of_several_processes_step_as_the_mean_of_their_gradients(count, buckets):
     """Weights, frames, moments, and the mean of what each keeps; with windows, and several sent passes a step."""
     results = run(count, _training, list(RECIPES), "same", buckets)

@@ -130,7 +130,12 @@ RECIPES = [
 @pytest.mark.parametrize(
     ("name", "options", "count"),
     [
-        pytest.param(*case, count, id=f"{case[0]}{' delayed' if 'finder' in case[1] else ''}-{count}")
+        pytest.param(
+            *case,
+            count,
+            id=f"{case[0]}{' delayed' if 'finder' in case[1] else ''}-{count}",
+            marks=[pytest.mark.full] if count == 4 and case[0] not in {"comoving-adamw", "muon"} else [],
+        )
         for case in RECIPES
         for count in ((2,) if "finder" in case[1] else (2, 4))
     ],
