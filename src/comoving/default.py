@@ -38,7 +38,8 @@ class Optimizer(LowRankOptimizer):
         budget: what the state of all parameters together never exceeds: an int of bytes; text with a unit, "400MB"; a
             share of the float32 state that torch's AdamW keeps for the same parameters, a float in (0, 1], "12.5%" or
             "1/8"; 0 for no state at all; None for the best whatever it takes. Single numbers, step counts and
-            seeds, are kept at any budget and do not count.
+            seeds, are kept at any budget and do not count. Of parameters that processes share it is the state of all
+            processes together.
         rates: role -> factor of its learning rate, over the table's.
         betas, eps, weight_decay: as in AdamW, of parameters that get Adam; the decay, decoupled, is of matrices only,
             at ``lr`` itself.

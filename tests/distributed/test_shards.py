@@ -108,7 +108,8 @@ def _gathered_loss(model, x):
 
 
 def _recipe(name, options, model):
-    return comoving.build(name, model, 1e-2, rank=0.25, **({"side": "right", "refresh_every": 4} | options))
+    own = {} if name == "comoving" else {"side": "right", "refresh_every": 4}
+    return comoving.build(name, model, 1e-2, rank=0.25, **(own | options))
 
 
 def _work(rank, name, options, how):
@@ -124,6 +125,7 @@ RECIPES = [
     ("comoving-adamw", {}),
     ("muon", {}),
     ("soap", {}),
+    ("comoving", {"budget": "1/16"}),
 ]
 
 
