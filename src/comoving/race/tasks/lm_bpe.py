@@ -1,26 +1,20 @@
 """A small LLaMA predicts the next of 4,096 tokens, so that its tables are as large a share as in real small models."""
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from comoving.race import cache
 from comoving.race.extras import require
 from comoving.race.tasks import Batch
-from comoving.race.tasks.lm import ByteTask, Document, loaded
+from comoving.race.tasks.lm import CONTEXT, ByteTask, Document, Windows, loaded
 
-CONTEXT = 128
 VOCABULARY = 4096
-VALIDATION_WINDOWS = 96
-EVALUATION_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ def pieces(text: str) -> list[str]:
     return ["".join(part) for part in found]
 
 
-class TokenTask:
+class TokenTask(Windows):
     """Windows of 128 tokens of a byte-level BPE; losses are in bits per byte, so that vocabularies compare.
 
     Args:
@@ -87,10 +81,6 @@ class TokenTask:
             raise ValueError(f"too little text: {len(self.held_out)} tokens to validate on, {CONTEXT + 1} are needed")
         self.bytes_per_token = len(texts[1]) / len(self.held_out)
 
-    def fingerprint(self) -> str:
-        """Digest of the tokens."""
-        return hashlib.sha256(self.training.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
-
     def model(self) -> nn.Module:
         """Four layers of width 128; 0.79 million parameters, and 1.05 million in embedding and head, not tied."""
         transformers = require("transformers", "hf")
@@ -106,31 +96,11 @@ class TokenTask:
         )
         return transformers.LlamaForCausalLM(config)
 
-    def windows(self, part: NDArray[Any], starts: Tensor) -> Batch:
-        """Inputs and the tokens that follow them, both (windows, 128) int64."""
-        rows = torch.from_numpy(part[starts.numpy()[:, None] + np.arange(CONTEXT + 1)].astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
-
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
-        """Windows at random places of the training text."""
-        return self.windows(self.training, torch.randint(len(self.training) - CONTEXT, (size,), generator=generator))
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy in bits per byte, at the validation text's bytes per token."""
         logits: Tensor = model(input_ids=batch[0]).logits
         nats = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[1].flatten())
         return nats / (math.log(2) * self.bytes_per_token)
-
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Bits per byte over 96 windows spread evenly over the held-out text; metric and loss are the same number."""
-        count = min(VALIDATION_WINDOWS, len(self.held_out) // (CONTEXT + 1))
-        starts = torch.linspace(0, len(self.held_out) - CONTEXT - 1, count).long()
-        device = next(model.parameters()).device
-        total = 0.0
-        for part in starts.split(EVALUATION_BATCH):
-            inputs, following = (x.to(device) for x in self.windows(self.held_out, part))
-            total += self.loss(model, (inputs, following)).item() * len(part)
-        return {"value": total / count, "loss": total / count}
 
 
 def load(text: str = "") -> TokenTask:
