@@ -294,8 +294,8 @@ def test_task_trains(name, tmp_path, monkeypatch, request):
         monkeypatch.setattr(fno, "TEST", 8)
     if name == "vit":
         monkeypatch.setenv("COMOVING_DIGITS", "1")
-    for module in (lm, lm_bpe, ft):
-        monkeypatch.setattr(module, "VALIDATION_WINDOWS", 4)
+    for kind in (lm.Windows, ft.TuningTask):
+        monkeypatch.setattr(kind, "looks", 4)
     if name == "ft":
         request.getfixturevalue("small_pretrained")
     if name == "darcy-docs":
