@@ -50,7 +50,7 @@ def _matrices(rate: float, bare: float) -> list[dict[str, Any]]:
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "hidden": _matrices(4.0, 10.0),
     "spectral": _matrices(4.0, 16.0),
-    "convolution": [BALANCED | {"rate": 0.5}, ADAM_8 | {"rate": 2.0}, ADAM_32 | {"rate": 2.0}],
+    "convolution": [BALANCED | {"rate": 0.5}, ADAM_32 | {"rate": 2.0}, *_matrices(4.0, 10.0)],
     "table": [ADAM_8 | {"rate": 8.0, **SQRT}, BALANCED | {"rate": 2.0, **SQRT}],
     "head": [BARE | {"rate": 10.0}, ADAM_8 | {"rate": 4.0}, FACTORED | {"rate": 4.0}],
     "position": [BALANCED | {"rate": 1.0, **SQRT}, ADAM_32 | {"rate": 4.0, **SQRT}],
@@ -133,10 +133,11 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
     facts = list[dict[str, Any]]()
     for task in arguments.tasks.split(","):
         present = {found.role for found in roles_of(TASKS[task].load().model()).values()}
-        labels = {("", ""): written(arguments.out / "tables", best)}
+        here = {role: best[role] for role in sorted(present)}
+        labels = {("", ""): written(arguments.out / "tables", here)}
         for role in sorted(present):
             for choice in CANDIDATES[role][:-1]:
-                labels[role, choice["name"]] = written(arguments.out / "tables", best | {role: choice})
+                labels[role, choice["name"]] = written(arguments.out / "tables", here | {role: choice})
         runs = Runs(task, [*dict.fromkeys(labels.values())], arguments)
         seeds = range(arguments.seeds)
         wanted = [(label, TASKS[task].rate, seed) for label in labels.values() for seed in seeds]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import comoving
+from comoving.composition.table import FILE
 from comoving.methods import DEFAULT
 from comoving.race import sources
 from comoving.race.extras import require
@@ -80,11 +81,13 @@ class Contender:
     def code(self, wrapped: bool = False) -> str:
         """Digest of the code that steps: a finished run is used again only while it stays the same.
 
-        Of ours, what :mod:`comoving` imports; ``wrapped`` for a run in several processes, to which more code belongs.
+        Of ours, what :mod:`comoving` imports, and of the default optimizer the table that it chooses from; ``wrapped``
+        for a run in several processes, to which more code belongs.
         """
         if self.foreign is not None:
             return ",".join([torch.__version__, *(version(package) for package in self.foreign.packages)])
-        return f"{torch.__version__},{sources.digest(sources.of_optimizers(wrapped))}"
+        own = [*sources.of_optimizers(wrapped), *([FILE] if self.name == DEFAULT.name else [])]
+        return f"{torch.__version__},{sources.digest(own)}"
 
 
 @dataclass(frozen=True)
