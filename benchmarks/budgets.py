@@ -38,10 +38,19 @@ ADAM_32 = {"name": "AdamW", "options": {"rule": ADAM}}
 SQRT = {"width": 0.5}
 
 
+EMBEDDED = {
+    "name": "orthogonalized momentum, 8 bits, in the weights",
+    "options": {"rule": MUON, "moments": "in_weights()"},
+}
+LEAST = {EMBEDDED["name"]: 0.001}
+"""What a choice costs at least: at equal losses nothing shall be kept in weights that has room in the state."""
+
+
 def _matrices(rate: float, bare: float) -> list[dict[str, Any]]:
     momentum = "orthogonalized momentum"
     return [
         BARE | {"rate": bare},
+        EMBEDDED | {"rate": rate},
         {"name": f"{momentum}, 4 bits", "options": {"rule": MUON, "moments": "int4"}, "rate": rate},
         {"name": f"{momentum}, 8 bits", "options": {"rule": MUON, "moments": "int8"}, "rate": rate},
     ]
@@ -52,7 +61,7 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "spectral": _matrices(4.0, 16.0),
     "convolution": [BALANCED | {"rate": 0.5}, ADAM_32 | {"rate": 2.0}, *_matrices(4.0, 10.0)],
     "table": [ADAM_8 | {"rate": 8.0, **SQRT}, BALANCED | {"rate": 2.0, **SQRT}],
-    "head": [BARE | {"rate": 10.0}, ADAM_8 | {"rate": 4.0}, FACTORED | {"rate": 4.0}],
+    "head": [BARE | {"rate": 10.0}, EMBEDDED | {"rate": 4.0}, ADAM_8 | {"rate": 4.0}, FACTORED | {"rate": 4.0}],
     "position": [BALANCED | {"rate": 1.0, **SQRT}, ADAM_32 | {"rate": 4.0, **SQRT}],
     "norm": [BALANCED | {"rate": 0.5, **SQRT}, ADAM_32 | {"rate": 2.0, **SQRT}],
     "bias": [BALANCED | {"rate": 0.25, **SQRT}, ADAM_32 | {"rate": 1.0, **SQRT}],
@@ -115,8 +124,12 @@ class Runs:
 
 
 def written(folder: Path, choices: dict[str, dict[str, Any]]) -> str:
-    """The label of the default with one choice a role."""
-    text = json.dumps({"command": "one choice a role", "roles": {role: [one] for role, one in choices.items()}})
+    """The label of the default with one choice a role, and the role's best for those that have no room for it."""
+    roles = {
+        role: [one, *([CANDIDATES[role][-1] | {"loss": 1.0}] if one["name"] in LEAST else [])]
+        for role, one in choices.items()
+    }
+    text = json.dumps({"command": "one choice a role", "roles": roles})
     file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -126,17 +139,19 @@ def written(folder: Path, choices: dict[str, dict[str, Any]]) -> str:
 def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """What each choice costs, as a share of the validation of the best composition, the mean over tasks; written.
 
-    Negative losses, by which noise or a better choice shows, are taken for 0, and said in the figures.
+    Negative losses, by which noise or a better choice shows, are taken for 0, and said in the figures. With ``--only``
+    choices whose names contain it are measured, and what the others cost stays what it was.
     """
+    before = json.loads(arguments.known.read_text()) if arguments.only else {"losses": {}, "runs": []}
     best = {role: choices[-1] for role, choices in CANDIDATES.items()}
-    figures: dict[str, dict[str, dict[str, float]]] = {}
+    figures: dict[str, dict[str, dict[str, float]]] = before["losses"]
     facts = list[dict[str, Any]]()
     for task in arguments.tasks.split(","):
         present = {found.role for found in roles_of(TASKS[task].load().model()).values()}
         here = {role: best[role] for role in sorted(present)}
         labels = {("", ""): written(arguments.out / "tables", here)}
         for role in sorted(present):
-            for choice in CANDIDATES[role][:-1]:
+            for choice in (c for c in CANDIDATES[role][:-1] if arguments.only in c["name"]):
                 labels[role, choice["name"]] = written(arguments.out / "tables", here | {role: choice})
         runs = Runs(task, [*dict.fromkeys(labels.values())], arguments)
         seeds = range(arguments.seeds)
@@ -150,16 +165,23 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
                 figures.setdefault(role, {}).setdefault(name, {})[task] = mean / means["", ""] - 1
         facts.append(runs.facts() | {"best": means["", ""]})
     roles = {
-        role: [choice | {"loss": _loss(figures.get(role, {}).get(choice["name"], {}))} for choice in choices]
+        role: [
+            choice | {"loss": _loss(choice["name"], figures.get(role, {}).get(choice["name"], {}))}
+            for choice in choices
+        ]
         for role, choices in CANDIDATES.items()
     }
-    found = {"command": "python benchmarks/study.py " + " ".join(sys.argv[1:]), "runs": facts, "losses": figures}
+    found = {
+        "command": "python benchmarks/study.py " + " ".join(sys.argv[1:]),
+        "runs": [*before["runs"], *facts],
+        "losses": figures,
+    }
     FILE.write_text(json.dumps({"command": found["command"], "roles": roles}, indent=1) + "\n")
     return found
 
 
-def _loss(by_task: dict[str, float]) -> float:
-    return round(max(0.0, statistics.fmean(by_task.values())), 5) if by_task else 0.0
+def _loss(name: str, by_task: dict[str, float]) -> float:
+    return round(max(LEAST.get(name, 0.0), statistics.fmean(by_task.values())), 5) if by_task else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------- the frontier

@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--from", dest="places", type=Path, nargs="+", default=[], help="where collect looks")
     parser.add_argument("--name", default="ranks", help="what collect writes")
-    parser.add_argument("--only", default="", help="contenders whose label contains this")
+    parser.add_argument("--only", default="", help="contenders, or choices of table, whose label contains this")
     parser.add_argument("--at", nargs="+", default=[], help="what seeds runs: contender@rate")
     arguments = parser.parse_args()
     if arguments.study in BUDGETED:
@@ -366,6 +366,7 @@ def main() -> None:
 def budgeted(arguments: argparse.Namespace) -> None:
     """The studies of the default optimizer: their JSON and pictures are what is committed."""
     if arguments.study == "table":
+        arguments.known = COMMITTED / "table.json"
         found = budgets.table(arguments)
         (COMMITTED / "table.json").write_text(json.dumps(found, indent=1) + "\n")
         return

@@ -6,7 +6,7 @@ from torch import nn
 
 from comoving import LowRankOptimizer, build, recipes
 from comoving.cadence import Growing, Lazy
-from comoving.codecs import Int4, Int8, RankOne
+from comoving.codecs import Int4, Int8, InWeights, RankOne
 from comoving.finders import (
     BlockSelection,
     Delayed,
@@ -75,6 +75,7 @@ PARTS = {
     "codes": {"residual": Feedback(), "codec": Int8(rounding="stochastic"), "moments": Int4(rounding="stochastic"),
               "bases": Int8(rounding="stochastic")},
     "coarse bases": {"bases": Int4(block=256, table="linear")},
+    "in weights": {"rule": Muon(), "moments": InWeights(), "rank": 1.0},
     "rank one": {"moments": RankOne(), "transport": Keep()},
     "sparse": {"residual": Sparse(choose="probabilistic", first=False)},
     "adaptive ranks": {"ranks": Energy()},

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .codecs import Codec, Full
+from .codecs import Codec, Full, InWeights
 from .frames.base import Rank
 from .grouping import param_groups
 from .parts import in_words
@@ -168,8 +168,11 @@ def explain(model_or_optimizer: object, rank: Rank = 0.25) -> Explanation:
 
 def _rule_text(group: Mapping[str, Any]) -> str:
     """The rule of a parameter, and the codec of its moments where that is not the plain one."""
-    codec = "" if isinstance(group["moments"], Full) else f", {type(group['moments']).__name__}"
-    return f"{in_words(group['rule'])}{codec}"
+    codec, where = group["moments"], ""
+    if isinstance(codec, InWeights):
+        codec, where = codec.codec, " in the weights"
+    kept = "" if isinstance(codec, Full) else f", {type(codec).__name__}{where}"
+    return f"{in_words(group['rule'])}{kept}"
 
 
 def _shared_text(site: Site) -> str:

@@ -12,6 +12,7 @@ from . import state as slots
 from .cadence import Cadence
 from .codecs import Codec
 from .comm import LOCAL, Comm
+from .embedded import Embedded
 from .finders import Finder
 from .frames import Layout
 from .frames import stored as stored_frame
@@ -78,6 +79,11 @@ class Kind:
         """The names of all slots of the rule and the transport, decoded and as they are stored."""
         own = {slot.name for slot in slots.rule_slots(self.site, self.group)}
         return frozenset(own | slots.moments(self.site, self.group).keys())
+
+    @cached_property
+    def embedded(self) -> Embedded | None:
+        """How its moments lie in the weights; None where they are in the state."""
+        return Embedded.of(self.site, self.group)
 
     @cached_property
     def declared(self) -> dict[str, frozenset[str]]:

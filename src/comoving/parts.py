@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from .cadence import Every, Growing, Lazy
-from .codecs import BFloat16, Full, Int4, Int8, RankOne, TopDirections
+from .codecs import BFloat16, Full, Int4, Int8, InWeights, RankOne, TopDirections
 from .finders import (
     Amortized,
     BlockSelection,
@@ -129,6 +129,7 @@ PARTS: dict[str, dict[str, type]] = {
         "int4": Int4,
         "rank_one": RankOne,
         "top_directions": TopDirections,
+        "in_weights": InWeights,
     },
 }
 PARTS["moments"] = PARTS["bases"] = PARTS["codec"]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .codecs import Full, RankOne, TopDirections
+from . import embedded
+from .codecs import Full, InWeights, RankOne, TopDirections
 from .frames import Blocks, Cosines, Modes, Pooled, Seeded, SparseModes
 from .residual import Details, Discard, Feedback, Folded, Sparse
 from .rules import Adam, Rule
@@ -64,6 +65,8 @@ def check_composition(group: Group) -> None:
     for role in ("codec", "moments", "bases"):
         if not group[role].signed:
             raise ValueError(f"{role}={group[role]} is refused: it stores no signs, and serves second moments alone")
+        if role != "moments" and isinstance(group[role], InWeights):
+            raise ValueError(f"{role}={group[role]} is refused: it is for moments, which are of the weights' entries")
     if rule.definite and not isinstance(group["moments"], Full):
         raise ValueError(
             f"moments={group['moments']} is refused: it rounds covariances, which may then have negative eigenvalues, "
@@ -97,6 +100,9 @@ def check_site(site: Site, group: Group) -> None:
     """
     if site.deferred:
         _check_deferred(site, group)
+    unfit = embedded.trouble(site.block(0) if site.blocks else site, group)
+    if unfit is not None:
+        raise ValueError(f"moments={group['moments']} is refused: {site.name} is {_kind(site)}, {unfit}")
     for role, applies, reason in _PROJECTED if site.projected else _WHOLE:
         if applies(site, group):
             kind = "half precision" if role == "rounding" else _kind(site)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .codecs import Codec, Full, Spec, store
+from .codecs import Codec, Full, InWeights, Spec, store
 from .diagnostics import SLOT, STORED
 from .draws import scramble
 from .frames import stored as stored_frame
@@ -141,7 +141,9 @@ def _stored(slot: Slot, site: Site, group: Mapping[str, Any]) -> dict[str, Spec]
 
 
 def moments(site: Site, group: Mapping[str, Any]) -> dict[str, Spec]:
-    """The slots of rule and transport as stored tensors."""
+    """The slots of rule and transport as stored tensors; none where they are in the weights."""
+    if in_weights(group):
+        return {}
     return {name: spec for slot in rule_slots(site, group) for name, spec in _stored(slot, site, group).items()}
 
 
@@ -166,6 +168,11 @@ def awaited(site: Site, group: Mapping[str, Any], state: Mapping[str, Any], devi
     return {name: x for name, x in first.items() if name in names and name not in state}
 
 
+def in_weights(group: Mapping[str, Any]) -> bool:
+    """Whether the moments of a group are kept in the weights (:mod:`comoving.embedded`), and no slots of the state."""
+    return isinstance(group["moments"], InWeights)
+
+
 def coded(group: Mapping[str, Any]) -> bool:
     """Whether the moments of a group are stored in codes."""
     return not isinstance(group["moments"], Full)
@@ -187,7 +194,7 @@ def decoded(
         ValueError: codes that belong to no core of these ranks.
     """
     working = dict(moments)
-    if not coded(group):
+    if not coded(group) or in_weights(group):
         return working
     for slot in rule_slots(site, group):
         if only not in {None, slot.name}:
@@ -219,6 +226,9 @@ def encoded(
     result = dict(moments)
     if not coded(group):
         return result
+    if in_weights(group):
+        gone = {slot.name for slot in rule_slots(site, group)}
+        return {name: x for name, x in result.items() if name not in gone}
     for slot in rule_slots(site, group):
         codec = _store(slot, group["moments"])
         if codec is None or slot.name not in result:

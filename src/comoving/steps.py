@@ -271,6 +271,10 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
     kind, parts, opened, stored = cell.kind, cell.kind.parts, cell.open, cell.moments
     site, rule = kind.site, parts.rule
     cell.decode()
+    target, embedded = weights, kind.embedded
+    if embedded is not None:
+        weights, kept = embedded.take(weights, cell.rows)
+        cell.moments |= kept
     cell.open, cell.t, cell.tick = None, cell.t + 1, cell.tick + 1
     clock = cell.clock(now.betas)
     if site.projected:
@@ -289,16 +293,17 @@ def apply(cell: Cell, weights: Tensor, now: Now) -> None:
     moments = dict(cell.moments) if parts.residual.reads else dict[str, Tensor]()
     if slots.coded(kind.group):  # which gives the decoded ones up
         moments = {name: x.clone() for name, x in moments.items()}
+    kept = cell.moments
     cell.encode(moved=True)
     cell.check()
     load = partial(cell.load, opened.core)
     update = Update(load, compressed, opened.core, d, factor, shrink, rate, clock, now.eps, opened.size, moments)
-    if not cautious:
-        parts.residual.write(weights, update, cell.residual, parts.codec)  # 6, 7
-        return
-    new = weights.clone()
-    parts.residual.write(new, update, cell.residual, parts.codec)
-    weights.copy_(decay_agreeing(new, weights, now.lr * now.weight_decay))
+    new = weights.clone() if cautious else weights
+    parts.residual.write(new, update, cell.residual, parts.codec)  # 6, 7
+    if cautious:
+        weights.copy_(decay_agreeing(new, weights, now.lr * now.weight_decay))
+    if embedded is not None:
+        target.copy_(embedded.put(weights, kept, cell.t if cell.recorded else cell.tick, cell.rows))
 
 
 def _of_shape(x: Tensor, site: Site) -> Tensor:

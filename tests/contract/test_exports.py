@@ -7,7 +7,7 @@ import pytest
 
 from comoving import cadence, codecs, finders, frames, precondition, ranks, residual, rules, transport
 from comoving.cadence import Growing, Lazy
-from comoving.codecs import Int4, Int8, RankOne, Root, TopDirections
+from comoving.codecs import Int4, Int8, InWeights, RankOne, Root, TopDirections
 from comoving.finders import (
     Amortized,
     BlockSelection,
@@ -76,7 +76,7 @@ ROLES = {
     "finder": (finders, [*FINDERS, *BOND_FINDERS, *(finder for finder, _ in (*SAMPLED, *SPARSE))], {"Operand"}),
     "cadence": (cadence, CADENCES, set()),
     "transport": (transport, TRANSPORTS, {"Clock", "Overlap", "Slot"}),
-    "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *APART, *POSITIVE], set()),
+    "codec": (codecs, [*CODECS, *DRAWN, *COARSE, *APART, *POSITIVE, InWeights()], set()),
     "residual": (residual, [*RESIDUALS, *MOVING], {"Cores", "Passage", "Update"}),
     "precondition": (precondition, PRECONDITIONERS, set()),
     "rule": (rules, [*RULES, *STATELESS, *THIN], set()),

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.tensor import Shard
 
 import comoving
-from comoving.codecs import BFloat16, Full, Int4, Int8, RankOne
+from comoving.codecs import BFloat16, Full, Int4, Int8, InWeights, RankOne
 from distributed.placed import STEADY, assert_same, made, mesh_of, stepped, where
 from distributed.processes import run
 
@@ -59,6 +59,20 @@ def test_codecs(recipe, role):
             assert {places[name] for name in MATRICES} == {"dealt" if dealt else "shared"}, options[role]
         bytes_here, all_bytes = [process[i][2] for process in found], comoving.state_bytes(optimizer)
         assert max(bytes_here) < all_bytes <= sum(bytes_here)
+
+
+def _embedded(rank):
+    params = made(SHAPES, {"*": [Shard(0)]}, mesh_of([2]), torch.float32)
+    weights, optimizer = stepped(params, "muon", {"moments": InWeights()}, 7)
+    return weights, where(optimizer)
+
+
+def test_moments_in_the_weights_go_with_them():
+    """Whoever steps a matrix gathers its weights, with what is in them, and hands both back."""
+    weights, _ = stepped(made(SHAPES, dtype=torch.float32), "muon", {"moments": InWeights()}, 7)
+    for own, places in run(2, _embedded):
+        assert all(torch.equal(own[name], weights[name]) for name in MATRICES)
+        assert {places[name] for name in MATRICES} == {"dealt"}
 
 
 SHARED = {

@@ -124,7 +124,8 @@ def test_everything_is_drawn_in_the_end():
         if not parts[role][kind] and kind.__name__ not in {"Full", "Fixed", "Plain", "Every"}
     }
     # Refused: always, and wherever parts are composed, in frames that are not whole.
-    assert left_out == {("bases", "RankOne"), ("bases", "TopDirections"), ("rule", "SWAN")}
+    elsewhere = {(role, "InWeights") for role in ("codec", "moments", "bases")}
+    assert left_out == {("bases", "RankOne"), ("bases", "TopDirections"), ("rule", "SWAN"), *elsewhere}
     assert {case.recipe for case in cases} == {None, *recipes()}
     assert {p.dtype for case in cases for p in case.parameters} >= {torch.float16, torch.complex128, torch.bfloat16}
     assert {len(p.shape) for case in cases for p in case.parameters} == {1, 2, 3, 4, 5}

@@ -26,6 +26,7 @@ from ..state import (
     current,
     first_seeds,
     group_of_block,
+    in_weights,
     layout,
     packed,
     parts_of,
@@ -39,6 +40,7 @@ from ..state import (
 from ..views import View
 from .recode import recoded
 
+_MOMENTS = "moment."
 _TORCH_NAMES = {"exp_avg": FIRST, "exp_avg_sq": SECOND, "max_exp_avg_sq": SECOND_MAX}
 
 
@@ -65,6 +67,8 @@ def admit(saved: Mapping[str, Any], site: Site, group: Mapping[str, Any], seed: 
         state = _checked(state, expected, site, ignore=("tick", *UNFINISHED))
         return {name: value for name, value in state.items() if name in expected or name in UNFINISHED}
     state.setdefault("tick", 0)
+    if in_weights(group):
+        _check_empty(state, site)
     if FIRST in state and not any(name.startswith(stored_frame.PREFIX) for name in state):
         state = first_seeds(site, group, seed) | state
     if site.projected:
@@ -125,6 +129,16 @@ def owned(
         return value.detach().clone().to(place(spec, p.device, scalars))
 
     return {name: own(name, value) for name, value in state.items()}
+
+
+def _check_empty(state: Mapping[str, Any], site: Site) -> None:
+    """Raise for moments of a parameter that keeps them elsewhere."""
+    found = sorted(name for name in state if name.startswith(_MOMENTS))
+    if found:
+        raise ValueError(
+            f"{site.name}: the checkpoint has {', '.join(found)}, and this optimizer keeps moments in its weights, "
+            f"where those of the checkpoint are in its state: load it into one with the same moments="
+        )
 
 
 def _said(state: Mapping[str, Any], site: Site) -> Ranks | None:

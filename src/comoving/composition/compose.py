@@ -113,7 +113,7 @@ class Composer:
             if m.role not in rows:
                 rows[m.role] = self.table.row(m.role)
         entries = {role: sum(m.p.numel() for m in members if m.role == role) for role in rows}
-        sizes: dict[Any, list[int]] = {}
+        sizes: dict[Any, list[int | None]] = {}
         frontiers = [_options(m, rows[m.role], entries[m.role], self.defaults, sizes) for m in members]
         limit = self.limit([*others, *(m.p for m in members)])
         try:
@@ -150,7 +150,7 @@ def _chosen(frontiers: Sequence[Sequence[Option]], limit: int | None) -> list[Op
 
 
 def _options(
-    member: Member, row: Row, entries: int, defaults: Mapping[str, Any], sizes: dict[Any, list[int]]
+    member: Member, row: Row, entries: int, defaults: Mapping[str, Any], sizes: dict[Any, list[int | None]]
 ) -> list[Option]:
     """The choices worth having for one parameter; alike ones are laid out once."""
     p = member.p
@@ -158,9 +158,17 @@ def _options(
     if key not in sizes:
         sizes[key] = [_bytes(p, {**defaults, **_group(choice, member), **member.group}) for choice in row.choices]
     share = p.numel() / max(1, entries)
-    return frontier(
-        Option(choice, size, choice.loss * share) for choice, size in zip(row.choices, sizes[key], strict=True)
-    )
+    options = [
+        Option(choice, size, choice.loss * share)
+        for choice, size in zip(row.choices, sizes[key], strict=True)
+        if size is not None
+    ]
+    if not options:
+        raise ValueError(
+            f"{member.name or 'a parameter'} of shape {tuple(p.shape)} and {p.dtype} has no room in its weights for "
+            f"moments, and the table has no other choice for role {member.role}"
+        )
+    return frontier(options)
 
 
 def _group(choice: Choice, member: Member) -> dict[str, Any]:
@@ -169,8 +177,14 @@ def _group(choice: Choice, member: Member) -> dict[str, Any]:
     return choice.group(tuple(member.p.shape)) | blocks
 
 
-def _bytes(p: Tensor, group: Mapping[str, Any]) -> int:
-    (site,) = decide([(None, p)], group, 0, {})
+def _bytes(p: Tensor, group: Mapping[str, Any]) -> int | None:
+    """What a parameter's state takes; None where moments are to be kept in weights that have no room for them."""
+    try:
+        (site,) = decide([(None, p)], group, 0, {})
+    except ValueError:
+        if slots.in_weights(group):
+            return None
+        raise
     return counted_bytes(site, group)
 
 

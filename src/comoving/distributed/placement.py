@@ -208,6 +208,8 @@ def shared_out(site: Site, group: Mapping[str, Any], spread: Spread) -> bool:
     if site.blocks:
         return view.name == "tensor" and site.block_mode == mode
     parts = slots.parts_of(site, group)
+    if slots.in_weights(parts):
+        return False
     across = site.projected and site.ranks[mode] is not None
     if across and prod(site.core_shape) * view.shape[mode] > prod(view.shape) * max(spread.sizes):
         return False
