@@ -11,6 +11,7 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil, log2
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,8 @@ def draw(studies: list[dict[str, Any]], file: Path) -> None:
         least = min((s for s in share.values() if s > 1e-3), default=1.0)
         zero = log2(least) - 1.5
         place = {name: log2(s) if s > 1e-3 else zero for name, s in share.items()}
-        curve = sorted((place[x["contender"]], x) for x in found["contenders"] if x["contender"].startswith("comoving"))
+        ours = [x for x in found["contenders"] if x["contender"].startswith("comoving")]
+        curve = sorted(((place[x["contender"]], x) for x in ours), key=itemgetter(0))
         axes.errorbar(
             [x for x, _ in curve], [x["mean"] for _, x in curve], [x["deviation"] or 0 for _, x in curve],
             fmt="o-", color="#D55E00", lw=2, ms=5, capsize=2, label="comoving.Optimizer",
@@ -298,3 +300,38 @@ def lines(found: dict[str, Any]) -> list[str]:
         + f"  state {share[x['contender']]:.4f}x  lr {x['rate']:g}"
         for x in sorted(found["contenders"], key=lambda x: x["mean"])
     ]
+
+
+def markdown(found: dict[str, Any]) -> list[str]:
+    """The table as docs/frontier.md has it, by falling state."""
+    share, best = shares(found), min(line["mean"] for line in _rivals(found) or found["contenders"])
+    rows = ["| | validation | state | beside the best rival |", "|---|---|---|---|"]
+    for x in sorted(found["contenders"], key=lambda x: (-x["state"], x["mean"])):
+        spread = f" ± {x['deviation']:.2g}" if x["deviation"] is not None else ""
+        rate = "" if x["contender"].startswith("comoving") else f", rate {x['rate']:g}{_ratio(x['label'])}"
+        name = x["contender"].replace(":moments=int8", ", 8 bits").replace("comoving, ", "`comoving.Optimizer`, ")
+        least = f"{share[x['contender']]:.2g}x" if share[x["contender"]] >= 5e-5 else "0"
+        rows.append(f"| {name}{rate} | {x['mean']:.4g}{spread} | {least} | {x['mean'] / best - 1:+.1%} |")
+    return rows
+
+
+def _ratio(label: str) -> str:
+    """The rate of all other roles over that of the weights, in a rival's label."""
+    given = label.partition("rates={")[2].partition("}")[0]
+    return f", all others {given.partition(':')[2].partition(',')[0]} times that" if given else ""
+
+
+def choices_markdown(found: dict[str, Any]) -> list[str]:
+    """What each choice of the table costs on each task, in percent of the best composition's validation."""
+    tasks = [run["task"] for run in found["runs"]]
+    tasks = [*dict.fromkeys(tasks)]
+    rows = [f"| role | choice | {' | '.join(tasks)} |", "|---|---|" + "---|" * len(tasks)]
+    for role, choices in CANDIDATES.items():
+        for choice in choices[:-1]:
+            by_task = found["losses"].get(role, {}).get(choice["name"], {})
+            cells = [f"{by_task[task]:+.1%}" if task in by_task else "" for task in tasks]
+            rows.append(f"| {role} | {choice['name']} | {' | '.join(cells)} |")
+        measured = {task for by_task in found["losses"].get(role, {}).values() for task in by_task}
+        cells = ["0" if task in measured else "" for task in tasks]
+        rows.append(f"| {role} | **{choices[-1]['name']}** | {' | '.join(cells)} |")
+    return rows

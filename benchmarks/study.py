@@ -9,7 +9,8 @@
     python benchmarks/study.py collect --task lm --from out/ranks-lm out/ranks-lm-2 --out benchmarks/results/study
 
 "table" measures what `comoving.Optimizer` chooses from, and writes it into the package; "frontier" sets it at several
-budgets against tuned rivals, and draws validation against the whole state; "picture" draws all committed frontiers.
+budgets against tuned rivals, and draws validation against the whole state; "picture" draws all committed frontiers, and
+prints their tables.
 
 "ablation" changes one choice of `comoving.AdamW`'s defaults at a time. "ranks" sets recipes and codecs against each
 other at many ranks, "codecs" compares codecs alone; both draw validation against the state of the projected weights.
@@ -375,8 +376,13 @@ def budgeted(arguments: argparse.Namespace) -> None:
         (COMMITTED / f"frontier_{arguments.task}.json").write_text(json.dumps(found, indent=1) + "\n")
         budgets.draw([found], COMMITTED / f"frontier_{arguments.task}.png")
         print(*budgets.lines(found), sep="\n")
-    known = [COMMITTED / f"frontier_{task}.json" for task in TASKS]
-    budgets.draw([json.loads(file.read_text()) for file in known if file.exists()], DOCS / "frontier.png")
+    files = [COMMITTED / f"frontier_{task}.json" for task in TASKS]
+    known = [json.loads(file.read_text()) for file in files if file.exists()]
+    budgets.draw(known, DOCS / "frontier.png")
+    if arguments.study == "picture":
+        for found in known:
+            print(f"\n### {found['task']}, {found['steps']} steps\n", *budgets.markdown(found), sep="\n")
+        print("\n", *budgets.choices_markdown(json.loads((COMMITTED / "table.json").read_text())), sep="\n")
 
 
 def report(found: dict[str, Any], out: Path, name: str) -> None:
