@@ -133,7 +133,7 @@ class Muon:
             hand_over(state, z.add_(m, alpha=decay) if self.nesterov else m)
             return
         m = state[FIRST] = (state[FIRST] * decay).add_(z, alpha=intake)
-        hand_over(state, (z * intake).add_(m, alpha=decay) if self.nesterov else m)
+        hand_over(state, torch.add(z if intake == 1 else z * intake, m, alpha=decay) if self.nesterov else m)
 
     def direction(self, state: dict[str, Tensor], clock: Clock, eps: float) -> Tensor:
         """s after(orth(before(x))), a new tensor."""

@@ -91,8 +91,9 @@ def unit_columns(x: Tensor, eps: float) -> Tensor:
 def _normalized(x: Tensor, over: tuple[int, ...], eps: float) -> Tensor:
     """x / max(|x|, eps) for each slice, a new tensor; squares of the entries may leave float32's range."""
     tiny = torch.finfo(x.dtype).tiny
-    unit = x.abs().amax(over, keepdim=True).clamp_min(tiny)
+    largest = x.abs().amax(over, True) if x.is_complex() else torch.maximum(x.amax(over, True), -x.amin(over, True))
+    unit = largest.clamp_min(tiny)
     scaled = x / unit
     size = torch.linalg.vector_norm(scaled, dim=over, keepdim=True)
     # |x| = unit size; x / max(|x|, eps) = scaled / max(size, eps / unit), and eps / unit may be inf for x = 0.
-    return scaled / torch.maximum(size, eps / unit).clamp_min(tiny)
+    return scaled.div_(torch.maximum(size, eps / unit).clamp_min(tiny))
