@@ -17,6 +17,7 @@ from . import nibbles
 CHECK = 4
 """Bytes that tell whether somebody else has changed the numbers since."""
 _MIX, _STEP, _PLACE = (-2048144789, -1028477387), 0x9E3779B1, 0x27D4EB2F
+_PERIOD = 2**16
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Mantissa:
         """
         bits = x.contiguous().view(torch.int32)
         numbers, kept = bits & -(1 << self.width), self._gather(bits)
-        stands = (kept[..., -CHECK:] == _check(numbers, kept[..., :-CHECK])).all(-1, keepdim=True)
+        stands = (kept[..., -CHECK:] == _check(numbers)).all(-1, keepdim=True)
         return numbers.view(torch.float32), kept[..., :-CHECK] * stands
 
     def put(self, x: Tensor, kept: Tensor, step: int | Tensor) -> Tensor:
-        """Numbers rounded to what the high bits hold, with bytes in the low ones.
+        """Numbers rounded to what the high bits hold, with bytes in the low ones, in a new tensor.
 
         Args:
             x: float32, (*rows, entries).
@@ -68,59 +69,69 @@ class Mantissa:
             step: what the random bits of the rounding follow from, beside a number's place; those of all rows do alike.
         """
         low = (1 << self.width) - 1
-        numbers = (x.contiguous().view(torch.int32) + (_scattered(self.entries, step, x.device) & low)) & ~low
-        return (numbers | self._spread(torch.cat([kept, _check(numbers, kept)], -1))).view(torch.float32)
+        numbers = (x.contiguous().view(torch.int32) + (_scattered(self.entries, step, x.device) & low)).bitwise_and_(
+            ~low
+        )
+        self._spread(torch.cat([kept, _check(numbers)], -1), numbers)
+        return numbers.view(torch.float32)
 
-    def _spread(self, kept: Tensor) -> Tensor:
-        """Bytes as the low bits of int32, (*rows, entries)."""
+    def _spread(self, kept: Tensor, numbers: Tensor) -> None:
+        """Put bytes into the low bits of int32, (*rows, entries), which are zero."""
         n, (whole, half, single) = self.entries, self.planes
-        found = torch.zeros(*kept.shape[:-1], n, dtype=torch.int32, device=kept.device)
-        for i in range(whole):
-            found |= kept[..., i * n : (i + 1) * n].int() << 8 * i
+        for i, byte in enumerate(_bytes_of(numbers)[:whole]):
+            byte.copy_(kept[..., i * n : (i + 1) * n])
         at, shift = whole * n, 8 * whole
         if half:
             codes = nibbles.unpack(kept[..., at : at + n // 2], n - n % 2)
-            found[..., : n - n % 2] |= codes.int() << shift
+            numbers[..., : n - n % 2] |= codes.int() << shift
             at, shift = at + n // 2, shift + 4
         bits = (kept[..., at:, None] >> _eight(kept)).bitwise_and_(1).flatten(-2)
         for i in range(single):
             plane = bits[..., i * n : (i + 1) * n]
-            found[..., : plane.shape[-1]] |= plane.int() << shift + i
-        return found
+            numbers[..., : plane.shape[-1]] |= plane.int() << shift + i
 
     def _gather(self, bits: Tensor) -> Tensor:
         """The inverse: uint8 (*rows, bytes and check)."""
         n, (whole, half, single) = self.entries, self.planes
-        parts = [(bits >> 8 * i & 255).to(torch.uint8) for i in range(whole)]
+        parts = _bytes_of(bits)[:whole]
         at, shift = whole * n, 8 * whole
         if half:
             parts.append(nibbles.pack((bits[..., : n - n % 2] >> shift & 15).to(torch.uint8)))
             at, shift = at + n // 2, shift + 4
-        left = self.bytes + CHECK - at
-        if left:
-            own = torch.cat([(bits >> shift + i & 1).to(torch.uint8) for i in range(single)], -1)[..., : 8 * left]
-            parts.append((own.unflatten(-1, (left, 8)) << _eight(own)).sum(-1, dtype=torch.uint8))
+        left = 8 * (self.bytes + CHECK - at)
+        planes = [(bits[..., : left - i * n] >> shift + i & 1).to(torch.uint8) for i in range(single)]
+        if planes:
+            own = torch.cat(planes, -1).unflatten(-1, (-1, 8))
+            parts.append((own << _eight(own)).sum(-1, dtype=torch.uint8))
         return torch.cat(parts, -1)
+
+
+def _bytes_of(bits: Tensor) -> list[Tensor]:
+    """The bytes of int32, the lowest first, as views."""
+    return [*bits.view(torch.uint8).unflatten(-1, (-1, 4)).unbind(-1)]
 
 
 def _eight(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
-def _check(numbers: Tensor, kept: Tensor) -> Tensor:
-    """Four bytes that follow from all others; of zeros, zeros."""
-    total = numbers.sum(-1) + kept.sum(-1, dtype=torch.int64) * _PLACE
+def _check(numbers: Tensor) -> Tensor:
+    """Four bytes that follow from the sum of int32 numbers; of zeros, zeros."""
+    pairs = numbers.shape[-1] % 2 == 0  # half the work, and no copy as int64
+    total = (numbers.view(torch.int64) if pairs else numbers).sum(-1)
+    total = total ^ total >> 32
     shifts = torch.arange(0, 8 * CHECK, 8, device=numbers.device)
     return (total[..., None] >> shifts & 255).to(torch.uint8)
 
 
 def _scattered(entries: int, step: int | Tensor, device: torch.device) -> Tensor:
-    """Pseudo-random int32, one for each place: the finalizer of MurmurHash3 of place and step."""
+    """Pseudo-random int32, one for each place: the finalizer of MurmurHash3 of place and step; again every 2^16 places."""
     start = step.to(device, torch.int32) * _signed(_STEP) if isinstance(step, Tensor) else _signed(step * _STEP)
-    x = torch.arange(entries, dtype=torch.int32, device=device) * _signed(_PLACE) + start
+    x = torch.arange(min(entries, _PERIOD), dtype=torch.int32, device=device) * _signed(_PLACE) + start
     for factor, shift in zip(_MIX, (16, 13), strict=True):
         x = (x ^ x >> shift) * factor
-    return x ^ x >> 16
+    x = x ^ x >> 16
+    return x if entries <= _PERIOD else x.repeat(-(-entries // _PERIOD))[:entries]
 
 
 def _signed(value: int) -> int:
