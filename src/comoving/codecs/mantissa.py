@@ -69,9 +69,8 @@ class Mantissa:
             step: what the random bits of the rounding follow from, beside a number's place; those of all rows do alike.
         """
         low = (1 << self.width) - 1
-        numbers = (x.contiguous().view(torch.int32) + (_scattered(self.entries, step, x.device) & low)).bitwise_and_(
-            ~low
-        )
+        random = _scattered(self.entries, step, x.device) & low
+        numbers = (x.contiguous().view(torch.int32) + random).bitwise_and_(~low)
         self._spread(torch.cat([kept, _check(numbers)], -1), numbers)
         return numbers.view(torch.float32)
 
