@@ -124,7 +124,7 @@ def _check(numbers: Tensor) -> Tensor:
 
 
 def _scattered(entries: int, step: int | Tensor, device: torch.device) -> Tensor:
-    """Pseudo-random int32, one for each place: the finalizer of MurmurHash3 of place and step; again every 2^16 places."""
+    """Pseudo-random int32 of place and step, by MurmurHash3's finalizer; the same again every 2^16 places."""
     start = step.to(device, torch.int32) * _signed(_STEP) if isinstance(step, Tensor) else _signed(step * _STEP)
     x = torch.arange(min(entries, _PERIOD), dtype=torch.int32, device=device) * _signed(_PLACE) + start
     for factor, shift in zip(_MIX, (16, 13), strict=True):
