@@ -230,3 +230,11 @@ def test_parameters_that_join_get_what_is_left():
     share = Optimizer(model, budget=0.5)
     share.add_param_group({"params": [("new", new)]})
     assert chosen(share)["new"] == "orthogonalized momentum, 8 bits"
+
+
+@pytest.mark.parametrize("given", [lambda model: model, lambda model: model.named_parameters()], ids=["model", "named"])
+def test_alike_parameters_share_a_group(given):
+    """So that they are stepped together: a group each would take several times as long."""
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(5)))
+    optimizer = Optimizer(given(model))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [5, 5]

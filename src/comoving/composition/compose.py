@@ -52,8 +52,8 @@ def members_of(params: nn.Module | Iterable[Any]) -> list[Member]:
         TypeError: something else.
     """
     if isinstance(params, nn.Module):
-        roles = roles_of(params)
-        found = [Member(name, p, roles[name].role, {}) for name, p in params.named_parameters() if p.requires_grad]
+        roles, own = roles_of(params), dict[str, Any]()  # one group's: what shares it can be stepped together
+        found = [Member(name, p, roles[name].role, own) for name, p in params.named_parameters() if p.requires_grad]
     else:
         given: list[Any] = [params] if isinstance(params, Tensor) else [*params_of(params)]
         groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
