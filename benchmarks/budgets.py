@@ -26,6 +26,8 @@ BUDGETS = ("1/2", "1/4", "1/8", "1/16", "1/32", "1/64", "0")
 RATIOS = (1, 4, 16)
 """Of the rate of all but hidden weights to theirs: the second value that AdamW and Muon are tuned in."""
 TUNED = ("adamw", "muon", "muon:moments=int8")
+KEPT = "kept"
+"""In place of names of rivals: those of the committed figures, as they were."""
 NEAR = (1 / 1.5, 1.5)
 """Factors of the default's rate that are tried at one budget, to see whether AdamW's carries over."""
 TABLE_TASKS = ("lm", "lm-bpe", "vit", "fno")
@@ -60,13 +62,13 @@ def _matrices(rate: float, bare: float) -> list[dict[str, Any]]:
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "hidden": _matrices(4.0, 10.0),
     "spectral": _matrices(4.0, 16.0),
-    "convolution": [BALANCED | {"rate": 0.5}, ADAM_32 | {"rate": 2.0}, *_matrices(4.0, 10.0)],
+    "convolution": [BALANCED | {"rate": 0.25}, ADAM_32 | {"rate": 1.0}, *_matrices(2.0, 5.0)],
     "table": [ADAM_8 | {"rate": 8.0, **SQRT}, BALANCED | {"rate": 2.0, **SQRT}],
     "head": [BARE | {"rate": 10.0}, EMBEDDED | {"rate": 4.0}, ADAM_8 | {"rate": 4.0}, FACTORED | {"rate": 4.0}],
     "position": [BALANCED | {"rate": 1.0, **SQRT}, ADAM_32 | {"rate": 4.0, **SQRT}],
     "norm": [BALANCED | {"rate": 0.5, **SQRT}, ADAM_32 | {"rate": 2.0, **SQRT}],
-    "bias": [BALANCED | {"rate": 0.25, **SQRT}, ADAM_32 | {"rate": 1.0, **SQRT}],
-    "scalar": [BALANCED | {"rate": 1.0}, ADAM_32 | {"rate": 4.0}],
+    "bias": [BALANCED | {"rate": 0.0625, **SQRT}, ADAM_32 | {"rate": 0.25, **SQRT}],
+    "scalar": [BALANCED | {"rate": 0.25}, ADAM_32 | {"rate": 1.0}],
 }
 """Role -> what there is to choose, the best last. Rates are principle, not fits: see docs/choosing.md."""
 
@@ -141,9 +143,10 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """What each choice costs, as a share of the validation of the best composition, the mean over tasks; written.
 
     Negative losses, by which noise or a better choice shows, are taken for 0, and said in the figures. With ``--only``
-    choices whose names contain it are measured, and what the others cost stays what it was.
+    choices whose names contain it are measured, with ``--roles`` those of these roles; the others cost what they did.
     """
-    before = json.loads(arguments.known.read_text()) if arguments.only else {"losses": {}, "runs": []}
+    some = arguments.only or arguments.roles
+    before = json.loads(arguments.known.read_text()) if some else {"losses": {}, "runs": []}
     best = {role: choices[-1] for role, choices in CANDIDATES.items()}
     figures: dict[str, dict[str, dict[str, float]]] = before["losses"]
     facts = list[dict[str, Any]]()
@@ -152,6 +155,8 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
         here = {role: best[role] for role in sorted(present)}
         labels = {("", ""): written(arguments.out / "tables", here)}
         for role in sorted(present):
+            if arguments.roles and role not in arguments.roles.split(","):
+                continue
             for choice in (c for c in CANDIDATES[role][:-1] if arguments.only in c["name"]):
                 labels[role, choice["name"]] = written(arguments.out / "tables", here | {role: choice})
         runs = Runs(task, [*dict.fromkeys(labels.values())], arguments)
@@ -199,9 +204,11 @@ def frontier(arguments: argparse.Namespace) -> dict[str, Any]:
         return name if ratio == 1 else f"{name}{';' if ':' in name else ':'}rates={{{rates}}}"
 
     ours = {budget: f"comoving:budget={budget}" for budget in arguments.budgets.split(",")}
-    tuned = {name: [rated(name, ratio) for ratio in RATIOS] for name in arguments.tuned.split(",") if name}
+    keeps = arguments.tuned == KEPT
+    tuned = {} if keeps else {n: [rated(n, ratio) for ratio in RATIOS] for n in arguments.tuned.split(",") if n}
     runs = Runs(task, [*ours.values(), *(label for labels in tuned.values() for label in labels)], arguments)
-    lines = list[dict[str, Any]]()
+    before = json.loads(arguments.known.read_text()) if keeps else {"contenders": []}
+    lines = _rivals(before)
     for name, labels in tuned.items():
         lines.append(_tuned(runs, name, labels, arguments.seeds))
     rate = TASKS[task].rate
@@ -214,10 +221,14 @@ def frontier(arguments: argparse.Namespace) -> dict[str, Any]:
     near = ours.get("1/8", next(iter(ours.values())))
     rates = [float(f"{rate * factor:.4g}") for factor in NEAR]
     tried = dict(zip(rates, runs.all([(near, r, 0) for r in rates]), strict=True))
-    return runs.facts() | {
-        "contenders": lines,
-        "near": {"label": near, "rates": {f"{r:g}": v for r, v in tried.items()}},
-    }
+    return (
+        runs.facts()
+        | ({"rivals": before.get("rivals", before["command"])} if keeps else {})
+        | {
+            "contenders": lines,
+            "near": {"label": near, "rates": {f"{r:g}": v for r, v in tried.items()}},
+        }
+    )
 
 
 def _tuned(runs: Runs, name: str, labels: list[str], seeds: int) -> dict[str, Any]:

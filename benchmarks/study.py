@@ -324,8 +324,9 @@ def main() -> None:
     parser.add_argument("study", choices=(*BUDGETED, "ablation", "rules", "ranks", "codecs", "seeds", "collect"))
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--tasks", default=",".join(budgets.TABLE_TASKS), help="of table, by commas")
+    parser.add_argument("--roles", default="", help="of table: these alone, by commas")
     parser.add_argument("--budgets", default=",".join(budgets.BUDGETS), help="of frontier, by commas")
-    parser.add_argument("--tuned", default=",".join(budgets.TUNED), help="rivals in frontier, by commas")
+    parser.add_argument("--tuned", default=",".join(budgets.TUNED), help="rivals in frontier, by commas, or 'kept'")
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--out", type=Path, default=Path("out/study"))
     parser.add_argument("--steps", type=int, default=None)
@@ -372,6 +373,7 @@ def budgeted(arguments: argparse.Namespace) -> None:
         (COMMITTED / "table.json").write_text(json.dumps(found, indent=1) + "\n")
         return
     if arguments.study == "frontier":
+        arguments.known = COMMITTED / f"frontier_{arguments.task}.json"
         found = budgets.frontier(arguments)
         (COMMITTED / f"frontier_{arguments.task}.json").write_text(json.dumps(found, indent=1) + "\n")
         budgets.draw([found], COMMITTED / f"frontier_{arguments.task}.png")
