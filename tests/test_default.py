@@ -232,6 +232,15 @@ def test_parameters_that_join_get_what_is_left():
     assert chosen(share)["new"] == "orthogonalized momentum, 8 bits"
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,)], ids=str)
+@pytest.mark.parametrize("budget", [None, 0])
+def test_parameters_without_entries_are_stepped(shape, budget):
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = Optimizer([("a.weight", p)], budget=budget)
+    p.grad = torch.zeros(shape)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("given", [lambda model: model, lambda model: model.named_parameters()], ids=["model", "named"])
 def test_alike_parameters_share_a_group(given):
     """So that they are stepped together: a group each would take several times as long."""

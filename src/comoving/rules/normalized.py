@@ -129,6 +129,8 @@ def in_turn(x: Tensor, first: _Along, passes: int) -> Tensor:
 
 def normalized(x: Tensor, along: _Along) -> Tensor:
     """The matrices x (*batch, m, n) with rows or columns of unit root mean square, a new tensor; zeros stay zeros."""
+    if not x.numel():
+        return x.clone()
     real = pairs(x)
     count = x.shape[-1] if along == "rows" else x.shape[-2]
     axis = x.ndim - (1 if along == "rows" else 2)
