@@ -26,6 +26,7 @@ BUDGETS = ("1/2", "1/4", "1/8", "1/16", "1/32", "1/64", "0")
 RATIOS = (1, 4, 16)
 """Of the rate of all but hidden weights to theirs: the second value that AdamW and Muon are tuned in."""
 TUNED = ("adamw", "muon", "muon:moments=int8")
+NONE = "comoving, 0"
 KEPT = "kept"
 """In place of names of rivals: those of the committed figures, as they were."""
 NEAR = (1 / 1.5, 1.5)
@@ -272,9 +273,10 @@ def draw(studies: list[dict[str, Any]], file: Path) -> None:
     for i, found in enumerate(studies):
         axes = figure.add_subplot(rows, columns, i + 1)
         share = shares(found)
-        least = min((s for s in share.values() if s > 1e-3), default=1.0)
+        counts = NONE if NONE in share else ""  # whose counts are all it has
+        least = min((s for name, s in share.items() if name != counts), default=1.0)
         zero = log2(least) - 1.5
-        place = {name: log2(s) if s > 1e-3 else zero for name, s in share.items()}
+        place = {name: zero if name == counts else log2(s) for name, s in share.items()}
         ours = [x for x in found["contenders"] if x["contender"].startswith("comoving")]
         curve = sorted(((place[x["contender"]], x) for x in ours), key=itemgetter(0))
         axes.errorbar(
@@ -286,7 +288,8 @@ def draw(studies: list[dict[str, Any]], file: Path) -> None:
                 place[line["contender"]], line["mean"], line["deviation"] or 0, fmt="s", color=color, capsize=2,
                 label=f"{line['contender'].replace(':moments=int8', ', 8 bits')}, tuned",
             )  # fmt: skip
-        ticks = sorted({*range(ceil(log2(least)), 1)})
+        lowest = ceil(log2(least))
+        ticks = range(0, lowest - 1, -max(1, -(lowest // 6)))
         axes.set_xticks([zero, *ticks], ["none", *(f"1/{2**-t}" if t else "1" for t in ticks)], fontsize=8)
         axes.set_title(TASKS[found["task"]].title, fontsize=10)
         axes.set_ylabel(TASKS[found["task"]].metric, fontsize=8)
@@ -321,7 +324,7 @@ def markdown(found: dict[str, Any]) -> list[str]:
         spread = f" ± {x['deviation']:.2g}" if x["deviation"] is not None else ""
         rate = "" if x["contender"].startswith("comoving") else f", rate {x['rate']:g}{_ratio(x['label'])}"
         name = x["contender"].replace(":moments=int8", ", 8 bits").replace("comoving, ", "`comoving.Optimizer`, ")
-        least = f"{share[x['contender']]:.2g}x" if share[x["contender"]] >= 5e-5 else "0"
+        least = "0" if x["contender"] == NONE else f"{share[x['contender']]:.2g}x"
         rows.append(f"| {name}{rate} | {x['mean']:.4g}{spread} | {least} | {x['mean'] / best - 1:+.1%} |")
     return rows
 
