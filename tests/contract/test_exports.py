@@ -204,6 +204,7 @@ def test_parts_are_frozen_values(part):
         *((kind, "rounding", "up", "'nearest', 'stochastic'") for kind in (Int4, Int8, Root)),
         (Root, "bits", 5, "8, 4"),
         (RankOne, "signed", 2, "True, False"),
+        (InWeights, "codec", Int8(rounding="stochastic"), "rounding='nearest'"),
         (Amortized, "iterations", 0, ">= 1"),
         (MomentumBuffer, "decay", 1.1, r"\[0, 1\]"),
         *((Lion, field, 1.0, r"\[0, 1\)") for field in ("b1", "b2")),

@@ -131,7 +131,7 @@ def _telescoping(rank, wire):
     return float((seen - used - feedback_of(optimizer, p)).norm() / seen.norm())
 
 
-@pytest.mark.parametrize("wire", ["same", "bfloat16", "int8"])
+@pytest.mark.parametrize("wire", ["int8", *(pytest.param(w, marks=pytest.mark.full) for w in ("same", "bfloat16"))])
 def test_frames_are_bitwise_equal_after_200_steps(wire):
     results = run(2, _long, wire)
     for key, x in results[0][0].items():

@@ -187,7 +187,10 @@ def _resumed(rank, folder, how, recipe):
     return expected, stepped(*second)
 
 
-@pytest.mark.parametrize(("how", "recipe"), [("ddp", "comoving-adamw"), ("fsdp", "adamw"), ("fsdp", "comoving-adamw")])
+@pytest.mark.parametrize(
+    ("how", "recipe"),
+    [("ddp", "comoving-adamw"), pytest.param("fsdp", "adamw", marks=pytest.mark.full), ("fsdp", "comoving-adamw")],
+)
 def test_accelerate_resumes_from_its_checkpoint(tmp_path, how, recipe):
     pytest.importorskip("accelerate")
     for expected, found in run(2, _resumed, str(tmp_path / "state"), how, recipe):

@@ -75,7 +75,7 @@ def _counted_of(name):
     return comoving.state_bytes(optimizer), sent[0], sum(4 * prod(site.core_shape) for site in shared)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_a_plan_of_sharded_parameters_is_what_they_take(count):
     found = run(count, _counted, [*CASES])
     for name in CASES:

@@ -17,7 +17,7 @@ from distributed.processes import run
 from distributed.test_shards import Net, inputs, sharded
 
 OPTIONS = {"side": "right", "refresh_every": 4}
-RECIPES = ["adamw", "galore", "comoving-adamw", "soap", "left"]
+OTHERS = ["adamw", "galore", "soap", "left"]
 BETAS = (0.908, 0.99)  # of ldadam: which group takes over those of a checkpoint is up to torch
 
 
@@ -62,7 +62,7 @@ def same(one, other, path=""):
         assert one == other, path
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["comoving-adamw", *(pytest.param(r, marks=pytest.mark.full) for r in OTHERS)])
 def test_a_checkpoint_goes_from_one_process_to_two_to_four_to_one(recipe, tmp_path):
     """Frames and moments bitwise; and the training goes on as if nothing had happened."""
     alone = run(1, _trained, recipe, str(tmp_path / "alone"), 0, 24)[0][2]

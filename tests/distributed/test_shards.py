@@ -136,7 +136,7 @@ RECIPES = [
             *case,
             count,
             id=f"{case[0]}{' delayed' if 'finder' in case[1] else ''}-{count}",
-            marks=[pytest.mark.full] if count == 4 and case[0] not in {"comoving-adamw", "muon"} else [],
+            marks=[pytest.mark.full] if count == 4 and case[0] != "muon" else [],
         )
         for case in RECIPES
         for count in ((2,) if "finder" in case[1] else (2, 4))

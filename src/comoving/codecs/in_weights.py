@@ -38,8 +38,8 @@ class InWeights:
         drawn = [n for n, spec in self.codec.schema((8, 8), torch.float32).items() if spec.seed or spec.kept]
         if drawn:
             raise ValueError(
-                f"codec must keep nothing from one encoding to the next, got {self.codec}, which keeps "
-                f"{', '.join(drawn)}: use rounding='nearest'"
+                f"codec must keep nothing between encodings, as with rounding='nearest', got {self.codec}, which keeps "
+                f"{', '.join(drawn)}"
             )
 
     @property
