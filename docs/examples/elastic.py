@@ -26,8 +26,13 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(64, 32, generator=torch.Generator().manual_seed(step))
 
 
+def error(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Mean square, what is learned being a sine of some of the inputs."""
+    return (model(x) - x[:, :8].sin()).square().mean()
+
+
 def train(folder: Path, after: Callable[[int], None] = lambda step: None) -> float:
-    """Train from the newest checkpoint in the folder, or from the start; the last loss.
+    """Train from the newest checkpoint in the folder, or from the start; the loss in the end, on a batch of its own.
 
     ``after`` is called with the number of finished steps.
     """
@@ -35,17 +40,15 @@ def train(folder: Path, after: Callable[[int], None] = lambda step: None) -> flo
     model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
     fully_shard(model)
     optimizer = comoving.AdamW(model.named_parameters(), lr=1e-2, rank=0.25)
-    newest, begin, loss = folder / "newest", 0, torch.tensor(0.0)
+    newest, begin = folder / "newest", 0
     if newest.exists():
         begin = int(newest.read_text())
         weights, state = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / str(begin))
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     for step in range(begin, STEPS):
-        x = batch(step)
         optimizer.zero_grad()
-        loss = (model(x) - x[:, :8].sin()).square().mean()
-        loss.backward()
+        error(model, batch(step)).backward()
         optimizer.step()
         if (step + 1) % EVERY == 0:
             weights, state = get_state_dict(model, optimizer)
@@ -54,7 +57,8 @@ def train(folder: Path, after: Callable[[int], None] = lambda step: None) -> flo
                 (folder / "next").write_text(str(step + 1))
                 (folder / "next").rename(newest)
         after(step + 1)
-    return loss.item()
+    with torch.no_grad():
+        return error(model, batch(STEPS)).item()
 
 
 if __name__ == "__main__":
